@@ -1,0 +1,17 @@
+"""GLM-4V-9B as native transformers classes; ``register`` makes the Auto classes load the official layout."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from glm4v_nb.model.checkpoint import register_official_layout
+from glm4v_nb.model.configuration import GLM4VConfig, GLM4VVisionConfig, official_config
+from glm4v_nb.model.modeling import GLM4VForConditionalGeneration
+
+__all__ = ["GLM4VConfig", "GLM4VForConditionalGeneration", "GLM4VVisionConfig", "official_config", "register"]
+
+
+def register():
+    """Let ``AutoConfig``, ``AutoModelForCausalLM``, ``AutoTokenizer`` and ``AutoProcessor`` know GLM-4V-9B."""
+    AutoConfig.register(GLM4VConfig.model_type, GLM4VConfig, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+        auto_class.register(GLM4VConfig, GLM4VForConditionalGeneration, exist_ok=True)
+    register_official_layout(GLM4VForConditionalGeneration.__name__)

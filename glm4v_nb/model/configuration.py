@@ -1,0 +1,208 @@
+"""Configuration of GLM-4V-9B, read from and written to the official ``config.json`` layout.
+
+The official file keeps the text decoder's sizes as flat keys ("num_layers", "ffn_hidden_size", ...) beside a
+nested "vision_config". Both are kept exactly so; the ``text_config`` that transformers' ``GlmModel`` needs is
+derived from the flat keys and never written.
+
+Source of names and values: config.json of zai-org/glm-4v-9b (formerly THUDM/glm-4v-9b).
+"""
+
+from pathlib import Path
+
+from transformers import GlmConfig, PreTrainedConfig
+
+CONFIG_DIRECTORY = Path(__file__).parent / "configs"
+# Hub ids of the official checkpoint; their config ships with this package (`configs/glm-4v-9b.json`).
+OFFICIAL_CHECKPOINTS = ("zai-org/glm-4v-9b", "THUDM/glm-4v-9b")
+OFFICIAL_VISION_KEYS = (
+    "dropout_prob",
+    "hidden_act",
+    "hidden_size",
+    "image_size",
+    "in_channels",
+    "intermediate_size",
+    "layer_norm_eps",
+    "num_heads",
+    "num_hidden_layers",
+    "num_positions",
+    "patch_size",
+    "scaling_factor",
+)
+
+
+class GLM4VVisionConfig(PreTrainedConfig):
+    """The EVA2-CLIP-E image tower. Defaults are those of GLM-4V-9B; sizes count features, pixels or positions."""
+
+    model_type = "glm4v_eva2_clip"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 1792
+    num_hidden_layers: int = 63
+    num_heads: int = 16
+    intermediate_size: int = 15360
+    patch_size: int = 14
+    image_size: int = 1120
+    in_channels: int = 3
+    num_positions: int = 6401
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    dropout_prob: float = 0.0
+    scaling_factor: float = 8.0
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.image_size % (2 * self.patch_size):
+            raise ValueError(
+                f"config.json, vision_config: image_size {self.image_size} is not a multiple of two patches "
+                f"of {self.patch_size} pixels. The tower halves its patch grid, so the grid must be even. "
+                f"Use a multiple of {2 * self.patch_size}."
+            )
+        positions = self.patches_per_side**2 + 1
+        if self.num_positions != positions:
+            raise ValueError(
+                f"config.json, vision_config: num_positions is {self.num_positions}, but image_size "
+                f"{self.image_size} and patch_size {self.patch_size} make {positions} (patches and one CLS). "
+                "Correct one of the three."
+            )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"config.json, vision_config: hidden_size {self.hidden_size} is not divisible by num_heads "
+                f"{self.num_heads}. Each head needs the same number of features."
+            )
+        if self.dropout_prob:
+            raise ValueError(
+                f"config.json, vision_config: dropout_prob is {self.dropout_prob}. Only 0.0, the value of every "
+                "released checkpoint, is implemented. Set it to 0.0."
+            )
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one side of the image: 80 for GLM-4V-9B."""
+        return self.image_size // self.patch_size
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions one image takes in the decoder: the halved grid plus begin- and end-of-image (1602)."""
+        return (self.patches_per_side // 2) ** 2 + 2
+
+
+class GLM4VConfig(PreTrainedConfig):
+    """Configuration of the whole model; field names are the official ones.
+
+    ``text_config`` (a ``GlmConfig``) is derived from the flat fields when the object is made. To change the
+    decoder, make a new configuration instead of assigning to a field.
+    """
+
+    model_type = "chatglm"
+    sub_configs = {"text_config": GlmConfig, "vision_config": GLM4VVisionConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "vocab_size": "padded_vocab_size",
+        "intermediate_size": "ffn_hidden_size",
+        "max_position_embeddings": "seq_length",
+        "num_key_value_heads": "multi_query_group_num",
+        "head_dim": "kv_channels",
+    }
+
+    num_layers: int = 40
+    padded_vocab_size: int = 151552
+    hidden_size: int = 4096
+    ffn_hidden_size: int = 13696
+    kv_channels: int = 128
+    num_attention_heads: int = 32
+    multi_query_attention: bool = True
+    multi_query_group_num: int = 2
+    seq_length: int = 8192
+    layernorm_epsilon: float = 1.5625e-07
+    rmsnorm: bool = True
+    post_layer_norm: bool = True
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = True
+    original_rope: bool = True
+    rope_ratio: float | int = 1
+    boi_token_id: int = 151339
+    eoi_token_id: int = 151340
+    pad_token_id: int = 151329
+    eos_token_id: int | list[int] | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+
+    def __post_init__(self, **kwargs):
+        self._refuse_other_architectures()
+        if self.eos_token_id is None:
+            self.eos_token_id = [151329, 151336, 151338]
+        if self.vision_config is None:
+            self.vision_config = GLM4VVisionConfig()
+        elif isinstance(self.vision_config, dict):
+            self.vision_config = GLM4VVisionConfig(**self.vision_config)
+        self.text_config = GlmConfig(
+            vocab_size=self.padded_vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.ffn_hidden_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.multi_query_group_num,
+            head_dim=self.kv_channels,
+            max_position_embeddings=self.seq_length,
+            rms_norm_eps=self.layernorm_epsilon,
+            attention_bias=self.add_qkv_bias,
+            initializer_range=self.initializer_range,
+            tie_word_embeddings=False,
+            pad_token_id=self.pad_token_id,
+            eos_token_id=self.eos_token_id,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0 * self.rope_ratio,
+                "partial_rotary_factor": 0.5,
+            },
+        )
+        super().__post_init__(**kwargs)
+
+    def _refuse_other_architectures(self):
+        expected = {
+            "multi_query_attention": True,
+            "rmsnorm": True,
+            "post_layer_norm": True,
+            "add_bias_linear": False,
+            "original_rope": True,
+            "tie_word_embeddings": False,
+        }
+        for name, value in expected.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"config.json: {name} is {getattr(self, name)}; GLM-4V-9B has {value} and nothing else is "
+                    "implemented. Load a GLM-4V-9B checkpoint."
+                )
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Build from the official JSON keys.
+
+        Raises:
+            ValueError: the dictionary describes a text-only ChatGLM checkpoint (it has no "vision_config").
+        """
+        if config_dict.get("vision_config") is None:
+            raise ValueError(
+                'config.json has model_type "chatglm" but no "vision_config": this is a text-only ChatGLM '
+                "checkpoint (glm-4-9b-chat or chatglm3, say), and GLM-4V-9B was expected. Load "
+                "zai-org/glm-4v-9b, or use transformers' own Glm classes for text-only models."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self):
+        """The official flat layout: no ``text_config``, and the official architecture name."""
+        output = super().to_dict()
+        output.pop("text_config", None)
+        output["architectures"] = ["ChatGLMModel"]
+        vision = output["vision_config"]
+        output["vision_config"] = {name: vision[name] for name in OFFICIAL_VISION_KEYS}
+        return output
+
+
+def official_config() -> GLM4VConfig:
+    """The full-size GLM-4V-9B configuration shipped with this package; needs no network."""
+    return GLM4VConfig.from_pretrained(CONFIG_DIRECTORY / "glm-4v-9b")

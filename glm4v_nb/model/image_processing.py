@@ -1,0 +1,195 @@
+"""From image files and PIL images to the pixel values the image tower takes, with Pillow only.
+
+The steps are the original's: RGB, bicubic resize to a square (the aspect ratio is not kept), 0..1, normalised.
+"""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
+
+# CLIP's constants; source: the original's transforms.Normalize.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def load_image(image) -> Image.Image:
+    """Open and decode one image.
+
+    Args:
+        image: PIL image, path of a local file, the file's bytes, or array of uint8 [height, width],
+            [height, width, 3] or [height, width, 4].
+
+    Returns:
+        RGB image. Transparency is dropped, orientation tags are not applied, an animation gives its first frame:
+        all as in the original.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a URL; a file that is no image, is damaged or has too many pixels; more than 8 bits a channel.
+        TypeError: something else.
+    """
+    if isinstance(image, Image.Image):
+        return _decode("The image", image)
+    if isinstance(image, np.ndarray):
+        return _decode("The array", _from_array(image))
+    if isinstance(image, (bytes, memoryview)):
+        return _decode("The image's bytes", io.BytesIO(image))
+    if isinstance(image, (str, Path)):
+        if str(image).startswith(("http://", "https://", "data:")):
+            raise ValueError(
+                f"{str(image)[:200]} is a URL. Expected a local file: nothing is downloaded on its own. Download "
+                "it first and give its path."
+            )
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"{image} is not a file. Expected the path of an image. Check the path.")
+        with open(image, "rb") as file:
+            return _decode(str(image), file)
+    raise TypeError(
+        f"The image is a {type(image).__name__}. Expected a PIL image, the path of a local file, its bytes, or an "
+        "array [height, width, 3] of uint8. Convert it to one of these."
+    )
+
+
+class GLM4VImageProcessor(BaseImageProcessor):
+    """Makes the ``pixel_values`` of GLM-4V.
+
+    Args:
+        size: side of the square in pixels, or ``{"height": side, "width": side}``. 1120 for GLM-4V-9B.
+        image_mean, image_std: per channel, red, green, blue; of values 0..1.
+
+    Raises:
+        ValueError: the size is not a square of at least one pixel.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, size=1120, image_mean=IMAGE_MEAN, image_std=IMAGE_STD, **kwargs):
+        super().__init__(**kwargs)
+        sides = [size, size] if isinstance(size, int) else [dict(size).get("height"), dict(size).get("width")]
+        if sides[0] != sides[1] or not isinstance(sides[0], int) or sides[0] < 1:
+            raise ValueError(
+                f"The image size is {size}. Expected one whole number of pixels, the same for height and width. "
+                "Use vision_config.image_size of config.json."
+            )
+        self.size = {"height": sides[0], "width": sides[1]}
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square, in pixels."""
+        return self.size["height"]
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """RGB image of any size → RGB image of ``image_size`` × ``image_size``, Pillow's bicubic filter."""
+        return image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+
+    def preprocess(self, images, return_tensors="pt") -> BatchFeature:
+        """Load, resize and normalise one image or a list of images (see ``load_image`` for what one may be).
+
+        Returns:
+            ``BatchFeature`` with ``pixel_values``, float32 [number of images, 3, image_size, image_size].
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: as ``load_image``; an empty list.
+        """
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        if not images:
+            raise ValueError("There are no images. Expected at least one. For text alone leave images out.")
+        mean = torch.tensor(self.image_mean).view(3, 1, 1)
+        std = torch.tensor(self.image_std).view(3, 1, 1)
+        pixel_values = torch.empty(len(images), 3, self.image_size, self.image_size)
+        for row, image in zip(pixel_values, images, strict=True):
+            pixels = np.array(self.resize(load_image(image)))
+            # Divide, subtract, divide in float32: torchvision's steps in the original, to the last bit.
+            row.copy_(torch.from_numpy(pixels).permute(2, 0, 1)).div_(255).sub_(mean).div_(std)
+        if return_tensors is None:
+            return BatchFeature({"pixel_values": list(pixel_values.numpy())})
+        return BatchFeature({"pixel_values": pixel_values.numpy()}, tensor_type=return_tensors)
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Read the saved settings, or the size from config.json: the official checkpoint has no settings file."""
+        try:
+            return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except OSError:
+            size = checkpoint_image_size(pretrained_model_name_or_path, **kwargs)
+            if size is None:
+                raise
+            return {"size": size}, kwargs
+
+
+def checkpoint_image_size(pretrained_model_name_or_path, **kwargs) -> int | None:
+    """``vision_config.image_size`` of the checkpoint's config.json in pixels, None if there is no such file.
+
+    Raises:
+        ValueError: config.json has no vision_config.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+    except OSError:
+        return None
+    if "model_type" not in config:
+        return None
+    size = (config.get("vision_config") or {}).get("image_size")
+    if size is None:
+        raise ValueError(
+            f"config.json of {pretrained_model_name_or_path} has no vision_config.image_size: this is not a GLM-4V "
+            "checkpoint (a text-only ChatGLM one, perhaps). Load zai-org/glm-4v-9b."
+        )
+    return size
+
+
+def _decode(name, source) -> Image.Image:
+    """RGB copy of an opened PIL image, or of what ``Image.open`` takes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", "Palette images with Transparency")  # dropped, as in the original
+        try:
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+            _refuse_unusable(image, name)
+            return image.convert("RGB")
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"{name} has too many pixels: more than {Image.MAX_IMAGE_PIXELS:,}, where a small file can fill "
+                "the memory. Expected a photograph or a screenshot. Scale it down first, or raise "
+                "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+            ) from error
+        except (_UnusableImage, MemoryError):
+            raise
+        except Exception as error:  # decoders meet damaged files with errors of many types
+            raise ValueError(
+                f"{name} cannot be read as an image ({error}). Expected a complete PNG, JPEG, GIF, WebP or other "
+                "file that Pillow opens. Save or download it again."
+            ) from error
+
+
+class _UnusableImage(ValueError):
+    pass
+
+
+def _refuse_unusable(image, name):
+    if image.mode.startswith(("I", "F")):
+        raise _UnusableImage(
+            f"{name} has pixels of mode {image.mode}, more than 8 bits. Expected 8 bits a channel: Pillow would "
+            "turn everything above 255 white. Scale the values to 0..255 and convert to mode L or RGB first."
+        )
+    if 0 in image.size:
+        raise _UnusableImage(
+            f"{name} is {image.width}×{image.height} pixels. Expected at least one. Check where it comes from."
+        )
+
+
+def _from_array(array) -> Image.Image:
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ValueError(
+            f"The array is {array.dtype} of shape {array.shape}. Expected uint8 of shape [height, width, 3]. "
+            "Convert it: channels last, values 0..255."
+        )
+    return Image.fromarray(array)

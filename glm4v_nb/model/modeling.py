@@ -1,0 +1,214 @@
+"""GLM-4V-9B on current transformers: the image tower in front of transformers' own ``GlmModel`` decoder.
+
+Modules are registered in the order data flows (tower, decoder, head), so an automatic device map puts the tower on
+the first GPU, where the images arrive. The official implementation registers it last.
+"""
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, GlmModel, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.glm.modeling_glm import GlmAttention, GlmDecoderLayer
+
+from glm4v_nb.model.checkpoint import load_checked
+from glm4v_nb.model.configuration import GLM4VConfig
+from glm4v_nb.model.splicing import expand_image_positions, merge_image_features
+from glm4v_nb.model.vision import GLM4VVisionTower
+
+
+class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Answers questions about one image per prompt; loads and saves the official checkpoint layout.
+
+    Prompts may be given as the processor makes them (three placeholder ids per image) or already expanded by
+    ``expand_image_positions``, in which case ``image_mask`` says where the image features go.
+    """
+
+    config_class = GLM4VConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    # Blocks whose parts must share a device: each holds a residual connection or parameters it uses directly.
+    _no_split_modules = [
+        "GLM4VPatchEmbedding",
+        "GLM4VVisionLayer",
+        "GLM4VProjector",
+        "GLM4VImageBoundary",
+        "GlmDecoderLayer",
+    ]
+    _skip_keys_device_placement = ["past_key_values"]
+    # A buffer that official checkpoints carry and every loader recomputes.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": GlmDecoderLayer, "attentions": GlmAttention}
+
+    def __init__(self, config: GLM4VConfig):
+        super().__init__(config)
+        self.vision_tower = GLM4VVisionTower(config)
+        self.language_model = GlmModel(config.text_config)
+        self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As transformers' own, but refuses damaged or incomplete checkpoints and anything but safetensors."""
+        return load_checked(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def get_input_embeddings(self):
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.language_model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (images, 3, side, side) to decoder embeddings (images, image_tokens, hidden)."""
+        return self.vision_tower(pixel_values.to(self.vision_tower.conv.weight.dtype))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_mask: torch.BoolTensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits (batch, positions, vocabulary), where an image counts as its 1602 positions.
+
+        Args:
+            input_ids: (batch, length).
+            pixel_values: (images, 3, side, side), in the order of the prompts that have an image.
+            attention_mask: (batch, length), or (batch, cached + length) with a cache.
+            position_ids: (batch, length); numbering of the unexpanded prompt.
+            labels: (batch, length); image positions are ignored by the loss.
+            logits_to_keep: logits of only the last so many positions (0: all).
+            image_mask: (batch, length); given when the prompt is already expanded.
+        """
+        is_prompt = input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling()
+        if image_mask is None and (is_prompt or pixel_values is not None):
+            images = 0 if pixel_values is None else len(pixel_values)
+            if images or (input_ids == self.config.boi_token_id).any():
+                prompt = expand_image_positions(
+                    self.config, input_ids, attention_mask, position_ids, labels, images
+                )
+                input_ids, attention_mask, position_ids = (
+                    prompt.input_ids,
+                    prompt.attention_mask,
+                    prompt.position_ids,
+                )
+                image_mask, labels = prompt.image_mask, prompt.labels
+            else:
+                self._check_context(input_ids)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.language_model.embed_tokens(input_ids)
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values).to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = merge_image_features(inputs_embeds, features, image_mask.to(inputs_embeds.device))
+
+        if image_mask is not None and attention_mask is None and past_key_values is None:
+            # Without a mask or a cache, transformers takes the repeated position of the patches for the start of
+            # another packed sequence and cuts the attention there.
+            attention_mask = torch.ones_like(image_mask, dtype=torch.long)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        hidden_states = outputs.last_hidden_state
+        if not isinstance(kept, int):
+            hidden_states = hidden_states[:, kept, :]
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.padded_vocab_size)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def generate(self, inputs=None, generation_config=None, streamer=None, **kwargs):
+        """As transformers' own; returns the prompt as given (images unexpanded) followed by the new tokens.
+
+        ``max_length`` counts an image as its 1602 positions, as the model's context does.
+        """
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if input_ids is None or kwargs.get("image_mask") is not None:
+            return super().generate(input_ids, generation_config, streamer=streamer, **kwargs)
+        pixel_values = kwargs.get("pixel_values")
+        prompt = expand_image_positions(
+            self.config,
+            input_ids,
+            kwargs.pop("attention_mask", None),
+            kwargs.pop("position_ids", None),
+            image_count=0 if pixel_values is None else len(pixel_values),
+        )
+        outputs = super().generate(
+            prompt.input_ids,
+            generation_config,
+            streamer=None if streamer is None else _UnexpandedPrompt(streamer, input_ids),
+            attention_mask=prompt.attention_mask,
+            position_ids=prompt.position_ids,
+            image_mask=prompt.image_mask,
+            **kwargs,
+        )
+        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+        copies = len(sequences) // len(input_ids)
+        new_tokens = sequences[:, prompt.input_ids.shape[1] :]
+        sequences = torch.cat((input_ids.repeat_interleave(copies, 0).to(new_tokens.device), new_tokens), dim=1)
+        if isinstance(outputs, torch.Tensor):
+            return sequences
+        outputs.sequences = sequences
+        return outputs
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, image_mask=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        # The image is in the cache after the first step; without a cache the whole prompt runs again.
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            length = inputs["input_ids"].shape[1]
+            missing = length - image_mask.shape[1]
+            inputs["image_mask"] = torch.nn.functional.pad(image_mask, (0, missing)) if missing else image_mask
+        return inputs
+
+    def _check_context(self, input_ids: torch.Tensor):
+        if input_ids.shape[1] > self.config.seq_length:
+            raise ValueError(
+                f"The prompt has {input_ids.shape[1]} tokens, but the model's context is "
+                f"{self.config.seq_length} (seq_length). Shorten the text."
+            )
+
+
+class _UnexpandedPrompt(BaseStreamer):
+    """Hands a streamer the prompt as the caller gave it, instead of 1602 placeholder ids."""
+
+    def __init__(self, streamer: BaseStreamer, input_ids: torch.Tensor):
+        self.streamer = streamer
+        self.prompt = input_ids
+
+    def put(self, value):
+        prompt, self.prompt = self.prompt, None
+        self.streamer.put(value if prompt is None else prompt)
+
+    def end(self):
+        self.streamer.end()

@@ -1,0 +1,205 @@
+"""The processor: messages and images in, everything the model's forward takes out."""
+
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.models.auto import image_processing_auto
+
+from .chat import is_batch, parse_conversation, refuse_options
+from .image_processing import GLM4VImageProcessor, checkpoint_image_size
+from .tokenization import ChatGLM4Tokenizer
+
+
+class GLM4VProcessor(ProcessorMixin):
+    """Tokenizer and image processor of GLM-4V behind one call.
+
+    Usually ``processor.apply_chat_template(messages, add_generation_prompt=True)``; ``processor(images, text)``
+    is short for a conversation of one question.
+
+    Args:
+        image_processor: a ``GLM4VImageProcessor``.
+        tokenizer: a ``ChatGLM4Tokenizer``.
+
+    Raises:
+        ValueError: the two state different image sizes.
+    """
+
+    def __init__(self, image_processor, tokenizer):
+        super().__init__(image_processor, tokenizer)
+        stated = getattr(tokenizer, "image_size", None)
+        if stated is not None and stated != image_processor.image_size:
+            raise ValueError(
+                f"tokenizer_config.json has image_size {stated}, but config.json or the image processor has "
+                f"{image_processor.image_size}. Both must be the side the image tower was built for. Take all "
+                "files from the same checkpoint."
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load from the official files (config.json, tokenizer_config.json, tokenizer.model) or from saved ones.
+
+        No remote code runs, whatever the files name. The image size is that of the saved processor or else of
+        config.json, or else of tokenizer_config.json.
+
+        Raises:
+            ValueError: the files disagree about the image size, or describe a checkpoint without images.
+        """
+        for not_ours in ("_from_auto", "trust_remote_code"):
+            kwargs.pop(not_ours, None)
+        tokenizer = ChatGLM4Tokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        built_for = checkpoint_image_size(pretrained_model_name_or_path, **kwargs)
+        try:
+            image_processor = GLM4VImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError:
+            if tokenizer.image_size is None:
+                raise
+            image_processor = GLM4VImageProcessor(tokenizer.image_size)
+        if built_for is not None and built_for != image_processor.image_size:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: config.json has vision_config.image_size {built_for}, but the "
+                f"saved processor has {image_processor.image_size}. Both must be the side the image tower was built "
+                "for. Remove processor_config.json or take all files from the same checkpoint."
+            )
+        return cls(image_processor, tokenizer)
+
+    def apply_chat_template(
+        self,
+        conversation,
+        *,
+        add_generation_prompt=False,
+        continue_final_message=False,
+        tokenize=True,
+        padding=True,
+        max_length=None,
+        pad_to_multiple_of=None,
+        return_tensors="pt",
+        return_dict=True,
+        processor_kwargs=None,
+        tools=None,
+        documents=None,
+        chat_template=None,
+        truncation=False,
+        return_assistant_tokens_mask=False,
+        sanitize_control_tokens=True,
+    ):
+        """Turn one conversation, or a list of conversations, into the model's inputs.
+
+        The forms of a message are described in ``chat.parse_conversation``; the other arguments in
+        ``ChatGLM4Tokenizer.apply_chat_template``. Unlike in most processors ``tokenize`` is on by default, since the
+        rendered text is only for reading.
+
+        Args:
+            processor_kwargs: padding, max_length, pad_to_multiple_of or return_tensors, as transformers' pipelines
+                pass them.
+
+        Returns:
+            ``BatchFeature`` with ``input_ids`` and ``attention_mask`` [n, L], padded on the left, and, if any
+            conversation has an image, ``pixel_values`` float32 [images, 3, size, size], in the order of the rows
+            that have one. The model derives position ids from the mask.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: as the tokenizer's method and ``image_processing.load_image``;
+                an image placeholder without an image.
+        """
+        refuse_options(
+            tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            truncation=truncation,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+        )
+        options = {
+            "padding": padding,
+            "max_length": max_length,
+            "pad_to_multiple_of": pad_to_multiple_of,
+            "return_tensors": return_tensors,
+            **(processor_kwargs or {}),
+        }
+        if options["return_tensors"] == "auto":
+            options["return_tensors"] = "pt"
+        batched = is_batch(conversation)
+        images = [image for one in (conversation if batched else [conversation]) for image in _images(one)]
+        encoded = self.tokenizer.apply_chat_template(
+            conversation,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tokenize=tokenize,
+            **options,
+        )
+        if not tokenize:
+            return encoded
+        if not return_dict:
+            return encoded["input_ids"]
+        inputs = dict(encoded)
+        if images:
+            inputs.update(self.image_processor(images, return_tensors=options["return_tensors"]))
+        return BatchFeature(inputs)
+
+    def __call__(self, images=None, text=None, **options):
+        """One question, or a list of questions, each with at most one image.
+
+        Each text becomes a conversation of one user message, ready for the answer; it is never read as a rendered
+        prompt. Images alone give only ``pixel_values``.
+
+        Args:
+            images: None, an image for the one text, or a list with an image or None for each text.
+            text: str or list of str.
+            options: those of ``apply_chat_template``.
+
+        Returns:
+            ``BatchFeature`` as from ``apply_chat_template``.
+
+        Raises:
+            ValueError: other than one image or None for each text; a rendered prompt as text.
+            TypeError: text is neither str nor a list of str.
+        """
+        if text is None:
+            return self.image_processor(images, return_tensors=options.get("return_tensors", "pt"))
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
+            raise TypeError(
+                "The text is neither str nor a list of str. Expected one question or a list of questions. For "
+                "messages call apply_chat_template."
+            )
+        if any(one.startswith("[gMASK]<sop><|") for one in texts):
+            raise ValueError(
+                "The text is a rendered prompt. Expected a plain question: special tokens in text stay ordinary "
+                "text here. Pass the messages to apply_chat_template(messages, add_generation_prompt=True)."
+            )
+        if images is None:
+            images = [None] * len(texts)
+        elif not isinstance(images, (list, tuple)):
+            images = [images]
+        # transformers' callers also nest: a list of images for each text.
+        images = [image[0] if isinstance(image, (list, tuple)) and len(image) == 1 else image for image in images]
+        if len(images) != len(texts):
+            raise ValueError(
+                f"There are {len(images)} images for {len(texts)} texts. Expected one image or None for each text. "
+                "Put None where a question has no image."
+            )
+        conversations = [
+            [{"role": "user", "content": one, "image": image}] for one, image in zip(texts, images, strict=True)
+        ]
+        return self.apply_chat_template(conversations, **{"add_generation_prompt": True, **options})
+
+
+def register_processing(config_class):
+    """Make AutoTokenizer, AutoProcessor and AutoImageProcessor know these classes.
+
+    Args:
+        config_class: the configuration class registered for the checkpoint's model_type.
+    """
+    AutoTokenizer.register(config_class, ChatGLM4Tokenizer, exist_ok=True)
+    AutoProcessor.register(config_class, GLM4VProcessor, exist_ok=True)
+    # The mapping behind AutoImageProcessor, because transformers 5.17 exports that class only beside torchvision.
+    image_processing_auto.IMAGE_PROCESSOR_MAPPING.register(
+        config_class, {"pil": GLM4VImageProcessor}, exist_ok=True
+    )
+
+
+def _images(conversation) -> list:
+    images = [message.image for message in parse_conversation(conversation) if message.image is not None]
+    if any(image is True for image in images):
+        raise ValueError(
+            "A message has an image placeholder but no image. Expected the image itself beside it. Pass it as "
+            '{"type": "image", "image": image}, or as "image" of the message.'
+        )
+    return images

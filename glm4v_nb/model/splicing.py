@@ -1,0 +1,155 @@
+"""Where an image goes in a prompt: the three placeholder ids become the image's 1602 positions.
+
+A prompt holds ``[boi, pad, eoi]``. Before the model runs, the pad is repeated until the three ids take as many
+positions as the image has features. All patches share the *one* position number of the placeholder, and the text
+after the image goes on from there, so decoding continues the unexpanded numbering. This follows the original
+implementation of zai-org/glm-4v-9b; vLLM's port numbers the patches 0..N, which is known to hurt accuracy
+(vllm-project/vllm#14790).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from glm4v_nb.model.configuration import GLM4VConfig
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class ExpandedPrompt:
+    """A prompt with room for its images; every tensor is (batch, expanded length).
+
+    ``image_mask`` is True where an image feature replaces the token's embedding.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    image_mask: torch.Tensor
+    labels: torch.Tensor | None = None
+
+
+def expand_image_positions(
+    config: GLM4VConfig,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    image_count: int = 0,
+) -> ExpandedPrompt:
+    """Make room for the images of a batch of prompts.
+
+    Args:
+        input_ids: (batch, length) token ids; a row holds no image or one ``[boi, pad, eoi]``.
+        attention_mask: (batch, length), 0 for padding. None: nothing is padding.
+        position_ids: (batch, length) of the *unexpanded* prompt. None: counted from the attention mask.
+        labels: (batch, length) targets; image positions become -100, which the loss ignores.
+        image_count: how many images come with the batch.
+
+    Rows without an image in a batch that has some are padded on the left to the common length.
+
+    Raises:
+        ValueError: images and placeholders do not match, or a prompt exceeds ``config.seq_length``.
+    """
+    batch, length = input_ids.shape
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if position_ids is None:
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    position_ids = position_ids.expand(batch, -1)
+
+    starts = [_image_start(config, row, index) for index, row in enumerate(input_ids.tolist())]
+    _check_image_count(sum(start is not None for start in starts), image_count)
+    extra = config.vision_config.image_tokens - 3
+    has_image = any(start is not None for start in starts)
+    _check_length(config, attention_mask, starts, extra)
+    if not has_image:
+        return ExpandedPrompt(
+            input_ids, attention_mask, position_ids, torch.zeros_like(input_ids, dtype=torch.bool), labels
+        )
+
+    # For each expanded position, the unexpanded position it is a copy of. -1 marks new padding on the left.
+    source = torch.empty(batch, length + extra, dtype=torch.long)
+    image_mask = torch.zeros(batch, length + extra, dtype=torch.bool)
+    for row, start in enumerate(starts):
+        if start is None:
+            source[row] = torch.cat((torch.full((extra,), -1), torch.arange(length)))
+        else:
+            placeholder = torch.full((extra,), start + 1)
+            source[row] = torch.cat((torch.arange(start + 2), placeholder, torch.arange(start + 2, length)))
+            image_mask[row, start : start + extra + 3] = True
+    source, image_mask = source.to(input_ids.device), image_mask.to(input_ids.device)
+    new_padding = source < 0
+
+    def spread(tensor, padding_value):
+        return tensor.gather(1, source.clamp(min=0)).masked_fill(new_padding, padding_value)
+
+    if labels is not None:
+        labels = spread(labels, IGNORED_LABEL).masked_fill(image_mask, IGNORED_LABEL)
+    return ExpandedPrompt(
+        input_ids=spread(input_ids, config.pad_token_id),
+        attention_mask=spread(attention_mask, 0),
+        position_ids=spread(position_ids, 0),
+        image_mask=image_mask,
+        labels=labels,
+    )
+
+
+def merge_image_features(
+    embeddings: torch.Tensor, features: torch.Tensor, image_mask: torch.Tensor
+) -> torch.Tensor:
+    """Replace the embeddings at ``image_mask`` by the image features, row by row.
+
+    Args:
+        embeddings: (batch, length, hidden) token embeddings.
+        features: (images, image_tokens, hidden), in the order of the rows that have an image.
+        image_mask: (batch, length), True on exactly ``image_tokens`` positions of those rows.
+    """
+    image_index = (image_mask.any(dim=1).cumsum(0) - 1).clamp(min=0)
+    feature_index = (image_mask.cumsum(dim=1) - 1).clamp(min=0)
+    placed = features[image_index[:, None], feature_index]
+    return torch.where(image_mask[..., None], placed, embeddings)
+
+
+def _image_start(config: GLM4VConfig, ids: list[int], row: int) -> int | None:
+    """Index of begin-of-image in one prompt, None without an image."""
+    count = ids.count(config.boi_token_id)
+    if count == 0 and config.eoi_token_id not in ids:
+        return None
+    if count > 1:
+        raise ValueError(
+            f"Prompt {row} holds {count} image placeholders; GLM-4V-9B takes one image per prompt. Ask about "
+            "one image at a time, or paste the images into one picture."
+        )
+    start = ids.index(config.boi_token_id) if count else None
+    if start is None or start + 2 >= len(ids) or ids[start + 2] != config.eoi_token_id:
+        raise ValueError(
+            f"Prompt {row}: begin-of-image ({config.boi_token_id}) and end-of-image ({config.eoi_token_id}) must "
+            f"stand around exactly one placeholder id. Build prompts with the processor's apply_chat_template."
+        )
+    return start
+
+
+def _check_image_count(placeholders: int, images: int):
+    if placeholders and not images:
+        raise ValueError(
+            f"{placeholders} prompt(s) hold an image placeholder, but no pixel_values were given. Pass the "
+            "images, or build the prompt without one."
+        )
+    if placeholders != images:
+        raise ValueError(
+            f"{images} image(s) were given for {placeholders} image placeholder(s) in the prompts; the numbers "
+            "must be equal. Build ids and pixel_values together with the processor's apply_chat_template."
+        )
+
+
+def _check_length(config: GLM4VConfig, attention_mask: torch.Tensor, starts: list[int | None], extra: int):
+    for row, (tokens, start) in enumerate(zip(attention_mask.sum(dim=1).tolist(), starts, strict=True)):
+        positions = tokens + (extra if start is not None else 0)
+        if positions > config.seq_length:
+            raise ValueError(
+                f"Prompt {row} takes {positions} positions"
+                + (f" ({config.vision_config.image_tokens} of them the image)" if start is not None else "")
+                + f", but the model's context is {config.seq_length} (seq_length). Shorten the text."
+            )
