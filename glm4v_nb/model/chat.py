@@ -1,7 +1,8 @@
 """From a conversation to the ids of a prompt.
 
-A prompt is ``[gMASK]<sop>``, then for each message ``<|role|>{metadata}\\n``, the image's three ids if it has one,
-and its text; then ``<|assistant|>`` if the model is to answer. Nothing closes a message: the next role token does.
+A prompt is ``[gMASK]<sop>``, then for each message ``<|role|>{metadata}\\n``, the image's three ids if it has
+one, and its text; then ``<|assistant|>`` if the model is to answer. Nothing closes a message: the next role
+token does.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ IMAGE_TYPES = (Image.Image, str, Path, np.ndarray, bytes, memoryview)
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """One message, whichever form it came in. ``image`` is None, the image, or True for a placeholder only."""
+    """One message, whichever form it came in. ``image`` is the image, True for a placeholder, or None."""
 
     role: str
     text: str
@@ -43,22 +44,24 @@ def is_batch(conversation) -> bool:
             '[{"role": "user", "content": "Hello"}], or a list of such lists. Put the message into a list.'
         )
     if not conversation:
-        raise ValueError("The conversation is empty. Expected at least one message. Add a message of role user.")
+        raise ValueError(
+            "The conversation is empty. Expected at least one message. Add a message of role user."
+        )
     return isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
 
 
 def parse_conversation(messages) -> list[Message]:
     """Read messages in the original form or in transformers' form; both may stand in one conversation.
 
-    * Original: ``{"role": "user", "image": image, "content": "text"}``, with an optional "metadata" (the text after
-      the role token, such as the name of a tool).
-    * transformers: ``{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": …}]}``,
-      the image under "image", "path" or "url".
+    * Original: ``{"role": "user", "image": image, "content": "text"}``, with an optional "metadata" (the text
+      after the role token, such as the name of a tool).
+    * transformers: ``{"role": "user", "content": parts}``, a part being ``{"type": "text", "text": "text"}``
+      or ``{"type": "image", "image": image}``, the image under "image", "path" or "url".
 
-    An image is a PIL image, a path of a local file, its bytes, or an array [height, width, 3] of uint8; True, or a
-    part without an image, makes only the placeholder. It stands before the text of its message wherever the part
-    stood, as in the model's training data. Text parts are joined without anything between. A message with neither
-    text nor image adds nothing, as in the original.
+    An image is a PIL image, a path of a local file, its bytes, or an array [height, width, 3] of uint8; True,
+    or a part without an image, makes only the placeholder. It stands before the text of its message wherever
+    the part stood, as in the model's training data. Text parts are joined without anything between. A message
+    with neither text nor image adds nothing, as in the original.
 
     Raises:
         ValueError: no message with anything in it, an unknown role or part, or more than one image.
@@ -148,13 +151,14 @@ def _parse_message(number, message) -> Message:
     if message.get("tools") or message.get("tool_calls"):
         raise ValueError(
             f"Message {number} has tools or tool calls. Expected role, content, image and metadata only. "
-            "Describe the tools in a system message; a call is an assistant message whose metadata names the tool."
+            "Describe the tools in a system message; a call is an assistant message with the tool's name as "
+            "metadata."
         )
     metadata = message.get("metadata") or ""
     if not isinstance(metadata, str):
         raise TypeError(
-            f"Message {number}: metadata is a {type(metadata).__name__}. Expected text, such as the name of a "
-            "tool. Leave it out if there is none."
+            f"Message {number}: metadata is a {type(metadata).__name__}. Expected text, such as the name of "
+            "a tool. Leave it out if there is none."
         )
     content = message.get("content")
     images = [] if message.get("image") is None or message["image"] is False else [message["image"]]
@@ -167,16 +171,16 @@ def _parse_message(number, message) -> Message:
         images += part_images
     else:
         raise TypeError(
-            f"Message {number}: content is a {type(content).__name__}. Expected text, or a list of parts of type "
-            "text and image. Convert it to text."
+            f"Message {number}: content is a {type(content).__name__}. Expected text, or a list of parts of "
+            "type text and image. Pass one of these."
         )
     if len(images) > 1:
         raise ValueError(_too_many_images(len(images)))
     for image in images:
         if image is not True and not isinstance(image, IMAGE_TYPES):
             raise TypeError(
-                f"Message {number}: the image is a {type(image).__name__}. Expected a PIL image, the path of a "
-                "local file, its bytes, or an array [height, width, 3] of uint8. Convert it to one of these."
+                f"Message {number}: the image is a {type(image).__name__}. Expected a PIL image, the path of "
+                "a local file, its bytes, or an array [height, width, 3] of uint8. Pass one of these."
             )
     return Message(role=role, text=text, metadata=metadata, image=images[0] if images else None)
 
@@ -191,8 +195,8 @@ def _parse_parts(number, parts) -> tuple[str, list]:
             given = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
             if not given and len(part) > 1:
                 raise ValueError(
-                    f"Message {number}: an image part has only {', '.join(sorted(part))}. Expected the image under "
-                    '"image", "path" or "url". Load it and pass the PIL image under "image".'
+                    f"Message {number}: an image part has only {', '.join(sorted(part))}. "
+                    'Expected the image under "image", "path" or "url". Load it and pass it under "image".'
                 )
             images += given or [True]
         else:
@@ -209,6 +213,6 @@ def _short(value) -> str:
 
 def _too_many_images(count) -> str:
     return (
-        f"The conversation has {count} images. The model sees one image in a conversation, which stays in view in "
-        "later turns. Keep one of them, or ask about each in a conversation of its own."
+        f"The conversation has {count} images. The model sees one image in a conversation, which stays in "
+        "view in later turns. Keep one of them, or ask about each in a conversation of its own."
     )

@@ -1,6 +1,6 @@
 """From image files and PIL images to the pixel values the image tower takes, with Pillow only.
 
-The steps are the original's: RGB, bicubic resize to a square (the aspect ratio is not kept), 0..1, normalised.
+The steps are the original's: RGB, bicubic resize to a square (the aspect ratio is lost), 0..1, normalise.
 """
 
 import io
@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
@@ -26,12 +25,13 @@ def load_image(image) -> Image.Image:
             [height, width, 3] or [height, width, 4].
 
     Returns:
-        RGB image. Transparency is dropped, orientation tags are not applied, an animation gives its first frame:
-        all as in the original.
+        RGB image. Transparency is dropped, orientation tags are not applied, an animation gives its first
+        frame: all as in the original.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a URL; a file that is no image, is damaged or has too many pixels; more than 8 bits a channel.
+        ValueError: a URL; a file that is no image, is damaged or has too many pixels; more than 8 bits a
+            channel.
         TypeError: something else.
     """
     if isinstance(image, Image.Image):
@@ -43,16 +43,16 @@ def load_image(image) -> Image.Image:
     if isinstance(image, (str, Path)):
         if str(image).startswith(("http://", "https://", "data:")):
             raise ValueError(
-                f"{str(image)[:200]} is a URL. Expected a local file: nothing is downloaded on its own. Download "
-                "it first and give its path."
+                f"{str(image)[:200]} is a URL. Expected a local file: nothing is downloaded on its own. "
+                "Download it first and give its path."
             )
         if not Path(image).is_file():
             raise FileNotFoundError(f"{image} is not a file. Expected the path of an image. Check the path.")
         with open(image, "rb") as file:
             return _decode(str(image), file)
     raise TypeError(
-        f"The image is a {type(image).__name__}. Expected a PIL image, the path of a local file, its bytes, or an "
-        "array [height, width, 3] of uint8. Convert it to one of these."
+        f"The image is a {type(image).__name__}. Expected a PIL image, the path of a local file, its bytes, "
+        "or an array [height, width, 3] of uint8. Convert it to one of these."
     )
 
 
@@ -71,13 +71,15 @@ class GLM4VImageProcessor(BaseImageProcessor):
 
     def __init__(self, size=1120, image_mean=IMAGE_MEAN, image_std=IMAGE_STD, **kwargs):
         super().__init__(**kwargs)
-        sides = [size, size] if isinstance(size, int) else [dict(size).get("height"), dict(size).get("width")]
-        if sides[0] != sides[1] or not isinstance(sides[0], int) or sides[0] < 1:
+        side = size
+        if isinstance(size, dict) and size.get("height") == size.get("width"):
+            side = size.get("height")
+        if not isinstance(side, int) or side < 1:
             raise ValueError(
-                f"The image size is {size}. Expected one whole number of pixels, the same for height and width. "
-                "Use vision_config.image_size of config.json."
+                f"The image size is {size}. Expected one whole number of pixels, the same for height and "
+                "width. Use vision_config.image_size of config.json."
             )
-        self.size = {"height": sides[0], "width": sides[1]}
+        self.size = {"height": side, "width": side}
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
 
@@ -102,20 +104,22 @@ class GLM4VImageProcessor(BaseImageProcessor):
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if not images:
             raise ValueError("There are no images. Expected at least one. For text alone leave images out.")
-        mean = torch.tensor(self.image_mean).view(3, 1, 1)
-        std = torch.tensor(self.image_std).view(3, 1, 1)
-        pixel_values = torch.empty(len(images), 3, self.image_size, self.image_size)
+        mean = np.array(self.image_mean, np.float32).reshape(3, 1, 1)
+        std = np.array(self.image_std, np.float32).reshape(3, 1, 1)
+        pixel_values = np.empty((len(images), 3, self.image_size, self.image_size), np.float32)
         for row, image in zip(pixel_values, images, strict=True):
-            pixels = np.array(self.resize(load_image(image)))
             # Divide, subtract, divide in float32: torchvision's steps in the original, to the last bit.
-            row.copy_(torch.from_numpy(pixels).permute(2, 0, 1)).div_(255).sub_(mean).div_(std)
+            row[:] = np.moveaxis(np.asarray(self.resize(load_image(image))), -1, 0)
+            row /= 255
+            row -= mean
+            row /= std
         if return_tensors is None:
-            return BatchFeature({"pixel_values": list(pixel_values.numpy())})
-        return BatchFeature({"pixel_values": pixel_values.numpy()}, tensor_type=return_tensors)
+            return BatchFeature({"pixel_values": list(pixel_values)})
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """Read the saved settings, or the size from config.json: the official checkpoint has no settings file."""
+        """Read the saved settings, or the size from config.json: the official files have no settings."""
         try:
             return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         except OSError:
@@ -140,8 +144,8 @@ def checkpoint_image_size(pretrained_model_name_or_path, **kwargs) -> int | None
     size = (config.get("vision_config") or {}).get("image_size")
     if size is None:
         raise ValueError(
-            f"config.json of {pretrained_model_name_or_path} has no vision_config.image_size: this is not a GLM-4V "
-            "checkpoint (a text-only ChatGLM one, perhaps). Load zai-org/glm-4v-9b."
+            f"config.json of {pretrained_model_name_or_path} has no vision_config.image_size: this is not a "
+            "GLM-4V checkpoint (a text-only ChatGLM one, perhaps). Load zai-org/glm-4v-9b."
         )
     return size
 
@@ -157,16 +161,16 @@ def _decode(name, source) -> Image.Image:
             return image.convert("RGB")
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(
-                f"{name} has too many pixels: more than {Image.MAX_IMAGE_PIXELS:,}, where a small file can fill "
-                "the memory. Expected a photograph or a screenshot. Scale it down first, or raise "
+                f"{name} has too many pixels: more than {Image.MAX_IMAGE_PIXELS:,}, where a small file can "
+                "fill the memory. Expected a photograph or a screenshot. Scale it down first, or raise "
                 "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
             ) from error
         except (_UnusableImage, MemoryError):
             raise
         except Exception as error:  # decoders meet damaged files with errors of many types
             raise ValueError(
-                f"{name} cannot be read as an image ({error}). Expected a complete PNG, JPEG, GIF, WebP or other "
-                "file that Pillow opens. Save or download it again."
+                f"{name} cannot be read as an image ({error}). Expected a complete PNG, JPEG, GIF, WebP or "
+                "other file that Pillow opens. Save or download it again."
             ) from error
 
 
@@ -177,12 +181,12 @@ class _UnusableImage(ValueError):
 def _refuse_unusable(image, name):
     if image.mode.startswith(("I", "F")):
         raise _UnusableImage(
-            f"{name} has pixels of mode {image.mode}, more than 8 bits. Expected 8 bits a channel: Pillow would "
-            "turn everything above 255 white. Scale the values to 0..255 and convert to mode L or RGB first."
+            f"{name} has pixels of mode {image.mode}, more than 8 bits. Expected 8 bits a channel: Pillow "
+            "would turn everything above 255 white. Scale the values to 0..255 and convert to mode L or RGB."
         )
     if 0 in image.size:
         raise _UnusableImage(
-            f"{name} is {image.width}×{image.height} pixels. Expected at least one. Check where it comes from."
+            f"{name} is {image.width}×{image.height} pixels. Expected at least one. Use another."
         )
 
 

@@ -3,16 +3,16 @@
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.models.auto import image_processing_auto
 
-from .chat import is_batch, parse_conversation, refuse_options
-from .image_processing import GLM4VImageProcessor, checkpoint_image_size
-from .tokenization import ChatGLM4Tokenizer
+from glm4v_nb.model.chat import is_batch, parse_conversation, refuse_options
+from glm4v_nb.model.image_processing import GLM4VImageProcessor, checkpoint_image_size
+from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
 
 
 class GLM4VProcessor(ProcessorMixin):
     """Tokenizer and image processor of GLM-4V behind one call.
 
-    Usually ``processor.apply_chat_template(messages, add_generation_prompt=True)``; ``processor(images, text)``
-    is short for a conversation of one question.
+    Usually ``processor.apply_chat_template(messages, add_generation_prompt=True)``; ``processor(images,
+    text)`` is short for a conversation of one question.
 
     Args:
         image_processor: a ``GLM4VImageProcessor``.
@@ -28,13 +28,13 @@ class GLM4VProcessor(ProcessorMixin):
         if stated is not None and stated != image_processor.image_size:
             raise ValueError(
                 f"tokenizer_config.json has image_size {stated}, but config.json or the image processor has "
-                f"{image_processor.image_size}. Both must be the side the image tower was built for. Take all "
-                "files from the same checkpoint."
+                f"{image_processor.image_size}. Both must be the side the image tower was built for. Take "
+                "all files from the same checkpoint."
             )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load from the official files (config.json, tokenizer_config.json, tokenizer.model) or from saved ones.
+        """Load from the official files (config.json, tokenizer_config.json, tokenizer.model) or saved ones.
 
         No remote code runs, whatever the files name. The image size is that of the saved processor or else of
         config.json, or else of tokenizer_config.json.
@@ -54,9 +54,9 @@ class GLM4VProcessor(ProcessorMixin):
             image_processor = GLM4VImageProcessor(tokenizer.image_size)
         if built_for is not None and built_for != image_processor.image_size:
             raise ValueError(
-                f"{pretrained_model_name_or_path}: config.json has vision_config.image_size {built_for}, but the "
-                f"saved processor has {image_processor.image_size}. Both must be the side the image tower was built "
-                "for. Remove processor_config.json or take all files from the same checkpoint."
+                f"{pretrained_model_name_or_path}: config.json has vision_config.image_size {built_for}, but "
+                f"the saved processor has {image_processor.image_size}. Both must be the side the image "
+                "tower was built for. Take all files from the same checkpoint."
             )
         return cls(image_processor, tokenizer)
 
@@ -83,21 +83,21 @@ class GLM4VProcessor(ProcessorMixin):
         """Turn one conversation, or a list of conversations, into the model's inputs.
 
         The forms of a message are described in ``chat.parse_conversation``; the other arguments in
-        ``ChatGLM4Tokenizer.apply_chat_template``. Unlike in most processors ``tokenize`` is on by default, since the
-        rendered text is only for reading.
+        ``ChatGLM4Tokenizer.apply_chat_template``. Unlike in most processors ``tokenize`` is on by default,
+        since the rendered text is only for reading.
 
         Args:
-            processor_kwargs: padding, max_length, pad_to_multiple_of or return_tensors, as transformers' pipelines
-                pass them.
+            processor_kwargs: padding, max_length, pad_to_multiple_of or return_tensors, as transformers'
+                pipelines pass them.
 
         Returns:
             ``BatchFeature`` with ``input_ids`` and ``attention_mask`` [n, L], padded on the left, and, if any
-            conversation has an image, ``pixel_values`` float32 [images, 3, size, size], in the order of the rows
-            that have one. The model derives position ids from the mask.
+            conversation has an image, ``pixel_values`` float32 [images, 3, size, size], in the order of the
+            rows that have one. The model derives position ids from the mask.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError: as the tokenizer's method and ``image_processing.load_image``;
-                an image placeholder without an image.
+            ValueError, TypeError, FileNotFoundError: as the tokenizer's method and
+                ``image_processing.load_image``; an image placeholder without an image.
         """
         refuse_options(
             tools=tools,
@@ -136,8 +136,8 @@ class GLM4VProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, **options):
         """One question, or a list of questions, each with at most one image.
 
-        Each text becomes a conversation of one user message, ready for the answer; it is never read as a rendered
-        prompt. Images alone give only ``pixel_values``.
+        Each text becomes a conversation of one user message, ready for the answer; it is never read as a
+        rendered prompt. Images alone give only ``pixel_values``.
 
         Args:
             images: None, an image for the one text, or a list with an image or None for each text.
@@ -156,27 +156,28 @@ class GLM4VProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
             raise TypeError(
-                "The text is neither str nor a list of str. Expected one question or a list of questions. For "
-                "messages call apply_chat_template."
+                "The text is neither str nor a list of str. Expected one question or a list of questions. "
+                "For messages call apply_chat_template."
             )
         if any(one.startswith("[gMASK]<sop><|") for one in texts):
             raise ValueError(
-                "The text is a rendered prompt. Expected a plain question: special tokens in text stay ordinary "
-                "text here. Pass the messages to apply_chat_template(messages, add_generation_prompt=True)."
+                "The text is a rendered prompt. Expected a plain question: special tokens in text stay "
+                "ordinary text here. Pass the messages to apply_chat_template(messages, "
+                "add_generation_prompt=True)."
             )
         if images is None:
             images = [None] * len(texts)
         elif not isinstance(images, (list, tuple)):
             images = [images]
-        # transformers' callers also nest: a list of images for each text.
-        images = [image[0] if isinstance(image, (list, tuple)) and len(image) == 1 else image for image in images]
+        images = [_only_image(image) for image in images]
         if len(images) != len(texts):
             raise ValueError(
-                f"There are {len(images)} images for {len(texts)} texts. Expected one image or None for each text. "
-                "Put None where a question has no image."
+                f"There are {len(images)} images for {len(texts)} texts. Expected one image or None for each "
+                "text. Put None where a question has no image."
             )
         conversations = [
-            [{"role": "user", "content": one, "image": image}] for one, image in zip(texts, images, strict=True)
+            [{"role": "user", "content": one, "image": image}]
+            for one, image in zip(texts, images, strict=True)
         ]
         return self.apply_chat_template(conversations, **{"add_generation_prompt": True, **options})
 
@@ -189,17 +190,25 @@ def register_processing(config_class):
     """
     AutoTokenizer.register(config_class, ChatGLM4Tokenizer, exist_ok=True)
     AutoProcessor.register(config_class, GLM4VProcessor, exist_ok=True)
-    # The mapping behind AutoImageProcessor, because transformers 5.17 exports that class only beside torchvision.
+    # The mapping behind AutoImageProcessor, because transformers 5.17 exports that class only beside
+    # torchvision.
     image_processing_auto.IMAGE_PROCESSOR_MAPPING.register(
         config_class, {"pil": GLM4VImageProcessor}, exist_ok=True
     )
+
+
+def _only_image(image):
+    """Undo the nesting of transformers' callers, who also pass a list of images for each text."""
+    if isinstance(image, (list, tuple)) and len(image) < 2:
+        return image[0] if image else None
+    return image
 
 
 def _images(conversation) -> list:
     images = [message.image for message in parse_conversation(conversation) if message.image is not None]
     if any(image is True for image in images):
         raise ValueError(
-            "A message has an image placeholder but no image. Expected the image itself beside it. Pass it as "
-            '{"type": "image", "image": image}, or as "image" of the message.'
+            "A message has an image placeholder but no image. Expected the image itself beside it. Pass as "
+            '"image" of the message or of its part of type image.'
         )
     return images

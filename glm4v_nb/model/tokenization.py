@@ -1,7 +1,7 @@
 """Tokenizer of GLM-4V-9B, built from the official tiktoken-format ``tokenizer.model``.
 
-The split pattern and the rebuilding of merges from ranks are transformers' own ``TikTokenConverter``; the result
-is a fast tokenizer whose ids equal those of tiktoken, the library the original code uses.
+The split pattern and the rebuilding of merges from ranks are transformers' own ``TikTokenConverter``; the
+result is a fast tokenizer whose ids equal those of tiktoken, the library the original code uses.
 """
 
 import base64
@@ -13,7 +13,7 @@ from tokenizers import AddedToken, processors
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from .chat import (
+from glm4v_nb.model.chat import (
     PREFIX,
     ROLES,
     conversation_ids,
@@ -69,8 +69,8 @@ def read_ranks(vocab_file) -> dict[bytes, int]:
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(
-            f"{vocab_file} has no token for {len(missing)} of the 256 single bytes (the first is {missing[0]}): "
-            "it is truncated or not a tiktoken vocabulary. Download the file again."
+            f"{vocab_file} has no token for {len(missing)} of the 256 single bytes (the first is "
+            f"{missing[0]}): it is truncated or not a tiktoken vocabulary. Download the file again."
         )
     return ranks
 
@@ -84,13 +84,14 @@ class _RanksConverter(TikTokenConverter):
 class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     """The tokenizer that the official tokenizer_config.json names as its ``tokenizer_class``.
 
-    ``tokenizer(text)`` puts ``[gMASK]<sop>`` in front, as the original does; with ``add_special_tokens=False`` it
-    adds nothing. Text that spells a special token stays ordinary text, whoever typed it. Padding goes to the left.
+    ``tokenizer(text)`` puts ``[gMASK]<sop>`` in front, as the original does; with
+    ``add_special_tokens=False`` it adds nothing. Text that spells a special token stays ordinary text,
+    whoever typed it. Padding goes to the left.
 
     Args:
         vocab_file: path of ``tokenizer.model``.
-        added_tokens_decoder: id → special token, as in tokenizer_config.json. The ids follow the vocabulary's last
-            rank without a gap.
+        added_tokens_decoder: id → special token, as in tokenizer_config.json. The ids follow the vocabulary's
+            last rank without a gap.
         image_size: side of the square the model sees, in pixels (1120 for GLM-4V-9B), or None if not stated.
 
     Raises:
@@ -108,9 +109,9 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         for token_id, token in special_tokens.items():
             if backend.token_to_id(token.content) != token_id:
                 raise ValueError(
-                    f"tokenizer_config.json gives {token.content} the id {token_id}, but with this tokenizer.model "
-                    f"it is {backend.token_to_id(token.content)}. Special tokens follow the vocabulary's last rank "
-                    "without a gap. Take both files from the same checkpoint."
+                    f"tokenizer_config.json gives {token.content} the id {token_id}, but with this "
+                    f"tokenizer.model it is {backend.token_to_id(token.content)}. Special tokens follow the "
+                    "vocabulary's last rank without a gap. Take both files from the same checkpoint."
                 )
         special_ids = {token.content: token_id for token_id, token in special_tokens.items()}
         backend.post_processor = processors.TemplateProcessing(
@@ -147,7 +148,9 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         return tokenizer
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
-        return super()._encode_plus(_replace_lone_surrogates(text), _replace_lone_surrogates(text_pair), **kwargs)
+        return super()._encode_plus(
+            _replace_lone_surrogates(text), _replace_lone_surrogates(text_pair), **kwargs
+        )
 
     def apply_chat_template(
         self,
@@ -170,27 +173,29 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     ):
         """Turn one conversation, or a list of conversations, into ids.
 
-        The ids are put together piece by piece, never through rendered text, so special-token text in a message
-        stays ordinary text (``sanitize_control_tokens`` is accepted and always true). An image takes the three ids
-        begin-of-image, placeholder, end-of-image; its pixels come from ``GLM4VProcessor.apply_chat_template``.
-        The forms of a message are described in ``chat.parse_conversation``.
+        The ids are put together piece by piece, never through rendered text, so special-token text in a
+        message stays ordinary text (``sanitize_control_tokens`` is accepted and always true). An image takes
+        the three ids begin-of-image, placeholder, end-of-image; its pixels come from
+        ``GLM4VProcessor.apply_chat_template``. The forms of a message are described in
+        ``chat.parse_conversation``.
 
         Args:
             conversation: list of messages, or list of such lists.
             add_generation_prompt: end with ``<|assistant|>``.
-            continue_final_message: leave the last message open for the model to continue. Nothing is added after a
-                message in this format, so this only excludes ``add_generation_prompt``.
-            tokenize: False gives readable text instead. It cannot be turned back into a prompt: special tokens
-                in text stay text.
+            continue_final_message: leave the last message open for the model to continue. Nothing is added
+                after a message in this format, so this only excludes ``add_generation_prompt``.
+            tokenize: False gives readable text instead. It cannot be turned back into a prompt: special
+                tokens in text stay text.
             padding, max_length, pad_to_multiple_of, return_tensors, return_dict: as in transformers.
 
         Returns:
             ``BatchEncoding`` with ``input_ids`` and ``attention_mask``, each a list of length L for one
-            conversation, a list of lists for several, or a tensor [n, L] with ``return_tensors``. Only the ids
-            with ``return_dict=False``; str or list[str] with ``tokenize=False``.
+            conversation, a list of lists for several, or a tensor [n, L] with ``return_tensors``. Only the
+            ids with ``return_dict=False``; str or list[str] with ``tokenize=False``.
 
         Raises:
-            ValueError: empty conversation, unknown role, second image, or an option this format does not have.
+            ValueError: empty conversation, unknown role, second image, or an option this format does not
+                have.
             TypeError: a message, its content or its image is of another type.
         """
         refuse_options(
@@ -202,8 +207,8 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         )
         if add_generation_prompt and continue_final_message:
             raise ValueError(
-                "add_generation_prompt and continue_final_message are both set. The model either starts a new "
-                "message or continues the last one. Set one of them."
+                "add_generation_prompt and continue_final_message are both set. The model either starts a "
+                "new message or continues the last one. Set one of them."
             )
         batched = is_batch(conversation)
         conversations = [parse_conversation(one) for one in (conversation if batched else [conversation])]
@@ -221,8 +226,8 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         return encoded if return_dict else encoded["input_ids"]
 
     def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
-        # The base class would write a tokenizer.json and leave the special tokens' ids to it. The official layout
-        # is tokenizer.model, copied as it is, and the ids in tokenizer_config.json.
+        # The base class would write a tokenizer.json and leave the special tokens' ids to it. The official
+        # layout is tokenizer.model, copied as it is, and the ids in tokenizer_config.json.
         config_file = Path(file_names[0])
         config = json.loads(config_file.read_text(encoding="utf-8"))
         for not_official in ("backend", "is_local", "local_files_only"):
@@ -253,8 +258,8 @@ def _special_tokens(added_tokens_decoder) -> dict[int, AddedToken]:
     missing = [name for name in REQUIRED_SPECIAL_TOKENS if name not in contents]
     if missing:
         raise ValueError(
-            f"tokenizer_config.json: added_tokens_decoder has no {', '.join(missing)}. A conversation with this "
-            "model needs them. Put the official tokenizer_config.json beside tokenizer.model."
+            f"tokenizer_config.json: added_tokens_decoder has no {', '.join(missing)}. A conversation with "
+            "this model needs them. Put the official tokenizer_config.json beside tokenizer.model."
         )
     return tokens
 

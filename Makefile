@@ -1,0 +1,67 @@
+# Works with GNU make 3.81 (macOS) and newer. Everything runs in .venv, which the first target builds.
+
+PYTHON ?= python3
+NOTEBOOKS ?=
+OUTPUT ?= runs
+TESTS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lab lint clean
+MAKEFLAGS += --no-print-directory
+
+# A mistyped variable (NOTEBOKS=01) would otherwise be ignored without a word.
+VARIABLES_KNOWN := PYTHON NOTEBOOKS OUTPUT TESTS
+VARIABLES_GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+VARIABLES_UNKNOWN := $(filter-out $(VARIABLES_KNOWN) MAKEFLAGS SHELL,$(VARIABLES_GIVEN))
+ifneq ($(strip $(VARIABLES_UNKNOWN)),)
+$(error unknown variable $(VARIABLES_UNKNOWN): the variables are $(VARIABLES_KNOWN); see `make help`)
+endif
+
+INTERPRETER := $(if $(strip $(PYTHON)),$(strip $(PYTHON)),python3)
+# A Python that was named is used or refused; the default may give way to a newer one on PATH.
+CHOSEN := $(if $(filter file,$(origin PYTHON)),,$(if $(strip $(PYTHON)),--chosen))
+VENV := .venv/bin
+
+help:
+	@echo 'GLM-4V-9B on several GPUs: a suite of notebooks. Needs Python 3.11 or newer and make.'
+	@echo
+	@echo '  make run     execute the notebooks in order; a report and the executed notebooks go to runs/<time>/'
+	@echo '  make test    unit tests, parity tests, and every notebook cell by cell'
+	@echo '  make lab     open JupyterLab on this machine only (127.0.0.1), kernel ready'
+	@echo '  make lint    check the style of code and notebooks'
+	@echo '  make setup   only build .venv from requirements.lock (each target above does it by itself)'
+	@echo '  make clean   remove .venv and caches; runs/ stays'
+	@echo
+	@echo 'Variables:'
+	@echo '  PYTHON=python3.12     the Python that builds .venv                      (python3)'
+	@echo '  NOTEBOOKS="01 02"     run: only these numbers                           (all)'
+	@echo '  OUTPUT=runs           run: where results go                             (runs)'
+	@echo '  TESTS=tests/unit      test: only these files or folders                 (all)'
+
+setup:
+	@command -v $(INTERPRETER) >/dev/null 2>&1 || { \
+	  for newer in python3.13 python3.12 python3.11; do \
+	    $$newer -c pass >/dev/null 2>&1 && { echo "error: $(INTERPRETER) is not on PATH, $$newer is. Run: make $(or $(firstword $(MAKECMDGOALS)),run) PYTHON=$$newer" >&2; exit 1; }; \
+	  done; \
+	  echo "error: $(INTERPRETER) is not on PATH. Install Python 3.11 or newer, or name yours: make $(or $(firstword $(MAKECMDGOALS)),run) PYTHON=/path/to/python3" >&2; exit 1; }
+	@MAKE_TARGET="$(or $(firstword $(MAKECMDGOALS)),run)" $(INTERPRETER) tools/setup_environment.py $(CHOSEN)
+
+run: setup
+	@echo 'Starting the notebooks (importing torch takes a few seconds) ...'
+	@$(VENV)/python -m glm4v_nb.experiment.run --output '$(OUTPUT)' $(if $(strip $(NOTEBOOKS)),--notebooks $(NOTEBOOKS))
+
+test: setup
+	@HF_HUB_OFFLINE=1 $(VENV)/python -m pytest $(TESTS)
+
+# Containers often have only root, which Jupyter refuses unless told.
+lab: setup
+	@$(VENV)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" $$([ "$$(id -u)" -ne 0 ] || echo --allow-root)
+
+lint: setup
+	@$(VENV)/ruff check .
+	@$(VENV)/ruff format --check .
+	@$(VENV)/nb-clean check --preserve-cell-outputs --preserve-execution-counts --preserve-cell-metadata --preserve-notebook-metadata notebooks
+
+clean:
+	@rm -rf .venv build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -type d -not -path './.git/*' -exec rm -rf {} +

@@ -1,0 +1,135 @@
+"""Will it fit? Load the full-size model on simulated cards, run a workload on it, and report every card's peak."""
+
+import re
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from glm4v_nb.memory import Workload, decode, make_prompt, prefill, train_step
+from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS
+from glm4v_nb.placement import plan_device_map
+from glm4v_nb.rig import Rig
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# More host memory than any weights need, so that placement depends on the cards alone.
+_AMPLE_HOST_BYTES = 2**50
+
+
+@dataclass(frozen=True)
+class DeviceFit:
+    """One card's figures, in bytes. After a failed load ``weights_bytes`` is what had been loaded."""
+
+    index: int
+    card: str
+    capacity_bytes: int
+    weights_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """Where a run died: the card, the phase ("load", "prefill", "decode" or "backward") and PyTorch's message."""
+
+    device: int
+    phase: str
+    message: str
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """The answer; ``to_dict`` is what ``glm4v-nb fit --json`` prints."""
+
+    verdict: str
+    devices: list[DeviceFit]
+    oom: OutOfMemory | None
+    seconds: float
+    provenance: str
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict == "fits"
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def fit(
+    card: str = "L4",
+    count: int = 1,
+    dtype: str = "bfloat16",
+    device_map: str | dict = "auto",
+    workload: Workload | None = None,
+) -> FitResult:
+    """Run a workload of the full-size model on ``count`` simulated cards.
+
+    The question is whether the cards alone hold it. Where an automatic map would move modules to the CPU, they are
+    put on the last card instead, so that the answer is the error a user without offloading meets.
+
+    Raises:
+        ValueError: unknown card, dtype, device map or an impossible workload.
+    """
+    workload = workload or Workload()
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise ValueError(
+            f"device_map is {device_map!r}; expected one of {', '.join(DEVICE_MAPS)}, or a dictionary of module "
+            "names and cards."
+        )
+    started = time.perf_counter()
+    if isinstance(device_map, str):
+        device_map = map_without_offload(card, count, DTYPES[dtype], device_map)
+    rig = Rig(card, count)
+    weights = [0] * count
+    oom = None
+    try:
+        with rig:
+            with rig.stage("load"):
+                model = AutoModelForCausalLM.from_pretrained(
+                    OFFICIAL_CHECKPOINTS[0], device_map=device_map, dtype=DTYPES[dtype]
+                )
+            weights = [memory.allocated_bytes for memory in rig.memory()]
+            with rig.stage("prefill"):
+                prompt = make_prompt(model, workload)
+                if not workload.train:
+                    outputs = prefill(model, prompt)
+            if workload.train:
+                with rig.stage("backward"):
+                    train_step(model, prompt, workload.gradient_checkpointing)
+            elif workload.new_tokens > 1:
+                with rig.stage("decode"):
+                    decode(rig, model, prompt, outputs, workload.new_tokens)
+    except torch.OutOfMemoryError as error:
+        failed = rig.stages[-1]
+        if failed.name == "load":
+            weights = [memory.allocated_bytes for memory in failed.memory]
+        oom = OutOfMemory(int(re.search(r"GPU (\d+)", str(error))[1]), failed.name, str(error))
+    devices = [
+        DeviceFit(
+            index=index,
+            card=rig.card.key,
+            capacity_bytes=rig.card.total_bytes,
+            weights_bytes=weights[index],
+            peak_allocated_bytes=max(stage.memory[index].peak_allocated_bytes for stage in rig.stages),
+            peak_reserved_bytes=max(stage.memory[index].peak_reserved_bytes for stage in rig.stages),
+        )
+        for index in range(count)
+    ]
+    seconds = round(time.perf_counter() - started, 2)
+    return FitResult("oom" if oom else "fits", devices, oom, seconds, rig.provenance)
+
+
+def map_without_offload(card: str, count: int, dtype: torch.dtype, strategy: str) -> dict[str, int]:
+    """The device map transformers makes on these cards, with what it would offload put on the last card."""
+    if count == 1:
+        return {"": 0}
+    rig = Rig(card, count)
+    with rig:
+        max_memory = {index: torch.cuda.mem_get_info(index)[0] for index in range(count)}
+        max_memory["cpu"] = _AMPLE_HOST_BYTES
+        placement = plan_device_map(strategy, max_memory, dtype)
+    return {name: place if isinstance(place, int) else count - 1 for name, place in placement.items()}

@@ -1,0 +1,96 @@
+"""Device maps: what transformers plans for given cards, and what a loaded model's map means in bytes."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from transformers.integrations.accelerate import _get_device_map
+
+from glm4v_nb.model import GLM4VForConditionalGeneration, official_config
+
+# Where a module runs: a card's index, "cpu" or "disk".
+Place = int | str
+
+
+@dataclass(frozen=True)
+class PlacedModule:
+    """One unit of the model as a device map sees it. ``bytes`` counts its parameters."""
+
+    name: str
+    kind: str
+    place: Place
+    bytes: int
+
+
+def meta_model(dtype: torch.dtype = torch.bfloat16) -> GLM4VForConditionalGeneration:
+    """The full-size model without memory, for planning."""
+    with torch.device("meta"):
+        return GLM4VForConditionalGeneration(official_config()).to(dtype)
+
+
+def plan_device_map(
+    strategy: str, max_memory: dict[Place, int], dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Place]:
+    """The map ``from_pretrained(device_map=strategy, max_memory=max_memory)`` would make, without loading.
+
+    Args:
+        strategy: "auto", "balanced", "balanced_low_0" or "sequential".
+        max_memory: bytes per card index, and for "cpu".
+    """
+    return dict(_get_device_map(meta_model(dtype), strategy, max_memory, None))
+
+
+def explain_device_map(model, device_map: dict[str, Place]) -> list[PlacedModule]:
+    """The model's building blocks in the order data flows, each with its place and bytes.
+
+    A block that the map cuts in two appears once per part.
+    """
+    blocks = [
+        *[f"vision_tower.{name}" for name in ("patch_embedding", "conv", "linear_proj", "boundary")],
+        *[f"vision_tower.layers.{index}" for index in range(len(model.vision_tower.layers))],
+        "language_model.embed_tokens",
+        *[f"language_model.layers.{index}" for index in range(len(model.language_model.layers))],
+        "language_model.norm",
+        "lm_head",
+    ]
+    blocks.sort(key=_flow_order)
+    placed = []
+    for block in blocks:
+        size_by_place: dict[Place, int] = defaultdict(int)
+        for name, parameter in model.get_submodule(block).named_parameters():
+            full_name = f"{block}.{name}"
+            size_by_place[place_of(full_name, device_map)] += parameter.numel() * parameter.element_size()
+        placed.extend(PlacedModule(block, _kind(block), place, size) for place, size in size_by_place.items())
+    return placed
+
+
+def place_of(name: str, device_map: dict[str, Place]) -> Place:
+    """Where a parameter or module is, by the longest prefix in the map; "cpu" when nothing matches."""
+    while name not in device_map and name:
+        name = name.rpartition(".")[0]
+    place = device_map.get(name, "cpu")
+    return place.index if isinstance(place, torch.device) and place.index is not None else place
+
+
+def _kind(block: str) -> str:
+    if block.startswith("vision_tower.layers"):
+        return "tower layer"
+    if block.startswith("vision_tower"):
+        return "tower other"
+    return "decoder layer" if ".layers." in block else "embedding and head"
+
+
+def _flow_order(block: str) -> tuple[int, int]:
+    order = (
+        "vision_tower.patch_embedding",
+        "vision_tower.layers",
+        "vision_tower.conv",
+        "vision_tower.linear_proj",
+        "vision_tower.boundary",
+        "language_model.embed_tokens",
+        "language_model.layers",
+        "language_model.norm",
+        "lm_head",
+    )
+    prefix, _, number = block.rpartition(".") if block[-1].isdigit() else (block, "", "0")
+    return order.index(prefix), int(number)

@@ -1,0 +1,6 @@
+"""GPU cards to run on: a catalogue, and ``Rig``, inside which the reader's code finds them."""
+
+from glm4v_nb.rig.catalog import CARDS, Card, find_card
+from glm4v_nb.rig.rig import CardMemory, Rig, Stage
+
+__all__ = ["CARDS", "Card", "CardMemory", "Rig", "Stage", "find_card"]

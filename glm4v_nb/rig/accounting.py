@@ -1,0 +1,196 @@
+"""Follows every tensor on simulated cards from its birth to its last reference, and can replay what it saw."""
+
+import itertools
+import weakref
+from dataclasses import dataclass
+
+import torch
+
+from glm4v_nb.rig.allocator import Allocator
+
+# Operators that call cuBLAS, whose workspace PyTorch allocates at the first of them on each device and keeps.
+_MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"}
+
+
+@dataclass
+class Block:
+    """One live allocation: its card, its size in bytes and where it came from."""
+
+    card: int
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    operator: str
+    stage: str
+    serial: int  # counts allocations of this process
+
+
+@dataclass
+class _Event:
+    """One allocation or release of a recorded step; ``serial`` pairs the two."""
+
+    allocates: bool
+    card: int
+    bytes: int
+    serial: int
+
+
+class Accounting:
+    """Charges storages to the allocators of the cards they are on.
+
+    Args:
+        allocators: one per card.
+        workspace_bytes: cuBLAS workspace per card, taken at its first matrix product.
+    """
+
+    def __init__(self, allocators: list[Allocator], workspace_bytes: int):
+        self.allocators = allocators
+        self.workspace_bytes = workspace_bytes
+        self.stage = "other"
+        self._blocks: dict[int, Block] = {}
+        self._references: dict[int, weakref.ref] = {}
+        self._with_workspace: set[int] = set()
+        self._serials = itertools.count()
+        self._recording: list[_Event] | None = None
+
+    def observe(self, operator, results: list[torch.Tensor]):
+        """Charge what an operator newly allocated; the device module calls this after every operator.
+
+        Raises:
+            torch.OutOfMemoryError: a card has no room.
+        """
+        for tensor in results:
+            card = tensor.device.index
+            if card not in self._with_workspace and operator._schema.name in _MATRIX_PRODUCTS:
+                self._with_workspace.add(card)
+                self._charge_workspace(card)
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            known = self._blocks.get(key)
+            size = storage.nbytes()
+            if known is not None:
+                if size > known.bytes:  # the storage was resized in place
+                    self._release(key)
+                else:
+                    continue
+            if size == 0:
+                continue
+            allocator = self._allocator(card)
+            block = Block(
+                card,
+                allocator.allocate(size),
+                tuple(tensor.shape),
+                tensor.dtype,
+                operator._schema.name.removeprefix("aten::"),
+                self.stage,
+                next(self._serials),
+            )
+            self._blocks[key] = block
+            self._references[key] = weakref.ref(storage, lambda _, key=key: self._release(key))
+            if self._recording is not None:
+                self._recording.append(_Event(True, card, size, block.serial))
+
+    def blocks(self, card: int) -> list[Block]:
+        """What is on a card now, largest first."""
+        return sorted(
+            (block for block in self._blocks.values() if block.card == card), key=lambda block: -block.bytes
+        )
+
+    def repeat(self, step, count: int):
+        """Do a decode step ``count`` times: run two, replay their allocations for the rest.
+
+        ``step`` is called without arguments and must allocate the same sequence of blocks each time, with sizes
+        that grow by a constant. Where it does not, every step is run.
+
+        Raises:
+            torch.OutOfMemoryError: as the step itself would, also while replaying.
+        """
+        recorded = [self._record(step) for _ in range(min(count, 2))]
+        if count <= 2:
+            return
+        first, second = recorded
+        sizes = [[event.bytes for event in events if event.allocates] for events in recorded]
+        if len(sizes[0]) == len(sizes[1]):
+            self._replay(first, second, count - 2)
+        else:
+            for _ in range(count - 2):
+                step()
+
+    def _record(self, step) -> list[_Event]:
+        self._recording = []
+        try:
+            step()
+        finally:
+            events, self._recording = self._recording, None
+        return events
+
+    def _replay(self, first: list[_Event], second: list[_Event], count: int):
+        """Repeat the second recorded step ``count`` more times, each size growing as it did from the first."""
+        # A block is known by its number in its step. A release is of a block made in the same step, or of the one
+        # with the same number in the step before.
+        made_first = [event for event in first if event.allocates]
+        made_second = [event for event in second if event.allocates]
+        number_first = {event.serial: number for number, event in enumerate(made_first)}
+        number_second = {event.serial: number for number, event in enumerate(made_second)}
+        growth = [late.bytes - early.bytes for early, late in zip(made_first, made_second, strict=True)]
+        survivors = {
+            number_second[block.serial]: block
+            for block in self._blocks.values()
+            if block.serial in number_second
+        }
+        held = {number: block.bytes for number, block in survivors.items()}
+        made: dict[int, int] = {}
+        try:
+            for repetition in range(1, count + 1):
+                for event in second:
+                    allocator = self._allocator(event.card)
+                    if event.allocates:
+                        number = number_second[event.serial]
+                        made[number] = allocator.allocate(event.bytes + repetition * growth[number])
+                    elif event.serial in number_second:
+                        allocator.free(made.pop(number_second[event.serial]))
+                    elif number_first.get(event.serial) in held:
+                        allocator.free(held.pop(number_first[event.serial]))
+                held.update(made)
+                made.clear()
+        except torch.OutOfMemoryError:
+            # As when a real step fails: what replaced an older block stays, the step's own temporaries go.
+            for number, size in made.items():
+                if number in survivors and number not in held:
+                    held[number] = size
+                else:
+                    self._allocator(made_second[number].card).free(size)
+            raise
+        finally:
+            # What is still held belongs to the tensors that survived the recorded step.
+            for number, block in survivors.items():
+                block.bytes = held[number]
+
+    def _release(self, key: int):
+        block = self._blocks.pop(key, None)
+        self._references.pop(key, None)
+        if block is not None:
+            self._allocator(block.card).free(block.bytes)
+            if self._recording is not None:
+                self._recording.append(_Event(False, block.card, block.bytes, block.serial))
+
+    def _charge_workspace(self, card: int):
+        allocator = self._allocator(card)
+        block = Block(
+            card,
+            allocator.allocate(self.workspace_bytes),
+            (self.workspace_bytes,),
+            torch.uint8,
+            "cuBLAS workspace",
+            "workspace",
+            next(self._serials),
+        )
+        self._blocks[-1 - card] = block
+
+    def _allocator(self, card: int) -> Allocator:
+        if card >= len(self.allocators):
+            raise RuntimeError(
+                f"CUDA error: invalid device ordinal (cuda:{card} of {len(self.allocators)} simulated cards). "
+                "Use a lower index, or make the rig with a larger count."
+            )
+        return self.allocators[card]

@@ -1,0 +1,103 @@
+"""A PyTorch device that has shapes, types and bytes but no numbers: "simcuda".
+
+PyTorch lets one extra backend (PrivateUse1) be defined from Python. Here its tensors are fake tensors: every
+operator runs its shape rules and no arithmetic. Two kernels are enough, since all factory functions and copies to a
+device start by making an empty tensor; everything after that dispatches on the fake tensor itself.
+
+The registration function is marked experimental in PyTorch, so everything that depends on it stays in this module.
+"""
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree, backend_registration
+
+DEVICE_TYPE = "simcuda"
+MAX_CARDS = 16
+# Called after every operator with its overload and its results on simulated cards; set by the active rig.
+Observer = Callable[[object, list[FakeTensor]], None]
+_observer: Observer | None = None
+
+
+class _BackendModule(backend_registration._DummyBackendModule):
+    """What torch asks of ``torch.simcuda``."""
+
+    def device_count(self) -> int:
+        return MAX_CARDS
+
+    def is_available(self) -> bool:
+        return _observer is not None
+
+    # Without this, gradient checkpointing fails inside a C++ hook and aborts the process.
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+class _ObservedFakeMode(FakeTensorMode):
+    """Runs shape rules and reports each operator. All threads pass here, the autograd engine's too."""
+
+    # Some constructors would otherwise touch the device with a real kernel.
+    avoid_device_init = True
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+        self._nesting = threading.local()
+
+    def dispatch(self, func, types, args=(), kwargs=None):
+        # Operators that a shape rule uses internally are not the program's own.
+        depth = getattr(self._nesting, "depth", 0)
+        self._nesting.depth = depth + 1
+        try:
+            output = super().dispatch(func, types, args, kwargs)
+        finally:
+            self._nesting.depth = depth
+        if _observer is not None and depth == 0:
+            if isinstance(output, FakeTensor):
+                results = [output] if output.device.type == DEVICE_TYPE else []
+            else:
+                results = [
+                    leaf
+                    for leaf in _pytree.tree_leaves(output)
+                    if isinstance(leaf, FakeTensor) and leaf.device.type == DEVICE_TYPE
+                ]
+            if results:
+                _observer(func, results)
+        return output
+
+
+_mode: _ObservedFakeMode | None = None
+_library: torch.library.Library | None = None
+
+
+def fake_mode() -> FakeTensorMode:
+    """The one mode all simulated tensors of this process belong to; registers the device on first use."""
+    global _mode, _library
+    if _mode is None:
+        backend_registration._setup_privateuseone_for_python_backend(DEVICE_TYPE, backend_module=_BackendModule())
+        _mode = _ObservedFakeMode()
+        _library = torch.library.Library("aten", "IMPL")
+        _library.impl("empty.memory_format", _in_fake_mode(torch.ops.aten.empty.memory_format), "PrivateUse1")
+        _library.impl("empty_strided", _in_fake_mode(torch.ops.aten.empty_strided.default), "PrivateUse1")
+    return _mode
+
+
+def observe(observer: Observer | None):
+    """Report every operator to ``observer`` from now on; None stops reporting."""
+    global _observer
+    fake_mode()
+    _observer = observer
+
+
+def card_device(index: int) -> torch.device:
+    """The torch device of simulated card ``index``."""
+    return torch.device(DEVICE_TYPE, index)
+
+
+def _in_fake_mode(operator):
+    def kernel(*args, **kwargs):
+        with _mode:
+            return operator(*args, **kwargs)
+
+    return kernel

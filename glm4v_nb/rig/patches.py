@@ -1,0 +1,292 @@
+"""What the reader's own code meets while a simulated rig is active: torch.cuda, "cuda:0" and from_pretrained.
+
+Everything is put in place by ``simulated_world`` and taken away again when its block ends.
+"""
+
+import os
+import warnings
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    masking_utils,
+    modeling_utils,
+)
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging as transformers_logging
+
+from glm4v_nb.model import GLM4VForConditionalGeneration, official_config
+from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS
+from glm4v_nb.rig.device import DEVICE_TYPE, card_device, fake_mode
+
+_AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
+# Arguments that say where weights come from; a simulated model has none to fetch.
+_DOWNLOAD_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "use_safetensors")
+
+
+@contextmanager
+def simulated_world(rig):
+    """Let torch, transformers and accelerate see ``rig``'s cards as CUDA devices until the block ends.
+
+    ``rig`` has ``cards``, ``allocators``, and ``loading()``, a context manager that marks the loading stage.
+    """
+    fake_mode()
+    cuda = _CudaFunctions(rig)
+    with ExitStack() as stack:
+        for name in (name for name in dir(cuda) if not name.startswith("_")):
+            stack.enter_context(mock.patch.object(torch.cuda, name, getattr(cuda, name), create=True))
+        routed = _routed_attention(functional.scaled_dot_product_attention, rig)
+        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", routed))
+        # Prompts on simulated cards have no values to look at: they are neither packed nor padded.
+        for name, answer in (
+            ("find_packed_sequence_indices", lambda position_ids: None),
+            ("fast_all", lambda tensor: True),
+        ):
+            original = getattr(masking_utils, name)
+            stack.enter_context(mock.patch.object(masking_utils, name, _unless_simulated(original, answer)))
+        warmup = _warmup_of_cuda_cards(modeling_utils.caching_allocator_warmup)
+        stack.enter_context(mock.patch.object(modeling_utils, "caching_allocator_warmup", warmup))
+        load = _simulated_from_pretrained(rig, GLM4VForConditionalGeneration.from_pretrained)
+        for model_class in (*_AUTO_CLASSES, GLM4VForConditionalGeneration):
+            stack.enter_context(mock.patch.object(model_class, "from_pretrained", load))
+        stack.enter_context(_CudaNames(cuda))
+        yield
+
+
+class _CudaFunctions:
+    """Stand-ins for functions of ``torch.cuda``, of the same names and meanings."""
+
+    def __init__(self, rig):
+        self._rig = rig
+        self._current = 0
+
+    def _index(self, device=None) -> int:
+        if device is None:
+            return self._current
+        index = device if isinstance(device, int) else torch.device(device).index
+        index = self._current if index is None else index
+        if not 0 <= index < len(self._rig.cards):
+            raise RuntimeError(
+                f"CUDA error: invalid device ordinal (asked for cuda:{index}, there are {len(self._rig.cards)} "
+                "simulated cards). Use a lower index, or make the rig with a larger count."
+            )
+        return index
+
+    def _allocator(self, device=None):
+        return self._rig.allocators[self._index(device)]
+
+    def is_available(self):
+        return True
+
+    def is_initialized(self):
+        return True
+
+    def is_bf16_supported(self, including_emulation=True):
+        return including_emulation or self._rig.cards[self._current].bf16_supported
+
+    def is_current_stream_capturing(self):
+        return False
+
+    def device_count(self):
+        return len(self._rig.cards)
+
+    def current_device(self):
+        return self._current
+
+    def set_device(self, device):
+        self._current = self._index(device)
+
+    def synchronize(self, device=None):
+        self._index(device)
+
+    def get_device_name(self, device=None):
+        return self._rig.cards[self._index(device)].device_name
+
+    def get_device_capability(self, device=None):
+        return self._rig.cards[self._index(device)].compute_capability
+
+    def get_device_properties(self, device=None):
+        card = self._rig.cards[self._index(device)]
+        return SimpleNamespace(
+            name=card.device_name,
+            total_memory=card.total_bytes,
+            major=card.compute_capability[0],
+            minor=card.compute_capability[1],
+            multi_processor_count=card.multiprocessors,
+        )
+
+    def memory_allocated(self, device=None):
+        return self._allocator(device).allocated
+
+    def max_memory_allocated(self, device=None):
+        return self._allocator(device).peak_allocated
+
+    def memory_reserved(self, device=None):
+        return self._allocator(device).reserved
+
+    def max_memory_reserved(self, device=None):
+        return self._allocator(device).peak_reserved
+
+    def mem_get_info(self, device=None):
+        allocator = self._allocator(device)
+        return allocator.free_bytes, allocator.total_bytes
+
+    def reset_peak_memory_stats(self, device=None):
+        self._allocator(device).reset_peaks()
+
+    def empty_cache(self):
+        for allocator in self._rig.allocators:
+            allocator.empty_cache()
+
+    def set_per_process_memory_fraction(self, fraction, device=None):
+        self._allocator(device).fraction = fraction
+
+
+class _CudaNames(TorchFunctionMode):
+    """Takes "cuda", "cuda:1" and ``torch.device("cuda")`` in calls for the simulated cards."""
+
+    def __init__(self, cuda: _CudaFunctions):
+        super().__init__()
+        self._cuda = cuda
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.device:
+            return func(*args, **kwargs)
+        if func is torch.Tensor.cuda:
+            device = args[1] if len(args) > 1 else kwargs.get("device")
+            return args[0].to(card_device(self._cuda._index(device)))
+        args = tuple(self._translate(value) for value in args)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": self._translate(kwargs["device"])}
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
+            # These fill the new tensor below the level at which a simulated device can step in.
+            device = kwargs.pop("device")
+            return func(*args, **kwargs).to(device)
+        return func(*args, **kwargs)
+
+    def _translate(self, value):
+        is_cuda = (isinstance(value, torch.device) and value.type == "cuda") or (
+            isinstance(value, str) and value.partition(":")[0] == "cuda"
+        )
+        return card_device(self._cuda._index(value)) if is_cuda else value
+
+
+def _routed_attention(original, rig):
+    """``scaled_dot_product_attention`` that picks the kernel CUDA would; without a GPU torch picks the slowest."""
+
+    def scaled_dot_product_attention(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
+        if query.device.type != DEVICE_TYPE:
+            return original(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        has_flash = rig.cards[query.device.index].compute_capability >= (8, 0)
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        if attn_mask is None and half and has_flash:
+            return torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, scale=scale
+            )[0]
+        grouped = query.shape[1] != key.shape[1]
+        if grouped or (query.dtype is torch.bfloat16 and not has_flash):
+            # Neither the flash nor the memory-efficient kernel takes these: CUDA uses the plain one too.
+            return original(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if attn_mask is not None:
+            if attn_mask.dtype is torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+            attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        needs_gradient = torch.is_grad_enabled() and query.requires_grad
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
+        )[0]
+
+    return scaled_dot_product_attention
+
+
+def _unless_simulated(original, answer):
+    def function(tensor):
+        return answer(tensor) if tensor.device.type == DEVICE_TYPE else original(tensor)
+
+    return function
+
+
+def _warmup_of_cuda_cards(original):
+    """The loader reserves memory ahead in one block, but sizes it by free memory only on "cuda" devices."""
+
+    def caching_allocator_warmup(model, expanded_device_map, *args, **kwargs):
+        cards = {
+            name: torch.device("cuda", device)
+            if isinstance(device, int)
+            else torch.device("cuda", device.index)
+            if isinstance(device, torch.device) and device.type == DEVICE_TYPE
+            else device
+            for name, device in expanded_device_map.items()
+        }
+        return original(model, cards, *args, **kwargs)
+
+    return caching_allocator_warmup
+
+
+def _simulated_from_pretrained(rig, original):
+    """``from_pretrained`` that runs transformers' own loader on tensors that have no numbers."""
+
+    def from_pretrained(name_or_path, *args, config=None, **kwargs):
+        if not isinstance(config, PreTrainedConfig):
+            config = _configuration(config or name_or_path)
+        for name in _DOWNLOAD_ARGUMENTS:
+            kwargs.pop(name, None)
+        if kwargs.pop("trust_remote_code", False):
+            raise ValueError(
+                "trust_remote_code=True would run code from the hub. glm4v_nb has its own GLM-4V-9B classes and "
+                "never runs remote code; leave the argument out."
+            )
+        progress = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            # In the loader's threads "cuda:0" would not be taken for a simulated card.
+            with warnings.catch_warnings(), mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}), rig.loading():
+                # The loader compares storages by address to find tied weights; without numbers none are tied.
+                warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+                return original(None, *args, config=config, state_dict=_empty_checkpoint(config), **kwargs)
+        finally:
+            if progress:
+                transformers_logging.enable_progress_bar()
+
+    return from_pretrained
+
+
+def _configuration(name_or_path):
+    if str(name_or_path) in OFFICIAL_CHECKPOINTS:
+        return official_config()
+    if not Path(name_or_path).is_dir():
+        raise ValueError(
+            f"{name_or_path!r} cannot be loaded on simulated cards. Expected {OFFICIAL_CHECKPOINTS[0]!r}, whose "
+            "config ships with glm4v_nb, or a directory with a GLM-4V-9B config.json. Correct the name, or leave "
+            "the rig's block to load other models."
+        )
+    return AutoConfig.from_pretrained(name_or_path)
+
+
+def _empty_checkpoint(config) -> dict[str, torch.Tensor]:
+    """All tensors of an official checkpoint of this configuration, on the CPU, without numbers."""
+    with torch.device("meta"):
+        model = GLM4VForConditionalGeneration(config)
+    official = revert_weight_conversion(model, model.state_dict())
+    dtype = config.dtype or torch.bfloat16
+    with fake_mode():
+        return {
+            name: torch.empty(tensor.shape, dtype=dtype, device="cpu") for name, tensor in official.items()
+        }

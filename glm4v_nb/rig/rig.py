@@ -1,0 +1,149 @@
+"""``Rig``: the one door to GPU cards, simulated ones for now; real ones are to stand behind the same interface."""
+
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from glm4v_nb.rig.accounting import Accounting, Block
+from glm4v_nb.rig.allocator import Allocator
+from glm4v_nb.rig.catalog import Card, find_card
+from glm4v_nb.rig.device import MAX_CARDS, observe
+from glm4v_nb.rig.patches import simulated_world
+
+
+@dataclass(frozen=True)
+class CardMemory:
+    """Memory of one card at one moment; all figures in bytes."""
+
+    index: int
+    card: str
+    capacity_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    free_bytes: int
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass
+class Stage:
+    """A named part of a run: memory per card when it ended, peaks since it began, and the error that ended it."""
+
+    name: str
+    memory: list[CardMemory] = field(default_factory=list)
+    out_of_memory: str | None = None
+
+
+class Rig:
+    """A number of equal cards on which the reader's code runs unchanged.
+
+    Inside ``with rig:`` ``torch.cuda`` shows these cards, "cuda:0" names them, and
+    ``AutoModelForCausalLM.from_pretrained("zai-org/glm-4v-9b", device_map="auto")`` places the full-size model on
+    them. Tensors on simulated cards have shapes and bytes but no numbers. What is on the cards stays there between
+    ``with`` blocks, as on a machine, until the objects that own it are deleted.
+
+    Args:
+        card: a name from the catalogue, e.g. "L4", "RTX 4090", "A100-80".
+        count: how many of them, 1 to 16.
+
+    Raises:
+        ValueError: unknown card, or an impossible count.
+    """
+
+    _active: "Rig | None" = None
+    provenance = "simulated"
+
+    def __init__(self, card: str = "L4", count: int = 1):
+        if not isinstance(count, int) or not 1 <= count <= MAX_CARDS:
+            raise ValueError(f"count is {count!r}; a rig has 1 to {MAX_CARDS} cards. Give a whole number in between.")
+        self.card: Card = find_card(card)
+        self.cards = [self.card] * count
+        self.allocators = [
+            Allocator(index, each.device_name, each.total_bytes, each.context_bytes)
+            for index, each in enumerate(self.cards)
+        ]
+        self._accounting = Accounting(self.allocators, self.card.cublas_workspace_bytes)
+        self.stages: list[Stage] = []
+        self._world = None
+
+    def __repr__(self):
+        return f"Rig({len(self.cards)} x {self.card.device_name}, {self.provenance})"
+
+    def __enter__(self):
+        if Rig._active is not None:
+            raise RuntimeError(
+                f"{Rig._active} is active already; only one rig can stand for torch.cuda at a time. Leave its "
+                "`with` block first."
+            )
+        world = simulated_world(self)
+        world.__enter__()
+        self._world = world
+        Rig._active = self
+        observe(self._accounting.observe)
+        return self
+
+    def __exit__(self, *exception):
+        observe(None)
+        Rig._active = None
+        world, self._world = self._world, None
+        world.__exit__(*exception)
+
+    def memory(self) -> list[CardMemory]:
+        """Every card's memory now."""
+        return [
+            CardMemory(
+                index=allocator.index,
+                card=card.key,
+                capacity_bytes=allocator.total_bytes,
+                allocated_bytes=allocator.allocated,
+                reserved_bytes=allocator.reserved,
+                peak_allocated_bytes=allocator.peak_allocated,
+                peak_reserved_bytes=allocator.peak_reserved,
+                free_bytes=allocator.free_bytes,
+            )
+            for card, allocator in zip(self.cards, self.allocators, strict=True)
+        ]
+
+    def blocks(self, card: int = 0) -> list[Block]:
+        """What is on one card now, largest block first."""
+        return self._accounting.blocks(card)
+
+    @contextmanager
+    def stage(self, name: str):
+        """Name a part of the run ("load", "prefill", ...): its peaks and any out-of-memory error are kept.
+
+        The record is appended to ``rig.stages`` and given to the block.
+        """
+        stage = Stage(name)
+        self.stages.append(stage)
+        for allocator in self.allocators:
+            allocator.reset_peaks()
+        outer, self._accounting.stage = self._accounting.stage, name
+        try:
+            yield stage
+        except torch.OutOfMemoryError as error:
+            stage.out_of_memory = str(error)
+            raise
+        finally:
+            self._accounting.stage = outer
+            stage.memory = self.memory()
+
+    def repeat(self, step, count: int):
+        """Run ``step()`` ``count`` times; on simulated cards most repetitions are replayed, not run.
+
+        For decode steps, whose allocations are the same each time but for sizes growing with the length.
+        """
+        self._accounting.repeat(step, count)
+
+    @contextmanager
+    def loading(self):
+        """Marks ``from_pretrained``: a stage of its own, unless the caller has named one."""
+        if self._accounting.stage != "other":
+            yield
+        else:
+            with self.stage("load"):
+                yield
