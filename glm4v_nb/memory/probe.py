@@ -109,7 +109,9 @@ def train_step(model, prompt: dict[str, torch.Tensor], gradient_checkpointing: b
     """Forward and backward over the prompt with gradients for every parameter; no optimiser state."""
     model.train()
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The method was renamed in transformers 5.23.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     loss = model(**prompt, labels=prompt["input_ids"], use_cache=False).loss
     loss.backward()
     return loss.detach()

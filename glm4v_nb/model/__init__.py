@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from glm4v_nb.model.checkpoint import register_official_layout
 from glm4v_nb.model.configuration import GLM4VConfig, GLM4VVisionConfig, official_config
 from glm4v_nb.model.modeling import GLM4VForConditionalGeneration
+from glm4v_nb.model.processing import register_processing
 
 __all__ = ["GLM4VConfig", "GLM4VForConditionalGeneration", "GLM4VVisionConfig", "official_config", "register"]
 
@@ -15,3 +16,4 @@ def register():
     for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
         auto_class.register(GLM4VConfig, GLM4VForConditionalGeneration, exist_ok=True)
     register_official_layout(GLM4VForConditionalGeneration.__name__)
+    register_processing(GLM4VConfig)

@@ -130,9 +130,6 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
             vocab_file=vocab_file, added_tokens_decoder=special_tokens, image_size=image_size, **kwargs
         )
         self.image_size = image_size
-        # Conversations are encoded piece by piece, so padding them afterwards is right here; this is the
-        # library's switch for its advice against it.
-        self.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):

@@ -49,8 +49,9 @@ def simulated_world(rig):
         stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", routed))
         # Prompts on simulated cards have no values to look at: they are neither packed nor padded.
         for name, answer in (
-            ("find_packed_sequence_indices", lambda position_ids: None),
-            ("fast_all", lambda tensor: True),
+            ("find_packed_sequence_indices", None),
+            ("fast_all", True),
+            ("is_tracing", False),
         ):
             original = getattr(masking_utils, name)
             stack.enter_context(mock.patch.object(masking_utils, name, _unless_simulated(original, answer)))
@@ -59,6 +60,8 @@ def simulated_world(rig):
         load = _simulated_from_pretrained(rig, GLM4VForConditionalGeneration.from_pretrained)
         for model_class in (*_AUTO_CLASSES, GLM4VForConditionalGeneration):
             stack.enter_context(mock.patch.object(model_class, "from_pretrained", load))
+        # torch's autograd would start a thread per card, and knows of one simulated card only.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(_CudaNames(cuda))
         yield
 
@@ -217,8 +220,8 @@ def _routed_attention(original, rig):
 
 
 def _unless_simulated(original, answer):
-    def function(tensor):
-        return answer(tensor) if tensor.device.type == DEVICE_TYPE else original(tensor)
+    def function(tensor=None):
+        return answer if tensor is not None and tensor.device.type == DEVICE_TYPE else original(tensor)
 
     return function
 

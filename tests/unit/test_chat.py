@@ -129,7 +129,7 @@ def test_return_types_are_those_of_transformers(tokenizer):
 
 
 def test_padding_a_batch_says_nothing_on_stderr(library_log):
-    tokenizer = AutoTokenizer.from_pretrained(GOLDEN)  # a new one: the library gives each advice once
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN)  # a new one, in case advice is given once
     tokenizer.apply_chat_template([case["messages"] for case in CONVERSATIONS], padding=True)
     assert library_log.text == ""
 

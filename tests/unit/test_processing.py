@@ -118,10 +118,10 @@ def test_an_image_part_with_a_path_equals_the_image_itself(processor, tmp_path):
 
 def test_the_options_of_transformers_pipelines_are_taken(processor):
     expected = processor.apply_chat_template([question("a"), question("a b c")])
-    options = {"padding": True, "return_tensors": "pt"}
-    same(
-        processor.apply_chat_template([question("a"), question("a b c")], processor_kwargs=options), expected
-    )
+    options = {"padding": "max_length", "max_length": 20, "return_tensors": "pt"}
+    longer = processor.apply_chat_template([question("a"), question("a b c")], processor_kwargs=options)
+    assert longer["input_ids"].shape == (2, 20)
+    assert torch.equal(longer["input_ids"][:, -expected["input_ids"].shape[1] :], expected["input_ids"])
     same(processor.apply_chat_template([question("a"), question("a b c")], return_tensors="auto"), expected)
 
 
