@@ -31,11 +31,15 @@ class CardMemory:
 
 @dataclass
 class Stage:
-    """A named part of a run: memory per card when it ended, peaks since it began, and the error that ended it."""
+    """A named part of a run: memory per card when it ended, peaks since it began, and the error that ended it.
+
+    After an error ``blocks`` lists what was on each card at that moment, largest first; otherwise it is empty.
+    """
 
     name: str
     memory: list[CardMemory] = field(default_factory=list)
     out_of_memory: str | None = None
+    blocks: list[list[Block]] = field(default_factory=list)
 
 
 class Rig:
@@ -127,6 +131,8 @@ class Rig:
             yield stage
         except torch.OutOfMemoryError as error:
             stage.out_of_memory = str(error)
+            # The error's traceback still holds every tensor of the failed code.
+            stage.blocks = [self.blocks(index) for index in range(len(self.cards))]
             raise
         finally:
             self._accounting.stage = outer

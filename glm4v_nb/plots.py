@@ -1,0 +1,143 @@
+"""Pictures of memory, in one style: colour-blind safe colours (Okabe and Ito), readable at half size.
+
+Every function takes plain figures in bytes, returns a matplotlib figure, and writes its provenance ("simulated" or
+"measured on ...") under the picture.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from glm4v_nb.placement import PlacedModule
+
+GIB = 2**30
+# Okabe & Ito, "Color Universal Design" (2008).
+COLOURS = {
+    "weights": "#0072B2",
+    "tower layer": "#56B4E9",
+    "tower other": "#0072B2",
+    "decoder layer": "#E69F00",
+    "embedding and head": "#D55E00",
+    "KV cache": "#009E73",
+    "activations": "#CC79A7",
+    "gradients": "#F0E442",
+    "workspace": "#999999",
+    "CUDA context": "#666666",
+    "requested": "#D55E00",
+}
+_STYLE = {
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "x",
+    "grid.alpha": 0.3,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.dpi": 96,
+    "figure.constrained_layout.use": True,
+}
+
+
+def plot_memory_bars(
+    bars: Mapping[str, Mapping[str, int]],
+    capacity_bytes: int | Mapping[str, int] | None = None,
+    title: str = "",
+    provenance: str = "simulated",
+) -> Figure:
+    """Horizontal stacked bars, one per entry of ``bars``: {"card 0": {"weights": bytes, ...}, ...}.
+
+    ``capacity_bytes`` draws a line at the capacity: one for all bars, or one each.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(9, 0.62 * len(bars) + 1.6))
+        used: dict[str, str] = {}
+        for row, parts in enumerate(bars.values()):
+            left = 0.0
+            for kind, size in parts.items():
+                colour = COLOURS.get(kind, "#BBBBBB")
+                used[kind] = colour
+                axes.barh(row, size / GIB, left=left, color=colour, edgecolor="white", height=0.7)
+                left += size / GIB
+            axes.text(left, row, f" {left:.1f}", va="center")
+            limit = capacity_bytes[list(bars)[row]] if isinstance(capacity_bytes, Mapping) else None
+            if limit is not None:
+                axes.plot([limit / GIB] * 2, [row - 0.42, row + 0.42], color="black", linewidth=2.5)
+        if isinstance(capacity_bytes, int):
+            axes.axvline(capacity_bytes / GIB, color="black", linewidth=2.5)
+        axes.set_yticks(range(len(bars)), list(bars))
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.set_title(title)
+        _finish(figure, axes, used, f"GiB · {provenance}", capacity_bytes is not None)
+    return figure
+
+
+def plot_device_map(
+    placements: Mapping[str, Sequence[PlacedModule]],
+    capacity_bytes: int,
+    title: str = "Where every block of the model lives",
+    provenance: str = "simulated",
+) -> Figure:
+    """Layers x cards x bytes: one panel per device map, one row per card, one cell per block in the order data flows.
+
+    ``placements`` maps a panel's name to the blocks of ``explain_device_map``; a cell is as wide as its bytes.
+    """
+    with plt.rc_context(_STYLE):
+        rows = {name: sorted({block.place for block in blocks}, key=str) for name, blocks in placements.items()}
+        figure, panels = plt.subplots(
+            len(placements),
+            1,
+            sharex=True,
+            squeeze=False,
+            figsize=(10, sum(0.52 * len(row) + 0.45 for row in rows.values()) + 1.5),
+            gridspec_kw={"height_ratios": [len(row) + 0.6 for row in rows.values()]},
+        )
+        used: dict[str, str] = {}
+        for axes, (name, blocks) in zip(panels[:, 0], placements.items(), strict=True):
+            for row, place in enumerate(rows[name]):
+                here = [block for block in blocks if block.place == place]
+                _draw_blocks(axes, row, here, used, gib_per_character=capacity_bytes / GIB / 120)
+            axes.axvline(capacity_bytes / GIB, color="black", linewidth=2.5)
+            labels = [f"card {place}" if isinstance(place, int) else place for place in rows[name]]
+            axes.set_yticks(range(len(labels)), labels)
+            axes.set_ylim(len(labels) - 0.45, -0.55)
+            axes.set_title(name)
+        panels[-1, 0].set_xlim(0, capacity_bytes / GIB * 1.04)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=14)
+        _finish(figure, panels[-1, 0], used, f"GiB of weights · {provenance}", True)
+    return figure
+
+
+def _draw_blocks(
+    axes, row: int, blocks: Sequence[PlacedModule], used: dict[str, str], gib_per_character: float
+):
+    left = 0.0
+    for (kind, _), run in groupby(blocks, key=lambda block: (block.kind, block.name.rpartition(".")[0])):
+        run = list(run)
+        start = left
+        for block in run:
+            used[kind] = COLOURS[kind]
+            axes.barh(row, block.bytes / GIB, left=left, color=COLOURS[kind], edgecolor="white", linewidth=0.5)
+            left += block.bytes / GIB
+        if kind.endswith("layer"):
+            numbers = [block.name.rpartition(".")[2] for block in run]
+            long, short = f"{kind}s {numbers[0]}–{numbers[-1]}", f"{numbers[0]}–{numbers[-1]}"
+            text = long if len(long) * gib_per_character < left - start else short
+            if len(text) * gib_per_character < left - start:
+                axes.text((start + left) / 2, row, text, ha="center", va="center", fontsize=10.5)
+    axes.text(left, row, f" {left:.1f}", va="center", backgroundcolor="#FFFFFFB0")
+
+
+def _finish(figure: Figure, axes, used: Mapping[str, str], label: str, has_capacity: bool):
+    axes.set_xlabel(label)
+    handles = [Patch(color=colour, label=kind) for kind, colour in used.items()]
+    if has_capacity:
+        handles.append(plt.Line2D([], [], color="black", linewidth=2.5, label="capacity"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=11)
+    plt.close(figure)  # Returned, not shown twice: a notebook displays the figure that ends its cell.
