@@ -1,0 +1,44 @@
+"""Execute notebooks in place, so that their stored outputs come from a real run; for whoever changes one.
+
+    python tools/refresh_notebooks.py [01 02 ...]
+
+Cells must not write to stderr unless tagged so, and nothing of this machine is stored.
+"""
+
+import sys
+
+import nbformat
+from nbclient import NotebookClient
+
+from glm4v_nb.experiment.registry import DEFAULT_REGISTRY, load_registry
+
+
+def refresh(path, timeout_seconds: int):
+    """Run one notebook and store its outputs without execution times or other traces of the machine."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook,
+        timeout=timeout_seconds,
+        resources={"metadata": {"path": str(path.parent)}},
+        record_timing=False,
+    ).execute()
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    nbformat.validate(notebook)
+    nbformat.write(notebook, path)
+
+
+def main():
+    numbers = sys.argv[1:]
+    for entry in load_registry().notebook:
+        if not numbers or entry.file[:2] in numbers:
+            print(f"running {entry.file} ...", flush=True)
+            refresh(DEFAULT_REGISTRY.parent / entry.file, entry.timeout_seconds)
+
+
+if __name__ == "__main__":
+    main()
