@@ -1,16 +1,20 @@
 """Will it fit? Load the full-size model on simulated cards, run a workload on it, and report every card's peak."""
 
+import json
+import math
 import re
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from glm4v_nb.memory import Workload, decode, make_prompt, prefill, train_step
+from glm4v_nb.model import official_config
 from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS
-from glm4v_nb.placement import plan_device_map
-from glm4v_nb.rig import Rig
+from glm4v_nb.placement import Place, check_device_map, meta_model, plan_device_map
+from glm4v_nb.rig import Rig, find_card
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -28,6 +32,11 @@ class DeviceFit:
     weights_bytes: int
     peak_allocated_bytes: int
     peak_reserved_bytes: int
+
+    @property
+    def free_at_peak_bytes(self) -> int:
+        """What the driver still had to give when most was reserved."""
+        return self.capacity_bytes - find_card(self.card).context_bytes - self.peak_reserved_bytes
 
 
 @dataclass(frozen=True)
@@ -61,13 +70,13 @@ def fit(
     card: str = "L4",
     count: int = 1,
     dtype: str = "bfloat16",
-    device_map: str | dict = "auto",
+    device_map: str | dict[str, Place] = "auto",
     workload: Workload | None = None,
 ) -> FitResult:
     """Run a workload of the full-size model on ``count`` simulated cards.
 
-    The question is whether the cards alone hold it. Where an automatic map would move modules to the CPU, they are
-    put on the last card instead, so that the answer is the error a user without offloading meets.
+    The question is whether the cards alone hold it. Where an automatic map would move modules to the CPU,
+    they are put on the last card instead, so that the answer is the error a user without offloading meets.
 
     Raises:
         ValueError: unknown card, dtype, device map or an impossible workload.
@@ -77,13 +86,16 @@ def fit(
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
     if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
         raise ValueError(
-            f"device_map is {device_map!r}; expected one of {', '.join(DEVICE_MAPS)}, or a dictionary of module "
-            "names and cards."
+            f"device_map is {device_map!r}; expected one of {', '.join(DEVICE_MAPS)}, or a dictionary of "
+            "module names and cards."
         )
+    _check_context(workload)
+    rig = Rig(card, count)
+    if isinstance(device_map, dict):
+        check_device_map(device_map, count)
     started = time.perf_counter()
     if isinstance(device_map, str):
         device_map = map_without_offload(card, count, DTYPES[dtype], device_map)
-    rig = Rig(card, count)
     weights = [0] * count
     oom = None
     try:
@@ -121,6 +133,53 @@ def fit(
     ]
     seconds = round(time.perf_counter() - started, 2)
     return FitResult("oom" if oom else "fits", devices, oom, seconds, rig.provenance)
+
+
+def read_device_map(text: str) -> str | dict[str, Place]:
+    """A device map as the command line takes it: a strategy's name, a JSON object, or a JSON file's path.
+
+    Raises:
+        ValueError: neither of these, or not valid JSON.
+    """
+    if text in DEVICE_MAPS:
+        return text
+    is_object = text.lstrip().startswith("{")
+    if not is_object and not Path(text).is_file():
+        raise ValueError(
+            f"device_map is {text!r}; expected one of {', '.join(DEVICE_MAPS)}, a JSON object such as "
+            "'{\"\": 0}', or the path of a JSON file. There is no file of that name."
+        )
+    source = "device_map" if is_object else text
+    try:
+        device_map = json.loads(text if is_object else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{source} is not JSON: {error}. Expected {{"module": card, ...}}.') from None
+    if not isinstance(device_map, dict):
+        raise ValueError(f'{source} holds no JSON object. Expected {{"module": card, ...}}.')
+    return device_map
+
+
+def cards_for_weights(card: str, dtype: str) -> int:
+    """How many such cards hold the weights, by division; what else a run needs is not counted."""
+    usable_bytes = find_card(card).total_bytes - find_card(card).context_bytes
+    weight_bytes = sum(parameter.numel() for parameter in meta_model().parameters()) * DTYPES[dtype].itemsize
+    return math.ceil(weight_bytes / usable_bytes)
+
+
+def _check_context(workload: Workload):
+    config = official_config()
+    positions = workload.text_tokens + workload.images * config.vision_config.image_tokens
+    if positions > config.seq_length:
+        image = f" ({config.vision_config.image_tokens} of them the image)" if workload.images else ""
+        raise ValueError(
+            f"The prompt takes {positions} positions{image}, but the model's context is {config.seq_length}. "
+            "Lower text_tokens."
+        )
+    if workload.new_tokens > config.seq_length:
+        raise ValueError(
+            f"new_tokens is {workload.new_tokens}, but the model's whole context is {config.seq_length}. "
+            "Lower new_tokens."
+        )
 
 
 def map_without_offload(card: str, count: int, dtype: torch.dtype, strategy: str) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Device maps: what transformers plans for given cards, and what a loaded model's map means in bytes."""
 
+import difflib
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -38,6 +39,48 @@ def plan_device_map(
         max_memory: bytes per card index, and for "cpu".
     """
     return dict(_get_device_map(meta_model(dtype), strategy, max_memory, None))
+
+
+def check_device_map(device_map: dict[str, Place], count: int):
+    """Check a map written by hand for ``count`` cards.
+
+    Raises:
+        ValueError: a place that is neither one of the cards nor "cpu", a name the model does not have, a
+        parameter
+            without a place, or "" beside other names.
+    """
+    for name, place in device_map.items():
+        is_card = isinstance(place, int) and not isinstance(place, bool) and 0 <= place < count
+        if not is_card and place != "cpu":
+            raise ValueError(
+                f'device_map puts {name!r} on {place!r}; expected a card\'s number, 0 to {count - 1}, or '
+                '"cpu". '
+                "Correct the place, or take more cards."
+            )
+    if "" in device_map and len(device_map) > 1:
+        raise ValueError(
+            'device_map has "" beside other names. "" is the whole model, and accelerate would put all of it '
+            'there first. Give "" alone, or name every module.'
+        )
+    model = meta_model()
+    parameters = [name for name, _ in model.named_parameters()]
+    known = {*parameters, *(name for name, _ in model.named_modules())}
+    for name in device_map:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            advice = (
+                f"Did you mean {close[0]!r}?"
+                if close
+                else "The top ones are vision_tower, language_model, lm_head."
+            )
+            raise ValueError(f"device_map names {name!r}, which the model does not have. {advice}")
+    prefixes = tuple(f"{name}." for name in device_map)
+    for name in parameters:
+        if "" not in device_map and not f"{name}.".startswith(prefixes):
+            raise ValueError(
+                f"device_map gives no place to {name}; expected one for every parameter. Add the module it "
+                "belongs to."
+            )
 
 
 def explain_device_map(model, device_map: dict[str, Place]) -> list[PlacedModule]:

@@ -24,6 +24,7 @@ COLOURS = {
     "KV cache": "#009E73",
     "activations": "#CC79A7",
     "gradients": "#F0E442",
+    "gradients and activations": "#F0E442",
     "workspace": "#999999",
     "CUDA context": "#666666",
     "requested": "#D55E00",
@@ -102,7 +103,7 @@ def plot_device_map(
         for axes, (name, blocks) in zip(panels[:, 0], placements.items(), strict=True):
             for row, place in enumerate(rows[name]):
                 here = [block for block in blocks if block.place == place]
-                _draw_blocks(axes, row, here, used, gib_per_character=capacity_bytes / GIB / 120)
+                _draw_blocks(axes, row, here, used, gib_per_character=capacity_bytes / GIB / 105)
             axes.axvline(capacity_bytes / GIB, color="black", linewidth=2.5)
             labels = [f"card {place}" if isinstance(place, int) else place for place in rows[name]]
             axes.set_yticks(range(len(labels)), labels)
@@ -131,7 +132,7 @@ def _draw_blocks(
             text = long if len(long) * gib_per_character < left - start else short
             if len(text) * gib_per_character < left - start:
                 axes.text((start + left) / 2, row, text, ha="center", va="center", fontsize=10.5)
-    axes.text(left, row, f" {left:.1f}", va="center", backgroundcolor="#FFFFFFB0")
+    axes.text(left, row, f" {left:.1f}", va="center")
 
 
 def _finish(figure: Figure, axes, used: Mapping[str, str], label: str, has_capacity: bool):

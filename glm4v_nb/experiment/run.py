@@ -172,8 +172,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_summary(summary, directory, console)
-    if any(result.error == "interrupted" for result in summary.notebooks):
-        return 130
     return summary.exit_code
 
 

@@ -49,7 +49,9 @@ class RunSummary(BaseModel):
 
     @property
     def exit_code(self) -> int:
-        """0 when every notebook that was to run is done, else 1."""
+        """0 when every notebook that was to run is done, 130 when the user interrupted, else 1."""
+        if any(result.error == "interrupted" for result in self.notebooks):
+            return 130
         return 0 if self.count("done") == len(self.notebooks) else 1
 
     def write(self, directory: Path) -> Path:

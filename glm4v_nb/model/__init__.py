@@ -11,7 +11,7 @@ __all__ = ["GLM4VConfig", "GLM4VForConditionalGeneration", "GLM4VVisionConfig", 
 
 
 def register():
-    """Let ``AutoConfig``, ``AutoModelForCausalLM``, ``AutoTokenizer`` and ``AutoProcessor`` know GLM-4V-9B."""
+    """Make transformers' Auto classes for configs, models, tokenizers and processors know GLM-4V-9B."""
     AutoConfig.register(GLM4VConfig.model_type, GLM4VConfig, exist_ok=True)
     for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
         auto_class.register(GLM4VConfig, GLM4VForConditionalGeneration, exist_ok=True)

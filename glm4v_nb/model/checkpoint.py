@@ -1,7 +1,7 @@
-"""The official checkpoint layout: how its tensor names map to the modules here, and what makes a file unusable.
+"""The official checkpoint layout: how its tensor names map to the modules here, and which files are refused.
 
-Renaming and splitting happen inside transformers' own loader (and in reverse in ``save_pretrained``), through the
-mapping registered by ``register_official_layout``.
+Renaming and splitting happen inside transformers' own loader (and in reverse in ``save_pretrained``), through
+the mapping registered by ``register_official_layout``.
 """
 
 import json
@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 
-# Official name -> name here. Every pattern is anchored on a part that no other tensor has, so that both directions
-# are unambiguous: the tower and the decoder share leaf names such as "query_key_value" and "dense_4h_to_h".
+# Official name -> name here. Every pattern is anchored on a part that no other tensor has, so that both
+# directions are unambiguous: the tower and the decoder share leaf names such as "query_key_value" and
+# "dense_4h_to_h".
 RENAMINGS = {
     r"^transformer.embedding.word_embeddings.": "^language_model.embed_tokens.",
     r"^transformer.encoder.layers.": "^language_model.layers.",
@@ -32,7 +33,7 @@ RENAMINGS = {
 
 
 class SplitQueryKeyValue(ConversionOps):
-    """Cut the decoder's fused projection along rows: all query heads, then the key groups, then the value groups.
+    """Cut the decoder's fused projection along rows: the query heads, the key groups, the value groups.
 
     transformers 5.23 has a generic ``Split``; 5.17, which is also supported, has only equal chunks.
     """
@@ -84,30 +85,44 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
 
     Raises:
         FileNotFoundError: a shard named in the index is missing, or there are no safetensors weights.
-        ValueError: a weights file is damaged, or the checkpoint lacks tensors of the model.
+        ValueError: a weights file is damaged, or the checkpoint lacks tensors of the model or has them in
+            other sizes.
     """
     if kwargs.get("use_safetensors") is False:
         raise ValueError(
-            "use_safetensors=False would load pickled weights, which can run any code. Only safetensors weights "
-            "are loaded; leave the argument out."
+            "use_safetensors=False would load pickled weights, which can run any code. Only safetensors "
+            "weights are loaded; leave the argument out."
         )
     kwargs["use_safetensors"] = True
+    # Nothing of this model is remote code. transformers would still run a directory's
+    # custom_generate/generate.py.
+    kwargs.pop("trust_remote_code", None)
     wants_info = kwargs.pop("output_loading_info", False)
     if name_or_path is not None and Path(name_or_path).is_dir():
         check_weight_files(Path(name_or_path) / kwargs.get("subfolder", ""))
-    model, info = from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
+    # transformers refuses other sizes without saying which; its report is only logged.
+    accepts_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+    kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)
+    model, info = from_pretrained(name_or_path, *args, **kwargs)
+    if info["mismatched_keys"] and not accepts_other_sizes:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"{name_or_path}: {len(info['mismatched_keys'])} tensors have other sizes than config.json "
+            f"describes, first {name!r}: {tuple(found)}, expected {tuple(expected)}. Download config.json "
+            "and the weights again, from the same checkpoint."
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
-            f"{name_or_path}: the checkpoint lacks {len(missing)} tensors of the model, first {missing[0]!r}; the "
-            "model would answer from random weights. Download the checkpoint again, and check that config.json "
-            "belongs to it."
+            f"{name_or_path}: the checkpoint lacks {len(missing)} tensors of the model, first "
+            f"{missing[0]!r}; the model would answer from random weights. Download the checkpoint again, and "
+            "check that config.json belongs to it."
         )
     return (model, info) if wants_info else model
 
 
 def check_weight_files(directory: Path):
-    """Open every weights file of a local checkpoint and compare it with the index; reads headers, not weights."""
+    """Compare every weights file of a local checkpoint with the index; reads headers, not weights."""
     index_file = directory / "model.safetensors.index.json"
     single_file = directory / "model.safetensors"
     if index_file.is_file():
@@ -124,8 +139,8 @@ def check_weight_files(directory: Path):
             else "no weights at all"
         )
         raise FileNotFoundError(
-            f"{directory} holds {reason}; expected model.safetensors or model.safetensors.index.json with its "
-            "shards. Download the safetensors files of the checkpoint."
+            f"{directory} holds {reason}; expected model.safetensors or model.safetensors.index.json with "
+            "its shards. Download the safetensors files of the checkpoint."
         )
     for path, expected in files.items():
         _check_safetensors(path, expected)
@@ -133,20 +148,20 @@ def check_weight_files(directory: Path):
 
 def _indexed_files(index_file: Path) -> dict[Path, set[str]]:
     try:
-        weight_map = json.loads(index_file.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        placed = list(json.loads(index_file.read_text())["weight_map"].items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{index_file} is not a safetensors index ({error!r}): expected JSON with a \"weight_map\". "
+            f'{index_file} is not a safetensors index ({error!r}): expected JSON with a "weight_map". '
             "Download the file again."
         ) from error
     files: dict[Path, set[str]] = {}
-    for tensor, shard in weight_map.items():
+    for tensor, shard in placed:
         files.setdefault(index_file.parent / shard, set()).add(tensor)
     absent = sorted(path.name for path in files if not path.is_file())
     if absent:
         raise FileNotFoundError(
-            f"{index_file.parent}: {len(absent)} of {len(files)} shards named in {index_file.name} are missing, "
-            f"first {absent[0]}. Download the missing files into this directory."
+            f"{index_file.parent}: {len(absent)} of {len(files)} shards named in {index_file.name} are "
+            f"missing, first {absent[0]}. Download the missing files into this directory."
         )
     return files
 
@@ -158,12 +173,12 @@ def _check_safetensors(path: Path, expected: set[str] | None):
             names = set(file.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is damaged ({path.stat().st_size:,} bytes; {error}). Expected a complete safetensors file. "
-            "Delete it and download it again."
+            f"{path} is damaged ({path.stat().st_size:,} bytes; {error}). Expected a complete safetensors "
+            "file. Delete it and download it again."
         ) from error
     lacking = sorted((expected or set()) - names)
     if lacking:
         raise ValueError(
-            f"{path} lacks {len(lacking)} tensors that the index places in it, first {lacking[0]!r}. The index "
-            "and the shard are of different checkpoints; download both again."
+            f"{path} lacks {len(lacking)} tensors that the index places in it, first {lacking[0]!r}. The "
+            "index and the shard are of different checkpoints; download both again."
         )

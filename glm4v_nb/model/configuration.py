@@ -31,7 +31,7 @@ OFFICIAL_VISION_KEYS = (
 
 
 class GLM4VVisionConfig(PreTrainedConfig):
-    """The EVA2-CLIP-E image tower. Defaults are those of GLM-4V-9B; sizes count features, pixels or positions."""
+    """The EVA2-CLIP-E image tower. Defaults are GLM-4V-9B's; sizes count features, pixels or positions."""
 
     model_type = "glm4v_eva2_clip"
     base_config_key = "vision_config"
@@ -71,8 +71,8 @@ class GLM4VVisionConfig(PreTrainedConfig):
             )
         if self.dropout_prob:
             raise ValueError(
-                f"config.json, vision_config: dropout_prob is {self.dropout_prob}. Only 0.0, the value of every "
-                "released checkpoint, is implemented. Set it to 0.0."
+                f"config.json, vision_config: dropout_prob is {self.dropout_prob}. Only 0.0, the value of "
+                "every released checkpoint, is implemented. Set it to 0.0."
             )
 
     @property
@@ -174,13 +174,13 @@ class GLM4VConfig(PreTrainedConfig):
         for name, value in expected.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"config.json: {name} is {getattr(self, name)}; GLM-4V-9B has {value} and nothing else is "
-                    "implemented. Load a GLM-4V-9B checkpoint."
+                    f"config.json: {name} is {getattr(self, name)}; GLM-4V-9B has {value} and nothing else "
+                    "is implemented. Load a GLM-4V-9B checkpoint."
                 )
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Build from the official JSON keys.
+        """Build from the official JSON keys; ``kwargs`` override them.
 
         Raises:
             ValueError: the dictionary describes a text-only ChatGLM checkpoint (it has no "vision_config").
@@ -191,6 +191,15 @@ class GLM4VConfig(PreTrainedConfig):
                 "checkpoint (glm-4-9b-chat or chatglm3, say), and GLM-4V-9B was expected. Load "
                 "zai-org/glm-4v-9b, or use transformers' own Glm classes for text-only models."
             )
+        # transformers assigns overrides to the finished object, too late for the derived text_config.
+        config_dict = dict(config_dict)
+        for key in list(kwargs):
+            name = cls.attribute_map.get(key, key)
+            if name in cls.__annotations__:
+                value = kwargs.pop(key)
+                if name == "vision_config" and isinstance(value, dict):
+                    value = {**config_dict[name], **value}
+                config_dict[name] = value
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self):

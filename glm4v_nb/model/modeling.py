@@ -1,15 +1,17 @@
 """GLM-4V-9B on current transformers: the image tower in front of transformers' own ``GlmModel`` decoder.
 
-Modules are registered in the order data flows (tower, decoder, head), so an automatic device map puts the tower on
-the first GPU, where the images arrive. The official implementation registers it last.
+Modules are registered in the order data flows (tower, decoder, head), so an automatic device map puts the
+tower on the first GPU, where the images arrive. The official implementation registers it last.
 """
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import GenerationMixin, GlmModel, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.glm.modeling_glm import GlmAttention, GlmDecoderLayer
+from transformers.utils import can_return_tuple
 
 from glm4v_nb.model.checkpoint import load_checked
 from glm4v_nb.model.configuration import GLM4VConfig
@@ -54,7 +56,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As transformers' own, but refuses damaged or incomplete checkpoints and anything but safetensors."""
+        """As transformers' own, but refuses damaged or incomplete checkpoints and pickled weights."""
         return load_checked(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def get_input_embeddings(self):
@@ -71,8 +73,10 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (images, 3, side, side) to decoder embeddings (images, image_tokens, hidden)."""
+        self._count_images(pixel_values)
         return self.vision_tower(pixel_values.to(self.vision_tower.conv.weight.dtype))
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -93,14 +97,16 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: (batch, length).
             pixel_values: (images, 3, side, side), in the order of the prompts that have an image.
             attention_mask: (batch, length), or (batch, cached + length) with a cache.
-            position_ids: (batch, length); numbering of the unexpanded prompt.
+            position_ids: (batch, length); numbering of the unexpanded prompt. Give them in a decode step
+                after an image (``generate`` does): without them the cache's length counts, which has 1602 per
+                image.
             labels: (batch, length); image positions are ignored by the loss.
             logits_to_keep: logits of only the last so many positions (0: all).
             image_mask: (batch, length); given when the prompt is already expanded.
         """
         is_prompt = input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling()
         if image_mask is None and (is_prompt or pixel_values is not None):
-            images = 0 if pixel_values is None else len(pixel_values)
+            images = self._count_images(pixel_values)
             if images or (input_ids == self.config.boi_token_id).any():
                 prompt = expand_image_positions(
                     self.config, input_ids, attention_mask, position_ids, labels, images
@@ -121,8 +127,8 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = merge_image_features(inputs_embeds, features, image_mask.to(inputs_embeds.device))
 
         if image_mask is not None and attention_mask is None and past_key_values is None:
-            # Without a mask or a cache, transformers takes the repeated position of the patches for the start of
-            # another packed sequence and cuts the attention there.
+            # Without a mask or a cache, transformers takes the repeated position of the patches for the start
+            # of another packed sequence and cuts the attention there.
             attention_mask = torch.ones_like(image_mask, dtype=torch.long)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -132,14 +138,13 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        hidden_states = outputs.last_hidden_state
-        if not isinstance(kept, int):
-            hidden_states = hidden_states[:, kept, :]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state[:, kept]
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.padded_vocab_size)
+            vocabulary = self.config.padded_vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -156,13 +161,12 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if input_ids is None or kwargs.get("image_mask") is not None:
             return super().generate(input_ids, generation_config, streamer=streamer, **kwargs)
-        pixel_values = kwargs.get("pixel_values")
         prompt = expand_image_positions(
             self.config,
             input_ids,
             kwargs.pop("attention_mask", None),
             kwargs.pop("position_ids", None),
-            image_count=0 if pixel_values is None else len(pixel_values),
+            image_count=self._count_images(kwargs.get("pixel_values")),
         )
         outputs = super().generate(
             prompt.input_ids,
@@ -176,20 +180,39 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         copies = len(sequences) // len(input_ids)
         new_tokens = sequences[:, prompt.input_ids.shape[1] :]
-        sequences = torch.cat((input_ids.repeat_interleave(copies, 0).to(new_tokens.device), new_tokens), dim=1)
+        sequences = torch.cat(
+            (input_ids.repeat_interleave(copies, 0).to(new_tokens.device), new_tokens), dim=1
+        )
         if isinstance(outputs, torch.Tensor):
             return sequences
         outputs.sequences = sequences
         return outputs
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, image_mask=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
         # The image is in the cache after the first step; without a cache the whole prompt runs again.
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            length = inputs["input_ids"].shape[1]
-            missing = length - image_mask.shape[1]
-            inputs["image_mask"] = torch.nn.functional.pad(image_mask, (0, missing)) if missing else image_mask
+        if image_mask is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            image_mask = functional.pad(image_mask, (0, input_ids.shape[1] - image_mask.shape[1]))
+            image_mask = image_mask[:, -inputs["input_ids"].shape[1] :]
+            inputs["image_mask"] = image_mask
+            if not image_mask.any():  # a later turn, with the image in the cache it continues
+                inputs.pop("pixel_values", None)
         return inputs
+
+    def _count_images(self, pixel_values: torch.Tensor | None) -> int:
+        if pixel_values is None:
+            return 0
+        vision = self.config.vision_config
+        expected = (vision.in_channels, vision.image_size, vision.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values has the shape {tuple(pixel_values.shape)}; expected (images, "
+                f"{', '.join(map(str, expected))}), the image_size of config.json. Make them with the "
+                "checkpoint's own processor (AutoProcessor)."
+            )
+        return len(pixel_values)
 
     def _check_context(self, input_ids: torch.Tensor):
         if input_ids.shape[1] > self.config.seq_length:

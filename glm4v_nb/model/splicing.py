@@ -1,10 +1,10 @@
 """Where an image goes in a prompt: the three placeholder ids become the image's 1602 positions.
 
-A prompt holds ``[boi, pad, eoi]``. Before the model runs, the pad is repeated until the three ids take as many
-positions as the image has features. All patches share the *one* position number of the placeholder, and the text
-after the image goes on from there, so decoding continues the unexpanded numbering. This follows the original
-implementation of zai-org/glm-4v-9b; vLLM's port numbers the patches 0..N, which is known to hurt accuracy
-(vllm-project/vllm#14790).
+A prompt holds ``[boi, pad, eoi]``. Before the model runs, the pad is repeated until the three ids take as
+many positions as the image has features. All patches share the *one* position number of the placeholder, and
+the text after the image goes on from there, so decoding continues the unexpanded numbering. This follows the
+original implementation of zai-org/glm-4v-9b; vLLM's port numbers the patches 0..N, which is known to hurt
+accuracy (vllm-project/vllm#14790).
 """
 
 from dataclasses import dataclass
@@ -50,9 +50,16 @@ def expand_image_positions(
     Rows without an image in a batch that has some are padded on the left to the common length.
 
     Raises:
-        ValueError: images and placeholders do not match, or a prompt exceeds ``config.seq_length``.
+        ValueError: images and placeholders do not match, the mask is of another shape than the ids, or a
+            prompt exceeds ``config.seq_length``.
     """
     batch, length = input_ids.shape
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}, but input_ids "
+            f"{tuple(input_ids.shape)}; they must be equal. In a later turn pass the whole conversation "
+            "again: what the cache holds is not computed twice."
+        )
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if position_ids is None:
@@ -125,8 +132,9 @@ def _image_start(config: GLM4VConfig, ids: list[int], row: int) -> int | None:
     start = ids.index(config.boi_token_id) if count else None
     if start is None or start + 2 >= len(ids) or ids[start + 2] != config.eoi_token_id:
         raise ValueError(
-            f"Prompt {row}: begin-of-image ({config.boi_token_id}) and end-of-image ({config.eoi_token_id}) must "
-            f"stand around exactly one placeholder id. Build prompts with the processor's apply_chat_template."
+            f"Prompt {row}: begin-of-image ({config.boi_token_id}) and end-of-image ({config.eoi_token_id}) "
+            f"must stand around exactly one placeholder id. Build prompts with the processor's "
+            "apply_chat_template."
         )
     return start
 
@@ -139,8 +147,9 @@ def _check_image_count(placeholders: int, images: int):
         )
     if placeholders != images:
         raise ValueError(
-            f"{images} image(s) were given for {placeholders} image placeholder(s) in the prompts; the numbers "
-            "must be equal. Build ids and pixel_values together with the processor's apply_chat_template."
+            f"{images} image(s) were given for {placeholders} image placeholder(s) in the prompts; the "
+            "numbers must be equal. Build ids and pixel_values together with the processor's "
+            "apply_chat_template."
         )
 
 

@@ -1,8 +1,8 @@
-"""The image tower of GLM-4V-9B: an EVA2-CLIP-E encoder, a convolution that halves the grid, and a gated projector.
+"""The image tower of GLM-4V-9B: an EVA2-CLIP-E encoder, a convolution that halves its grid, a projector.
 
 Every parameter belongs to a module whose ``forward`` uses it, and every module with a residual connection is
-listed as unsplittable in ``modeling.py``. accelerate moves weights per module, so this is what lets the tower run
-with parts of it on the CPU or on disk.
+listed as unsplittable in ``modeling.py``. accelerate moves weights per module, so this is what lets the tower
+run with parts of it on the CPU or on disk.
 """
 
 import torch
@@ -22,7 +22,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
 
 
 class GLM4VPatchEmbedding(nn.Module):
-    """Image (batch, channels, side, side) to (batch, 1 + patches, hidden): CLS first, learned positions added."""
+    """Image (batch, channels, side, side) to (batch, 1 + patches, hidden): CLS first, positions added."""
 
     def __init__(self, config: GLM4VVisionConfig):
         super().__init__()
@@ -123,7 +123,7 @@ class GLM4VImageBoundary(nn.Module):
 
 
 class GLM4VVisionTower(nn.Module):
-    """Images (batch, 3, side, side) to features (batch, image_tokens, decoder hidden); 1602 tokens at full size."""
+    """Images (batch, 3, side, side) to features (batch, image_tokens, decoder hidden): 1602 at full size."""
 
     def __init__(self, config: GLM4VConfig):
         super().__init__()

@@ -1,6 +1,7 @@
 """GPU cards to run on: a catalogue, and ``Rig``, inside which the reader's code finds them."""
 
 from glm4v_nb.rig.catalog import CARDS, Card, find_card
+from glm4v_nb.rig.device import MAX_CARDS
 from glm4v_nb.rig.rig import CardMemory, Rig, Stage
 
-__all__ = ["CARDS", "Card", "CardMemory", "Rig", "Stage", "find_card"]
+__all__ = ["CARDS", "MAX_CARDS", "Card", "CardMemory", "Rig", "Stage", "find_card"]

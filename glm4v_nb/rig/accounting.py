@@ -2,6 +2,7 @@
 
 import itertools
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,18 +53,48 @@ class Accounting:
         self._with_workspace: set[int] = set()
         self._serials = itertools.count()
         self._recording: list[_Event] | None = None
+        self._deferring = False
+        self._deferred: torch.OutOfMemoryError | None = None
+        self.at_failure: list[list[Block]] = []
 
     def observe(self, operator, results: list[torch.Tensor]):
         """Charge what an operator newly allocated; the device module calls this after every operator.
 
         Raises:
-            torch.OutOfMemoryError: a card has no room.
+            torch.OutOfMemoryError: a card has no room. ``at_failure`` then has what was on each card.
         """
+        if self._deferred is not None:
+            return
+        try:
+            self._charge(operator, results)
+        except torch.OutOfMemoryError as error:
+            self.at_failure = [self.blocks(index) for index in range(len(self.allocators))]
+            if not self._deferring:
+                raise
+            self._deferred = error.with_traceback(None)
+
+    @contextmanager
+    def deferring(self):
+        """Raise an out-of-memory error when the block ends instead of inside it, and count nothing after it.
+
+        For backward passes: recomputing a checkpointed layer happens inside a C++ hook that cannot pass on a
+        Python exception for this kind of device; torch would abort the process.
+        """
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+            deferred, self._deferred = self._deferred, None
+        if deferred is not None:
+            raise deferred
+
+    def _charge(self, operator, results: list[torch.Tensor]):
         for tensor in results:
             card = tensor.device.index
             if card not in self._with_workspace and operator._schema.name in _MATRIX_PRODUCTS:
-                self._with_workspace.add(card)
                 self._charge_workspace(card)
+                self._with_workspace.add(card)
             storage = tensor.untyped_storage()
             key = storage._cdata
             known = self._blocks.get(key)
@@ -99,8 +130,8 @@ class Accounting:
     def repeat(self, step, count: int):
         """Do a decode step ``count`` times: run two, replay their allocations for the rest.
 
-        ``step`` is called without arguments and must allocate the same sequence of blocks each time, with sizes
-        that grow by a constant. Where it does not, every step is run.
+        ``step`` is called without arguments and must allocate the same sequence of blocks each time, with
+        sizes that grow by a constant. Where it does not, every step is run.
 
         Raises:
             torch.OutOfMemoryError: as the step itself would, also while replaying.
@@ -126,8 +157,8 @@ class Accounting:
 
     def _replay(self, first: list[_Event], second: list[_Event], count: int):
         """Repeat the second recorded step ``count`` more times, each size growing as it did from the first."""
-        # A block is known by its number in its step. A release is of a block made in the same step, or of the one
-        # with the same number in the step before.
+        # A block is known by its number in its step. A release is of a block made in the same step, or of the
+        # one with the same number in the step before.
         made_first = [event for event in first if event.allocates]
         made_second = [event for event in second if event.allocates]
         number_first = {event.serial: number for number, event in enumerate(made_first)}
@@ -139,20 +170,25 @@ class Accounting:
             if block.serial in number_second
         }
         held = {number: block.bytes for number, block in survivors.items()}
+        program = []  # allocator, table of the block, its number, and for an allocation its size and growth
         made: dict[int, int] = {}
+        for event in second:
+            allocator = self._allocator(event.card)
+            if event.allocates:
+                number = number_second[event.serial]
+                program.append((allocator, None, number, event.bytes, growth[number]))
+            elif event.serial in number_second:
+                program.append((allocator, made, number_second[event.serial], 0, 0))
+            elif number_first.get(event.serial) in survivors:
+                program.append((allocator, held, number_first[event.serial], 0, 0))
         try:
             for repetition in range(1, count + 1):
-                for event in second:
-                    allocator = self._allocator(event.card)
-                    if event.allocates:
-                        number = number_second[event.serial]
-                        made[number] = allocator.allocate(event.bytes + repetition * growth[number])
-                    elif event.serial in number_second:
-                        allocator.free(made.pop(number_second[event.serial]))
-                    elif number_first.get(event.serial) in held:
-                        allocator.free(held.pop(number_first[event.serial]))
-                held.update(made)
-                made.clear()
+                for allocator, table, number, size, grows in program:
+                    if table is None:
+                        made[number] = allocator.allocate(size + repetition * grows)
+                    else:
+                        allocator.free(table.pop(number))
+                self._hold(held, made)
         except torch.OutOfMemoryError:
             # As when a real step fails: what replaced an older block stays, the step's own temporaries go.
             for number, size in made.items():
@@ -164,7 +200,14 @@ class Accounting:
         finally:
             # What is still held belongs to the tensors that survived the recorded step.
             for number, block in survivors.items():
-                block.bytes = held[number]
+                block.bytes = held.get(number, 0)  # 0: given back by the step that failed, and not made again
+
+    @staticmethod
+    def _hold(held: dict[int, int], made: dict[int, int]):
+        """What a step leaves replaces what the one before left, or adds to it where that was not released."""
+        for number, size in made.items():
+            held[number] = held.get(number, 0) + size
+        made.clear()
 
     def _release(self, key: int):
         block = self._blocks.pop(key, None)
@@ -190,7 +233,7 @@ class Accounting:
     def _allocator(self, card: int) -> Allocator:
         if card >= len(self.allocators):
             raise RuntimeError(
-                f"CUDA error: invalid device ordinal (cuda:{card} of {len(self.allocators)} simulated cards). "
-                "Use a lower index, or make the rig with a larger count."
+                f"CUDA error: invalid device ordinal (cuda:{card} of {len(self.allocators)} simulated "
+                "cards). Use a lower index, or make the rig with a larger count."
             )
         return self.allocators[card]

@@ -1,8 +1,8 @@
 """Bytes on one simulated card, counted as PyTorch's CUDA caching allocator counts them.
 
-First version: allocated bytes are exact (every request rounded up to 512 bytes, each storage counted once), while
-reserved bytes are the high-water mark of what was allocated since the cache was last emptied. The pools, segments
-and splits that decide fragmentation are to come behind this same class.
+First version: allocated bytes are exact (every request rounded up to 512 bytes, each storage counted once),
+while reserved bytes are the high-water mark of what was allocated since the cache was last emptied. The
+pools, segments and splits that decide fragmentation are to come behind this same class.
 
 Source of the constants: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.11 to 2.13.
 """
@@ -93,12 +93,15 @@ class Allocator:
             torch.OutOfMemoryError: the card has no room, with PyTorch's own text.
         """
         block = block_bytes(size_bytes)
-        if self.allocated + block > self.limit_bytes:
-            raise torch.OutOfMemoryError(self._message(segment_bytes(block)))
-        self.allocated += block
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
-        self.reserved = max(self.reserved, min(round_up(self.allocated, SEGMENT_ROUNDING), self.limit_bytes))
-        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        wanted = self.allocated + block
+        if wanted > self.reserved:
+            if wanted > self.limit_bytes:
+                raise torch.OutOfMemoryError(self._message(segment_bytes(block)))
+            self.reserved = self._reserved_for(wanted)
+            self.peak_reserved = max(self.peak_reserved, self.reserved)
+        self.allocated = wanted
+        if wanted > self.peak_allocated:
+            self.peak_allocated = wanted
         return block
 
     def free(self, block: int):
@@ -107,11 +110,15 @@ class Allocator:
 
     def empty_cache(self):
         """Give cached, unused memory back to the driver."""
-        self.reserved = min(round_up(self.allocated, SEGMENT_ROUNDING), self.limit_bytes)
+        self.reserved = self._reserved_for(self.allocated)
 
     def reset_peaks(self):
         """Start new peaks at the present values."""
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
+    def _reserved_for(self, allocated_bytes: int) -> int:
+        whole_segments = min(round_up(allocated_bytes, SEGMENT_ROUNDING), self.limit_bytes)
+        return max(whole_segments, allocated_bytes)  # a cap set later may lie below what is allocated
 
     def _message(self, tried_bytes: int) -> str:
         # When a request fails, cached blocks have been given back to the driver first.

@@ -1,17 +1,26 @@
 """A PyTorch device that has shapes, types and bytes but no numbers: "simcuda".
 
 PyTorch lets one extra backend (PrivateUse1) be defined from Python. Here its tensors are fake tensors: every
-operator runs its shape rules and no arithmetic. Two kernels are enough, since all factory functions and copies to a
-device start by making an empty tensor; everything after that dispatches on the fake tensor itself.
+operator runs its shape rules and no arithmetic. Two kernels are enough, since all factory functions and
+copies to a device start by making an empty tensor; everything after that dispatches on the fake tensor
+itself.
 
-The registration function is marked experimental in PyTorch, so everything that depends on it stays in this module.
+The registration function is marked experimental in PyTorch, so everything that depends on it stays in this
+module.
 """
 
 import threading
 from collections.abc import Callable
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorDeviceMismatchError,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.utils import _pytree, backend_registration
 
 DEVICE_TYPE = "simcuda"
@@ -21,8 +30,8 @@ Observer = Callable[[object, list[FakeTensor]], None]
 _observer: Observer | None = None
 
 
-# Operators that make no storage. Half of all calls are one of these, and torch's general path for fake tensors takes
-# several times as long for them as their shape rule.
+# Operators that make no storage. Half of all calls are one of these, and torch's general path for fake
+# tensors takes several times as long for them as their shape rule.
 _VIEWS = {
     torch.ops.aten.alias.default,
     torch.ops.aten.detach.default,
@@ -61,6 +70,10 @@ class _ObservedFakeMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self._nesting = threading.local()
 
+    def __deepcopy__(self, memo):
+        # A copied tensor belongs to the same mode, of which a process has one.
+        return self
+
     def dispatch(self, func, types, args=(), kwargs=None):
         if func in _VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
             with in_kernel_invocation_manager(self):
@@ -71,6 +84,14 @@ class _ObservedFakeMode(FakeTensorMode):
         self._nesting.depth = depth + 1
         try:
             output = super().dispatch(func, types, args, kwargs)
+        except FakeTensorDeviceMismatchError as error:
+            raise RuntimeError(str(error).replace(DEVICE_TYPE, "cuda")) from None
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise RuntimeError(
+                f"{error.func} needs the numbers in a tensor, and tensors on simulated cards have none, only "
+                "shapes, types and bytes. Leave out what reads or prints values here (.item(), .tolist(), "
+                "`if` on a tensor, indexing by a mask), or run this on a real device."
+            ) from None
         finally:
             self._nesting.depth = depth
         if _observer is not None and depth == 0:
@@ -95,7 +116,9 @@ def fake_mode() -> FakeTensorMode:
     """The one mode all simulated tensors of this process belong to; registers the device on first use."""
     global _mode, _library
     if _mode is None:
-        backend_registration._setup_privateuseone_for_python_backend(DEVICE_TYPE, backend_module=_BackendModule())
+        backend_registration._setup_privateuseone_for_python_backend(
+            DEVICE_TYPE, backend_module=_BackendModule()
+        )
         _mode = _ObservedFakeMode()
         _library = torch.library.Library("aten", "IMPL")
         _library.impl("empty.memory_format", _in_fake_mode(torch.ops.aten.empty.memory_format), "PrivateUse1")

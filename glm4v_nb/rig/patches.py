@@ -7,12 +7,12 @@ import os
 import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from accelerate import hooks
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,25 +23,38 @@ from transformers import (
     modeling_utils,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
 from glm4v_nb.model import GLM4VForConditionalGeneration, official_config
 from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS
-from glm4v_nb.rig.device import DEVICE_TYPE, card_device, fake_mode
+from glm4v_nb.rig.cuda import CudaFunctions, CudaNames
+from glm4v_nb.rig.device import DEVICE_TYPE, fake_mode
 
 _AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
 # Arguments that say where weights come from; a simulated model has none to fetch.
-_DOWNLOAD_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "use_safetensors")
+_DOWNLOAD_ARGUMENTS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "use_safetensors",
+)
+
+
+# transformers asks these once and remembers the answer, which is another one inside the block.
+_REMEMBERED_ANSWERS = (import_utils.is_torch_cuda_available, import_utils.is_torch_bf16_gpu_available)
 
 
 @contextmanager
 def simulated_world(rig):
     """Let torch, transformers and accelerate see ``rig``'s cards as CUDA devices until the block ends.
 
-    ``rig`` has ``cards``, ``allocators``, and ``loading()``, a context manager that marks the loading stage.
+    ``rig`` has ``cards``, ``allocators``, and the context managers ``loading()`` and ``deferring_errors()``.
     """
     fake_mode()
-    cuda = _CudaFunctions(rig)
+    cuda = CudaFunctions(rig)
     with ExitStack() as stack:
         for name in (name for name in dir(cuda) if not name.startswith("_")):
             stack.enter_context(mock.patch.object(torch.cuda, name, getattr(cuda, name), create=True))
@@ -60,129 +73,16 @@ def simulated_world(rig):
         load = _simulated_from_pretrained(rig, GLM4VForConditionalGeneration.from_pretrained)
         for model_class in (*_AUTO_CLASSES, GLM4VForConditionalGeneration):
             stack.enter_context(mock.patch.object(model_class, "from_pretrained", load))
+        stack.enter_context(mock.patch.object(GLM4VForConditionalGeneration, "generate", _refused_generate()))
+        offload = _offload_of_numberless_weights(hooks.set_module_tensor_to_device)
+        stack.enter_context(mock.patch.object(hooks, "set_module_tensor_to_device", offload))
+        for answer in _REMEMBERED_ANSWERS:
+            answer.cache_clear()
+            stack.callback(answer.cache_clear)
         # torch's autograd would start a thread per card, and knows of one simulated card only.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(_CudaNames(cuda))
+        stack.enter_context(CudaNames(cuda))
         yield
-
-
-class _CudaFunctions:
-    """Stand-ins for functions of ``torch.cuda``, of the same names and meanings."""
-
-    def __init__(self, rig):
-        self._rig = rig
-        self._current = 0
-
-    def _index(self, device=None) -> int:
-        if device is None:
-            return self._current
-        index = device if isinstance(device, int) else torch.device(device).index
-        index = self._current if index is None else index
-        if not 0 <= index < len(self._rig.cards):
-            raise RuntimeError(
-                f"CUDA error: invalid device ordinal (asked for cuda:{index}, there are {len(self._rig.cards)} "
-                "simulated cards). Use a lower index, or make the rig with a larger count."
-            )
-        return index
-
-    def _allocator(self, device=None):
-        return self._rig.allocators[self._index(device)]
-
-    def is_available(self):
-        return True
-
-    def is_initialized(self):
-        return True
-
-    def is_bf16_supported(self, including_emulation=True):
-        return including_emulation or self._rig.cards[self._current].bf16_supported
-
-    def is_current_stream_capturing(self):
-        return False
-
-    def device_count(self):
-        return len(self._rig.cards)
-
-    def current_device(self):
-        return self._current
-
-    def set_device(self, device):
-        self._current = self._index(device)
-
-    def synchronize(self, device=None):
-        self._index(device)
-
-    def get_device_name(self, device=None):
-        return self._rig.cards[self._index(device)].device_name
-
-    def get_device_capability(self, device=None):
-        return self._rig.cards[self._index(device)].compute_capability
-
-    def get_device_properties(self, device=None):
-        card = self._rig.cards[self._index(device)]
-        return SimpleNamespace(
-            name=card.device_name,
-            total_memory=card.total_bytes,
-            major=card.compute_capability[0],
-            minor=card.compute_capability[1],
-            multi_processor_count=card.multiprocessors,
-        )
-
-    def memory_allocated(self, device=None):
-        return self._allocator(device).allocated
-
-    def max_memory_allocated(self, device=None):
-        return self._allocator(device).peak_allocated
-
-    def memory_reserved(self, device=None):
-        return self._allocator(device).reserved
-
-    def max_memory_reserved(self, device=None):
-        return self._allocator(device).peak_reserved
-
-    def mem_get_info(self, device=None):
-        allocator = self._allocator(device)
-        return allocator.free_bytes, allocator.total_bytes
-
-    def reset_peak_memory_stats(self, device=None):
-        self._allocator(device).reset_peaks()
-
-    def empty_cache(self):
-        for allocator in self._rig.allocators:
-            allocator.empty_cache()
-
-    def set_per_process_memory_fraction(self, fraction, device=None):
-        self._allocator(device).fraction = fraction
-
-
-class _CudaNames(TorchFunctionMode):
-    """Takes "cuda", "cuda:1" and ``torch.device("cuda")`` in calls for the simulated cards."""
-
-    def __init__(self, cuda: _CudaFunctions):
-        super().__init__()
-        self._cuda = cuda
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.device:
-            return func(*args, **kwargs)
-        if func is torch.Tensor.cuda:
-            device = args[1] if len(args) > 1 else kwargs.get("device")
-            return args[0].to(card_device(self._cuda._index(device)))
-        args = tuple(self._translate(value) for value in args)
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": self._translate(kwargs["device"])}
-        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
-            # These fill the new tensor below the level at which a simulated device can step in.
-            device = kwargs.pop("device")
-            return func(*args, **kwargs).to(device)
-        return func(*args, **kwargs)
-
-    def _translate(self, value):
-        is_cuda = (isinstance(value, torch.device) and value.type == "cuda") or (
-            isinstance(value, str) and value.partition(":")[0] == "cuda"
-        )
-        return card_device(self._cuda._index(value)) if is_cuda else value
 
 
 def _routed_attention(original, rig):
@@ -243,6 +143,42 @@ def _warmup_of_cuda_cards(original):
     return caching_allocator_warmup
 
 
+def _offload_of_numberless_weights(original):
+    """Moves a weight in and out of a card as accelerate's hooks do when it is offloaded to the CPU.
+
+    accelerate makes the new parameter by calling the old one's class, which tensors without numbers do not
+    allow.
+    """
+
+    def set_module_tensor_to_device(module, tensor_name, device, value=None, **kwargs):
+        path, _, name = tensor_name.rpartition(".")
+        owner = module.get_submodule(path)
+        parameter = owner._parameters.get(name)
+        if not isinstance(parameter, FakeTensor):
+            return original(module, tensor_name, device, value=value, **kwargs)
+        moved = (parameter if value is None else value).detach().to(device)
+        owner._parameters[name] = torch.nn.Parameter(moved, requires_grad=parameter.requires_grad)
+        if device not in ("cpu", "meta"):
+            torch.cuda.empty_cache()  # as accelerate does after each
+
+    return set_module_tensor_to_device
+
+
+def _refused_generate():
+    original = GLM4VForConditionalGeneration.generate
+
+    def generate(self, *args, **kwargs):
+        if not isinstance(next(self.parameters()), FakeTensor):
+            return original(self, *args, **kwargs)
+        raise RuntimeError(
+            "generate() looks at the tokens it makes, and tensors on simulated cards have no numbers. "
+            "Measure the same steps with glm4v_nb.memory: outputs = prefill(model, prompt), then decode(rig, "
+            "model, prompt, outputs, new_tokens); or generate on a real device."
+        )
+
+    return generate
+
+
 def _simulated_from_pretrained(rig, original):
     """``from_pretrained`` that runs transformers' own loader on tensors that have no numbers."""
 
@@ -253,14 +189,18 @@ def _simulated_from_pretrained(rig, original):
             kwargs.pop(name, None)
         if kwargs.pop("trust_remote_code", False):
             raise ValueError(
-                "trust_remote_code=True would run code from the hub. glm4v_nb has its own GLM-4V-9B classes and "
-                "never runs remote code; leave the argument out."
+                "trust_remote_code=True would run code from the hub. glm4v_nb has its own GLM-4V-9B classes "
+                "and never runs remote code; leave the argument out."
             )
         progress = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
             # In the loader's threads "cuda:0" would not be taken for a simulated card.
-            with warnings.catch_warnings(), mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}), rig.loading():
+            with (
+                warnings.catch_warnings(),
+                mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
+                rig.loading(),
+            ):
                 # The loader compares storages by address to find tied weights; without numbers none are tied.
                 warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
                 return original(None, *args, config=config, state_dict=_empty_checkpoint(config), **kwargs)
@@ -276,9 +216,9 @@ def _configuration(name_or_path):
         return official_config()
     if not Path(name_or_path).is_dir():
         raise ValueError(
-            f"{name_or_path!r} cannot be loaded on simulated cards. Expected {OFFICIAL_CHECKPOINTS[0]!r}, whose "
-            "config ships with glm4v_nb, or a directory with a GLM-4V-9B config.json. Correct the name, or leave "
-            "the rig's block to load other models."
+            f"{name_or_path!r} cannot be loaded on simulated cards. Expected {OFFICIAL_CHECKPOINTS[0]!r}, "
+            "whose config ships with glm4v_nb, or a directory with a GLM-4V-9B config.json. Correct the "
+            "name, or leave the rig's block to load other models."
         )
     return AutoConfig.from_pretrained(name_or_path)
 

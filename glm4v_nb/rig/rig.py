@@ -33,7 +33,8 @@ class CardMemory:
 class Stage:
     """A named part of a run: memory per card when it ended, peaks since it began, and the error that ended it.
 
-    After an error ``blocks`` lists what was on each card at that moment, largest first; otherwise it is empty.
+    After an error ``blocks`` lists what was on each card at that moment, largest first; otherwise it is
+    empty.
     """
 
     name: str
@@ -46,9 +47,9 @@ class Rig:
     """A number of equal cards on which the reader's code runs unchanged.
 
     Inside ``with rig:`` ``torch.cuda`` shows these cards, "cuda:0" names them, and
-    ``AutoModelForCausalLM.from_pretrained("zai-org/glm-4v-9b", device_map="auto")`` places the full-size model on
-    them. Tensors on simulated cards have shapes and bytes but no numbers. What is on the cards stays there between
-    ``with`` blocks, as on a machine, until the objects that own it are deleted.
+    ``AutoModelForCausalLM.from_pretrained("zai-org/glm-4v-9b", device_map="auto")`` places the full-size
+    model on them. Tensors on simulated cards have shapes and bytes but no numbers. What is on the cards stays
+    there between ``with`` blocks, as on a machine, until the objects that own it are deleted.
 
     Args:
         card: a name from the catalogue, e.g. "L4", "RTX 4090", "A100-80".
@@ -63,7 +64,9 @@ class Rig:
 
     def __init__(self, card: str = "L4", count: int = 1):
         if not isinstance(count, int) or not 1 <= count <= MAX_CARDS:
-            raise ValueError(f"count is {count!r}; a rig has 1 to {MAX_CARDS} cards. Give a whole number in between.")
+            raise ValueError(
+                f"count is {count!r}; a rig has 1 to {MAX_CARDS} cards. Give a whole number in between."
+            )
         self.card: Card = find_card(card)
         self.cards = [self.card] * count
         self.allocators = [
@@ -80,8 +83,8 @@ class Rig:
     def __enter__(self):
         if Rig._active is not None:
             raise RuntimeError(
-                f"{Rig._active} is active already; only one rig can stand for torch.cuda at a time. Leave its "
-                "`with` block first."
+                f"{Rig._active} is active already; only one rig can stand for torch.cuda at a time. Leave "
+                "its `with` block first."
             )
         world = simulated_world(self)
         world.__enter__()
@@ -131,8 +134,7 @@ class Rig:
             yield stage
         except torch.OutOfMemoryError as error:
             stage.out_of_memory = str(error)
-            # The error's traceback still holds every tensor of the failed code.
-            stage.blocks = [self.blocks(index) for index in range(len(self.cards))]
+            stage.blocks = self._accounting.at_failure
             raise
         finally:
             self._accounting.stage = outer
@@ -144,6 +146,10 @@ class Rig:
         For decode steps, whose allocations are the same each time but for sizes growing with the length.
         """
         self._accounting.repeat(step, count)
+
+    def deferring_errors(self):
+        """Context manager for code that an out-of-memory error cannot leave: it is raised when the block ends."""
+        return self._accounting.deferring()
 
     @contextmanager
     def loading(self):

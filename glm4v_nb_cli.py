@@ -1,0 +1,178 @@
+"""The command line, ``glm4v-nb``: it parses and prints, and calls the functions the notebooks call.
+
+Exit codes: 0 done, 1 failed, 2 wrong use, 3 does not fit, 130 interrupted. Results go to stdout; progress and
+errors (one line, also with --json) to stderr, so after code 1 or 2 stdout is empty.
+
+This module stands beside the package, not in it: importing the package imports torch, and --help should not
+wait.
+"""
+
+import json
+import shlex
+import sys
+from contextlib import nullcontext
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+GIB = 2**30
+# The base of typer's errors of wrong use; typer itself gives it no public name.
+UsageError = typer.BadParameter.__base__
+
+app = typer.Typer(
+    help="GLM-4V-9B on several GPUs, simulated or real.", add_completion=False, pretty_exceptions_enable=False
+)
+
+
+@app.callback()
+def _commands():
+    """Makes typer keep the commands' names even while there is only one."""
+
+
+@app.command()
+def fit(
+    context: typer.Context,
+    card: Annotated[str, typer.Option(help='Kind of GPU card, such as L4, "RTX 4090", A100-80, H100.')],
+    count: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device_map: Annotated[
+        str,
+        typer.Option(
+            help="auto, balanced, balanced_low_0 or sequential; a JSON object of modules and cards; or a JSON
+            file."
+        ),
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 1,
+    images: Annotated[int, typer.Option(help="Images per sample, 0 or 1.")] = 1,
+    text_tokens: Annotated[
+        int, typer.Option(help="Prompt tokens, the image's 1602 positions not counted.")
+    ] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    train: Annotated[bool, typer.Option("--train", help="One training step instead of generation.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="With --train: recompute activations.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+):
+    """Will it fit? Runs the full-size model on simulated cards; exit code 0 if it fits, 3 if not."""
+    with _progress("loading torch"):
+        from glm4v_nb import fit as fitting
+        from glm4v_nb.memory import Workload
+    with _progress(f"running on {count} x {card}, simulated"):
+        workload = Workload(batch_size, images, text_tokens, new_tokens, train, gradient_checkpointing)
+        result = fitting.fit(card, count, dtype, fitting.read_device_map(device_map), workload)
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        _print_fit(result, _next_step(context, result, fitting))
+    raise typer.Exit(0 if result.fits else 3)
+
+
+@app.command()
+def run(
+    notebooks: Annotated[
+        list[str] | None, typer.Argument(help="Numbers such as 01 02; all when left out.")
+    ] = None,
+    output: Annotated[str, typer.Option(help="Folder that receives <time>/.")] = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+):
+    """Execute the notebooks in order, as `make run` does; exit code 1 if one fails."""
+    with _progress("loading the notebook runner"):
+        from glm4v_nb.experiment.run import print_summary, run_suite
+    summary, directory = run_suite(notebooks, output, console=Console(stderr=as_json))
+    if as_json:
+        print(summary.model_dump_json(indent=2))
+    else:
+        print_summary(summary, directory, Console())
+    raise typer.Exit(summary.exit_code)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return app(arguments or ["--help"], prog_name="glm4v-nb", standalone_mode=False) or 0
+    except UsageError as error:
+        return _fail(error.format_message(), 2)
+    except ValueError as error:
+        return _fail(error, 2)
+    except (RuntimeError, OSError, MemoryError) as error:
+        return _fail(error, 1)
+
+
+def _fail(error: Exception | str, code: int) -> int:
+    print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+    return code
+
+
+def _progress(what: str):
+    """A spinner on stderr while something takes seconds; nothing unless a person is looking."""
+    console = Console(stderr=True)
+    return console.status(f"{escape(what)} ...") if console.is_terminal else nullcontext()
+
+
+def _next_step(context: typer.Context, result, fitting) -> str:
+    """What to try, as a command line where there is one."""
+    options = context.params
+    if result.fits:
+        return "notebooks/01_will_it_fit.ipynb shows where these bytes go."
+    if result.oom.phase == "backward" and not options["gradient_checkpointing"]:
+        return _command(context, gradient_checkpointing=True)
+    if options["device_map"] not in fitting.DEVICE_MAPS:
+        return f"in the device map, move modules from card {result.oom.device} to another."
+    more = max(options["count"] + 1, fitting.cards_for_weights(options["card"], options["dtype"]))
+    if more > fitting.MAX_CARDS:
+        return "take larger cards, a smaller batch or a shorter prompt."
+    return _command(context, count=more)
+
+
+def _command(context: typer.Context, **changes) -> str:
+    """The command line just given, with some options changed; options at their default are left out."""
+    words = ["glm4v-nb", context.info_name]
+    for option in context.command.params:
+        value = changes.get(option.name, context.params[option.name])
+        if value != option.default:
+            words += option.opts[:1] if value is True else [option.opts[0], str(value)]
+    return shlex.join(words)
+
+
+def _print_fit(result, next_step: str):
+    """A ``FitResult`` for people: table, verdict, what to do next."""
+    console = Console(highlight=False)
+    table = Table(title=f"{result.provenance} cards, GiB")
+    for column in ("card", "capacity", "weights", "peak allocated", "peak reserved", "free at peak"):
+        table.add_column(column, justify="left" if column == "card" else "right")
+    for device in result.devices:
+        figures = (
+            device.capacity_bytes,
+            device.weights_bytes,
+            device.peak_allocated_bytes,
+            device.peak_reserved_bytes,
+            device.free_at_peak_bytes,
+        )
+        full = result.oom is not None and result.oom.device == device.index
+        table.add_row(
+            escape(f"{device.index} · {device.card}"),
+            *(f"{figure / GIB:.2f}" for figure in figures),
+            style="bold red" if full else None,
+        )
+    console.print(table)
+    if result.oom is None:
+        fullest = min(result.devices, key=lambda device: device.free_at_peak_bytes)
+        free = f"{fullest.free_at_peak_bytes / GIB:.2f} GiB"
+        console.print(
+            f"[green]It fits:[/] card {fullest.index} is the fullest, with {free} free at its peak."
+        )
+    else:
+        console.print(
+            f"[bold red]It does not fit:[/] card {result.oom.device} is full, phase {result.oom.phase}."
+        )
+        console.print(escape(result.oom.message), soft_wrap=True)
+    console.print(f"Next: {escape(next_step)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

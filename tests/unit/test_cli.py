@@ -1,0 +1,257 @@
+"""The command line: exit codes, clean output, errors of one line."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import glm4v_nb.cli
+from glm4v_nb.experiment import run as experiment
+from glm4v_nb.experiment.registry import RegistryError
+from glm4v_nb.experiment.summary import NotebookResult, RunSummary
+from glm4v_nb_cli import main
+
+
+@pytest.fixture
+def command(capfd):
+    """Run a command line in this process: exit code, stdout, stderr."""
+
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_what_fits_exits_with_0_and_prints_nothing_but_the_json(command):
+    code, out, err = command("fit", "--card", "L4", "--count", 2, "--images", 0, "--new-tokens", 1, "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert (result["verdict"], result["oom"], result["provenance"]) == ("fits", None, "simulated")
+    assert [device["card"] for device in result["devices"]] == ["L4", "L4"]
+
+
+def test_what_does_not_fit_exits_with_3_and_the_json_says_where_it_died(command):
+    code, out, err = command("fit", "--card", "L4", "--count", 1, "--json")
+    assert (code, err) == (3, "")
+    result = json.loads(out)
+    assert result["verdict"] == "oom"
+    assert (result["oom"]["device"], result["oom"]["phase"]) == (0, "load")
+    assert result["oom"]["message"].startswith("CUDA out of memory. Tried to allocate")
+
+
+def test_without_json_a_table_the_whole_message_and_the_next_command_are_shown(command):
+    code, out, err = command("fit", "--card", "rtx4090", "--dtype", "bfloat16")
+    assert (code, err) == (3, "")
+    for text in ("simulated", "0 · RTX 4090", "23.52", "weights", "allocated", "reserved", "free"):
+        assert text in out
+    assert "It does not fit: card 0 is full, phase load." in out
+    assert "[simulated NVIDIA GeForce RTX 4090]" in out
+    assert "See documentation for Memory Management" in out
+    assert out.endswith("Next: glm4v-nb fit --card rtx4090 --count 2\n")
+
+
+def test_the_next_command_holds_the_weights_and_keeps_the_other_options(command):
+    _, out, _ = command(
+        "fit", "--card", "T4", "--dtype", "float32", "--images", "0", "--device-map", "sequential"
+    )
+    assert out.endswith(
+        "Next: glm4v-nb fit --card T4 --count 4 --dtype float32 --device-map sequential --images 0\n"
+    )
+
+
+def test_a_training_step_that_does_not_fit_is_told_of_gradient_checkpointing(command):
+    code, out, _ = command("fit", "--card", "L4", "--count", 3, "--train", "--text-tokens", 2000)
+    assert code == 3
+    assert "phase backward" in out
+    assert out.endswith(
+        "Next: glm4v-nb fit --card L4 --count 3 --text-tokens 2000 --train --gradient-checkpointing\n"
+    )
+
+
+def test_what_fits_says_so_in_a_sentence(command):
+    code, out, _ = command("fit", "--card", "H100", "--images", 0, "--new-tokens", 0)
+    assert code == 0
+    assert "It fits: card 0 is the fullest, with 52." in out
+
+
+def test_a_device_map_is_taken_as_json_or_from_a_file(command, tmp_path):
+    device_map = json.dumps({"vision_tower": 1, "language_model": 0, "lm_head": 0})
+    path = tmp_path / "map.json"
+    path.write_text(device_map)
+    answers = []
+    for given in (device_map, path):
+        options = ("--device-map", given, "--images", 0, "--new-tokens", 1, "--json")
+        code, out, _ = command("fit", "--card", "L4", "--count", 2, *options)
+        assert code == 0
+        answers.append(json.loads(out)["devices"])
+    assert answers[0] == answers[1]
+    assert answers[0][1]["weights_bytes"] == pytest.approx(9.0e9, rel=0.01)  # the tower, 4.5e9 parameters
+
+
+def test_a_device_map_that_cuts_a_block_fails_with_torchs_error_and_exit_code_1(command):
+    tower = [f"vision_tower.{name}" for name in ("patch_embedding", "conv", "linear_proj", "boundary")]
+    layers = [f"vision_tower.layers.{index}" for index in range(63) if index != 3]
+    parts = [f"vision_tower.layers.3.{name}" for name in ("attention", "input_layernorm", "mlp")]
+    device_map = dict.fromkeys([*tower, *layers, *parts, "language_model", "lm_head"], 0)
+    # The residual connection then adds a tensor of card 1 to one of card 0.
+    device_map = json.dumps(device_map | {"vision_tower.layers.3.post_attention_layernorm": 1})
+    code, out, err = command("fit", "--card", "A100-40", "--count", 2, "--device-map", device_map, "--json")
+    assert (code, out) == (1, "")
+    assert "Expected all tensors to be on the same device" in err
+    assert err.count("\n") == 1
+
+
+WRONG_USE = {
+    "unknown card": (["--card", "RTX 4091"], 'Did you mean "RTX 4090"?'),
+    "no card": ([], "Missing option '--card'"),
+    "unknown dtype": (
+        ["--card", "L4", "--dtype", "bf16"],
+        "dtype is 'bf16'; expected one of bfloat16, float16",
+    ),
+    "no cards": (["--card", "L4", "--count", "0"], "a rig has 1 to 16 cards"),
+    "too many cards": (["--card", "L4", "--count", "17"], "a rig has 1 to 16 cards"),
+    "not a number": (["--card", "L4", "--count", "two"], "Invalid value for '--count'"),
+    "empty batch": (["--card", "L4", "--batch-size", "0"], "batch_size is 0"),
+    "two images": (["--card", "L4", "--images", "2"], "at most one image per sample"),
+    "no text": (["--card", "L4", "--text-tokens", "0"], "text_tokens is 0"),
+    "negative": (["--card", "L4", "--new-tokens", "-1"], "new_tokens is -1"),
+    "too long a prompt": (
+        ["--card", "L4", "--text-tokens", "6591"],
+        "takes 8193 positions (1602 of them the image)",
+    ),
+    "too long an answer": (["--card", "L4", "--new-tokens", "8193"], "the model's whole context is 8192"),
+    "checkpointing without training": (["--card", "L4", "--gradient-checkpointing"], "Set train as well"),
+    "unknown map": (["--card", "L4", "--device-map", "fair"], "device_map is 'fair'; expected one of auto"),
+    "broken map": (["--card", "L4", "--device-map", '{"": 0'], "device_map is not JSON"),
+    "incomplete map": (["--card", "L4", "--device-map", '{"lm_head": 0}'], "gives no place to vision_tower"),
+    "map of all and more": (["--card", "L4", "--device-map", '{"": 0, "lm_head": 0}'], 'Give "" alone'),
+    "map with a typo": (
+        ["--card", "L4", "--device-map", '{"vision_tower": 0, "lm_haed": 0}'],
+        "Did you mean 'lm_head'?",
+    ),
+    "map with a far card": (
+        ["--card", "L4", "--device-map", '{"": 1}'],
+        "puts '' on 1; expected a card's number, 0 to 0",
+    ),
+    "unknown option": (["--card", "L4", "--cards", "2"], "No such option: --cards"),
+}
+
+
+@pytest.mark.parametrize("json_option", [[], ["--json"]], ids=["", "json"])
+@pytest.mark.parametrize("case", WRONG_USE)
+def test_wrong_use_is_one_line_on_stderr_and_exit_code_2(command, case, json_option):
+    options, expected = WRONG_USE[case]
+    code, out, err = command("fit", *options, *json_option)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert expected in err
+    assert "Traceback" not in err
+
+
+def test_an_unknown_command_is_wrong_use(command):
+    code, out, err = command("fitt")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: No such command 'fitt'.") and err.count("\n") == 1
+
+
+def test_without_arguments_the_help_is_shown(command):
+    code, out, err = command()
+    assert (code, err) == (0, "")
+    assert "fit" in out and "run" in out
+
+
+# --- run
+
+
+def summary_of(*statuses):
+    results = [
+        NotebookResult(file=f"0{n}_x.ipynb", title="X", status=status) for n, status in enumerate(statuses)
+    ]
+    return RunSummary(started="now", versions={}, platform="test", notebooks=results)
+
+
+@pytest.fixture
+def suite(monkeypatch, tmp_path):
+    """Replaces the execution of notebooks; records what it was asked for."""
+    asked = {}
+
+    def run_suite(notebooks=None, output="runs", console=None):
+        asked.update(notebooks=notebooks, output=output, stderr=console.stderr)
+        console.print("  done  00_x.ipynb")
+        if isinstance(asked["summary"], Exception):
+            raise asked["summary"]
+        return asked["summary"], tmp_path
+
+    monkeypatch.setattr(experiment, "run_suite", run_suite)
+    return asked
+
+
+@pytest.mark.parametrize(("statuses", "code"), [(("done", "done"), 0), (("done", "failed"), 1)])
+def test_run_exits_as_make_run_does_and_names_the_report(command, suite, statuses, code):
+    suite["summary"] = summary_of(*statuses)
+    exit_code, out, err = command("run", "01", "02", "--output", "elsewhere")
+    assert (exit_code, err) == (code, "")
+    assert (suite["notebooks"], suite["output"]) == (["01", "02"], "elsewhere")
+    assert "index.html" in out
+
+
+def test_run_with_json_keeps_stdout_to_one_object(command, suite):
+    suite["summary"] = summary_of("done")
+    code, out, err = command("run", "--json")
+    assert code == 0
+    assert json.loads(out)["notebooks"][0]["status"] == "done"
+    assert "00_x.ipynb" in err
+    assert not suite["notebooks"]
+
+
+def test_an_interrupted_run_exits_with_130(command, suite):
+    suite["summary"] = summary_of("done", "not run")
+    suite["summary"].notebooks[1].error = "interrupted"
+    assert command("run")[0] == 130
+
+
+def test_an_unknown_notebook_number_is_wrong_use(command, suite):
+    suite["summary"] = RegistryError("no notebook has the number 77")
+    code, _, err = command("run", "77")
+    assert code == 2
+    assert err == "error: no notebook has the number 77\n"
+
+
+# --- the process
+
+
+def test_help_does_not_import_torch():
+    began = time.perf_counter()
+    code = "import sys, glm4v_nb_cli; glm4v_nb_cli.main(['fit', '--help']); sys.exit('torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    print(f"fit --help took {time.perf_counter() - began:.2f} s")
+    assert (process.returncode, process.stderr) == (0, "")
+    for option in (
+        "--card",
+        "--count",
+        "--dtype",
+        "--device-map",
+        "--batch-size",
+        "--images",
+        "--text-tokens",
+    ):
+        assert option in process.stdout
+    for option in ("--new-tokens", "--train", "--gradient-checkpointing", "--json"):
+        assert option in process.stdout
+
+
+def test_as_a_program_it_writes_only_json_to_stdout_and_nothing_to_stderr():
+    arguments = ["fit", "--card", "L4", "--count", "1", "--json"]
+    process = subprocess.run(
+        [sys.executable, "-m", "glm4v_nb_cli", *arguments], capture_output=True, text=True
+    )
+    assert (process.returncode, process.stderr) == (3, "")
+    assert json.loads(process.stdout)["verdict"] == "oom"
+
+
+def test_the_package_has_the_command_line_too():
+    assert glm4v_nb.cli.main is main

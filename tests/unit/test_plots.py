@@ -1,0 +1,48 @@
+"""Plots show the figures they are given; how they look is for people to judge."""
+
+from glm4v_nb.placement import PlacedModule
+from glm4v_nb.plots import COLOURS, plot_device_map, plot_memory_bars
+
+GIB = 2**30
+BLOCKS = [
+    PlacedModule("vision_tower.layers.0", "tower layer", 0, 3 * GIB),
+    PlacedModule("vision_tower.layers.1", "tower layer", 0, 3 * GIB),
+    PlacedModule("language_model.layers.0", "decoder layer", 1, 5 * GIB),
+    PlacedModule("lm_head", "embedding and head", "cpu", 1 * GIB),
+]
+
+
+def texts(axes):
+    return [text.get_text().strip() for text in axes.texts]
+
+
+def test_bars_are_stacked_to_their_sum_and_the_sum_is_written():
+    figure = plot_memory_bars({"card 0": {"weights": 2 * GIB, "activations": GIB}}, 4 * GIB)
+    axes = figure.axes[0]
+    assert [patch.get_width() for patch in axes.patches] == [2, 1]
+    assert axes.patches[1].get_x() == 2
+    assert texts(axes) == ["3.0"]
+
+
+def test_every_picture_says_where_its_figures_come_from():
+    bars = plot_memory_bars({"a": {"weights": GIB}}, provenance="measured on H100")
+    assert bars.axes[0].get_xlabel() == "GiB · measured on H100"
+    device_map = plot_device_map({"auto": BLOCKS}, 22 * GIB)
+    assert device_map.axes[-1].get_xlabel() == "GiB of weights · simulated"
+
+
+def test_a_device_map_has_a_row_per_card_and_a_cell_per_block():
+    axes = plot_device_map({"auto": BLOCKS}, 22 * GIB).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["card 0", "card 1", "cpu"]
+    assert [patch.get_width() for patch in axes.patches] == [3, 3, 5, 1]
+    assert {"6.0", "5.0", "1.0", "tower layers 0–1"} <= set(texts(axes))
+
+
+def test_capacity_may_differ_per_bar():
+    figure = plot_memory_bars({"a": {"weights": GIB}, "b": {"weights": GIB}}, {"a": 2 * GIB, "b": 3 * GIB})
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [2, 3]
+
+
+def test_colours_of_a_picture_differ():
+    kinds = ["tower layer", "tower other", "decoder layer", "embedding and head"]
+    assert len({COLOURS[kind] for kind in kinds}) == len(kinds)

@@ -1,0 +1,50 @@
+"""The README's commands and code do what the README says."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith(".venv/bin/glm4v-nb")]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_fit_command_of_the_readme_fits(command):
+    program, *arguments = shlex.split(command)
+    executable = Path(sys.executable).with_name(Path(program).name)
+    done = subprocess.run([executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "fits" in done.stdout
+
+
+def test_the_python_of_the_readme_prints_both_cards():
+    (code,) = [block for language, block in BLOCKS if language == "python"]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all(line.startswith("NVIDIA L4 ") for line in lines)
+    # Both cards' weights: 27.8 GB and the rounding of about a thousand tensors to 512 bytes.
+    assert sum(int(line.rpartition(" ")[2]) for line in lines) == pytest.approx(27_812_641_792, abs=512 * 1100)
+
+
+def test_every_make_target_of_the_readme_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"`?make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_the_readme_links_every_registered_notebook_and_no_missing_file():
+    registry = tomllib.loads((ROOT / "notebooks" / "registry.toml").read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    assert {f"notebooks/{entry['file']}" for entry in registry["notebook"]} <= set(links)
+    for link in links:
+        assert (ROOT / link).exists(), link
