@@ -3,8 +3,8 @@
 Exit codes: 0 done, 1 failed, 2 wrong use, 3 does not fit, 130 interrupted. Results go to stdout; progress and
 errors (one line, also with --json) to stderr, so after code 1 or 2 stdout is empty.
 
-This module stands beside the package, not in it: importing the package imports torch, and --help should not
-wait.
+This module stands beside the package, not in it: importing the package imports torch, and --help
+should not wait for that.
 """
 
 import json
@@ -41,8 +41,7 @@ def fit(
     device_map: Annotated[
         str,
         typer.Option(
-            help="auto, balanced, balanced_low_0 or sequential; a JSON object of modules and cards; or a JSON
-            file."
+            help="auto, balanced, balanced_low_0, sequential; or a JSON object of modules and cards, or its file."
         ),
     ] = "auto",
     batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 1,
@@ -59,7 +58,7 @@ def fit(
 ):
     """Will it fit? Runs the full-size model on simulated cards; exit code 0 if it fits, 3 if not."""
     with _progress("loading torch"):
-        from glm4v_nb import fit as fitting
+        from glm4v_nb import fit as fitting  # this command has the same name
         from glm4v_nb.memory import Workload
     with _progress(f"running on {count} x {card}, simulated"):
         workload = Workload(batch_size, images, text_tokens, new_tokens, train, gradient_checkpointing)
@@ -67,7 +66,7 @@ def fit(
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
-        _print_fit(result, _next_step(context, result, fitting))
+        _print_fit(result, _next_step(context, result))
     raise typer.Exit(0 if result.fits else 3)
 
 
@@ -114,17 +113,20 @@ def _progress(what: str):
     return console.status(f"{escape(what)} ...") if console.is_terminal else nullcontext()
 
 
-def _next_step(context: typer.Context, result, fitting) -> str:
+def _next_step(context: typer.Context, result) -> str:
     """What to try, as a command line where there is one."""
+    from glm4v_nb.fit import DEVICE_MAPS, cards_for_weights
+    from glm4v_nb.rig import MAX_CARDS
+
     options = context.params
     if result.fits:
         return "notebooks/01_will_it_fit.ipynb shows where these bytes go."
     if result.oom.phase == "backward" and not options["gradient_checkpointing"]:
         return _command(context, gradient_checkpointing=True)
-    if options["device_map"] not in fitting.DEVICE_MAPS:
+    if options["device_map"] not in DEVICE_MAPS:
         return f"in the device map, move modules from card {result.oom.device} to another."
-    more = max(options["count"] + 1, fitting.cards_for_weights(options["card"], options["dtype"]))
-    if more > fitting.MAX_CARDS:
+    more = max(options["count"] + 1, cards_for_weights(options["card"], options["dtype"]))
+    if more > MAX_CARDS:
         return "take larger cards, a smaller batch or a shorter prompt."
     return _command(context, count=more)
 

@@ -1,4 +1,4 @@
-"""The command line from inside the package; it lives in ``glm4v_nb_cli`` so that --help need not import torch."""
+"""The command line from inside the package; it lives in ``glm4v_nb_cli``, where --help imports no torch."""
 
 import sys
 

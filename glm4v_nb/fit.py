@@ -1,4 +1,4 @@
-"""Will it fit? Load the full-size model on simulated cards, run a workload on it, and report every card's peak."""
+"""Will it fit? Load the full-size model on simulated cards, run a workload, and report every card's peak."""
 
 import json
 import math
@@ -41,7 +41,7 @@ class DeviceFit:
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """Where a run died: the card, the phase ("load", "prefill", "decode" or "backward") and PyTorch's message."""
+    """Where a run died: card, phase ("load", "prefill", "decode" or "backward") and PyTorch's message."""
 
     device: int
     phase: str

@@ -46,14 +46,13 @@ def check_device_map(device_map: dict[str, Place], count: int):
 
     Raises:
         ValueError: a place that is neither one of the cards nor "cpu", a name the model does not have, a
-        parameter
-            without a place, or "" beside other names.
+            parameter without a place, or "" beside other names.
     """
     for name, place in device_map.items():
         is_card = isinstance(place, int) and not isinstance(place, bool) and 0 <= place < count
         if not is_card and place != "cpu":
             raise ValueError(
-                f'device_map puts {name!r} on {place!r}; expected a card\'s number, 0 to {count - 1}, or '
+                f"device_map puts {name!r} on {place!r}; expected a card's number, 0 to {count - 1}, or "
                 '"cpu". '
                 "Correct the place, or take more cards."
             )

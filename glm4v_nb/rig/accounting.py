@@ -1,4 +1,4 @@
-"""Follows every tensor on simulated cards from its birth to its last reference, and can replay what it saw."""
+"""Follows every tensor on simulated cards from birth to its last reference, and can replay what it saw."""
 
 import itertools
 import weakref
@@ -156,7 +156,7 @@ class Accounting:
         return events
 
     def _replay(self, first: list[_Event], second: list[_Event], count: int):
-        """Repeat the second recorded step ``count`` more times, each size growing as it did from the first."""
+        """Repeat the second recorded step ``count`` more times; sizes grow as they did from the first."""
         # A block is known by its number in its step. A release is of a block made in the same step, or of the
         # one with the same number in the step before.
         made_first = [event for event in first if event.allocates]

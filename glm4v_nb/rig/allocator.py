@@ -33,7 +33,7 @@ def block_bytes(size_bytes: int) -> int:
 
 
 def segment_bytes(size_bytes: int) -> int:
-    """Bytes the allocator asks the driver for when nothing cached fits; the "Tried to allocate" of the message."""
+    """Bytes asked of the driver when nothing cached fits; the "Tried to allocate" of the message."""
     if size_bytes <= SMALL_REQUEST:
         return SMALL_SEGMENT
     if size_bytes < LARGE_REQUEST:

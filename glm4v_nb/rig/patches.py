@@ -86,7 +86,7 @@ def simulated_world(rig):
 
 
 def _routed_attention(original, rig):
-    """``scaled_dot_product_attention`` that picks the kernel CUDA would; without a GPU torch picks the slowest."""
+    """``scaled_dot_product_attention`` with the kernel CUDA picks; without a GPU torch picks the slowest."""
 
     def scaled_dot_product_attention(
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False

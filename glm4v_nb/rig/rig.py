@@ -1,4 +1,4 @@
-"""``Rig``: the one door to GPU cards, simulated ones for now; real ones are to stand behind the same interface."""
+"""``Rig``: the one door to GPU cards, simulated for now; real ones are to stand behind the same interface."""
 
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -31,10 +31,10 @@ class CardMemory:
 
 @dataclass
 class Stage:
-    """A named part of a run: memory per card when it ended, peaks since it began, and the error that ended it.
+    """A named part of a run: memory per card when it ended, peaks since it began, the error that ended it.
 
-    After an error ``blocks`` lists what was on each card at that moment, largest first; otherwise it is
-    empty.
+    After an error ``blocks`` lists what was on each card at that moment, largest first; otherwise
+    it is empty.
     """
 
     name: str
@@ -148,7 +148,7 @@ class Rig:
         self._accounting.repeat(step, count)
 
     def deferring_errors(self):
-        """Context manager for code that an out-of-memory error cannot leave: it is raised when the block ends."""
+        """Context manager for code an out-of-memory error cannot leave: it is raised when the block ends."""
         return self._accounting.deferring()
 
     @contextmanager

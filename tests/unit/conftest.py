@@ -13,6 +13,15 @@ from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Matrices this small gain nothing from threads, and on a busy machine threads that wait cost minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
     """A tiny random checkpoint in the official layout. Read only: copy it to change it."""

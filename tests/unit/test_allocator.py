@@ -17,10 +17,8 @@ REAL_MESSAGE = (
     "allowed; Of the allocated memory 22.02 GiB is allocated by PyTorch, and 332.87 MiB is reserved by "
     "PyTorch but unallocated. If reserved but unallocated memory is large try setting "
     "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See documentation for Memory "
-    "Management  "
-    "
-    "
-    """(https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf)"
+    "Management  (https://docs.pytorch.org/docs/stable/notes/cuda.html"
+    "#optimizing-memory-usage-with-pytorch-cuda-alloc-conf)"
 )
 H100_BYTES = 85_017_493_504
 

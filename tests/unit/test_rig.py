@@ -1,4 +1,4 @@
-"""Simulated cards: the reader's own code runs on them, every byte is counted, and leaving restores everything."""
+"""Simulated cards: the reader's own code runs, every byte is counted, and leaving restores everything."""
 
 import copy
 import gc
