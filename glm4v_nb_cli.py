@@ -41,7 +41,7 @@ def fit(
     device_map: Annotated[
         str,
         typer.Option(
-            help="auto, balanced, balanced_low_0, sequential; or a JSON object of modules and cards, or its file."
+            help="auto, balanced, balanced_low_0 or sequential; or modules and cards as JSON, or a JSON file."
         ),
     ] = "auto",
     batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 1,

@@ -29,7 +29,9 @@ def measure() -> dict:
     begin = time.perf_counter()
     rig = Rig("L4", 2)
     with rig:
-        model = AutoModelForCausalLM.from_pretrained("zai-org/glm-4v-9b", device_map="auto", dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            "zai-org/glm-4v-9b", device_map="auto", dtype=torch.bfloat16
+        )
         figures["load_seconds"] = time.perf_counter() - begin
         prompt = make_prompt(model, Workload(images=1, text_tokens=32))
         outputs = prefill(model, prompt)

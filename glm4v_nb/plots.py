@@ -90,7 +90,9 @@ def plot_device_map(
     ``placements`` maps a panel's name to the blocks of ``explain_device_map``; a cell is as wide as its bytes.
     """
     with plt.rc_context(_STYLE):
-        rows = {name: sorted({block.place for block in blocks}, key=str) for name, blocks in placements.items()}
+        rows = {
+            name: sorted({block.place for block in blocks}, key=str) for name, blocks in placements.items()
+        }
         figure, panels = plt.subplots(
             len(placements),
             1,
@@ -124,7 +126,9 @@ def _draw_blocks(
         start = left
         for block in run:
             used[kind] = COLOURS[kind]
-            axes.barh(row, block.bytes / GIB, left=left, color=COLOURS[kind], edgecolor="white", linewidth=0.5)
+            axes.barh(
+                row, block.bytes / GIB, left=left, color=COLOURS[kind], edgecolor="white", linewidth=0.5
+            )
             left += block.bytes / GIB
         if kind.endswith("layer"):
             numbers = [block.name.rpartition(".")[2] for block in run]

@@ -3,4 +3,12 @@
 from glm4v_nb.memory.oom import OutOfMemoryMessage, parse_out_of_memory
 from glm4v_nb.memory.probe import Workload, decode, make_prompt, prefill, train_step
 
-__all__ = ["OutOfMemoryMessage", "Workload", "decode", "make_prompt", "parse_out_of_memory", "prefill", "train_step"]
+__all__ = [
+    "OutOfMemoryMessage",
+    "Workload",
+    "decode",
+    "make_prompt",
+    "parse_out_of_memory",
+    "prefill",
+    "train_step",
+]

@@ -63,9 +63,7 @@ def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:
     )
     image = torch.tensor([config.boi_token_id, config.pad_token_id, config.eoi_token_id] * workload.images)
     input_ids = torch.cat((image.long().expand(workload.batch_size, -1), text), dim=1)
-    prompt = expand_image_positions(
-        config, input_ids, image_count=workload.batch_size * workload.images
-    )
+    prompt = expand_image_positions(config, input_ids, image_count=workload.batch_size * workload.images)
     side = config.vision_config.image_size
     inputs = {
         "input_ids": prompt.input_ids,
@@ -110,7 +108,9 @@ def train_step(model, prompt: dict[str, torch.Tensor], gradient_checkpointing: b
     model.train()
     if gradient_checkpointing:
         # The method was renamed in transformers 5.23.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
         enable()
     loss = model(**prompt, labels=prompt["input_ids"], use_cache=False).loss
     loss.backward()

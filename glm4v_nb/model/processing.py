@@ -4,6 +4,7 @@ from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMi
 from transformers.models.auto import image_processing_auto
 
 from glm4v_nb.model.chat import is_batch, parse_conversation, refuse_options
+from glm4v_nb.model.configuration import GLM4VVisionConfig
 from glm4v_nb.model.image_processing import GLM4VImageProcessor, checkpoint_image_size
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
 
@@ -188,7 +189,10 @@ def register_processing(config_class):
     Args:
         config_class: the configuration class registered for the checkpoint's model_type.
     """
-    AutoTokenizer.register(config_class, ChatGLM4Tokenizer, exist_ok=True)
+    # Registered for the tower's configuration: transformers prefers a repository's own tokenizer code, where the
+    # caller allows remote code, over a class registered for the checkpoint's configuration itself. It finds this
+    # class by the name in tokenizer_config.json.
+    AutoTokenizer.register(GLM4VVisionConfig, ChatGLM4Tokenizer, exist_ok=True)
     AutoProcessor.register(config_class, GLM4VProcessor, exist_ok=True)
     # The mapping behind AutoImageProcessor, because transformers 5.17 exports that class only beside
     # torchvision.

@@ -133,6 +133,17 @@ def test_a_failed_request_changes_nothing():
     ) == before
 
 
+def test_a_failed_request_first_gives_back_what_is_cached_and_the_message_counts_it_as_free():
+    allocator = small_card()
+    kept, freed = allocator.allocate(10 * MIB), allocator.allocate(40 * MIB)
+    allocator.free(freed)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        allocator.allocate(60 * MIB)
+    assert "of which 54.00 MiB is free" in str(error.value)
+    assert "10.00 MiB is allocated by PyTorch, and 0 bytes is reserved" in str(error.value)
+    assert allocator.reserved == kept
+
+
 def test_peaks_stay_when_memory_is_freed_until_they_are_reset():
     allocator = small_card()
     kept, freed = allocator.allocate(4 * MIB), allocator.allocate(8 * MIB)

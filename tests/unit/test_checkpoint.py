@@ -92,13 +92,7 @@ def test_the_auto_classes_load_the_official_layout_and_run_no_code_of_it(plant, 
     [
         {},
         {"trust_remote_code": False},
-        pytest.param(
-            {"trust_remote_code": True},
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="AutoTokenizer prefers remote code over what is registered for the config's class",
-            ),
-        ),
+        {"trust_remote_code": True},
     ],
     ids=str,
 )

@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith(".venv/bin/glm4v-nb")]
+COMMANDS = [
+    line for _, block in BLOCKS for line in block.splitlines() if line.startswith(".venv/bin/glm4v-nb")
+]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
@@ -21,19 +23,25 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 def test_a_fit_command_of_the_readme_fits(command):
     program, *arguments = shlex.split(command)
     executable = Path(sys.executable).with_name(Path(program).name)
-    done = subprocess.run([executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = subprocess.run(
+        [executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "fits" in done.stdout
 
 
 def test_the_python_of_the_readme_prints_both_cards():
     (code,) = [block for language, block in BLOCKS if language == "python"]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2 and all(line.startswith("NVIDIA L4 ") for line in lines)
     # Both cards' weights: 27.8 GB and the rounding of about a thousand tensors to 512 bytes.
-    assert sum(int(line.rpartition(" ")[2]) for line in lines) == pytest.approx(27_812_641_792, abs=512 * 1100)
+    assert sum(int(line.rpartition(" ")[2]) for line in lines) == pytest.approx(
+        27_812_641_792, abs=512 * 1100
+    )
 
 
 def test_every_make_target_of_the_readme_exists():

@@ -382,10 +382,13 @@ def test_gradients_count(rig):
 
 def test_resizing_a_storage_counts_the_new_size(rig):
     with rig:
-        tensor = torch.zeros(0, device="cuda")
-        assert torch.cuda.memory_allocated() == 0
-        tensor.resize_(1024)
-        assert torch.cuda.memory_allocated() == 4096
+        for start in (0, 128):
+            tensor = torch.zeros(start, device="cuda")
+            assert torch.cuda.memory_allocated() == 4 * start
+            tensor.resize_(1024)
+            assert torch.cuda.memory_allocated() == 4096
+            del tensor
+            assert torch.cuda.memory_allocated() == 0
 
 
 @pytest.mark.parametrize("card", ["L4", "H100"])
