@@ -143,7 +143,9 @@ class Rig:
     def repeat(self, step, count: int):
         """Run ``step()`` ``count`` times; on simulated cards most repetitions are replayed, not run.
 
-        For decode steps, whose allocations are the same each time but for sizes growing with the length.
+        For decode steps, whose allocations are the same each time but for sizes growing with the length. After a
+        replay the cards hold the bytes of ``count`` steps, but tensors that survived have the shapes of the second
+        step: do not go on decoding from them.
         """
         self._accounting.repeat(step, count)
 
