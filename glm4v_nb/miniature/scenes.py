@@ -1,0 +1,257 @@
+"""Scenes of simple shapes, drawn with Pillow.
+
+The rules, for anyone who wants to draw a picture that the miniature should understand:
+
+* One to five filled shapes of the kinds in ``SHAPES``, which do not touch, on a plain, graded or textured
+  background that contrasts with every one of them. A square stands on a side, a diamond on a corner.
+* Each has one of the colours in ``COLOURS``, within a small distance of the listed RGB values.
+* The picture is divided into 3 × 3 equal cells; a shape's centre lies well inside one, at most one shape a cell.
+* A large shape has a radius of 12 to 16.5 % of the shorter side, a small one 7 to 9 %. A shape alone in the
+  picture may be larger.
+* Any size from about 80 pixels a side, sides up to about 2 : 1, noise up to a standard deviation of about 12.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart")
+COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "red": ((255, 0, 0), (220, 20, 40), (200, 0, 0), (235, 60, 50)),
+    "green": ((0, 128, 0), (0, 200, 0), (0, 255, 0), (50, 160, 70)),
+    "blue": ((0, 0, 255), (30, 80, 220), (0, 0, 170), (50, 120, 240)),
+    "yellow": ((255, 255, 0), (250, 225, 30), (255, 240, 70)),
+    "orange": ((255, 165, 0), (255, 140, 0), (250, 120, 20)),
+    "purple": ((128, 0, 128), (150, 50, 200), (110, 40, 160), (148, 0, 211)),
+    "pink": ((255, 192, 203), (255, 105, 180), (255, 150, 190)),
+    "brown": ((139, 69, 19), (150, 80, 20), (115, 70, 40), (160, 82, 45)),
+    "black": ((0, 0, 0), (25, 25, 25)),
+    "white": ((255, 255, 255), (240, 240, 240)),
+    "grey": ((128, 128, 128), (150, 150, 150), (105, 105, 105)),
+}
+# Reading order: cell = 3 * row + column.
+CELLS = (
+    "top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right",
+)  # fmt: skip
+LARGE, SMALL, ALONE = (0.12, 0.165), (0.07, 0.09), (0.08, 0.33)
+# Largest rotation in degrees at which a shape keeps its name.
+TILT = {"circle": 0, "square": 10, "triangle": 15, "star": 36, "diamond": 8, "cross": 12, "heart": 12}
+SUPERSAMPLING = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One object. ``x``, ``y`` are fractions of width and height, ``radius`` of the shorter side; ``tilt`` is
+    in radians, ``width`` the horizontal stretch of a diamond."""
+
+    shape: str
+    colour: str
+    rgb: tuple[int, int, int]
+    cell: int
+    x: float
+    y: float
+    radius: float
+    tilt: float = 0.0
+    width: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects in reading order of their cells, and what the background needs to be drawn again."""
+
+    objects: tuple[Shape, ...]
+    background: tuple[tuple[int, int, int], tuple[int, int, int]]
+    pattern: str
+    noise: float
+    seed: int
+
+
+def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
+    """A scene that follows the rules above; the same ``rng`` state gives the same scene."""
+    count = count or int(rng.choice(5, p=(0.22, 0.2, 0.2, 0.19, 0.19))) + 1
+    objects: list[Shape] = []
+    while len(objects) < count:
+        cell = int(rng.integers(9))
+        alone = count == 1
+        radius = float(rng.uniform(*(ALONE if alone else LARGE if rng.random() < 0.5 else SMALL)))
+        x = (cell % 3 + 0.5) / 3 + rng.uniform(-0.1, 0.1)
+        y = (cell // 3 + 0.5) / 3 + rng.uniform(-0.1, 0.1)
+        room = min(x, y, 1 - x, 1 - y)
+        if alone:
+            radius = max(0.075, min(radius, room + 0.01))
+        elif radius > room + 0.01:
+            continue
+        if any(_too_close(other, cell, x, y, radius) for other in objects):
+            continue
+        # Repeated kinds and colours make the counting questions interesting.
+        repeat = objects and rng.random() < 0.3
+        shape = objects[-1].shape if repeat else str(rng.choice(SHAPES))
+        colour = objects[-1].colour if objects and rng.random() < 0.2 else str(rng.choice(list(COLOURS)))
+        objects.append(
+            Shape(
+                shape=shape,
+                colour=colour,
+                rgb=_shade(colour, rng),
+                cell=cell,
+                x=float(x),
+                y=float(y),
+                radius=radius,
+                tilt=math.radians(rng.uniform(-1, 1) * TILT[shape] * (rng.random() < 0.7)),
+                width=float(rng.uniform(0.65, 1.0)) if shape == "diamond" else 1.0,
+            )
+        )
+    objects.sort(key=lambda one: one.cell)
+    first = _background([one.rgb for one in objects], rng)
+    pattern = str(rng.choice(("plain", "gradient", "texture"), p=(0.5, 0.25, 0.25)))
+    second = first
+    for _ in range(8):
+        candidate = tuple(int(v) for v in np.clip(np.array(first) + rng.integers(-60, 61, 3), 0, 255))
+        if pattern != "plain" and _contrasts(candidate, [one.rgb for one in objects]):
+            second = candidate
+            break
+    noise = float(rng.uniform(1, 12)) if rng.random() < 0.5 else 0.0
+    return Scene(tuple(objects), (first, second), pattern, noise, int(rng.integers(2**31)))
+
+
+def random_size(rng: np.random.Generator) -> tuple[int, int]:
+    """Width and height in pixels: 80 to 400 a side, mostly near square, up to 2 : 1."""
+    side = 80 * 4 ** rng.random()
+    ratio = 2 ** rng.uniform(-0.5, 0.5) if rng.random() < 0.75 else 2 ** rng.uniform(-1, 1)
+    return tuple(int(np.clip(side * r, 80, 400)) for r in (math.sqrt(ratio), 1 / math.sqrt(ratio)))
+
+
+def draw(scene: Scene, size: tuple[int, int]) -> Image.Image:
+    """The RGB picture of a scene; ``size`` is (width, height) in pixels."""
+    width, height = size
+    rng = np.random.default_rng(scene.seed)
+    image = Image.fromarray(_paint_background(scene, width, height, rng))
+    for one in scene.objects:
+        _paint(image, one)
+    if scene.noise:
+        pixels = np.asarray(image, dtype=np.float32)
+        offset = rng.integers(0, len(_NOISE) - pixels.size)
+        pixels = pixels + scene.noise * _NOISE[offset : offset + pixels.size].reshape(pixels.shape)
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return image
+
+
+# Normal noise is drawn once and read at random offsets, which is many times faster than drawing it anew.
+_NOISE = np.random.default_rng(0).standard_normal(1_500_000, dtype=np.float32)
+
+
+def _paint_background(scene: Scene, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+    first, second = (np.array(colour, np.float32) for colour in scene.background)
+    if scene.pattern == "plain":
+        return np.full((height, width, 3), first, np.uint8)
+    if scene.pattern == "gradient":
+        angle = rng.uniform(0, 2 * math.pi)
+        across = np.cos(angle) * np.linspace(-0.5, 0.5, width, dtype=np.float32)[None, :]
+        down = np.sin(angle) * np.linspace(-0.5, 0.5, height, dtype=np.float32)[:, None]
+        mix = (across + down) / math.sqrt(2) + 0.5
+    else:
+        kind = rng.integers(3)
+        step = max(3, int(min(width, height) * rng.uniform(0.03, 0.1)))
+        columns, rows = np.arange(width)[None, :], np.arange(height)[:, None]
+        if kind == 0:  # stripes
+            mix = ((columns + rows * rng.integers(-1, 2)) // step % 2).astype(np.float32)
+            mix = np.broadcast_to(mix, (height, width)) * 0.6
+        elif kind == 1:  # checks
+            mix = ((columns // step + rows // step) % 2).astype(np.float32) * 0.6
+        else:  # clouds
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8))
+            mix = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+    return (first + mix[..., None] * (second - first)).clip(0, 255).astype(np.uint8)
+
+
+def _paint(image: Image.Image, one: Shape) -> None:
+    """Draw one shape with smooth edges, through a mask drawn larger and scaled down."""
+    width, height = image.size
+    radius = one.radius * min(width, height)
+    left, top = int(one.x * width - radius) - 2, int(one.y * height - radius) - 2
+    side = int(2 * radius) + 5
+    mask = Image.new("L", (side * SUPERSAMPLING, side * SUPERSAMPLING))
+    x, y = ((one.x * width - left) * SUPERSAMPLING, (one.y * height - top) * SUPERSAMPLING)
+    pen = ImageDraw.Draw(mask)
+    radius *= SUPERSAMPLING
+    if one.shape == "circle":
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    else:
+        cosine, sine = math.cos(one.tilt), math.sin(one.tilt)
+        points = [
+            (
+                x + radius * (cosine * a * one.width - sine * b),
+                y + radius * (sine * a * one.width + cosine * b),
+            )
+            for a, b in _OUTLINES[one.shape]
+        ]
+        pen.polygon(points, fill=255)
+    image.paste(one.rgb, (left, top), mask.reduce(SUPERSAMPLING))
+
+
+def _polar(radii: tuple[float, ...], start: float = -90) -> list[tuple[float, float]]:
+    angles = [math.radians(start + 360 * index / len(radii)) for index in range(len(radii))]
+    return [(r * math.cos(angle), r * math.sin(angle)) for r, angle in zip(radii, angles, strict=True)]
+
+
+def _heart() -> list[tuple[float, float]]:
+    times = [2 * math.pi * index / 40 for index in range(40)]
+    return [
+        (
+            math.sin(t) ** 3 * 0.95,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17,
+        )
+        for t in times
+    ]
+
+
+_ARM = 0.3
+# Corner points in units of the radius, y downwards.
+_OUTLINES = {
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": [(0.0, -0.95), (0.95, 0.8), (-0.95, 0.8)],
+    "star": _polar((1.0, 0.42) * 5),
+    "diamond": _polar((1.0,) * 4),
+    "cross": [
+        (-_ARM, -0.95), (_ARM, -0.95), (_ARM, -_ARM), (0.95, -_ARM), (0.95, _ARM), (_ARM, _ARM),
+        (_ARM, 0.95), (-_ARM, 0.95), (-_ARM, _ARM), (-0.95, _ARM), (-0.95, -_ARM), (-_ARM, -_ARM),
+    ],
+    "heart": _heart(),
+}  # fmt: skip
+
+
+def _too_close(other: Shape, cell: int, x: float, y: float, radius: float) -> bool:
+    return other.cell == cell or math.hypot(other.x - x, other.y - y) < other.radius + radius + 0.02
+
+
+def _shade(colour: str, rng: np.random.Generator) -> tuple[int, int, int]:
+    anchors = np.array(COLOURS[colour])
+    first, second = anchors[rng.integers(len(anchors), size=2)]
+    mixed = first + rng.random() * (second - first)
+    same = colour in ("black", "white", "grey")  # these stay neutral
+    mixed = mixed + rng.uniform(-10, 10, 1 if same else 3) * (rng.random() < 0.6)
+    return tuple(int(v) for v in np.clip(mixed, 0, 255))
+
+
+def _contrasts(background, colours) -> bool:
+    return all(sum(abs(a - b) for a, b in zip(background, rgb, strict=True)) > 160 for rgb in colours)
+
+
+def _background(colours, rng: np.random.Generator) -> tuple[int, int, int]:
+    for _ in range(200):
+        style = rng.random()
+        if style < 0.25:
+            candidate = (255, 255, 255)
+        elif style < 0.35:
+            candidate = (0, 0, 0)
+        elif style < 0.65:
+            candidate = tuple(int(v) for v in rng.integers(190, 256, 3))
+        else:
+            candidate = tuple(int(v) for v in rng.integers(0, 256, 3))
+        if _contrasts(candidate, colours):
+            return candidate
+    # Five colours can leave little room: take the best of many.
+    candidates = rng.integers(0, 256, (200, 3))
+    distances = np.abs(candidates[:, None] - np.array(colours)[None]).sum(-1).min(1)
+    return tuple(int(v) for v in candidates[distances.argmax()])
