@@ -103,15 +103,17 @@ def decode(rig, model, prompt: dict[str, torch.Tensor], outputs, new_tokens: int
     rig.repeat(step, new_tokens - 1)
 
 
+def enable_gradient_checkpointing(model):
+    """Recompute activations in the backward pass; transformers 5.23 renamed the method that does it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
 def train_step(model, prompt: dict[str, torch.Tensor], gradient_checkpointing: bool = False):
     """Forward and backward over the prompt with gradients for every parameter; no optimiser state."""
     model.train()
     if gradient_checkpointing:
-        # The method was renamed in transformers 5.23.
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        )
-        enable()
+        enable_gradient_checkpointing(model)
     loss = model(**prompt, labels=prompt["input_ids"], use_cache=False).loss
     loss.backward()
     return loss.detach()

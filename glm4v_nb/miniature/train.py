@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
+from glm4v_nb.memory.probe import enable_gradient_checkpointing
 from glm4v_nb.miniature.evaluate import evaluate
 from glm4v_nb.miniature.feed import CHUNK, IGNORED, ROWS, TEXT_LENGTH, ConversationEncoder, Feed
 from glm4v_nb.miniature.vocabulary import save_vocabulary
@@ -174,7 +175,7 @@ def train(options: argparse.Namespace) -> None:
     initialise(model)
     model.to(device).train()
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     trainer = Trainer(model, ConversationEncoder(tokenizer).prefix()).to(device)
     decayed = [value for value in model.parameters() if value.ndim > 1]
     others = [value for value in model.parameters() if value.ndim < 2]

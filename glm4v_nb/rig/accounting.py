@@ -68,7 +68,7 @@ class Accounting:
         try:
             self._charge(operator, results)
         except torch.OutOfMemoryError as error:
-            self.at_failure = [self.blocks(index) for index in range(len(self.allocators))]
+            self._remember_failure()
             if not self._deferring:
                 raise
             self._deferred = error.with_traceback(None)
@@ -142,10 +142,17 @@ class Accounting:
         first, second = recorded
         sizes = [[event.bytes for event in events if event.allocates] for events in recorded]
         if len(sizes[0]) == len(sizes[1]):
-            self._replay(first, second, count - 2)
+            try:
+                self._replay(first, second, count - 2)
+            except torch.OutOfMemoryError:
+                self._remember_failure()
+                raise
         else:
             for _ in range(count - 2):
                 step()
+
+    def _remember_failure(self):
+        self.at_failure = [self.blocks(index) for index in range(len(self.allocators))]
 
     def _record(self, step) -> list[_Event]:
         self._recording = []

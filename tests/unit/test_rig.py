@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 from transformers.utils import is_torch_cuda_available
 
 from glm4v_nb.memory import Workload, decode, make_prompt, parse_out_of_memory, prefill, train_step
+from glm4v_nb.memory.probe import enable_gradient_checkpointing
 from glm4v_nb.model import GLM4VForConditionalGeneration
 from glm4v_nb.rig import Rig, find_card
 from glm4v_nb.rig.allocator import block_bytes
@@ -679,6 +680,20 @@ def test_a_replay_that_runs_out_of_memory_after_giving_up_its_old_block_stays_co
         assert torch.cuda.memory_allocated() == 0
 
 
+def test_a_replay_that_runs_out_of_memory_keeps_what_was_on_the_card(rig):
+    state = {"size": 0}
+
+    def step():
+        state["size"] += GIB
+        state["tensor"] = torch.zeros(state["size"], dtype=torch.uint8, device="cuda")
+
+    with rig:
+        held = torch.zeros(3 * GIB, dtype=torch.uint8, device="cuda")
+        with pytest.raises(torch.OutOfMemoryError), rig.stage("decode"):
+            rig.repeat(step, 40)
+        assert held.shape in [block.shape for block in rig.stages[-1].blocks[0]]
+
+
 def test_an_error_in_a_step_leaves_the_rig_usable(rig):
     def step():
         raise KeyError("mine")
@@ -758,10 +773,7 @@ def test_running_out_of_memory_in_a_backward_pass_is_an_ordinary_error(tmp_path,
         loss = None
         model.train()
         if checkpointing:
-            enable = (
-                getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            )
-            enable()
+            enable_gradient_checkpointing(model)
         loss = model(**prompt, labels=prompt["input_ids"], use_cache=False).loss
         limit = torch.cuda.memory_allocated() + 64 * 1024
         torch.cuda.set_per_process_memory_fraction(limit / find_card("L4").total_bytes)
