@@ -5,6 +5,7 @@ One *example* is a picture with ``ROWS`` conversations about it. Every conversat
 in every row. Workers write into memory shared with the trainer, which needs no /dev/shm.
 """
 
+import io
 import mmap
 import multiprocessing
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from glm4v_nb.miniature.questions import KINDS, LANGUAGES, ask
-from glm4v_nb.miniature.scenes import draw, random_scene, random_size
+from glm4v_nb.miniature.scenes import draw, encode, is_wide, random_scene, random_size
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
 
 ROWS = 2
@@ -25,6 +26,7 @@ MAXIMUM_TURNS = 4
 IGNORED = -100
 CHUNK = 64  # examples a worker hands over at once
 SLOTS = 4  # chunks a worker draws ahead
+GREY, JPEG = 0.06, 0.2  # share of the pictures
 
 
 @dataclass
@@ -75,8 +77,11 @@ def draw_examples(
 ) -> None:
     """Fill ``into`` with ``count`` new examples; the same ``rng`` state gives the same examples."""
     for index in range(count):
-        scene = random_scene(rng)
-        picture = draw(scene, random_size(rng))
+        size = random_size(rng)
+        scene = random_scene(rng, wide=is_wide(size), grey=rng.random() < GREY)
+        picture = draw(scene, size)
+        if rng.random() < JPEG:
+            picture = Image.open(io.BytesIO(encode(picture, "JPEG", quality=int(rng.integers(40, 96)))))
         into.pixels[index] = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
         for row in range(ROWS):
             ids, labels = _conversation(scene, encoder, rng)

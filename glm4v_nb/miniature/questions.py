@@ -87,12 +87,14 @@ KINDS = ("shape", "colour", "count", "where", "place", "larger", "exists", "abse
 Question = tuple[str, str]
 
 
-def sample(rng: np.random.Generator) -> tuple[Scene, str, str, str, str]:
-    """A random scene and question: (scene, question, answer, kind, language)."""
+def sample(
+    rng: np.random.Generator, wide: bool = False, grey: bool = False
+) -> tuple[Scene, str, str, str, str]:
+    """A random scene and question: (scene, question, answer, kind, language). See ``random_scene``."""
     kind = str(rng.choice(KINDS))
     language = str(rng.choice(LANGUAGES))
     while True:
-        scene = random_scene(rng)
+        scene = random_scene(rng, wide=wide, grey=grey)
         found = ask(scene, kind, language, rng)
         if found:
             return scene, *found, kind, language

@@ -8,9 +8,13 @@ The rules, for anyone who wants to draw a picture that the miniature should unde
 * The picture is divided into 3 × 3 equal cells; a shape's centre lies well inside one, at most one shape a cell.
 * A large shape has a radius of 12 to 16.5 % of the shorter side, a small one 7 to 9 %. A shape alone in the
   picture may be larger.
-* Any size from about 80 pixels a side, sides up to about 2 : 1, noise up to a standard deviation of about 12.
+* Any size from about 80 pixels a side, noise up to a standard deviation of about 12, any file format Pillow
+  reads, JPEG down to a quality of about 40.
+* Sides up to 4 : 1. The model sees every picture squeezed into a square, so beyond 2 : 1 every shape is large.
+* A grey picture is one whose shapes are black, white and grey.
 """
 
+import io
 import math
 from dataclasses import dataclass
 
@@ -36,6 +40,8 @@ CELLS = (
     "top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right",
 )  # fmt: skip
 LARGE, SMALL, ALONE = (0.12, 0.165), (0.07, 0.09), (0.08, 0.33)
+WIDE = 2.0  # sides from which on small shapes would lose their form
+NEUTRAL = ("black", "white", "grey")
 # Largest rotation in degrees at which a shape keeps its name.
 TILT = {"circle": 0, "square": 10, "triangle": 15, "star": 36, "diamond": 8, "cross": 12, "heart": 12}
 SUPERSAMPLING = 3
@@ -68,19 +74,28 @@ class Scene:
     seed: int
 
 
-def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
-    """A scene that follows the rules above; the same ``rng`` state gives the same scene."""
+def random_scene(
+    rng: np.random.Generator, count: int | None = None, wide: bool = False, grey: bool = False
+) -> Scene:
+    """A scene that follows the rules above; the same ``rng`` state gives the same scene.
+
+    Args:
+        count: of objects, 1 to 5; drawn if not given.
+        wide: for a picture with sides beyond 2 : 1, only large shapes.
+        grey: only black, white and grey.
+    """
     count = count or int(rng.choice(5, p=(0.22, 0.2, 0.2, 0.19, 0.19))) + 1
+    colours = NEUTRAL if grey else tuple(COLOURS)
     objects: list[Shape] = []
     while len(objects) < count:
         cell = int(rng.integers(9))
         alone = count == 1
-        radius = float(rng.uniform(*(ALONE if alone else LARGE if rng.random() < 0.5 else SMALL)))
+        radius = float(rng.uniform(*(ALONE if alone else LARGE if wide or rng.random() < 0.5 else SMALL)))
         x = (cell % 3 + 0.5) / 3 + rng.uniform(-0.1, 0.1)
         y = (cell // 3 + 0.5) / 3 + rng.uniform(-0.1, 0.1)
         room = min(x, y, 1 - x, 1 - y)
         if alone:
-            radius = max(0.075, min(radius, room + 0.01))
+            radius = max(LARGE[0] if wide else 0.075, min(radius, room + 0.01))
         elif radius > room + 0.01:
             continue
         if any(_too_close(other, cell, x, y, radius) for other in objects):
@@ -88,7 +103,7 @@ def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
         # Repeated kinds and colours make the counting questions interesting.
         repeat = objects and rng.random() < 0.3
         shape = objects[-1].shape if repeat else str(rng.choice(SHAPES))
-        colour = objects[-1].colour if objects and rng.random() < 0.2 else str(rng.choice(list(COLOURS)))
+        colour = objects[-1].colour if objects and rng.random() < 0.2 else str(rng.choice(colours))
         objects.append(
             Shape(
                 shape=shape,
@@ -103,11 +118,13 @@ def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
             )
         )
     objects.sort(key=lambda one: one.cell)
-    first = _background([one.rgb for one in objects], rng)
+    first = _background([one.rgb for one in objects], rng, grey)
     pattern = str(rng.choice(("plain", "gradient", "texture"), p=(0.5, 0.25, 0.25)))
     second = first
     for _ in range(8):
-        candidate = tuple(int(v) for v in np.clip(np.array(first) + rng.integers(-60, 61, 3), 0, 255))
+        candidate = tuple(
+            int(v) for v in np.clip(np.array(first) + rng.integers(-60, 61, 1 if grey else 3), 0, 255)
+        )
         if pattern != "plain" and _contrasts(candidate, [one.rgb for one in objects]):
             second = candidate
             break
@@ -116,10 +133,16 @@ def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
 
 
 def random_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Width and height in pixels: 80 to 400 a side, mostly near square, up to 2 : 1."""
+    """Width and height in pixels: 80 to 400 a side, mostly near square, one in eight beyond 2 : 1."""
     side = 80 * 4 ** rng.random()
-    ratio = 2 ** rng.uniform(-0.5, 0.5) if rng.random() < 0.75 else 2 ** rng.uniform(-1, 1)
+    octaves = rng.choice((0.5, 1.0, 2.0), p=(0.55, 0.2, 0.25))
+    ratio = 2 ** rng.uniform(-octaves, octaves)
     return tuple(int(np.clip(side * r, 80, 400)) for r in (math.sqrt(ratio), 1 / math.sqrt(ratio)))
+
+
+def is_wide(size: tuple[int, int]) -> bool:
+    """Whether the sides are so unequal that every shape has to be large."""
+    return max(size) > WIDE * min(size)
 
 
 def draw(scene: Scene, size: tuple[int, int]) -> Image.Image:
@@ -131,14 +154,28 @@ def draw(scene: Scene, size: tuple[int, int]) -> Image.Image:
         _paint(image, one)
     if scene.noise:
         pixels = np.asarray(image, dtype=np.float32)
-        offset = rng.integers(0, len(_NOISE) - pixels.size)
-        pixels = pixels + scene.noise * _NOISE[offset : offset + pixels.size].reshape(pixels.shape)
+        pixels = pixels + scene.noise * _noise(pixels.shape, rng)
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     return image
 
 
+def encode(picture: Image.Image, format: str, **options) -> bytes:
+    """The bytes of an image file: ``encode(picture, "JPEG", quality=60)``."""
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
 # Normal noise is drawn once and read at random offsets, which is many times faster than drawing it anew.
 _NOISE = np.random.default_rng(0).standard_normal(1_500_000, dtype=np.float32)
+
+
+def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    size = math.prod(shape)
+    if size >= len(_NOISE):
+        return rng.standard_normal(shape, dtype=np.float32)
+    offset = rng.integers(0, len(_NOISE) - size)
+    return _NOISE[offset : offset + size].reshape(shape)
 
 
 def _paint_background(scene: Scene, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
@@ -238,7 +275,11 @@ def _contrasts(background, colours) -> bool:
     return all(sum(abs(a - b) for a, b in zip(background, rgb, strict=True)) > 160 for rgb in colours)
 
 
-def _background(colours, rng: np.random.Generator) -> tuple[int, int, int]:
+def _background(colours, rng: np.random.Generator, grey: bool) -> tuple[int, int, int]:
+    def drawn(low: int, *shape: int) -> np.ndarray:
+        values = rng.integers(low, 256, (*shape, 1 if grey else 3))
+        return np.broadcast_to(values, (*shape, 3))
+
     for _ in range(200):
         style = rng.random()
         if style < 0.25:
@@ -246,12 +287,12 @@ def _background(colours, rng: np.random.Generator) -> tuple[int, int, int]:
         elif style < 0.35:
             candidate = (0, 0, 0)
         elif style < 0.65:
-            candidate = tuple(int(v) for v in rng.integers(190, 256, 3))
+            candidate = tuple(int(v) for v in drawn(190))
         else:
-            candidate = tuple(int(v) for v in rng.integers(0, 256, 3))
+            candidate = tuple(int(v) for v in drawn(0))
         if _contrasts(candidate, colours):
             return candidate
     # Five colours can leave little room: take the best of many.
-    candidates = rng.integers(0, 256, (200, 3))
+    candidates = drawn(0, 200)
     distances = np.abs(candidates[:, None] - np.array(colours)[None]).sum(-1).min(1)
     return tuple(int(v) for v in candidates[distances.argmax()])

@@ -6,7 +6,6 @@ bfloat16 in the official layout, every minute and at the end. Examples are kept 
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -43,7 +42,7 @@ def miniature_config(special: dict[str, int]) -> GLM4VConfig:
         num_attention_heads=4,
         multi_query_group_num=2,
         padded_vocab_size=math.ceil(len_of_vocabulary(special) / 64) * 64,
-        seq_length=1024,
+        seq_length=8192,  # the official one; training stays below 150 positions
         initializer_range=0.04,
         boi_token_id=special["<|begin_of_image|>"],
         eoi_token_id=special["<|end_of_image|>"],
@@ -171,8 +170,11 @@ def train(options: argparse.Namespace) -> None:
     feed = Feed(directory, IMAGE_SIZE, options.seed, options.workers)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(options.seed)
-    model = GLM4VForConditionalGeneration(miniature_config(special))
-    initialise(model)
+    if options.start:
+        model = GLM4VForConditionalGeneration.from_pretrained(options.start, dtype=torch.float32)
+    else:
+        model = GLM4VForConditionalGeneration(miniature_config(special))
+        initialise(model)
     model.to(device).train()
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -185,7 +187,7 @@ def train(options: argparse.Namespace) -> None:
         betas=(0.9, 0.98),
         fused=device.type == "cuda",
     )
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    autocast = torch.autocast(device.type, torch.bfloat16)
     start, saved, step, budget = time.monotonic(), 0.0, 0, options.minutes * 60
     pool = math.ceil(options.pool / CHUNK) * CHUNK
     with open(directory / "train.jsonl", "w", encoding="utf-8") as log:
@@ -241,6 +243,7 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="directory of the checkpoint")
+    parser.add_argument("--start", help="go on from this checkpoint instead of random weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=6.0, help="time for training")
     parser.add_argument("--steps", type=int, help="stop after so many steps; the learning rate follows them")

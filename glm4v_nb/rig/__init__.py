@@ -2,6 +2,7 @@
 
 from glm4v_nb.rig.catalog import CARDS, Card, find_card
 from glm4v_nb.rig.device import MAX_CARDS
-from glm4v_nb.rig.rig import CardMemory, Rig, Stage
+from glm4v_nb.rig.rig import Rig
+from glm4v_nb.rig.stages import CardMemory, Stage
 
 __all__ = ["CARDS", "MAX_CARDS", "Card", "CardMemory", "Rig", "Stage", "find_card"]

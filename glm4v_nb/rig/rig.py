@@ -1,49 +1,17 @@
-"""``Rig``: the one door to GPU cards, simulated for now; real ones are to stand behind the same interface."""
+"""``Rig``: the one door to GPU cards. ``Rig("L4", 2)`` simulates them; ``Rig.here()`` is this machine as it is."""
 
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-
-import torch
 
 from glm4v_nb.rig.accounting import Accounting, Block
 from glm4v_nb.rig.allocator import Allocator
 from glm4v_nb.rig.catalog import Card, find_card
 from glm4v_nb.rig.device import MAX_CARDS, observe
+from glm4v_nb.rig.local import LocalRig
 from glm4v_nb.rig.patches import simulated_world
+from glm4v_nb.rig.stages import CardMemory, Stages
 
 
-@dataclass(frozen=True)
-class CardMemory:
-    """Memory of one card at one moment; all figures in bytes."""
-
-    index: int
-    card: str
-    capacity_bytes: int
-    allocated_bytes: int
-    reserved_bytes: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    free_bytes: int
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-
-@dataclass
-class Stage:
-    """A named part of a run: memory per card when it ended, peaks since it began, the error that ended it.
-
-    After an error ``blocks`` lists what was on each card at that moment, largest first; otherwise
-    it is empty.
-    """
-
-    name: str
-    memory: list[CardMemory] = field(default_factory=list)
-    out_of_memory: str | None = None
-    blocks: list[list[Block]] = field(default_factory=list)
-
-
-class Rig:
+class Rig(Stages):
     """A number of equal cards on which the reader's code runs unchanged.
 
     Inside ``with rig:`` ``torch.cuda`` shows these cards, "cuda:0" names them, and
@@ -63,6 +31,7 @@ class Rig:
     provenance = "simulated"
 
     def __init__(self, card: str = "L4", count: int = 1):
+        super().__init__()
         if not isinstance(count, int) or not 1 <= count <= MAX_CARDS:
             raise ValueError(
                 f"count is {count!r}; a rig has 1 to {MAX_CARDS} cards. Give a whole number in between."
@@ -74,8 +43,12 @@ class Rig:
             for index, each in enumerate(self.cards)
         ]
         self._accounting = Accounting(self.allocators, self.card.cublas_workspace_bytes)
-        self.stages: list[Stage] = []
         self._world = None
+
+    @staticmethod
+    def here() -> LocalRig:
+        """This machine as it is: its GPUs, or its CPU where there are none; figures are measured."""
+        return LocalRig()
 
     def __repr__(self):
         return f"Rig({len(self.cards)} x {self.card.device_name}, {self.provenance})"
@@ -119,26 +92,20 @@ class Rig:
         """What is on one card now, largest block first."""
         return self._accounting.blocks(card)
 
-    @contextmanager
-    def stage(self, name: str):
-        """Name a part of the run ("load", "prefill", ...): its peaks and any out-of-memory error are kept.
-
-        The record is appended to ``rig.stages`` and given to the block.
-        """
-        stage = Stage(name)
-        self.stages.append(stage)
+    def _reset_peaks(self):
         for allocator in self.allocators:
             allocator.reset_peaks()
+
+    @contextmanager
+    def _named(self, name: str):
         outer, self._accounting.stage = self._accounting.stage, name
         try:
-            yield stage
-        except torch.OutOfMemoryError as error:
-            stage.out_of_memory = str(error)
-            stage.blocks = self._accounting.at_failure
-            raise
+            yield
         finally:
             self._accounting.stage = outer
-            stage.memory = self.memory()
+
+    def _blocks_at_failure(self) -> list[list[Block]]:
+        return self._accounting.at_failure
 
     def repeat(self, step, count: int):
         """Run ``step()`` ``count`` times; on simulated cards most repetitions are replayed, not run.

@@ -1,0 +1,63 @@
+"""``load``: model and processor of a checkpoint, from safetensors files of one pinned revision."""
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+import glm4v_nb  # noqa: F401  (registers the model with transformers)
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = torch.bfloat16,
+    device_map: str | dict | None = None,
+    max_memory: dict | None = None,
+):
+    """Load model and processor, ready to answer.
+
+    Args:
+        checkpoint: a directory in the official layout, or the id of a repository on the Hugging Face hub.
+        revision: the repository's commit, 40 hexadecimal digits; required for a hub id, as a name such as
+            "main" may stand for other weights tomorrow.
+        dtype: of the weights; transformers' "auto" takes what the checkpoint states.
+        device_map: as in ``from_pretrained``; by default "auto" where there are GPUs, else the CPU.
+        max_memory: as in ``from_pretrained``, bytes or text such as "20GiB" per GPU.
+
+    Returns:
+        (model in evaluation mode, processor)
+
+    Raises:
+        FileNotFoundError: a directory that does not exist, or without weights.
+        ValueError: a hub id without a pinned revision; a damaged or foreign checkpoint.
+    """
+    if not Path(checkpoint).is_dir():
+        _check_hub_id(str(checkpoint), revision)
+    if device_map is None:
+        device_map = "auto" if torch.cuda.is_available() else "cpu"
+    # The processor first: it fails in a second where the weights would take minutes.
+    processor = AutoProcessor.from_pretrained(checkpoint, revision=revision)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, revision=revision, dtype=dtype, device_map=device_map, max_memory=max_memory
+    )
+    return model.eval(), processor
+
+
+def _check_hub_id(checkpoint: str, revision: str | None):
+    # A hub id is "owner/name"; anything else was meant as a path.
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", checkpoint):
+        raise FileNotFoundError(
+            f"{checkpoint} is no directory. Expected a checkpoint's directory, or a hub id such as "
+            "zai-org/glm-4v-9b. Check the path."
+        )
+    if revision is None or not _COMMIT.fullmatch(revision):
+        raise ValueError(
+            f"{checkpoint}: revision is {revision!r}, and there is no directory of this name. A repository on the "
+            "hub is loaded at one commit only (40 hexadecimal digits), so that the weights cannot change "
+            f"unnoticed. Take it from https://huggingface.co/{checkpoint}/commits/main."
+        )

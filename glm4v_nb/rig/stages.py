@@ -1,0 +1,80 @@
+"""The memory of every card at a moment, and the named stages of a run; the same for simulated and real cards."""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from glm4v_nb.rig.accounting import Block
+
+
+@dataclass(frozen=True)
+class CardMemory:
+    """Memory of one card at one moment; all figures in bytes."""
+
+    index: int
+    card: str
+    capacity_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    free_bytes: int
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass
+class Stage:
+    """A named part of a run: memory per card when it ended, peaks since it began, the error that ended it.
+
+    After an error ``blocks`` lists what was on each card at that moment, largest first; otherwise
+    it is empty.
+    """
+
+    name: str
+    memory: list[CardMemory] = field(default_factory=list)
+    out_of_memory: str | None = None
+    blocks: list[list[Block]] = field(default_factory=list)
+
+
+class Stages:
+    """What simulated and real rigs share: the named parts of a run."""
+
+    def __init__(self):
+        self.stages: list[Stage] = []
+
+    def memory(self) -> list[CardMemory]:
+        """Every card's memory now."""
+        raise NotImplementedError
+
+    @contextmanager
+    def stage(self, name: str):
+        """Name a part of the run ("load", "prefill", ...): its peaks and any out-of-memory error are kept.
+
+        The record is appended to ``rig.stages`` and given to the block.
+        """
+        stage = Stage(name)
+        self.stages.append(stage)
+        self._reset_peaks()
+        with self._named(name):
+            try:
+                yield stage
+            except torch.OutOfMemoryError as error:
+                stage.out_of_memory = str(error)
+                stage.blocks = self._blocks_at_failure()
+                raise
+            finally:
+                stage.memory = self.memory()
+
+    def _reset_peaks(self):
+        raise NotImplementedError
+
+    def _named(self, name: str):
+        """Context manager around a stage; simulated cards write its name on every block."""
+        return nullcontext()
+
+    def _blocks_at_failure(self) -> list[list[Block]]:
+        """What was on each card; real cards do not tell."""
+        return []
