@@ -8,12 +8,12 @@ device of the embedding, hooks of accelerate carry them on.
 import queue
 import threading
 import time
-import traceback
 from dataclasses import dataclass
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from glm4v_nb.memory.cleanup import clear_frames
 from glm4v_nb.model.chat import is_batch
 
 CANCELLED, LENGTH, END = "cancelled", "length", "end"
@@ -271,16 +271,10 @@ class Stream:
         except BaseException as error:
             # The frames of a failed forward pass hold its tensors: an out-of-memory error that is kept, or shown,
             # would keep the memory too.
-            _clear_frames(error)
+            clear_frames(error)
             self._error = error
         finally:
             self._pieces.put(None)
-
-
-def _clear_frames(error: BaseException | None):
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _end_ids(model) -> set[int]:

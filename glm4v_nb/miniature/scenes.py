@@ -166,6 +166,15 @@ def encode(picture: Image.Image, format: str, **options) -> bytes:
     return file.getvalue()
 
 
+def sample_pictures() -> dict[str, Image.Image]:
+    """A few pictures to try, by name; the same every time."""
+    scenes = {"Five shapes": (5, 11), "Three shapes": (3, 5), "Two shapes": (2, 8), "One shape": (1, 4)}
+    return {
+        name: draw(random_scene(np.random.default_rng(seed), count), (320, 240))
+        for name, (count, seed) in scenes.items()
+    }
+
+
 # Normal noise is drawn once and read at random offsets, which is many times faster than drawing it anew.
 _NOISE = np.random.default_rng(0).standard_normal(1_500_000, dtype=np.float32)
 

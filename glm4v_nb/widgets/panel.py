@@ -1,0 +1,324 @@
+"""``PromptPanel``: ask a model about a picture, with streaming, Stop, and the memory of every card."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import ipywidgets as widgets
+import torch
+from PIL import Image
+
+from glm4v_nb.inference import Sampling, load, stream
+from glm4v_nb.memory.cleanup import clear_frames, empty_caches
+from glm4v_nb.miniature.scenes import sample_pictures
+from glm4v_nb.model.image_processing import load_image
+from glm4v_nb.rig import Rig
+from glm4v_nb.widgets import parts
+
+STATES = ("idle", "loading", "running", "stopping", "error")
+REFRESH_SECONDS = 0.1
+NO_PICTURE = "(no picture)"
+
+
+class PromptPanel(widgets.VBox):
+    """A picture, a question, a streamed answer; show it as the last line of a cell.
+
+    One of the ``STATES`` says what can be pressed. The work happens in a thread, so the kernel stays free; only
+    traits of widgets are changed from it. A question that fails leaves the conversation as it was.
+
+    Args:
+        model, processor: as ``inference.load`` returns them.
+        rig: whose memory the bars show; this machine's by default.
+        rehearse: called in the worker as ``rehearse(messages, sampling)`` inside ``with rig:`` before the model
+            answers, for example to run a prompt of the same size on simulated cards. An error of it is an error of
+            the question.
+        samples: pictures to choose from, name to PIL image; drawn scenes by default.
+        timeout_seconds: see ``inference.stream``.
+    """
+
+    def __init__(
+        self,
+        model=None,
+        processor=None,
+        *,
+        rig=None,
+        rehearse: Callable | None = None,
+        samples: Mapping[str, Image.Image] | None = None,
+        timeout_seconds: float = 120.0,
+    ):
+        self.model, self.processor = model, processor
+        self.rig = rig or Rig.here()
+        self.rehearse = rehearse
+        self.timeout_seconds = timeout_seconds
+        self.samples = dict(sample_pictures() if samples is None else samples)
+        self.history: list[dict] = []  # messages, as inference takes them
+        self.image: Image.Image | None = None
+        self.state = "idle"
+        self._turns: list[str] = []  # the same history as HTML
+        self._stream = None
+        self._stop_pressed = threading.Event()
+        self._worker: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._build()
+        super().__init__(self._layout())
+        self.add_class("glm4v-panel")
+        if self.samples:
+            self.sample.value = next(iter(self.samples))
+        self._enter("idle", "Ready: ask about the picture, or without one.")
+        self._refresh_memory()
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint, *, panel_options: dict | None = None, **load_options
+    ) -> "PromptPanel":
+        """A panel that shows at once and loads the checkpoint meanwhile; arguments as ``inference.load``."""
+        panel = cls(**(panel_options or {}))
+        panel._enter("loading", f"Loading {checkpoint} ...")
+        panel._start(panel._load, checkpoint, load_options)
+        return panel
+
+    def wait(self, timeout_seconds: float | None = None) -> bool:
+        """Wait for the work in progress, for scripts and tests; whether it ended."""
+        if self._worker is not None:
+            self._worker.join(timeout_seconds)
+        return self._worker is None or not self._worker.is_alive()
+
+    # What the reader presses
+
+    def ask(self, _=None):
+        """Send the question in the box; what the Ask button does."""
+        question = self.question.value.strip()
+        if self.state not in ("idle", "error"):  # a second click on its way
+            return
+        if self.model is None:
+            self._enter("error", "No model is loaded. Make the panel with a model, or with from_checkpoint.")
+            return
+        if not question:
+            self._enter("idle", "The question is empty: write one, then press Ask or Ctrl+Enter.")
+            return
+        message = {"role": "user", "content": question}
+        if self.image is not None and not self.history:
+            message["image"] = self.image  # stays in view for the whole conversation
+        sampling = Sampling(self.max_tokens.value, self.temperature.value, self.top_p.value)
+        self._stop_pressed.clear()
+        self._enter("running", "Reading the picture and the question ...")
+        self._start(self._answer, [*self.history, message], sampling)
+
+    def stop(self, _=None):
+        """End the answer within one token; what came so far is kept."""
+        if self.state == "running":
+            self._stop_pressed.set()
+            if self._stream is not None:
+                self._stream.cancel()
+            self._enter("stopping", "Stopping after this token ...")
+
+    def clear(self, _=None):
+        """Forget the conversation; the picture stays."""
+        if self.state in ("idle", "error"):
+            self._forget("New conversation.")
+
+    # The worker
+
+    def _start(self, work: Callable, *arguments):
+        self._worker = threading.Thread(target=work, args=arguments, name="glm4v-nb panel", daemon=True)
+        self._worker.start()
+
+    def _load(self, checkpoint, options: dict):
+        try:
+            self.model, self.processor = load(checkpoint, **options)
+        except Exception as error:
+            self._fail(error, None)
+            return
+        self._finish_state("idle", "Ready.")
+
+    def _answer(self, messages: list[dict], sampling: Sampling):
+        watching = threading.Event()
+        threading.Thread(target=self._watch, args=(watching,), daemon=True).start()
+        answer = text = None
+        try:
+            with self.rig, self.rig.stage("question"):
+                if self.rehearse is None:
+                    answer, text = self._streamed(messages, sampling)
+                else:
+                    self.rehearse(messages, sampling)
+            if self.rehearse is not None:  # outside the rig: the model that answers is not on its cards
+                answer, text = self._streamed(messages, sampling)
+        except Exception as error:
+            self._fail(error, sampling)
+            return
+        finally:
+            watching.set()
+        self.history = [*messages, {"role": "assistant", "content": text}]
+        self._turns.append(parts.turn("You", messages[-1]["content"]))
+        self._turns.append(parts.turn("Model", text or "(no text)", parts.answer_note(answer)))
+        self._show_history()
+        if self.question.value.strip() == messages[-1]["content"]:
+            self.question.value = ""  # unless the next one is being written
+        ending = {"cancelled": "Stopped.", "length": "Reached max tokens."}.get(answer.finish, "Done.")
+        self._finish_state(
+            "idle", f"{ending} {parts.answer_note(answer)} · first token {answer.first_token_seconds:.2f} s"
+        )
+
+    def _streamed(self, messages, sampling):
+        asked = parts.turn("You", messages[-1]["content"])
+        text, shown = "", 0.0
+        with stream(
+            self.model, self.processor, messages, sampling, timeout_seconds=self.timeout_seconds
+        ) as pieces:
+            self._stream = pieces
+            if self._stop_pressed.is_set():  # pressed before there was anything to cancel
+                pieces.cancel()
+            for piece in pieces:
+                text += piece
+                if time.monotonic() - shown > REFRESH_SECONDS:
+                    shown = time.monotonic()
+                    self._show_history(asked + parts.turn("Model", text + " ▌"))
+                    self._progress(f"{pieces.new_tokens} tokens · {pieces.tokens_per_second:.1f} tokens/s")
+        self._stream = None
+        return pieces.answer, pieces.answer.text
+
+    def _watch(self, finished: threading.Event):
+        while not finished.wait(2 * REFRESH_SECONDS):
+            self._refresh_memory()
+
+    def _fail(self, error: Exception, sampling: Sampling | None):
+        self._stream = None
+        if isinstance(error, torch.OutOfMemoryError):
+            message = (
+                "Out of memory while loading: spread the model over more GPUs (device_map='auto'), or take fewer "
+                f"bytes a parameter. {error}"
+                if sampling is None
+                else parts.out_of_memory_advice(error, sampling.max_new_tokens)
+            )
+        else:
+            message = f"{type(error).__name__}: {error}"
+        clear_frames(error)
+        with self.rig:
+            empty_caches()
+        self._show_history()
+        self._finish_state("error", message)
+
+    # What is shown
+
+    def _enter(self, state: str, message: str):
+        with self._lock:
+            self.state = state
+            for control in self._controls:
+                control.disabled = state not in ("idle", "error")
+            self.stop_button.disabled = state != "running"
+            self.status.value = parts.status(state, message)
+
+    def _progress(self, message: str):
+        with self._lock:  # Stop may be pressed this very moment
+            if self.state == "running":
+                self.status.value = parts.status("running", message)
+
+    def _finish_state(self, state: str, message: str):
+        self._refresh_memory()
+        self._enter(state, message)
+
+    def _show_history(self, unfinished: str = ""):
+        if not self._turns and not unfinished:
+            self.conversation.value = "<div class='glm4v-note'>The conversation appears here.</div>"
+        else:
+            self.conversation.value = "".join(self._turns) + unfinished
+
+    def _refresh_memory(self):
+        self.memory.value = parts.memory_bars(self.rig.memory(), self.rig.provenance)
+
+    def _forget(self, message: str):
+        self.history, self._turns = [], []
+        self._show_history()
+        self._enter("idle", message)
+
+    # The picture
+
+    def _sample_chosen(self, change):
+        if change["new"] == NO_PICTURE:
+            self._show_picture(None, "No picture: only the text is asked.")
+        elif change["new"] in self.samples:
+            self._show_picture(self.samples[change["new"]], change["new"])
+
+    def _uploaded(self, change):
+        if not change["new"]:
+            return
+        file = change["new"][0]
+        name, content = file["name"], bytes(file["content"])
+        self.upload.value = ()  # the same file can be chosen again
+        try:
+            if len(content) != file["size"]:
+                raise ValueError(f"only {len(content):,} of {file['size']:,} bytes arrived; upload it again.")
+            image = load_image(content)
+        except (ValueError, OSError) as error:
+            self._enter("error", f"{name}: {error} The picture before it is still chosen.")
+            return
+        self.sample.value = NO_PICTURE
+        self._show_picture(image, name)
+
+    def _show_picture(self, image: Image.Image | None, name: str):
+        self.image = image
+        self.picture.value = parts.picture(image, name)
+        if self.history:
+            self._forget("New picture, new conversation: the model sees one picture in a conversation.")
+        else:
+            self._enter("idle", "Ready: ask about the picture, or without one.")
+
+    # The widgets
+
+    def _build(self):
+        wide = widgets.Layout(width="100%")
+        self.sample = widgets.Dropdown(
+            options=[NO_PICTURE, *self.samples], value=NO_PICTURE, description="Sample", layout=wide
+        )
+        self.upload = widgets.FileUpload(
+            accept="image/*", multiple=False, description="Upload a picture", layout=wide
+        )
+        self.picture = widgets.HTML()
+        self.conversation = widgets.HTML()
+        self.conversation.add_class("glm4v-history")
+        self.question = widgets.Textarea(
+            placeholder="Ask about the picture (Ctrl+Enter sends)",
+            description="Question",
+            rows=3,
+            layout=wide,
+        )
+        self.max_tokens = widgets.BoundedIntText(
+            value=128, min=1, max=8192, description="Max tokens", layout={"width": "180px"}
+        )
+        slider = {"step": 0.05, "readout_format": ".2f", "layout": {"width": "260px"}}
+        self.temperature = widgets.FloatSlider(value=0.0, min=0, max=2, description="Temperature", **slider)
+        self.top_p = widgets.FloatSlider(value=1.0, min=0.05, max=1, description="Top-p", **slider)
+        self.ask_button = widgets.Button(
+            description="Ask", button_style="primary", tooltip="Send the question (Ctrl+Enter)"
+        )
+        self.ask_button.add_class("glm4v-ask")
+        self.stop_button = widgets.Button(description="Stop", button_style="danger", tooltip="End the answer")
+        self.stop_button.add_class("glm4v-stop")
+        self.clear_button = widgets.Button(description="New conversation", tooltip="Forget the conversation")
+        self.status, self.memory = widgets.HTML(), widgets.HTML()
+        self._settings = (self.max_tokens, self.temperature, self.top_p)
+        self._controls = (self.sample, self.upload, *self._settings, self.ask_button, self.clear_button)
+        self._show_history()
+        self.sample.observe(self._sample_chosen, "value")
+        self.upload.observe(self._uploaded, "value")
+        self.ask_button.on_click(self.ask)
+        self.stop_button.on_click(self.stop)
+        self.clear_button.on_click(self.clear)
+
+    def _layout(self) -> list[widgets.Widget]:
+        picture = widgets.VBox(
+            [self.sample, self.upload, self.picture, self.memory],
+            layout={"width": "280px", "flex": "0 0 auto"},
+        )
+        talk = widgets.VBox(
+            [
+                self.conversation,
+                self.question,
+                widgets.HBox([self.ask_button, self.stop_button, self.clear_button]),
+                widgets.HBox(self._settings, layout={"flex_flow": "row wrap"}),
+                self.status,
+            ],
+            layout={"flex": "1 1 24rem", "min_width": "0"},
+        )
+        columns = widgets.HBox([picture, talk], layout={"flex_flow": "row wrap", "grid_gap": "16px"})
+        return [widgets.HTML(parts.STYLE + parts.CONTROL_ENTER), columns]
