@@ -154,7 +154,7 @@ class _Run(StoppingCriteria):
         )
         new = output[0, inputs["input_ids"].shape[1] :].tolist()
         ended = new and new[-1] in _end_ids(self.model)
-        finish = END if ended else CANCELLED if self.cancelled.is_set() else LENGTH
+        finish = END if ended else LENGTH if len(new) == self.sampling.max_new_tokens else CANCELLED
         finished = time.monotonic()
         return Answer(
             text=self.processor.tokenizer.decode(new, skip_special_tokens=True).strip(),

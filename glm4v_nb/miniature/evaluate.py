@@ -1,72 +1,87 @@
-"""Held-out accuracy: ``python -m glm4v_nb.miniature.evaluate --checkpoint DIR --seed N --count M --json``.
+"""Held-out accuracy: ``python -m glm4v_nb.miniature.evaluate --seed N --count M --json``.
 
-Questions come from seeds that training never uses (above a million); an answer counts if it is exactly right.
+Questions come from seeds that training never uses; an answer counts if it is exactly right. Pictures reach the
+model as image files, half of them as training draws them (``FORMS``), the others as people have them.
 """
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from glm4v_nb.miniature import CHECKPOINT
 from glm4v_nb.miniature.questions import sample
-from glm4v_nb.miniature.scenes import draw, random_size
+from glm4v_nb.miniature.scenes import draw, encode, is_wide, random_size
 from glm4v_nb.model import register
 
 HELD_OUT_SEED = 1_000_000
+# Share of the questions. "drawn": sizes as in training, PNG; "wide": sides from 2 : 1 to 4 : 1; "large": 700 to
+# 1400 pixels; the rest are file formats, of which "grey" and "alpha" are PNG with one and with four channels.
+FORMS = {"drawn": 0.5, "jpeg": 0.1, "alpha": 0.1, "grey": 0.1, "wide": 0.1, "large": 0.1}
 
 
 def evaluate(
-    checkpoint: str | Path,
+    checkpoint: str | Path = CHECKPOINT,
     seed: int = HELD_OUT_SEED,
     count: int = 2000,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
-    batch_size: int = 128,
+    batch_size: int = 64,
     examples: int = 20,
+    progress: bool = False,
 ) -> dict:
     """Ask ``count`` questions, drawn from ``seed``, and compare the answers.
 
     Returns:
-        ``accuracy`` over all, ``kinds`` and ``languages`` as name → accuracy and count, ``wrong``: at most
-        ``examples`` wrong answers.
+        ``accuracy`` over all; ``kinds``, ``languages``, ``kinds_and_languages`` and ``forms`` as name → accuracy
+        and count; ``wrong``: at most ``examples`` wrong answers.
     """
     register()
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
     rng = np.random.default_rng([HELD_OUT_SEED, seed])
-    right: dict[str, list[bool]] = defaultdict(list)
+    right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     wrong = []
-    for start in range(0, count, batch_size):
-        asked = []
-        for _ in range(min(batch_size, count - start)):
-            scene, question, answer, kind, language = sample(rng)
-            asked.append((draw(scene, random_size(rng)), question, answer, kind, language))
+    for start in tqdm(range(0, count, batch_size), unit="batch", file=sys.stdout, disable=not progress):
+        asked = [held_out_question(rng) for _ in range(min(batch_size, count - start))]
         answers = answer_all(model, processor, [(picture, question) for picture, question, *_ in asked])
-        for (_, question, expected, kind, language), given in zip(asked, answers, strict=True):
-            for group in ("all", f"kind {kind}", f"language {language}", f"{kind} {language}"):
-                right[group].append(given == expected)
+        for (_, question, expected, kind, language, form), given in zip(asked, answers, strict=True):
+            names = {"all": "", "kinds": kind, "languages": language, "forms": form}
+            names["kinds_and_languages"] = f"{kind} {language}"
+            for group, name in names.items():
+                right[group, name].append(given == expected)
             if given != expected and len(wrong) < examples:
-                wrong.append({"question": question, "expected": expected, "given": given})
-    summary = {name: {"accuracy": float(np.mean(hits)), "count": len(hits)} for name, hits in right.items()}
+                wrong.append({"form": form, "question": question, "expected": expected, "given": given})
+    report = {"seed": seed, "count": count, "accuracy": float(np.mean(right.pop(("all", ""))))}
+    for (group, name), hits in sorted(right.items()):
+        report.setdefault(group, {})[name] = {"accuracy": float(np.mean(hits)), "count": len(hits)}
+    return {**report, "wrong": wrong}
 
-    def group(prefix: str) -> dict:
-        found = {name for name in summary if name.startswith(prefix)}
-        return {name.removeprefix(prefix): summary[name] for name in sorted(found)}
 
-    known = ("all", "kind ", "language ")
-    return {
-        "seed": seed,
-        "count": count,
-        "accuracy": summary["all"]["accuracy"],
-        "kinds": group("kind "),
-        "languages": group("language "),
-        "kinds_and_languages": {k: v for k, v in sorted(summary.items()) if not k.startswith(known)},
-        "wrong": wrong,
-    }
+def held_out_question(rng: np.random.Generator) -> tuple[bytes, str, str, str, str, str]:
+    """(image file, question, answer, kind, language, form)."""
+    form = str(rng.choice(list(FORMS), p=list(FORMS.values())))
+    if form == "wide":
+        longer, shorter = int(rng.integers(240, 401)), int(rng.integers(100, 121))
+        size = (longer, shorter) if rng.random() < 0.5 else (shorter, longer)
+    elif form == "large":
+        size = (int(rng.integers(700, 1401)), int(rng.integers(700, 1401)))
+    else:
+        size = random_size(rng)
+    grey = form == "grey"
+    scene, question, answer, kind, language = sample(rng, wide=is_wide(size), grey=grey)
+    picture = draw(scene, size)
+    if form == "jpeg":
+        file = encode(picture, "JPEG", quality=int(rng.integers(40, 96)))
+    else:
+        file = encode(picture.convert({"alpha": "RGBA", "grey": "L"}.get(form, "RGB")), "PNG")
+    return file, question, answer, kind, language, form
 
 
 @torch.inference_mode()
@@ -84,20 +99,22 @@ def answer_all(model, processor, questions: list[tuple], max_new_tokens: int = 7
 def main() -> None:
     """Read the command line, evaluate and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="the shipped one if not given")
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     options = parser.parse_args()
-    report = evaluate(options.checkpoint, options.seed, options.count, options.device)
+    report = evaluate(
+        options.checkpoint, options.seed, options.count, options.device, progress=not options.json
+    )
     if options.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return
     print(f"accuracy {report['accuracy']:.2%} over {report['count']} questions")
-    for part in ("kinds", "languages"):
+    for part in ("kinds_and_languages", "languages", "forms"):
         for name, result in report[part].items():
-            print(f"  {name:10} {result['accuracy']:.2%} of {result['count']}")
+            print(f"  {name:12} {result['accuracy']:.2%} of {result['count']}")
 
 
 if __name__ == "__main__":
