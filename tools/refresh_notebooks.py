@@ -30,8 +30,22 @@ def refresh(path, timeout_seconds: int):
     }
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = _joined(cell.outputs)
     nbformat.validate(notebook)
     nbformat.write(notebook, path)
+
+
+def _joined(outputs: list) -> list:
+    """Text that was printed piece by piece as one output, which is how the notebook showed it."""
+    joined = []
+    for output in outputs:
+        last = joined[-1] if joined else None
+        if last and output.output_type == last.output_type == "stream" and output.name == last.name:
+            last.text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def last_picture(path) -> bytes:

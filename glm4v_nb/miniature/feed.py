@@ -6,6 +6,7 @@ in every row. Workers write into memory shared with the trainer, which needs no 
 """
 
 import io
+import itertools
 import mmap
 import multiprocessing
 from collections.abc import Iterator
@@ -114,7 +115,7 @@ def _conversation(scene, encoder: ConversationEncoder, rng) -> tuple[list[int], 
 class Feed:
     """Iterates over chunks of examples, drawn by ``workers`` processes; 0 draws in this process.
 
-    The order depends only on ``seed`` and ``workers``. Make it before CUDA is used: workers are forked.
+    The chunks and their order depend on ``seed`` alone. Make it before CUDA is used: workers are forked.
     """
 
     def __init__(self, tokenizer_directory: Path, side: int, seed: int, workers: int):
@@ -124,17 +125,18 @@ class Feed:
         for number in range(workers):
             slots = [_shared_examples(side) for _ in range(SLOTS)]
             free, ready = context.Semaphore(SLOTS), context.Semaphore(0)
-            process = context.Process(target=self._work, args=(number, slots, free, ready), daemon=True)
+            process = context.Process(
+                target=self._work, args=(number, workers, slots, free, ready), daemon=True
+            )
             process.start()
             self.workers.append((process, slots, free, ready))
 
     def __iter__(self) -> Iterator[Examples]:
         """Chunks of ``CHUNK`` examples; one is valid until the next is asked for."""
         if not self.workers:
-            encoder, rng = self._start(0)
-            examples = _shared_examples(self.side)
-            while True:
-                draw_examples(CHUNK, self.side, encoder, rng, examples)
+            encoder, examples = self._encoder(), _shared_examples(self.side)
+            for number in itertools.count():
+                self._draw(number, encoder, examples)
                 yield examples
         turn = 0
         while True:
@@ -155,18 +157,18 @@ class Feed:
             process.terminate()
             process.join()
 
-    def _start(self, number: int) -> tuple[ConversationEncoder, np.random.Generator]:
-        tokenizer = ChatGLM4Tokenizer.from_pretrained(self.tokenizer_directory)
-        return ConversationEncoder(tokenizer), np.random.default_rng([self.seed, number])
+    def _encoder(self) -> ConversationEncoder:
+        return ConversationEncoder(ChatGLM4Tokenizer.from_pretrained(self.tokenizer_directory))
 
-    def _work(self, number: int, slots: list[Examples], free, ready) -> None:
-        encoder, rng = self._start(number)
-        turn = 0
-        while True:
+    def _draw(self, number: int, encoder: ConversationEncoder, examples: Examples):
+        draw_examples(CHUNK, self.side, encoder, np.random.default_rng([self.seed, number]), examples)
+
+    def _work(self, first: int, step: int, slots: list[Examples], free, ready) -> None:
+        encoder = self._encoder()
+        for turn, number in enumerate(itertools.count(first, step)):
             free.acquire()
-            draw_examples(CHUNK, self.side, encoder, rng, slots[turn % SLOTS])
+            self._draw(number, encoder, slots[turn % SLOTS])
             ready.release()
-            turn += 1
 
 
 def _shared_examples(side: int) -> Examples:

@@ -1,5 +1,6 @@
 """``PromptPanel``: ask a model about a picture, with streaming, Stop, and the memory of every card."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -66,6 +67,9 @@ class PromptPanel(widgets.VBox):
             self.sample.value = next(iter(self.samples))
         self._enter("idle", "Ready: ask about the picture, or without one.")
         self._refresh_memory()
+
+    def __repr__(self):  # what is stored in a notebook instead of the widget; the default lists every trait
+        return f"PromptPanel({self.state})"
 
     @classmethod
     def from_checkpoint(
@@ -193,7 +197,8 @@ class PromptPanel(widgets.VBox):
         else:
             message = f"{type(error).__name__}: {error}"
         clear_frames(error)
-        with self.rig:
+        # While a cell holds the rig its caches are not ours to empty, and entering it is refused.
+        with contextlib.suppress(RuntimeError), self.rig:
             empty_caches()
         self._show_history()
         self._finish_state("error", message)
@@ -282,10 +287,11 @@ class PromptPanel(widgets.VBox):
             rows=3,
             layout=wide,
         )
+        label = {"description_width": "initial"}
         self.max_tokens = widgets.BoundedIntText(
-            value=128, min=1, max=8192, description="Max tokens", layout={"width": "180px"}
+            value=128, min=1, max=8192, description="Max tokens", style=label, layout={"width": "150px"}
         )
-        slider = {"step": 0.05, "readout_format": ".2f", "layout": {"width": "260px"}}
+        slider = {"step": 0.05, "readout_format": ".2f", "layout": {"width": "250px"}, "style": label}
         self.temperature = widgets.FloatSlider(value=0.0, min=0, max=2, description="Temperature", **slider)
         self.top_p = widgets.FloatSlider(value=1.0, min=0.05, max=1, description="Top-p", **slider)
         self.ask_button = widgets.Button(

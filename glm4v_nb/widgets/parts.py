@@ -1,7 +1,6 @@
 """What the panel shows, as HTML; every text that comes from outside is escaped here."""
 
 import base64
-import io
 from collections.abc import Sequence
 from html import escape
 
@@ -9,6 +8,7 @@ from PIL import Image
 
 from glm4v_nb.inference import Answer
 from glm4v_nb.memory import parse_out_of_memory
+from glm4v_nb.miniature.scenes import encode
 from glm4v_nb.rig import CardMemory
 
 GIB = 2**30
@@ -16,13 +16,17 @@ THUMBNAIL_PIXELS = 240
 
 # The colours follow JupyterLab's theme; elsewhere the fallbacks hold.
 STYLE = """<style>
-.glm4v-panel { max-width: 62rem; gap: 12px; }
-.glm4v-panel .glm4v-history { max-height: 24rem; overflow-y: auto; }
+.glm4v-panel { max-width: 64rem; padding: 4px; }
+.glm4v-panel .widget-textarea textarea, .glm4v-panel select { box-sizing: border-box; }
+/* Upside down and back, the browser keeps the newest words in view. */
+.glm4v-panel .glm4v-history { max-height: 24rem; overflow-y: auto; display: flex; flex-direction: column-reverse; }
+.glm4v-history > * { flex: none; }
+.glm4v-picture { max-width: 100%; border: 1px solid var(--jp-border-color2, #ccc); }
 .glm4v-turn { margin: 6px 0; padding: 6px 10px; border-radius: 6px; white-space: pre-wrap; line-height: 1.4;
   overflow-wrap: anywhere; color: var(--jp-ui-font-color1, #222); }
 .glm4v-user { background: var(--jp-layout-color2, #eee); margin-left: 15%; }
 .glm4v-model { border: 1px solid var(--jp-border-color2, #ccc); margin-right: 15%; }
-.glm4v-who, .glm4v-note { color: var(--jp-ui-font-color2, #555); font-size: 0.85em; }
+.glm4v-who, .glm4v-note { color: var(--jp-ui-font-color2, #555); font-size: 0.85em; line-height: 1.35; }
 .glm4v-status { padding: 4px 10px; border-left: 4px solid #0072B2; line-height: 1.4; overflow-wrap: anywhere;
   color: var(--jp-ui-font-color1, #222); }
 .glm4v-status-error { border-left-color: #D55E00; }
@@ -66,7 +70,8 @@ def answer_note(answer: Answer) -> str:
     """Tokens, speed, and how it ended if not by itself."""
     endings = {"cancelled": " · stopped", "length": " · reached max tokens"}
     speed = f" · {answer.tokens_per_second:.1f} tokens/s" if answer.tokens_per_second else ""
-    return f"{answer.new_tokens} tokens{speed}{endings.get(answer.finish, '')}"
+    plural = "" if answer.new_tokens == 1 else "s"
+    return f"{answer.new_tokens} token{plural}{speed}{endings.get(answer.finish, '')}"
 
 
 def status(state: str, message: str) -> str:
@@ -120,10 +125,8 @@ def picture(image: Image.Image | None, name: str) -> str:
         return f"<div class='glm4v-note'>{escape(name)}</div>"
     small = image.copy()
     small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    file = io.BytesIO()
-    small.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
+    data = base64.b64encode(encode(small, "PNG")).decode()
     return (
-        f"<img alt='Picture in question: {escape(name)}' src='data:image/png;base64,{data}'>"
+        f"<img class='glm4v-picture' alt='Picture in question: {escape(name)}' src='data:image/png;base64,{data}'>"
         f"<div class='glm4v-note'>{escape(name)} · {image.width} × {image.height} pixels</div>"
     )

@@ -1,7 +1,7 @@
 """Plots show the figures they are given; how they look is for people to judge."""
 
 from glm4v_nb.placement import PlacedModule
-from glm4v_nb.plots import COLOURS, plot_device_map, plot_memory_bars
+from glm4v_nb.plots import COLOURS, plot_device_map, plot_memory_bars, plot_training_curve
 
 GIB = 2**30
 BLOCKS = [
@@ -46,3 +46,13 @@ def test_capacity_may_differ_per_bar():
 def test_colours_of_a_picture_differ():
     kinds = ["tower layer", "tower other", "decoder layer", "embedding and head"]
     assert len({COLOURS[kind] for kind in kinds}) == len(kinds)
+
+
+def test_a_training_curve_says_what_it_was_measured_on():
+    origin = {"device": "NVIDIA H100", "torch": "2.11.0", "transformers": "5.17.0", "date": "2026-11-23"}
+    steps = [{"step": 1, "seconds": 60, "loss": 2.0}, {"step": 2, "seconds": 120, "loss": 1.0}]
+    (axes,) = plot_training_curve({"Part 1": [origin, *steps]}).axes
+    assert list(axes.lines[0].get_xdata()) == [1, 2] and list(axes.lines[0].get_ydata()) == [2.0, 1.0]
+    assert axes.get_xlabel() == (
+        "minutes · measured on NVIDIA H100\ntorch 2.11.0, transformers 5.17.0, 2026-11-23"
+    )

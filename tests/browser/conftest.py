@@ -1,0 +1,143 @@
+"""JupyterLab with notebook 08 in a headless Chromium; without a Chromium these tests are not run, and say so."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from jupyter_client import BlockingKernelClient
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOK = "08_prompt_the_model.ipynb"
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# Nothing but the page under test: Chromium would look for updates and its maker's services.
+QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+
+
+def find_chromium() -> str | None:
+    """GLM4V_NB_CHROMIUM, or the first of the usual names on PATH."""
+    named = os.environ.get("GLM4V_NB_CHROMIUM")
+    return named or next(filter(None, map(shutil.which, CHROMIUMS)), None)
+
+
+def pytest_collection_modifyitems(items):
+    if find_chromium() is None:
+        reason = (
+            f"not run: none of {', '.join(CHROMIUMS)} is on PATH; install Chromium (Debian: apt-get install chromium) "
+            "or name one in GLM4V_NB_CHROMIUM"
+        )
+        here = Path(__file__).parent
+        for item in items:
+            if here in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """JupyterLab on a copy of notebook 08: (address, runtime directory)."""
+    root, home = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("jupyter")
+    shutil.copy(ROOT / "notebooks" / NOTEBOOK, root)
+    # JupyterLab takes cells that are out of sight off the page; here all of them are looked at.
+    settings = home / "settings" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir(parents=True)
+    (settings / "tracker.jupyterlab-settings").write_text(json.dumps({"windowingMode": "none"}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    with open(home / "server.log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--ServerApp.port={port}",
+             "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={root}",
+             "--IdentityProvider.token=", "--LabApp.news_url=None",
+             "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+             "--ServerApp.disable_check_xsrf=True", "--allow-root"],
+            env=environment, stdout=log, stderr=log,
+        )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(address + "/api", process, home / "server.log")
+        yield address, home / "runtime"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _wait_for(address: str, process: subprocess.Popen, log: Path):
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.3)
+    raise RuntimeError(f"JupyterLab did not start; its log ends:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # As root, which containers have only, Chromium runs without its sandbox or not at all.
+        browser = playwright.chromium.launch(
+            executable_path=find_chromium(), args=QUIET, chromium_sandbox=os.geteuid() != 0
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def page(browser, server):
+    """Notebook 08 open in JupyterLab with every cell executed."""
+    address, _ = server
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(30_000)
+    page.goto(f"{address}/lab/tree/{NOTEBOOK}?reset")
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=120_000)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=120_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    # The last cell prints what was found.
+    page.wait_for_function(
+        """() => {
+          const cells = [...document.querySelectorAll('.jp-CodeCell')];
+          const prompts = cells.map(cell => cell.querySelector('.jp-InputPrompt').textContent);
+          return cells.length > 15 && prompts.every(prompt => /\\[\\d+\\]/.test(prompt));
+        }""",
+        timeout=240_000,
+    )
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="session")
+def kernel(page, server):
+    """Runs code in the notebook's own kernel: ``kernel("x = 1")``."""
+    _, runtime = server
+    (connection,) = runtime.glob("kernel-*.json")
+    client = BlockingKernelClient(connection_file=str(connection))
+    client.load_connection_file()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+
+    def execute(code: str):
+        reply = client.execute_interactive(code, timeout=60, output_hook=lambda message: None)
+        assert reply["content"]["status"] == "ok", reply["content"]
+
+    yield execute
+    client.stop_channels()
