@@ -26,7 +26,7 @@ help:
 	@echo 'GLM-4V-9B on several GPUs: a suite of notebooks. Needs Python 3.11 or newer and make.'
 	@echo
 	@echo '  make run     execute the notebooks in order; a report and the executed notebooks go to runs/<time>/'
-	@echo '  make test    unit tests, parity tests, and every notebook cell by cell'
+	@echo '  make test    unit tests, parity tests, every notebook cell by cell, the panel in a browser'
 	@echo '  make lab     open JupyterLab on this machine only (127.0.0.1), kernel ready'
 	@echo '  make lint    check the style of code and notebooks'
 	@echo '  make setup   only build .venv from requirements.lock (each target above does it by itself)'

@@ -11,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from glm4v_nb.memory import Workload, decode, make_prompt, prefill, train_step
-from glm4v_nb.model import official_config
-from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS
+from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, GLM4VConfig, read_config
 from glm4v_nb.placement import Place, check_device_map, meta_model, plan_device_map
 from glm4v_nb.rig import Rig, find_card
 
@@ -72,14 +71,19 @@ def fit(
     dtype: str = "bfloat16",
     device_map: str | dict[str, Place] = "auto",
     workload: Workload | None = None,
+    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
 ) -> FitResult:
-    """Run a workload of the full-size model on ``count`` simulated cards.
+    """Run a workload of a checkpoint, by default the full-size model, on ``count`` simulated cards.
 
     The question is whether the cards alone hold it. Where an automatic map would move modules to the CPU,
     they are put on the last card instead, so that the answer is the error a user without offloading meets.
 
+    Args:
+        checkpoint: the official hub id, or a directory with a GLM-4V config.json. Only the configuration is read,
+            never the weights.
+
     Raises:
-        ValueError: unknown card, dtype, device map or an impossible workload.
+        ValueError: unknown card, dtype, device map or checkpoint, or an impossible workload.
     """
     workload = workload or Workload()
     if dtype not in DTYPES:
@@ -89,20 +93,21 @@ def fit(
             f"device_map is {device_map!r}; expected one of {', '.join(DEVICE_MAPS)}, or a dictionary of "
             "module names and cards."
         )
-    _check_context(workload)
+    config = read_config(checkpoint)
+    _check_context(workload, config)
     rig = Rig(card, count)
     if isinstance(device_map, dict):
-        check_device_map(device_map, count)
+        check_device_map(device_map, count, checkpoint)
     started = time.perf_counter()
     if isinstance(device_map, str):
-        device_map = map_without_offload(card, count, DTYPES[dtype], device_map)
+        device_map = map_without_offload(card, count, DTYPES[dtype], device_map, checkpoint)
     weights = [0] * count
     oom = None
     try:
         with rig:
             with rig.stage("load"):
                 model = AutoModelForCausalLM.from_pretrained(
-                    OFFICIAL_CHECKPOINTS[0], device_map=device_map, dtype=DTYPES[dtype]
+                    checkpoint, config=config, device_map=device_map, dtype=DTYPES[dtype]
                 )
             weights = [memory.allocated_bytes for memory in rig.memory()]
             with rig.stage("prefill"):
@@ -166,8 +171,7 @@ def cards_for_weights(card: str, dtype: str) -> int:
     return math.ceil(weight_bytes / usable_bytes)
 
 
-def _check_context(workload: Workload):
-    config = official_config()
+def _check_context(workload: Workload, config: GLM4VConfig):
     positions = workload.text_tokens + workload.images * config.vision_config.image_tokens
     if positions > config.seq_length:
         image = f" ({config.vision_config.image_tokens} of them the image)" if workload.images else ""
@@ -182,7 +186,13 @@ def _check_context(workload: Workload):
         )
 
 
-def map_without_offload(card: str, count: int, dtype: torch.dtype, strategy: str) -> dict[str, int]:
+def map_without_offload(
+    card: str,
+    count: int,
+    dtype: torch.dtype,
+    strategy: str,
+    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
+) -> dict[str, int]:
     """The device map transformers makes on these cards, with what it would offload put on the last card."""
     if count == 1:
         return {"": 0}
@@ -190,5 +200,5 @@ def map_without_offload(card: str, count: int, dtype: torch.dtype, strategy: str
     with rig:
         max_memory = {index: torch.cuda.mem_get_info(index)[0] for index in range(count)}
         max_memory["cpu"] = _AMPLE_HOST_BYTES
-        placement = plan_device_map(strategy, max_memory, dtype)
+        placement = plan_device_map(strategy, max_memory, dtype, checkpoint)
     return {name: place if isinstance(place, int) else count - 1 for name, place in placement.items()}

@@ -3,11 +3,13 @@
 import difflib
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers.integrations.accelerate import _get_device_map
 
-from glm4v_nb.model import GLM4VForConditionalGeneration, official_config
+from glm4v_nb.model import GLM4VForConditionalGeneration
+from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, read_config
 
 # Where a module runs: a card's index, "cpu" or "disk".
 Place = int | str
@@ -23,25 +25,36 @@ class PlacedModule:
     bytes: int
 
 
-def meta_model(dtype: torch.dtype = torch.bfloat16) -> GLM4VForConditionalGeneration:
-    """The full-size model without memory, for planning."""
+def meta_model(
+    dtype: torch.dtype = torch.bfloat16, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
+) -> GLM4VForConditionalGeneration:
+    """The model without memory, for planning. ``checkpoint``: as in ``read_config``; the full size by default."""
     with torch.device("meta"):
-        return GLM4VForConditionalGeneration(official_config()).to(dtype)
+        return GLM4VForConditionalGeneration(read_config(checkpoint)).to(dtype)
 
 
 def plan_device_map(
-    strategy: str, max_memory: dict[Place, int], dtype: torch.dtype = torch.bfloat16
+    strategy: str,
+    max_memory: dict[Place, int],
+    dtype: torch.dtype = torch.bfloat16,
+    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
 ) -> dict[str, Place]:
     """The map ``from_pretrained(device_map=strategy, max_memory=max_memory)`` would make, without loading.
 
     Args:
         strategy: "auto", "balanced", "balanced_low_0" or "sequential".
         max_memory: bytes per card index, and for "cpu".
+        checkpoint: the official hub id, or a directory with a config.json.
+
+    Raises:
+        ValueError: the checkpoint is neither of these.
     """
-    return dict(_get_device_map(meta_model(dtype), strategy, max_memory, None))
+    return dict(_get_device_map(meta_model(dtype, checkpoint), strategy, max_memory, None))
 
 
-def check_device_map(device_map: dict[str, Place], count: int):
+def check_device_map(
+    device_map: dict[str, Place], count: int, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
+):
     """Check a map written by hand for ``count`` cards.
 
     Raises:
@@ -61,7 +74,7 @@ def check_device_map(device_map: dict[str, Place], count: int):
             'device_map has "" beside other names. "" is the whole model, and accelerate would put all of it '
             'there first. Give "" alone, or name every module.'
         )
-    model = meta_model()
+    model = meta_model(checkpoint=checkpoint)
     parameters = [name for name, _ in model.named_parameters()]
     known = {*parameters, *(name for name, _ in model.named_modules())}
     for name in device_map:

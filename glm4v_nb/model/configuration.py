@@ -9,7 +9,7 @@ Source of names and values: config.json of zai-org/glm-4v-9b (formerly THUDM/glm
 
 from pathlib import Path
 
-from transformers import GlmConfig, PreTrainedConfig
+from transformers import AutoConfig, GlmConfig, PreTrainedConfig
 
 CONFIG_DIRECTORY = Path(__file__).parent / "configs"
 # Hub ids of the official checkpoint; their config ships with this package (`configs/glm-4v-9b.json`).
@@ -215,3 +215,29 @@ class GLM4VConfig(PreTrainedConfig):
 def official_config() -> GLM4VConfig:
     """The full-size GLM-4V-9B configuration shipped with this package; needs no network."""
     return GLM4VConfig.from_pretrained(CONFIG_DIRECTORY / "glm-4v-9b")
+
+
+def read_config(checkpoint: str | Path) -> GLM4VConfig:
+    """The configuration of a checkpoint, without a download.
+
+    Args:
+        checkpoint: the official hub id, whose config ships with this package, or a directory with a config.json.
+
+    Raises:
+        ValueError: neither of these, or the configuration of another model.
+    """
+    if str(checkpoint) in OFFICIAL_CHECKPOINTS:
+        return official_config()
+    if not Path(checkpoint).is_dir():
+        raise ValueError(
+            f"checkpoint is {str(checkpoint)!r}; expected {OFFICIAL_CHECKPOINTS[0]!r}, whose config ships with "
+            "glm4v_nb, or a directory with a GLM-4V-9B config.json. Download other checkpoints and give the "
+            "directory."
+        )
+    config = AutoConfig.from_pretrained(checkpoint)
+    if not isinstance(config, GLM4VConfig):
+        raise ValueError(
+            f"{checkpoint}/config.json has model_type {config.model_type!r}; expected {GLM4VConfig.model_type!r}, "
+            "a GLM-4V-9B. Give the directory of such a checkpoint."
+        )
+    return config

@@ -6,7 +6,6 @@ Everything is put in place by ``simulated_world`` and taken away again when its 
 import os
 import warnings
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -14,7 +13,6 @@ from accelerate import hooks
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -26,8 +24,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
-from glm4v_nb.model import GLM4VForConditionalGeneration, official_config
-from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS
+from glm4v_nb.model import GLM4VForConditionalGeneration
+from glm4v_nb.model.configuration import read_config
 from glm4v_nb.rig.cuda import CudaFunctions, CudaNames
 from glm4v_nb.rig.device import DEVICE_TYPE, fake_mode
 
@@ -79,6 +77,8 @@ def simulated_world(rig):
         for answer in _REMEMBERED_ANSWERS:
             answer.cache_clear()
             stack.callback(answer.cache_clear)
+        refused = _refused_autocast(torch.autocast.__init__)
+        stack.enter_context(mock.patch.object(torch.autocast, "__init__", refused))
         # torch's autograd would start a thread per card, and knows of one simulated card only.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(CudaNames(cuda))
@@ -164,6 +164,20 @@ def _offload_of_numberless_weights(original):
     return set_module_tensor_to_device
 
 
+def _refused_autocast(original):
+    """torch casts only for devices it knows: on simulated cards autocast would do nothing, without a word."""
+
+    def __init__(self, device_type, dtype=None, enabled=True, cache_enabled=None):
+        if enabled and device_type in ("cuda", DEVICE_TYPE):
+            raise NotImplementedError(
+                "autocast is not simulated: the weights would be computed in their own type and the bytes would be "
+                "wrong. Load the model in the type you want (dtype=torch.bfloat16), or use autocast on a real device."
+            )
+        original(self, device_type, dtype, enabled, cache_enabled)
+
+    return __init__
+
+
 def _refused_generate():
     original = GLM4VForConditionalGeneration.generate
 
@@ -184,7 +198,7 @@ def _simulated_from_pretrained(rig, original):
 
     def from_pretrained(name_or_path, *args, config=None, **kwargs):
         if not isinstance(config, PreTrainedConfig):
-            config = _configuration(config or name_or_path)
+            config = read_config(config or name_or_path)
         for name in _DOWNLOAD_ARGUMENTS:
             kwargs.pop(name, None)
         if kwargs.pop("trust_remote_code", False):
@@ -209,18 +223,6 @@ def _simulated_from_pretrained(rig, original):
                 transformers_logging.enable_progress_bar()
 
     return from_pretrained
-
-
-def _configuration(name_or_path):
-    if str(name_or_path) in OFFICIAL_CHECKPOINTS:
-        return official_config()
-    if not Path(name_or_path).is_dir():
-        raise ValueError(
-            f"{name_or_path!r} cannot be loaded on simulated cards. Expected {OFFICIAL_CHECKPOINTS[0]!r}, "
-            "whose config ships with glm4v_nb, or a directory with a GLM-4V-9B config.json. Correct the "
-            "name, or leave the rig's block to load other models."
-        )
-    return AutoConfig.from_pretrained(name_or_path)
 
 
 def _empty_checkpoint(config) -> dict[str, torch.Tensor]:

@@ -30,12 +30,22 @@ def test_a_fit_command_of_the_readme_fits(command):
     assert "fits" in done.stdout
 
 
-def test_the_python_of_the_readme_prints_both_cards():
-    (code,) = [block for language, block in BLOCKS if language == "python"]
+def run_python(marker: str) -> subprocess.CompletedProcess:
+    """Run the README's Python block that contains the marker."""
+    (code,) = [block for language, block in BLOCKS if language == "python" and marker in block]
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_python_of_the_readme_that_asks_a_question_prints_the_answer():
+    assert run_python("stream(").stdout == "4"
+
+
+def test_the_python_of_the_readme_prints_both_cards():
+    done = run_python("Rig(")
     lines = done.stdout.splitlines()
     assert len(lines) == 2 and all(line.startswith("NVIDIA L4 ") for line in lines)
     # Both cards' weights: 27.8 GB and the rounding of about a thousand tensors to 512 bytes.
