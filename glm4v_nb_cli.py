@@ -89,6 +89,27 @@ def run(
     raise typer.Exit(summary.exit_code)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_report: Annotated[
+        bool, typer.Option("--report", help="Print one block of text to paste into a bug report.")
+    ] = False,
+):
+    """Is this machine ready? Checks driver, GPUs, libraries, memory, disk; exit code 1 if something must be mended."""
+    with _progress("loading torch"):
+        from glm4v_nb import doctor as doctor_module  # this command has the same name
+    with _progress("examining this machine"):
+        findings = list(doctor_module.examine())
+    if as_json:
+        print(doctor_module.to_json(findings))
+    elif as_report:
+        print(doctor_module.report(findings))
+    else:
+        _print_findings(findings)
+    raise typer.Exit(1 if doctor_module.verdict(findings) == doctor_module.STOP else 0)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -174,6 +195,21 @@ def _print_fit(result, next_step: str):
         )
         console.print(escape(result.oom.message), soft_wrap=True)
     console.print(f"Next: {escape(next_step)}", soft_wrap=True)
+
+
+def _print_findings(findings):
+    """The doctor's findings as a table of traffic lights."""
+    console = Console(highlight=False)
+    lights = {"ok": "[green]● ok[/]", "look": "[yellow]▲ look[/]", "stop": "[bold red]■ stop[/]"}
+    table = Table("", "what", "found", "advice", title="glm4v-nb doctor")
+    for finding in findings:
+        texts = (finding.subject, finding.found, finding.advice)
+        table.add_row(lights[finding.status], *map(escape, texts))
+    console.print(table)
+    if any(finding.status == "stop" for finding in findings):
+        console.print("Next: mend what says stop; glm4v-nb doctor --report prints a block for a bug report.")
+    else:
+        console.print("Next: glm4v-nb fit --card L4 --count 2, or open notebooks/01_will_it_fit.ipynb.")
 
 
 if __name__ == "__main__":
