@@ -249,6 +249,11 @@ class Stream:
             raise StopIteration
 
     @property
+    def running(self) -> bool:
+        """Whether the worker is still alive; after a ``TimeoutError`` it may be, until its step ends."""
+        return self._worker.is_alive()
+
+    @property
     def new_tokens(self) -> int:
         """Tokens generated so far."""
         return self._run.new_tokens

@@ -109,20 +109,24 @@ class _ObservedFakeMode(FakeTensorMode):
 
 
 _mode: _ObservedFakeMode | None = None
+_registering = threading.Lock()
 _library: torch.library.Library | None = None
 
 
 def fake_mode() -> FakeTensorMode:
     """The one mode all simulated tensors of this process belong to; registers the device on first use."""
     global _mode, _library
-    if _mode is None:
-        backend_registration._setup_privateuseone_for_python_backend(
-            DEVICE_TYPE, backend_module=_BackendModule()
-        )
-        _mode = _ObservedFakeMode()
-        _library = torch.library.Library("aten", "IMPL")
-        _library.impl("empty.memory_format", _in_fake_mode(torch.ops.aten.empty.memory_format), "PrivateUse1")
-        _library.impl("empty_strided", _in_fake_mode(torch.ops.aten.empty_strided.default), "PrivateUse1")
+    with _registering:
+        if _mode is None:
+            backend_registration._setup_privateuseone_for_python_backend(
+                DEVICE_TYPE, backend_module=_BackendModule()
+            )
+            _library = torch.library.Library("aten", "IMPL")
+            for name in ("empty.memory_format", "empty_strided"):
+                packet, _, overload = name.partition(".")
+                operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+                _library.impl(name, _in_fake_mode(operator), "PrivateUse1")
+            _mode = _ObservedFakeMode()  # last: another thread may be waiting for it
     return _mode
 
 

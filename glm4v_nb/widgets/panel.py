@@ -9,7 +9,7 @@ import ipywidgets as widgets
 import torch
 from PIL import Image
 
-from glm4v_nb.inference import Sampling, load, stream
+from glm4v_nb.inference import Sampling, Stream, load, stream
 from glm4v_nb.memory.cleanup import clear_frames, empty_caches
 from glm4v_nb.miniature.scenes import sample_pictures
 from glm4v_nb.model.image_processing import load_image
@@ -51,15 +51,18 @@ class PromptPanel(widgets.VBox):
         self.rig = rig or Rig.here()
         self.rehearse = rehearse
         self.timeout_seconds = timeout_seconds
-        self.samples = dict(sample_pictures() if samples is None else samples)
+        chosen = sample_pictures() if samples is None else samples
+        self.samples = {name: load_image(picture) for name, picture in chosen.items()}
         self.history: list[dict] = []  # messages, as inference takes them
         self.image: Image.Image | None = None
         self.state = "idle"
         self._turns: list[str] = []  # the same history as HTML
-        self._stream = None
+        self._stream: Stream | None = None
+        self._hung: Stream | None = None  # given up, but not ended yet
         self._stop_pressed = threading.Event()
         self._worker: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._waiting_upload: dict | None = None
         self._build()
         super().__init__(self._layout())
         self.add_class("glm4v-panel")
@@ -97,6 +100,11 @@ class PromptPanel(widgets.VBox):
         if self.model is None:
             self._enter("error", "No model is loaded. Make the panel with a model, or with from_checkpoint.")
             return
+        if self._hung is not None and self._hung.running:
+            self._enter(
+                "error", "The answer that was given up still runs: wait for its end, or restart the kernel."
+            )
+            return
         if not question:
             self._enter("idle", "The question is empty: write one, then press Ask or Ctrl+Enter.")
             return
@@ -110,11 +118,13 @@ class PromptPanel(widgets.VBox):
 
     def stop(self, _=None):
         """End the answer within one token; what came so far is kept."""
-        if self.state == "running":
+        with self._lock:  # the worker may be finishing this very moment
+            if self.state != "running":
+                return
+            self._enter("stopping", "Stopping after this token ...")
             self._stop_pressed.set()
             if self._stream is not None:
                 self._stream.cancel()
-            self._enter("stopping", "Stopping after this token ...")
 
     def clear(self, _=None):
         """Forget the conversation; the picture stays."""
@@ -133,35 +143,34 @@ class PromptPanel(widgets.VBox):
         except Exception as error:
             self._fail(error, None)
             return
-        self._finish_state("idle", "Ready.")
+        self._finish("idle", "Ready.")
 
     def _answer(self, messages: list[dict], sampling: Sampling):
         watching = threading.Event()
         threading.Thread(target=self._watch, args=(watching,), daemon=True).start()
-        answer = text = None
         try:
             with self.rig, self.rig.stage("question"):
                 if self.rehearse is None:
-                    answer, text = self._streamed(messages, sampling)
+                    answer = self._streamed(messages, sampling)
                 else:
                     self.rehearse(messages, sampling)
             if self.rehearse is not None:  # outside the rig: the model that answers is not on its cards
-                answer, text = self._streamed(messages, sampling)
+                answer = self._streamed(messages, sampling)
         except Exception as error:
             self._fail(error, sampling)
             return
         finally:
+            self._stream = None
             watching.set()
-        self.history = [*messages, {"role": "assistant", "content": text}]
+        note = parts.answer_note(answer)
+        self.history = [*messages, {"role": "assistant", "content": answer.text}]
         self._turns.append(parts.turn("You", messages[-1]["content"]))
-        self._turns.append(parts.turn("Model", text or "(no text)", parts.answer_note(answer)))
+        self._turns.append(parts.turn("Model", answer.text or "(no text)", note))
         self._show_history()
         if self.question.value.strip() == messages[-1]["content"]:
             self.question.value = ""  # unless the next one is being written
         ending = {"cancelled": "Stopped.", "length": "Reached max tokens."}.get(answer.finish, "Done.")
-        self._finish_state(
-            "idle", f"{ending} {parts.answer_note(answer)} · first token {answer.first_token_seconds:.2f} s"
-        )
+        self._finish("idle", f"{ending} {note} · first token {answer.first_token_seconds:.2f} s")
 
     def _streamed(self, messages, sampling):
         asked = parts.turn("You", messages[-1]["content"])
@@ -169,24 +178,25 @@ class PromptPanel(widgets.VBox):
         with stream(
             self.model, self.processor, messages, sampling, timeout_seconds=self.timeout_seconds
         ) as pieces:
-            self._stream = pieces
-            if self._stop_pressed.is_set():  # pressed before there was anything to cancel
-                pieces.cancel()
+            with self._lock:
+                self._stream = pieces
+                if self._stop_pressed.is_set():  # pressed before there was anything to cancel
+                    pieces.cancel()
             for piece in pieces:
                 text += piece
                 if time.monotonic() - shown > REFRESH_SECONDS:
                     shown = time.monotonic()
                     self._show_history(asked + parts.turn("Model", text + " ▌"))
                     self._progress(f"{pieces.new_tokens} tokens · {pieces.tokens_per_second:.1f} tokens/s")
-        self._stream = None
-        return pieces.answer, pieces.answer.text
+        return pieces.answer
 
     def _watch(self, finished: threading.Event):
         while not finished.wait(2 * REFRESH_SECONDS):
             self._refresh_memory()
 
     def _fail(self, error: Exception, sampling: Sampling | None):
-        self._stream = None
+        if isinstance(error, TimeoutError):
+            self._hung = self._stream
         if isinstance(error, torch.OutOfMemoryError):
             message = (
                 "Out of memory while loading: spread the model over more GPUs (device_map='auto'), or take fewer "
@@ -201,7 +211,7 @@ class PromptPanel(widgets.VBox):
         with contextlib.suppress(RuntimeError), self.rig:
             empty_caches()
         self._show_history()
-        self._finish_state("error", message)
+        self._finish("error", message)
 
     # What is shown
 
@@ -218,18 +228,24 @@ class PromptPanel(widgets.VBox):
             if self.state == "running":
                 self.status.value = parts.status("running", message)
 
-    def _finish_state(self, state: str, message: str):
-        self._refresh_memory()
+    def _finish(self, state: str, message: str):
         self._enter(state, message)
+        self._refresh_memory()
+        if self._waiting_upload is not None:
+            file, self._waiting_upload = self._waiting_upload, None
+            self._take(file)
 
     def _show_history(self, unfinished: str = ""):
         if not self._turns and not unfinished:
-            self.conversation.value = "<div class='glm4v-note'>The conversation appears here.</div>"
+            self.conversation.value = parts.note("The conversation appears here.")
         else:
             self.conversation.value = "".join(self._turns) + unfinished
 
     def _refresh_memory(self):
-        self.memory.value = parts.memory_bars(self.rig.memory(), self.rig.provenance)
+        try:
+            self.memory.value = parts.memory_bars(self.rig.memory(), self.rig.provenance)
+        except RuntimeError as error:  # CUDA answers nothing any more after some errors
+            self.memory.value = parts.note(f"The memory cannot be read: {error}")
 
     def _forget(self, message: str):
         self.history, self._turns = [], []
@@ -248,8 +264,14 @@ class PromptPanel(widgets.VBox):
         if not change["new"]:
             return
         file = change["new"][0]
-        name, content = file["name"], bytes(file["content"])
         self.upload.value = ()  # the same file can be chosen again
+        if self.state in ("idle", "error"):
+            self._take(file)
+        else:  # it was on its way when the question was sent
+            self._waiting_upload = file
+
+    def _take(self, file: dict):
+        name, content = file["name"], bytes(file["content"])
         try:
             if len(content) != file["size"]:
                 raise ValueError(f"only {len(content):,} of {file['size']:,} bytes arrived; upload it again.")
@@ -257,7 +279,12 @@ class PromptPanel(widgets.VBox):
         except (ValueError, OSError) as error:
             self._enter("error", f"{name}: {error} The picture before it is still chosen.")
             return
-        self.sample.value = NO_PICTURE
+        label = f"Uploaded: {name}"
+        self.samples[label] = image
+        self.sample.unobserve(self._sample_chosen, "value")  # new options choose the first for a moment
+        self.sample.options = [NO_PICTURE, *self.samples]
+        self.sample.value = label
+        self.sample.observe(self._sample_chosen, "value")
         self._show_picture(image, name)
 
     def _show_picture(self, image: Image.Image | None, name: str):

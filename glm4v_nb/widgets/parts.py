@@ -56,10 +56,15 @@ def gib(size_bytes: int) -> str:
     return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB / 10 else f"{size_bytes / 2**20:.0f} MiB"
 
 
-def turn(who: str, text: str, note: str = "") -> str:
+def note(text: str) -> str:
+    """A small remark."""
+    return f"<div class='glm4v-note'>{escape(text)}</div>"
+
+
+def turn(who: str, text: str, remark: str = "") -> str:
     """One question ("You") or answer of the conversation."""
     kind = "user" if who == "You" else "model"
-    ending = f"<div class='glm4v-note'>{escape(note)}</div>" if note else ""
+    ending = note(remark) if remark else ""
     return (
         f"<div class='glm4v-turn glm4v-{kind}'><div class='glm4v-who'>{escape(who)}</div>"
         f"{escape(text)}{ending}</div>"
@@ -95,13 +100,12 @@ def memory_bars(memory: Sequence[CardMemory], provenance: str) -> str:
             f"peak {gib(card.peak_reserved_bytes)}"
         )
         rows.append(
-            f"<div class='glm4v-note'>{escape(text)}</div>"
-            f"<div class='glm4v-bar' role='meter' aria-label='{escape(label)}' aria-valuemin='0' "
+            f"{note(text)}<div class='glm4v-bar' role='meter' aria-label='{escape(label)}' aria-valuemin='0' "
             f"aria-valuemax='100' aria-valuenow='{used:.0f}' aria-valuetext='{escape(text)}'>"
             f"<div style='width:{peak:.1f}%;background:#56B4E9'></div>"
             f"<div style='width:{used:.1f}%;background:#0072B2'></div></div>"
         )
-    return "".join(rows) + f"<div class='glm4v-note'>{escape(provenance)}</div>"
+    return "".join(rows) + note(provenance)
 
 
 def out_of_memory_advice(error: BaseException, max_new_tokens: int) -> str:
@@ -122,11 +126,11 @@ def out_of_memory_advice(error: BaseException, max_new_tokens: int) -> str:
 def picture(image: Image.Image | None, name: str) -> str:
     """A thumbnail of at most 240 pixels a side with its name and size; the name alone without an image."""
     if image is None:
-        return f"<div class='glm4v-note'>{escape(name)}</div>"
+        return note(name)
     small = image.copy()
     small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     data = base64.b64encode(encode(small, "PNG")).decode()
     return (
         f"<img class='glm4v-picture' alt='Picture in question: {escape(name)}' src='data:image/png;base64,{data}'>"
-        f"<div class='glm4v-note'>{escape(name)} · {image.width} × {image.height} pixels</div>"
+        f"{note(f'{name} · {image.width} × {image.height} pixels')}"
     )

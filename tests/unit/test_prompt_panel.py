@@ -287,7 +287,84 @@ def test_a_good_upload_starts_a_new_conversation_with_it(panel):
     uploaded(panel, "<i>.png", parts.encode(Image.new("RGB", (31, 17), "red"), "PNG"))
     assert panel.image.size == (31, 17) and panel.history == []
     assert "&lt;i&gt;.png · 31 × 17 pixels" in panel.picture.value
-    assert panel.sample.value == "(no picture)"
+    assert panel.sample.value == "Uploaded: <i>.png"
+    assert "New picture, new conversation" in panel.status.value
+
+
+def test_an_uploaded_picture_can_be_taken_away_and_chosen_again(panel):
+    uploaded(panel, "mine.png", parts.encode(Image.new("RGB", (31, 17), "red"), "PNG"))
+    panel.sample.value = "(no picture)"
+    assert panel.image is None
+    panel.sample.value = "Uploaded: mine.png"
+    assert panel.image.size == (31, 17)
+
+
+def test_a_picture_that_arrives_while_an_answer_runs_waits_for_its_end(panel, endless):
+    panel.max_tokens.value = 5000
+    panel.question.value = "Describe the picture."
+    panel.ask()
+    wait_until(lambda: panel._stream is not None)
+    before = panel.image
+    uploaded(panel, "late.png", parts.encode(Image.new("RGB", (31, 17), "red"), "PNG"))
+    assert panel.image is before and panel.state == "running"
+    panel.stop()
+    assert panel.wait(20)
+    assert panel.image.size == (31, 17) and panel.history == [] and panel.state == "idle"
+
+
+def test_a_stop_that_comes_as_the_answer_ends_leaves_the_panel_usable(loaded, monkeypatch, endless):
+    panel = PromptPanel(*loaded)
+    panel.max_tokens.value = 5000
+    panel.question.value = "Describe the picture."
+    panel.ask()
+    wait_until(lambda: panel._stream is not None)
+    original = panel._stream.cancel
+
+    def cancel_and_let_the_worker_run():
+        original()
+        time.sleep(0.5)
+
+    monkeypatch.setattr(panel._stream, "cancel", cancel_and_let_the_worker_run)
+    panel.stop()
+    assert panel.wait(20)
+    assert panel.state == "idle" and "ask_button" in enabled(panel)
+
+
+def test_memory_that_cannot_be_read_does_not_hide_the_error(panel, monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(panel.rig, "memory", broken)
+    ask(panel)
+    assert panel.state == "error" and "device-side assert" in panel.status.value
+    assert "cannot be read" in panel.memory.value
+
+
+def test_no_question_is_taken_while_a_given_up_answer_still_runs(loaded, monkeypatch):
+    panel, released = PromptPanel(*loaded, timeout_seconds=0.3), threading.Event()
+    original = panel.model.forward
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        released.wait(30)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(panel.model, "forward", forward)
+        ask(panel, seconds=10)
+        assert "TimeoutError" in panel.status.value
+        ask(panel, seconds=10)
+        assert "still runs" in panel.status.value
+        released.set()
+        wait_until(lambda: not panel._hung.running)
+    panel.timeout_seconds = 60
+    ask(panel)
+    assert panel.state == "idle"
+
+
+def test_sample_pictures_of_any_kind_are_taken(loaded):
+    panel = PromptPanel(*loaded, samples={"print": Image.new("CMYK", (20, 10))})
+    assert panel.image.size == (20, 10)
 
 
 def test_every_text_from_outside_is_escaped():
