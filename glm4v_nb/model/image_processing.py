@@ -39,7 +39,7 @@ def load_image(image) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _decode("The array", _from_array(image))
     if isinstance(image, (bytes, memoryview)):
-        return _decode("The image's bytes", io.BytesIO(image))
+        return _decode("The image file", io.BytesIO(image))
     if isinstance(image, (str, Path)):
         if str(image).startswith(("http://", "https://", "data:")):
             raise ValueError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from playwright.sync_api import expect
 
 from glm4v_nb.miniature.scenes import Scene, Shape, draw
 
@@ -49,12 +50,17 @@ class Panel:
 
     def answer(self, text: str, seconds: float = 60) -> str:
         """Ask and wait: the answer's text."""
-        before = self.turns.count()
+        before, said = self.turns.count(), self.status.inner_text()
         self.ask(text)
-        self.turns.nth(before + 1).locator(".glm4v-note").wait_for(timeout=1000 * seconds)
-        self.wait_for("Idle", "Error")
+        expect(self.status).not_to_have_text(said)
+        self.wait_for("Idle", "Error", seconds=seconds)
         assert self.state() == "Idle", self.status.inner_text()
+        expect(self.turns).to_have_count(before + 2)
         return self.turns.last.inner_text().splitlines()[1]
+
+    def clear(self):
+        self.clear_button.click()
+        expect(self.turns).to_have_count(0)
 
     def upload(self, name: str, content: bytes):
         with self.page.expect_file_chooser() as chooser:
@@ -76,8 +82,7 @@ def panel(page):
     found.max_tokens.press("Tab")
     found.sample.select_option("Five shapes")
     found.picture.wait_for()
-    found.clear_button.click()
-    found.turns.first.wait_for(state="detached")
+    found.clear()
     return found
 
 
@@ -123,7 +128,7 @@ def test_an_uploaded_picture_is_shown_and_its_colour_told(panel):
 
 def test_a_second_question_is_about_the_same_picture(panel):
     panel.upload("heart.jpg", file_of(picture_of("heart", "orange", (255, 150, 0)), "JPEG"))
-    panel.root.get_by_text("heart.jpg").first.wait_for()
+    panel.root.get_by_text("heart.jpg · ").wait_for()
     assert panel.answer("What shape is the object?") == "heart"
     assert panel.answer("What colour is the heart?") == "orange"
     assert panel.turns.count() == 4
@@ -182,7 +187,7 @@ def test_markup_in_a_question_is_shown_as_text(panel, attack):
 def test_markup_in_a_file_name_is_shown_as_text(panel):
     name = "<img src=x onerror='window.attacked = 1'>.png"
     panel.upload(name, file_of(picture_of()))
-    panel.root.get_by_text(name).wait_for()
+    panel.root.get_by_text(f"{name} · ").wait_for()
     panel.upload("<script>alert(1)<script>.png", b"no picture")
     panel.status.filter(has_text="<script>alert(1)").wait_for()
     assert panel.page.evaluate("window.attacked") is None
@@ -215,7 +220,7 @@ def test_a_bad_file_gets_a_clear_error_and_the_panel_lives_on(panel, name, conte
 def test_an_animation_gives_its_first_picture(panel):
     first, second = picture_of(), picture_of("circle", "red", (255, 0, 0))
     panel.upload("moving.gif", file_of(first, "GIF", save_all=True, append_images=[second], duration=100))
-    panel.root.get_by_text("moving.gif").first.wait_for()
+    panel.root.get_by_text("moving.gif · ").wait_for()
     assert panel.answer("What colour is the object?") == "purple"
 
 
@@ -236,7 +241,7 @@ def test_running_out_of_memory_is_a_state_with_advice_and_the_next_question_work
     panel = Panel(page, 1)
     panel.root.scroll_into_view_if_needed()
     panel.wait_for("Idle", "Error")
-    panel.clear_button.click()
+    panel.clear()
     panel.answer("How many crosses are there?", seconds=120)
     panel.screenshot("memory")
     question = "shape " * 3200
