@@ -1,5 +1,6 @@
 """The README's commands and code do what the README says."""
 
+import json
 import os
 import re
 import shlex
@@ -61,6 +62,15 @@ def test_the_python_of_the_readme_prints_both_cards():
     assert sum(int(line.rpartition(" ")[2]) for line in lines) == pytest.approx(
         27_812_641_792, abs=512 * 1100
     )
+
+
+def test_the_readmes_accuracies_are_the_stored_ones():
+    report = json.loads((ROOT / "benchmarks" / "results" / "miniature_evaluation.json").read_text())
+    section = README.partition("## The miniature")[2].partition("\n## ")[0]
+    told = [float(number) for number in re.findall(r"([\d.]+) %", section)]
+    forms = [report["forms"][name]["accuracy"] for name in ("jpeg", "alpha", "grey", "wide")]
+    worst = min(kind["accuracy"] for kind in report["kinds"].values())
+    assert told == pytest.approx([100 * share for share in (report["accuracy"], worst, *forms)], abs=0.051)
 
 
 def test_every_make_target_of_the_readme_exists():
