@@ -14,6 +14,10 @@ def clear_frames(error: BaseException | None):
     """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            # Before Python 3.13 a frame whose locals were once looked at, by IPython's own traceback for one, keeps
+            # a copy of them; looking again brings it up to date, that is, empties it.
+            _ = frame.f_locals
         error = error.__cause__ or error.__context__
 
 

@@ -20,6 +20,10 @@ CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 
 
+# The brackets before every code cell: [ ] not run, [*] running, [3] done.
+PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent)"
+
+
 def find_chromium() -> str | None:
     """GLM4V_NB_CHROMIUM, or the first of the usual names on PATH."""
     named = os.environ.get("GLM4V_NB_CHROMIUM")
@@ -104,23 +108,25 @@ def browser():
 @pytest.fixture(scope="session")
 def page(browser, server):
     """Notebook 08 open in JupyterLab with every cell executed."""
+    from playwright.sync_api import TimeoutError
+
     address, _ = server
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(30_000)
     page.goto(f"{address}/lab/tree/{NOTEBOOK}?reset")
     page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=120_000)
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=120_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    for _ in range(12):  # a kernel that is not connected yet ignores the command
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        try:
+            page.wait_for_function(
+                f"() => ({PROMPTS}).some(prompt => /\\[(\\*|\\d+)\\]/.test(prompt))", timeout=10_000
+            )
+            break
+        except TimeoutError:
+            page.keyboard.press("Escape")  # a menu that stayed open
     # The last cell prints what was found.
-    page.wait_for_function(
-        """() => {
-          const cells = [...document.querySelectorAll('.jp-CodeCell')];
-          const prompts = cells.map(cell => cell.querySelector('.jp-InputPrompt').textContent);
-          return cells.length > 15 && prompts.every(prompt => /\\[\\d+\\]/.test(prompt));
-        }""",
-        timeout=240_000,
-    )
+    page.wait_for_function(f"() => ({PROMPTS}).every(prompt => /\\[\\d+\\]/.test(prompt))", timeout=240_000)
     yield page
     page.close()
 
