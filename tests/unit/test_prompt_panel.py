@@ -76,6 +76,19 @@ def fails_with(panel, monkeypatch, error):
     monkeypatch.setattr(panel.model, "forward", forward)
 
 
+def hangs(panel, monkeypatch) -> threading.Event:
+    """Every forward pass waits for the event that is returned."""
+    original, released = panel.model.forward, threading.Event()
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        released.wait(30)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(panel.model, "forward", forward)
+    return released
+
+
 def uploaded(panel, name, content):
     panel.upload.value = (
         {
@@ -198,15 +211,8 @@ def test_any_other_error_is_told_with_its_type_and_the_panel_lives_on(panel, mon
 
 
 def test_a_model_that_falls_silent_ends_as_an_error(loaded, monkeypatch):
-    panel, released = PromptPanel(*loaded, timeout_seconds=0.3), threading.Event()
-    original = panel.model.forward
-
-    @functools.wraps(original)
-    def forward(*args, **kwargs):
-        released.wait(30)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(panel.model, "forward", forward)
+    panel = PromptPanel(*loaded, timeout_seconds=0.3)
+    released = hangs(panel, monkeypatch)
     try:
         ask(panel, seconds=10)
         assert panel.state == "error" and "TimeoutError: No token for 0.3 s" in panel.status.value
@@ -341,16 +347,9 @@ def test_memory_that_cannot_be_read_does_not_hide_the_error(panel, monkeypatch):
 
 
 def test_no_question_is_taken_while_a_given_up_answer_still_runs(loaded, monkeypatch):
-    panel, released = PromptPanel(*loaded, timeout_seconds=0.3), threading.Event()
-    original = panel.model.forward
-
-    @functools.wraps(original)
-    def forward(*args, **kwargs):
-        released.wait(30)
-        return original(*args, **kwargs)
-
+    panel = PromptPanel(*loaded, timeout_seconds=0.3)
     with monkeypatch.context() as patched:
-        patched.setattr(panel.model, "forward", forward)
+        released = hangs(panel, patched)
         ask(panel, seconds=10)
         assert "TimeoutError" in panel.status.value
         ask(panel, seconds=10)
