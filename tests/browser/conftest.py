@@ -10,6 +10,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
 from jupyter_client import BlockingKernelClient
 
@@ -46,7 +47,11 @@ def pytest_collection_modifyitems(items):
 def server(tmp_path_factory):
     """JupyterLab on a copy of notebook 08: (address, runtime directory)."""
     root, home = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("jupyter")
-    shutil.copy(ROOT / "notebooks" / NOTEBOOK, root)
+    notebook = nbformat.read(ROOT / "notebooks" / NOTEBOOK, as_version=4)
+    for cell in notebook.cells:  # what the page shows was then made in this session
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, root / NOTEBOOK)
     # JupyterLab takes cells that are out of sight off the page; here all of them are looked at.
     settings = home / "settings" / "@jupyterlab" / "notebook-extension"
     settings.mkdir(parents=True)
