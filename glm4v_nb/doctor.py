@@ -25,6 +25,7 @@ from packaging.version import Version
 from glm4v_nb.rig import Rig
 
 OK, LOOK, STOP = "ok", "look", "stop"
+MISSING = "missing"  # in place of a version
 CHECKPOINT_BYTES = 27_812_641_792  # the official weights in bfloat16, see notebook 01
 GIB = 2**30
 # Python versions the tests run on; older ones cannot import the package.
@@ -97,17 +98,14 @@ def _libraries():
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            version = None
-        if version is None or not requirement.specifier.contains(Version(version), prereleases=True):
-            wrong.append(f"{requirement.name} {version or 'missing'}, expected {requirement.specifier}")
+        version = _version(requirement.name)
+        if version == MISSING or not requirement.specifier.contains(Version(version), prereleases=True):
+            wrong.append(f"{requirement.name} {version}, expected {requirement.specifier}")
     versions = ", ".join(f"{name} {_version(name)}" for name in MAIN_LIBRARIES)
     yield Finding(
         "libraries", STOP if wrong else OK, "; ".join(wrong) or versions, "Run make setup." if wrong else ""
     )
-    if _version("torchvision") != "missing":
+    if _version("torchvision") != MISSING:
         yield Finding(
             "torchvision",
             LOOK,
@@ -120,7 +118,7 @@ def _version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "missing"
+        return MISSING
 
 
 def _driver():
@@ -156,11 +154,11 @@ def _torch_build():
     )
     if torch.cuda.is_available():
         yield Finding("torch build", OK, f"{built}, sees {torch.cuda.device_count()} GPUs")
-    elif _gpus_of_driver():
+    elif hidden := _gpus_of_driver():
         yield Finding(
             "torch build",
             STOP,
-            f"{built}, sees none of the driver's {_gpus_of_driver()} GPUs",
+            f"{built}, sees none of the driver's {hidden} GPUs",
             "Install a build for your driver's CUDA from pytorch.org, or unset CUDA_VISIBLE_DEVICES."
             if not torch.version.cuda or os.environ.get("CUDA_VISIBLE_DEVICES") is not None
             else "The driver is older than this build's CUDA: update it, or install torch for an older CUDA.",
