@@ -17,10 +17,14 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorDeviceMismatchError,
     FakeTensorMode,
     in_kernel_invocation_manager,
 )
+
+try:
+    from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
+except ImportError:  # torch 2.11 has no error of its own for this
+    FakeTensorDeviceMismatchError = ()
 from torch.utils import _pytree, backend_registration
 
 DEVICE_TYPE = "simcuda"

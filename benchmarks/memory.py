@@ -1,0 +1,488 @@
+"""Peak memory of the full-size model, on real GPUs and simulated: one program, two worlds.
+
+    python benchmarks/memory.py write DIR                 # random weights in the official layout, 27.8 GB
+    python benchmarks/memory.py measure DIR --output FILE # on this machine's GPUs; every load in its own process
+    python benchmarks/memory.py compare FILE...           # the simulator on the same cases, beside the stored figures
+
+A *load* is one process: the model is loaded once, then its *runs* follow, each from an emptied cache. A cap is set
+with ``set_per_process_memory_fraction``; runs at the edge of a cap take theirs from the peak of an earlier run.
+"""
+
+import argparse
+import gc
+import gzip
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+MIB, GIB, GB = 2**20, 2**30, 10**9
+CAP = 24 * GB
+OFFICIAL = "zai-org/glm-4v-9b"
+TRACED_RUNS = 5  # with --trace, the load and the first runs of each process
+
+
+@dataclass(frozen=True)
+class Run:
+    """One workload. ``cap_bytes`` holds for every card; ``edge`` is (earlier run, MiB above its reserved peak)."""
+
+    name: str
+    batch_size: int = 1
+    images: int = 1
+    text_tokens: int = 32
+    new_tokens: int = 1
+    train: str = ""  # "full", "frozen tower" or "lora"
+    gradient_checkpointing: bool = False
+    optimizer: str = ""  # "AdamW" or "AdamW, one by one" (foreach=False)
+    cap_bytes: int | None = None
+    edge: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """One process: how the model is loaded, and what runs follow."""
+
+    name: str
+    cards: int = 1
+    dtype: str = "bfloat16"
+    attention: str = "sdpa"
+    device_map: str | dict = "auto"
+    max_memory_gib: tuple[int, ...] | None = None
+    cap_bytes: int | None = None
+    runs: tuple[Run, ...] = field(default_factory=tuple)
+
+
+def edges(of: str, *offsets_mib: int, **workload) -> tuple[Run, ...]:
+    """Runs of one workload under caps a little above and below its own reserved peak."""
+    return tuple(Run(f"{of}, cap {offset:+d} MiB", edge=(of, offset), **workload) for offset in offsets_mib)
+
+
+TOWER_ON_CPU = {"vision_tower": "cpu", "language_model": 0, "lm_head": 0}
+ONE_BF16 = Load(
+    "one card, bfloat16, sdpa",
+    runs=(
+        Run("image"),
+        Run("text 32", images=0),
+        Run("text 1700, 4 new", images=0, text_tokens=1700, new_tokens=4),
+        Run("batch 2", batch_size=2, text_tokens=512),
+        Run("image, text 6000", text_tokens=6000),
+        Run("image, 64 new", new_tokens=64),
+        Run("text 6000, 64 new", images=0, text_tokens=6000, new_tokens=64),
+        Run("batch 4, 64 new", batch_size=4, text_tokens=100, new_tokens=64),
+        Run("batch 4, text 6000", batch_size=4, images=0, text_tokens=6000),
+        *edges("image", -24, 64),
+        *edges("image, text 6000", -300, -24, 64, text_tokens=6000),
+        *edges("batch 4, 64 new", -500, -24, 64, batch_size=4, text_tokens=100, new_tokens=64),
+        *edges("text 6000, 64 new", -24, 64, images=0, text_tokens=6000, new_tokens=64),
+    ),
+)
+ONE_EAGER = Load(
+    "one card, bfloat16, eager",
+    attention="eager",
+    runs=(
+        Run("image"),
+        Run("text 1700, 8 new", images=0, text_tokens=1700, new_tokens=8),
+        *edges("image", -200, 64),
+    ),
+)
+ONE_FP32 = Load(
+    "one card, float32, sdpa",
+    dtype="float32",
+    runs=(
+        Run("image"),
+        Run("text 1700, 8 new", images=0, text_tokens=1700, new_tokens=8),
+        Run("batch 2", batch_size=2, text_tokens=512),
+        *edges("batch 2", -100, 64, batch_size=2, text_tokens=512),
+    ),
+)
+ONE_CAPPED = Load("one card capped to 24 GB", cap_bytes=CAP, runs=(Run("image", cap_bytes=CAP),))
+ONE_OFFLOAD = Load(
+    "one card capped to 24 GB, tower on the CPU",
+    device_map=TOWER_ON_CPU,
+    cap_bytes=CAP,
+    runs=(
+        Run("image", cap_bytes=CAP),
+        Run("text 1700, 8 new", images=0, text_tokens=1700, new_tokens=8, cap_bytes=CAP),
+        Run("batch 4", batch_size=4, cap_bytes=CAP),
+    ),
+)
+ONE_TRAIN = tuple(
+    Load(
+        f"one card, training, {train}{', checkpointing' if checkpointing else ''}",
+        runs=(
+            Run(
+                "text 256, AdamW",
+                images=0,
+                text_tokens=256,
+                train=train,
+                gradient_checkpointing=checkpointing,
+                optimizer="AdamW" if train == "lora" else "",
+            ),
+            Run("batch 2", batch_size=2, train=train, gradient_checkpointing=checkpointing),
+        ),
+    )
+    for train, checkpointing in (("frozen tower", False), ("frozen tower", True), ("lora", True))
+)
+TWO_AUTO = Load(
+    "two cards, auto",
+    cards=2,
+    runs=(
+        Run("image"),
+        Run("image, 64 new", new_tokens=64),
+        Run("image, text 6000", text_tokens=6000),
+        Run("batch 4, 64 new", batch_size=4, text_tokens=100, new_tokens=64),
+        Run("batch 4, text 6000", batch_size=4, images=0, text_tokens=6000),
+        *edges("image", -24, 64),
+        *edges("batch 4, 64 new", -500, -24, 64, batch_size=4, text_tokens=100, new_tokens=64),
+    ),
+)
+TWO_CAPPED = Load(
+    "two cards capped to 24 GB, auto",
+    cards=2,
+    cap_bytes=CAP,
+    runs=(
+        Run("image, 64 new", new_tokens=64, cap_bytes=CAP),
+        Run("batch 4, text 1000", batch_size=4, text_tokens=1000, cap_bytes=CAP),
+        Run("batch 20", batch_size=20, cap_bytes=CAP),
+        Run("batch 24", batch_size=24, cap_bytes=CAP),
+    ),
+)
+TWO_SEQUENTIAL = Load(
+    "two cards capped to 24 GB, sequential",
+    cards=2,
+    device_map="sequential",
+    max_memory_gib=(21, 21),
+    cap_bytes=CAP,
+    runs=(
+        Run("image", cap_bytes=CAP),
+        Run("batch 2, 8 new", batch_size=2, text_tokens=512, new_tokens=8, cap_bytes=CAP),
+        Run("batch 4", batch_size=4, cap_bytes=CAP),
+    ),
+)
+TWO_EXPLICIT = Load(
+    "two cards, tower on card 1",
+    cards=2,
+    device_map={"vision_tower": 1, "language_model": 0, "lm_head": 1},
+    cap_bytes=CAP,
+    runs=(
+        Run("image, 8 new", new_tokens=8, cap_bytes=CAP),
+        Run("batch 2, text 2000", batch_size=2, text_tokens=2000, cap_bytes=CAP),
+    ),
+)
+TWO_TRAIN = Load(
+    "two cards, training, everything, checkpointing",
+    cards=2,
+    runs=(
+        Run(
+            "image, AdamW one by one",
+            train="full",
+            gradient_checkpointing=True,
+            optimizer="AdamW, one by one",
+        ),
+    ),
+)
+PLANS = {
+    1: (ONE_BF16, ONE_OFFLOAD, ONE_CAPPED, ONE_EAGER, *ONE_TRAIN[::-1], ONE_FP32),
+    2: (TWO_AUTO, TWO_CAPPED, TWO_SEQUENTIAL, TWO_EXPLICIT, TWO_TRAIN),
+}
+
+
+def write_checkpoint(directory: str):
+    """Random bfloat16 weights in the official layout, made on the first GPU."""
+    import torch
+
+    from glm4v_nb.model import GLM4VForConditionalGeneration, official_config
+
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = GLM4VForConditionalGeneration(official_config())
+    model.save_pretrained(directory, max_shard_size="2GB")
+
+
+def perform(
+    load: Load, rig, checkpoint: str, caps: dict[str, int] | None = None, after=lambda records: None
+) -> list[dict]:
+    """Load and run on a rig, real or simulated; one record per run, the load's own first.
+
+    ``caps``: of runs at an edge, by name, when known from a measurement; otherwise taken from the run they name.
+    ``after`` is called with all records after each run.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    records: list[dict] = []
+    caps = dict(caps or {})
+    with rig:
+        set_cap(rig, load.cap_bytes)
+        record = {"run": "load", "cap_bytes": load.cap_bytes}
+        with recorded(rig, record, records):
+            with rig.stage("load"):
+                model = AutoModelForCausalLM.from_pretrained(
+                    checkpoint,
+                    dtype=getattr(torch, load.dtype),
+                    attn_implementation=load.attention,
+                    **placement(load),
+                )
+        after(records)
+        if record["out_of_memory"]:
+            return records
+        for run in load.runs:
+            cap = run.cap_bytes
+            if run.edge:
+                cap = caps.get(run.name) or edge_cap(records, run)
+            give_back()
+            set_cap(rig, cap)
+            record = {"run": run.name, "cap_bytes": cap, **asdict(run)}
+            with recorded(rig, record, records):
+                step(rig, model, run)
+            after(records)
+    return records
+
+
+def placement(load: Load) -> dict:
+    """The arguments of ``from_pretrained`` that say where the model goes."""
+    arguments: dict = {"device_map": load.device_map}
+    if load.max_memory_gib:
+        arguments["max_memory"] = {index: f"{size}GiB" for index, size in enumerate(load.max_memory_gib)}
+    return arguments
+
+
+def step(rig, model, run: Run):
+    """The workload itself, in named stages."""
+    from glm4v_nb.memory import Workload, decode, make_prompt, prefill
+
+    workload = Workload(run.batch_size, run.images, run.text_tokens, run.new_tokens)
+    if run.train:
+        train(rig, model, run, workload)
+        return
+    with rig.stage("prefill"):
+        prompt = make_prompt(model, workload)
+        outputs = prefill(model, prompt)
+    if run.new_tokens > 1:
+        with rig.stage("decode"):
+            decode(rig, model, prompt, outputs, run.new_tokens)
+
+
+def train(rig, model, run: Run, workload):
+    """One training step: forward and backward, then the optimiser's first update if asked for."""
+    import torch
+
+    from glm4v_nb.memory import make_prompt, train_step
+
+    trained = model
+    if run.train == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        if not hasattr(model, "peft_config"):
+            adapters = LoraConfig(r=16, target_modules=["q_proj", "v_proj"])
+            trained = get_peft_model(model, adapters)
+            model.enable_input_require_grads()
+    elif run.train == "frozen tower":
+        model.vision_tower.requires_grad_(False)
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    with rig.stage("backward"):
+        prompt = make_prompt(model, workload)
+        train_step(model, prompt, run.gradient_checkpointing)
+    if run.optimizer:
+        foreach = False if "one by one" in run.optimizer else None
+        with rig.stage("optimizer"):
+            torch.optim.AdamW(parameters, foreach=foreach).step()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+@contextmanager
+def recorded(rig, record: dict, records: list[dict]):
+    """Keeps the stages of one run, and an out-of-memory error if it ends by one."""
+    import torch
+
+    before = len(rig.stages)
+    record["out_of_memory"] = None
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        record["out_of_memory"] = str(error)
+        record["others_bytes"] = others_bytes(rig)
+    record["stages"] = [
+        {"name": stage.name, "memory": [card_figures(memory) for memory in stage.memory]}
+        for stage in rig.stages[before:]
+    ]
+    records.append(record)
+    failed = f"  {record['out_of_memory'][:60]}" if record["out_of_memory"] else ""
+    print(f"  {record['run']}{failed}", flush=True)
+
+
+def card_figures(memory) -> dict[str, int]:
+    """What is compared of one card, and what the driver counts outside PyTorch's allocator, others included."""
+    return {
+        "allocated_bytes": memory.allocated_bytes,
+        "reserved_bytes": memory.reserved_bytes,
+        "peak_allocated_bytes": memory.peak_allocated_bytes,
+        "peak_reserved_bytes": memory.peak_reserved_bytes,
+        "outside_bytes": memory.capacity_bytes - memory.free_bytes - memory.reserved_bytes,
+    }
+
+
+def others_bytes(rig) -> list[int]:
+    """What other processes use of each card, by NVML; nothing on simulated cards."""
+    if rig.provenance.startswith("simulated"):
+        return [0 for _ in rig.memory()]
+    import pynvml
+
+    pynvml.nvmlInit()
+    found = []
+    for index in range(len(rig.memory())):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        found.append(sum(one.usedGpuMemory or 0 for one in processes if one.pid != os.getpid()))
+    pynvml.nvmlShutdown()
+    return found
+
+
+def edge_cap(records: list[dict], run: Run) -> int:
+    """The reserved peak of the run it names, on the card where it is highest, plus its distance."""
+    name, offset = run.edge
+    stages = next(record for record in records if record["run"] == name)["stages"]
+    return max(card["peak_reserved_bytes"] for stage in stages for card in stage["memory"]) + offset * MIB
+
+
+def set_cap(rig, cap_bytes: int | None):
+    """Cap this process on every card, or take the cap away; the message then still says what is allowed."""
+    import torch
+
+    for index, memory in enumerate(rig.memory()):
+        fraction = cap_bytes / memory.capacity_bytes if cap_bytes else 1.0
+        torch.cuda.set_per_process_memory_fraction(fraction, index)
+
+
+def give_back():
+    """As between two experiments in a notebook."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def plan(cards: int, only: str = "") -> list[Load]:
+    """The loads for this number of cards, or those whose name contains a text."""
+    return [load for load in PLANS[cards] if only in load.name]
+
+
+def measure_one(arguments: argparse.Namespace):
+    """One load of the plan, in this process; prints nothing but progress and writes one JSON file."""
+    import torch
+
+    from glm4v_nb.rig import Rig
+
+    load = plan(torch.cuda.device_count())[arguments.number]
+    if arguments.trace:
+        torch.cuda.memory._record_memory_history(max_entries=2_000_000, stacks="python")
+    started = time.perf_counter()
+
+    def after(records):
+        if arguments.trace and (len(records) >= TRACED_RUNS):
+            write_trace(arguments.trace, torch.cuda.memory._snapshot()["device_traces"])
+            torch.cuda.memory._record_memory_history(enabled=None)
+            arguments.trace = ""
+
+    records = perform(load, Rig.here(), arguments.checkpoint, after=after)
+    after([None] * TRACED_RUNS)
+    result = {"load": asdict(load), "seconds": time.perf_counter() - started, "records": records}
+    Path(arguments.output).write_text(json.dumps(result), encoding="utf-8")
+
+
+def write_trace(path: str, traces: list):
+    """Every allocation and release with the innermost lines of Python behind it, to find causes of a difference."""
+    lines: dict[str, int] = {}
+    events = []
+    for card, trace in enumerate(traces):
+        for event in trace:
+            frames = [
+                f"{'/'.join(frame['filename'].split('/')[-2:])}:{frame['line']}"
+                for frame in event.get("frames", ())[:12]
+            ]
+            place = lines.setdefault(" < ".join(frames), len(lines))
+            events.append([card, event["action"], event.get("addr", 0), event.get("size", 0), place])
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        json.dump({"lines": list(lines), "events": events}, file)
+
+
+def provenance() -> dict:
+    """Card, driver, versions, date."""
+    import accelerate
+    import pynvml
+    import torch
+    import transformers
+
+    pynvml.nvmlInit()
+    driver = pynvml.nvmlSystemGetDriverVersion()
+    pynvml.nvmlShutdown()
+    cards = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return {
+        "cards": dict(cards),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "cap": "set_per_process_memory_fraction, where a case has cap_bytes",
+    }
+
+
+def measure(arguments: argparse.Namespace):
+    """Every load of the plan in a process of its own; results are written after each."""
+    import torch
+
+    output = Path(arguments.output)
+    results = {"provenance": provenance(), "loads": []}
+    for number, load in enumerate(plan(torch.cuda.device_count())):
+        if arguments.only not in load.name:
+            continue
+        print(load.name, flush=True)
+        part = output.with_suffix(f".{number}.part")
+        command = [sys.executable, __file__, "one", arguments.checkpoint, "--number", str(number)]
+        if arguments.trace:
+            command += ["--trace", f"{arguments.trace}.{number}.json.gz"]
+        subprocess.run([*command, "--output", str(part)], check=False)
+        if not part.exists():
+            print(f"error: {load.name} ended without a result", file=sys.stderr)
+            continue
+        results["loads"].append(json.loads(part.read_text(encoding="utf-8")))
+        part.unlink()
+        output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def main():
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    write = commands.add_parser("write", help="a checkpoint of random weights")
+    write.add_argument("checkpoint")
+    for name in ("measure", "one"):
+        command = commands.add_parser(name, help="measure on this machine's GPUs")
+        command.add_argument("checkpoint")
+        command.add_argument("--output", required=True)
+        command.add_argument("--only", default="", help="loads whose name contains this")
+        command.add_argument("--number", type=int)
+        command.add_argument("--trace", default="", help="also write every allocation to files of this name")
+    arguments = parser.parse_args()
+    if arguments.command == "write":
+        write_checkpoint(arguments.checkpoint)
+    elif arguments.command == "one":
+        measure_one(arguments)
+    else:
+        measure(arguments)
+
+
+if __name__ == "__main__":
+    main()
