@@ -1,16 +1,20 @@
-"""How much memory a run takes: workloads to probe with, error messages taken apart, a log of stages."""
+"""How much memory a run takes and how to get it back: workloads, error messages, a log of stages, cleaning up."""
 
+from glm4v_nb.memory.cleanup import FreedMemory, free_memory, with_smaller_batches
 from glm4v_nb.memory.log import logged_stage
 from glm4v_nb.memory.oom import OutOfMemoryMessage, parse_out_of_memory
 from glm4v_nb.memory.probe import Workload, decode, make_prompt, prefill, train_step
 
 __all__ = [
+    "FreedMemory",
     "OutOfMemoryMessage",
     "Workload",
     "decode",
+    "free_memory",
     "logged_stage",
     "make_prompt",
     "parse_out_of_memory",
     "prefill",
     "train_step",
+    "with_smaller_batches",
 ]
