@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 GIB = 2**30
@@ -54,19 +55,39 @@ def fit(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="With --train: recompute activations.")
     ] = False,
+    limits: Annotated[
+        bool,
+        typer.Option("--limits", help="Also the largest batch, the longest context and the best device map."),
+    ] = False,
+    frontier: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Draw batch x tokens that fit into this .png, .svg or .pdf."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ):
-    """Will it fit? Runs the full-size model on simulated cards; exit code 0 if it fits, 3 if not."""
+    """Will it fit? Runs the full-size model on simulated cards; exit code 0 if it fits, 3 if not.
+
+    With --limits and --frontier it searches, for up to a minute.
+    """
     with _progress("loading torch"):
         from glm4v_nb import fit as fitting  # this command has the same name
         from glm4v_nb.memory import Workload
-    with _progress(f"running on {count} x {card}, simulated"):
-        workload = Workload(batch_size, images, text_tokens, new_tokens, train, gradient_checkpointing)
-        result = fitting.fit(card, count, dtype, fitting.read_device_map(device_map), workload)
+    workload = Workload(batch_size, images, text_tokens, new_tokens, train, gradient_checkpointing)
+    setting = (card, count, dtype, fitting.read_device_map(device_map))
+    if limits or frontier:
+        answer = _search(setting, workload, limits, frontier)
+    else:
+        with _progress(f"running on {count} x {card}, simulated"):
+            answer = (fitting.fit(*setting, workload), None, None)
+    result, found, points = answer
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        print(json.dumps((found or result).to_dict() | (points or {}), indent=2))
     else:
         _print_fit(result, _next_step(context, result))
+        if found:
+            _print_limits(found, workload)
+        if frontier:
+            print(f"Picture: {frontier}")
     raise typer.Exit(0 if result.fits else 3)
 
 
@@ -134,6 +155,54 @@ def _progress(what: str):
     return console.status(f"{escape(what)} ...") if console.is_terminal else nullcontext()
 
 
+def _search(setting, workload, with_limits: bool, picture: str | None):
+    """The plain answer, the limits or None, and the frontier as JSON has it or None; draws the picture."""
+    from glm4v_nb import fit as fitting
+    from glm4v_nb import limits as searching
+
+    if picture:
+        from glm4v_nb.plots import plot_frontier, plot_path
+
+        plot_path(picture)
+    fitting.check_arguments(*setting[1:], workload)
+    token_counts = searching.frontier_tokens(workload) if picture else []
+    with _SearchBar(4 * with_limits + len(token_counts)) as bar:
+        found = searching.limits(*setting, workload, bar=bar) if with_limits else None
+        result = found.result if found else fitting.fit(*setting, workload)
+        if not picture:
+            return result, found, None
+        trials = searching.Trials(*setting, bar=bar)
+        batches = searching.frontier(trials, workload, token_counts, bar)
+    name = f"{workload.images} image per sample" if workload.images else "text only"
+    title = f"What fits on {setting[1]} x {result.devices[0].card}"
+    plot_frontier({name: batches}, title, result.provenance).savefig(picture)
+    points = [{"text_tokens": tokens, "largest_batch": size} for tokens, size in batches.items()]
+    return result, found, {"frontier": {"file": picture, "points": points}}
+
+
+class _SearchBar:
+    """A progress bar on stderr, with the part of tqdm's interface that the search uses; nothing unless seen."""
+
+    def __init__(self, total: int):
+        console = Console(stderr=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("loading", total=total)
+
+    def __enter__(self):
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._progress.stop()
+
+    def update(self):
+        self._progress.advance(self._task)
+
+    def set_postfix_str(self, text: str):
+        self._progress.update(self._task, description=text)
+
+
 def _next_step(context: typer.Context, result) -> str:
     """What to try, as a command line where there is one."""
     from glm4v_nb.fit import DEVICE_MAPS, cards_for_weights
@@ -195,6 +264,31 @@ def _print_fit(result, next_step: str):
         )
         console.print(escape(result.oom.message), soft_wrap=True)
     console.print(f"Next: {escape(next_step)}", soft_wrap=True)
+
+
+def _print_limits(found, workload):
+    """Largest batch, longest context, and the recommended map with its lines of Python, for people."""
+    console = Console(highlight=False, soft_wrap=True)
+    reasons = {
+        "memory": "one more does not fit",
+        "model": "the model's context ends there",
+        "search": "the search ends there",
+    }
+    for label, edge, unit in (
+        ("Largest batch", found.largest_batch, "samples like this"),
+        ("Longest context", found.longest_context, "text tokens"),
+    ):
+        reason = reasons[edge.limited_by] if edge.size else "not even one fits"
+        console.print(f"[bold]{label}:[/] {edge.size} {unit} ({reason})")
+    best = found.recommendation
+    if best is None:
+        console.print("[bold]Device map:[/] none of the automatic ones fits; take more or larger cards.")
+        return
+    headroom = ", ".join(f"{size / GIB:.1f}" for size in best.headroom_bytes)
+    name = best.device_map if isinstance(best.device_map, str) else "everything on the one card"
+    memory = " with max_memory" if best.max_memory else ""
+    console.print(f"[bold]Device map:[/] {name}{memory}; free at peak, per card: {headroom} GiB. To paste:\n")
+    console.print(escape(best.code) + "\n")
 
 
 def _print_findings(findings):

@@ -86,6 +86,34 @@ def fit(
         ValueError: unknown card, dtype, device map or checkpoint, or an impossible workload.
     """
     workload = workload or Workload()
+    rig = simulated_rig(card, count)
+    check_arguments(count, dtype, device_map, workload, checkpoint)
+    started = time.perf_counter()
+    if isinstance(device_map, str):
+        device_map = map_without_offload(card, count, DTYPES[dtype], device_map, checkpoint)
+    weights = [0] * count
+    error = None
+    try:
+        model = load(rig, device_map, DTYPES[dtype], checkpoint)
+        weights = [memory.allocated_bytes for memory in rig.memory()]
+        run_workload(rig, model, workload)
+    except torch.OutOfMemoryError as caught:
+        error = str(caught)
+    return describe(rig, weights, error, started)
+
+
+def check_arguments(
+    count: int,
+    dtype: str,
+    device_map: str | dict[str, Place],
+    workload: Workload,
+    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
+):
+    """Refuse what cannot run before anything is loaded; arguments as in ``fit``.
+
+    Raises:
+        ValueError: unknown dtype, device map or checkpoint, or a workload beyond the model's context.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
     if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
@@ -93,38 +121,61 @@ def fit(
             f"device_map is {device_map!r}; expected one of {', '.join(DEVICE_MAPS)}, or a dictionary of "
             "module names and cards."
         )
-    config = read_config(checkpoint)
-    _check_context(workload, config)
-    rig = Rig(card, count)
+    _check_context(workload, read_config(checkpoint))
     if isinstance(device_map, dict):
         check_device_map(device_map, count, checkpoint)
-    started = time.perf_counter()
-    if isinstance(device_map, str):
-        device_map = map_without_offload(card, count, DTYPES[dtype], device_map, checkpoint)
-    weights = [0] * count
+
+
+def simulated_rig(card: str, count: int) -> Rig:
+    """``count`` simulated cards, also on a machine that has GPUs: a fit is always a simulation."""
+    return getattr(Rig, "simulated", Rig)(card, count)
+
+
+def load(rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]):
+    """The checkpoint's model on the rig, in a stage "load".
+
+    Raises:
+        torch.OutOfMemoryError: a card has no room.
+    """
+    with rig, rig.stage("load"):
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint, config=read_config(checkpoint), device_map=device_map, dtype=dtype
+        )
+
+
+def run_workload(rig: Rig, model, workload: Workload):
+    """Run a workload on a loaded model, in the stages "prefill" and "decode", or "prefill" and "backward".
+
+    Raises:
+        torch.OutOfMemoryError: a card has no room; the last of ``rig.stages`` says in which stage.
+    """
+    with rig:
+        with rig.stage("prefill"):
+            prompt = make_prompt(model, workload)
+            if not workload.train:
+                outputs = prefill(model, prompt)
+        if workload.train:
+            with rig.stage("backward"):
+                train_step(model, prompt, workload.gradient_checkpointing)
+        elif workload.new_tokens > 1:
+            with rig.stage("decode"):
+                decode(rig, model, prompt, outputs, workload.new_tokens)
+
+
+def describe(rig: Rig, weights: list[int], error: str | None, started: float) -> FitResult:
+    """What the stages of a rig say about a run.
+
+    Args:
+        weights: bytes of weights per card; after a failed load the stage itself knows them.
+        error: the out-of-memory error's message, None for a run that ended.
+        started: ``time.perf_counter()`` at its beginning.
+    """
     oom = None
-    try:
-        with rig:
-            with rig.stage("load"):
-                model = AutoModelForCausalLM.from_pretrained(
-                    checkpoint, config=config, device_map=device_map, dtype=DTYPES[dtype]
-                )
-            weights = [memory.allocated_bytes for memory in rig.memory()]
-            with rig.stage("prefill"):
-                prompt = make_prompt(model, workload)
-                if not workload.train:
-                    outputs = prefill(model, prompt)
-            if workload.train:
-                with rig.stage("backward"):
-                    train_step(model, prompt, workload.gradient_checkpointing)
-            elif workload.new_tokens > 1:
-                with rig.stage("decode"):
-                    decode(rig, model, prompt, outputs, workload.new_tokens)
-    except torch.OutOfMemoryError as error:
+    if error is not None:
         failed = rig.stages[-1]
         if failed.name == "load":
             weights = [memory.allocated_bytes for memory in failed.memory]
-        oom = OutOfMemory(int(re.search(r"GPU (\d+)", str(error))[1]), failed.name, str(error))
+        oom = OutOfMemory(int(re.search(r"GPU (\d+)", error)[1]), failed.name, error)
     devices = [
         DeviceFit(
             index=index,
@@ -134,7 +185,7 @@ def fit(
             peak_allocated_bytes=max(stage.memory[index].peak_allocated_bytes for stage in rig.stages),
             peak_reserved_bytes=max(stage.memory[index].peak_reserved_bytes for stage in rig.stages),
         )
-        for index in range(count)
+        for index in range(len(rig.cards))
     ]
     seconds = round(time.perf_counter() - started, 2)
     return FitResult("oom" if oom else "fits", devices, oom, seconds, rig.provenance)
@@ -196,8 +247,7 @@ def map_without_offload(
     """The device map transformers makes on these cards, with what it would offload put on the last card."""
     if count == 1:
         return {"": 0}
-    rig = Rig(card, count)
-    with rig:
+    with simulated_rig(card, count):
         max_memory = {index: torch.cuda.mem_get_info(index)[0] for index in range(count)}
         max_memory["cpu"] = _AMPLE_HOST_BYTES
         placement = plan_device_map(strategy, max_memory, dtype, checkpoint)

@@ -1,11 +1,12 @@
 """Pictures of memory, in one style: colour-blind safe colours (Okabe and Ito), readable at half size.
 
-Every function takes plain figures in bytes, returns a matplotlib figure, and writes its provenance ("simulated" or
+Functions take plain figures, memory in bytes, return a matplotlib figure, and write its provenance ("simulated" or
 "measured on ...") under the picture.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -114,6 +115,57 @@ def plot_device_map(
         panels[-1, 0].set_xlim(0, capacity_bytes / GIB * 1.04)
         figure.suptitle(title, x=0.01, ha="left", fontsize=14)
         _finish(figure, panels[-1, 0], used, f"GiB of weights · {provenance}", True)
+    return figure
+
+
+def plot_path(path: str | Path) -> Path:
+    """The path, if a picture can be written there: asked before the work whose result it shows.
+
+    Raises:
+        ValueError: not a kind of picture, or no such folder.
+    """
+    path = Path(path)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"The picture is to be {str(path)!r}; expected a name ending in .png, .svg or .pdf.")
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"There is no folder {str(path.parent)!r} for the picture {path.name!r}. Make it first."
+        )
+    return path
+
+
+def plot_frontier(
+    frontiers: Mapping[str, Mapping[int, int]],
+    title: str = "What fits: batch size and prompt length",
+    provenance: str = "simulated",
+) -> Figure:
+    """What fits, as steps: up to which batch size at each prompt length, shaded below; one line per entry.
+
+    ``frontiers``: name → {text tokens: largest batch that fits}. Between two lengths the line shows the smaller of
+    their batches, which is sure to fit.
+    """
+    colours = [COLOURS[kind] for kind in ("weights", "decoder layer", "KV cache", "activations")]
+    with plt.rc_context(_STYLE | {"axes.grid.axis": "both"}):
+        figure, axes = plt.subplots(figsize=(9, 4.4))
+        used: dict[str, str] = {}
+        for (name, found), colour in zip(frontiers.items(), colours, strict=False):
+            tokens = sorted(found)
+            batches = [found[count] for count in tokens]
+            # Each length stands at the right end of its step: a shorter prompt takes no more memory.
+            edges = [0, *tokens]
+            axes.stairs(batches, edges, color=colour, linewidth=2.5, baseline=None)
+            axes.stairs(batches, edges, color=colour, alpha=0.15, fill=True)
+            axes.plot(tokens, batches, "o", color=colour)
+            for count, batch in zip(tokens, batches, strict=True):
+                axes.annotate(f"{batch}", (count, batch), (3, 5), textcoords="offset points", color="black")
+            used[name] = colour
+        axes.set_yscale("symlog", base=2, linthresh=1)
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0, top=1.9 * max(max(found.values()) for found in frontiers.values()) + 1)
+        axes.set_ylabel("samples at a time")
+        axes.set_title(title)
+        _finish(figure, axes, used, f"text tokens of the prompt, per sample · {provenance}", False)
     return figure
 
 

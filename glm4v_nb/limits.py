@@ -1,0 +1,443 @@
+"""How far does it go? The largest batch, the longest context and the best device map, found by running.
+
+The model is loaded once per device map and many workloads run on it; between runs everything they made is dropped,
+so that each starts from the same bytes. Edges are found by bisection, which assumes that what fits also fits when
+made smaller. A real allocator can break that by a little: which holes it leaves depends on the sizes. The edge
+is therefore one that was seen (this much ran, one more did not), not one computed, and a run within it may in rare
+cases still fail.
+"""
+
+import gc
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from glm4v_nb.fit import (
+    DTYPES,
+    FitResult,
+    check_arguments,
+    describe,
+    fit,
+    load,
+    map_without_offload,
+    run_workload,
+    simulated_rig,
+)
+from glm4v_nb.memory import Workload
+from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, GLM4VConfig, read_config
+from glm4v_nb.placement import Place, meta_model, place_of, plan_device_map
+
+GIB = 2**30
+# The search for the largest batch ends here.
+MOST_SAMPLES = 4096
+# A map that needs max_memory must leave this much more room than one without to be worth the typing.
+_WORTH_BYTES = GIB // 4
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The largest size that fits, 0 if none does. ``limited_by``: "memory", "model" (its context) or "search"."""
+
+    size: int
+    limited_by: str
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Arguments for ``from_pretrained``, and what they leave.
+
+    Attributes:
+        device_map: what to pass, a strategy or a dictionary.
+        max_memory: what to pass beside it, in GiB per card, or None.
+        placement: the map that comes of it, every module with its card.
+        headroom_bytes: per card, what the driver still has when most is reserved.
+        code: the lines of Python to paste.
+    """
+
+    device_map: str | dict[str, Place]
+    max_memory: dict[int, str] | None
+    placement: dict[str, Place]
+    headroom_bytes: list[int]
+    code: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The whole answer; ``to_dict`` is what ``glm4v-nb fit --limits --json`` prints."""
+
+    result: FitResult
+    largest_batch: Edge
+    longest_context: Edge
+    recommendation: Recommendation | None
+    seconds: float
+
+    def to_dict(self) -> dict:
+        """The keys of a plain fit, then the limits; ``seconds`` is the time of all of it.
+
+        ``longest_context`` counts text tokens, as the workload does.
+        """
+        return self.result.to_dict() | {
+            "seconds": self.seconds,
+            "headroom_bytes": [device.free_at_peak_bytes for device in self.result.devices],
+            "largest_batch": asdict(self.largest_batch),
+            "longest_context": asdict(self.longest_context),
+            "recommendation": asdict(self.recommendation) if self.recommendation else None,
+        }
+
+
+class Trials:
+    """One model on simulated cards, loaded once, to run workloads on.
+
+    Args:
+        card, count, dtype, device_map, checkpoint: as in ``fit``.
+        bar: a tqdm bar or anything with its ``set_postfix_str``, to be told of every run.
+
+    Raises:
+        ValueError: as ``fit`` does.
+    """
+
+    def __init__(
+        self,
+        card: str = "L4",
+        count: int = 1,
+        dtype: str = "bfloat16",
+        device_map: str | dict[str, Place] = "auto",
+        checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
+        bar=None,
+    ):
+        smallest = Workload(images=0, text_tokens=1, new_tokens=1)
+        self.rig = simulated_rig(card, count)
+        check_arguments(count, dtype, device_map, smallest, checkpoint)
+        self.card, self.count, self.dtype, self.checkpoint, self.bar = card, count, dtype, checkpoint, bar
+        self.config = read_config(checkpoint)
+        self.asked_map = device_map
+        if isinstance(device_map, str):
+            device_map = map_without_offload(card, count, DTYPES[dtype], device_map, checkpoint)
+        self.device_map = device_map
+        self.runs: dict[Workload, FitResult] = {}
+        self._failure: FitResult | None = None
+        self._weights = [0] * count
+        started = time.perf_counter()
+        try:
+            self._model = load(self.rig, device_map, DTYPES[dtype], checkpoint)
+            self._weights = [memory.allocated_bytes for memory in self.rig.memory()]
+            # The first matrix product leaves a workspace on each card for good: have it before anything is measured.
+            run_workload(self.rig, self._model, smallest)
+        except torch.OutOfMemoryError as error:
+            self._failure = describe(self.rig, self._weights, str(error), started)
+            self._model = None
+        self._clear()
+        self.base = self._held()
+
+    def run(self, workload: Workload) -> FitResult:
+        """Run a workload from the same state as every other; one that has run already is not run again.
+
+        Raises:
+            RuntimeError: something of the run stayed on the cards.
+        """
+        if self._failure is not None:
+            return self._failure
+        if workload not in self.runs:
+            if self.bar is not None:
+                self.bar.set_postfix_str(
+                    f"{workload.batch_size} x {workload.images} images, {workload.text_tokens} tokens"
+                )
+            started, error = time.perf_counter(), None
+            self.rig.stages.clear()
+            try:
+                run_workload(self.rig, self._model, workload)
+            except torch.OutOfMemoryError as caught:
+                error = str(caught)
+            self.runs[workload] = describe(self.rig, self._weights, error, started)
+            self._clear()
+            if self._held() != self.base:
+                raise RuntimeError(
+                    f"After {workload} the cards hold {self._held()} bytes (allocated, reserved); expected "
+                    f"{self.base}, as before it. Something still refers to tensors of the run."
+                )
+        return self.runs[workload]
+
+    def _clear(self):
+        if self._model is not None:
+            self._model.zero_grad(set_to_none=True)
+            self._model.eval()
+        gc.collect()
+        with self.rig:
+            torch.cuda.empty_cache()
+
+    def _held(self) -> list[tuple[int, int]]:
+        return [(memory.allocated_bytes, memory.reserved_bytes) for memory in self.rig.memory()]
+
+
+def limits(
+    card: str = "L4",
+    count: int = 1,
+    dtype: str = "bfloat16",
+    device_map: str | dict[str, Place] = "auto",
+    workload: Workload | None = None,
+    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
+    bar=None,
+) -> Limits:
+    """Everything ``glm4v-nb fit --limits`` answers; arguments as in ``fit``, ``bar`` is updated four times."""
+    started = time.perf_counter()
+    workload = workload or Workload()
+    check_arguments(count, dtype, device_map, workload, checkpoint)
+    result = fit(card, count, dtype, device_map, workload, checkpoint)
+    _advance(bar)
+    trials = Trials(card, count, dtype, device_map, checkpoint, bar)
+    batch = largest_batch(trials, workload)
+    _advance(bar)
+    context = longest_context(trials, workload)
+    _advance(bar)
+    recommendation = recommend(trials, workload)
+    _advance(bar)
+    return Limits(result, batch, context, recommendation, round(time.perf_counter() - started, 2))
+
+
+def largest_batch(trials: Trials, workload: Workload, most: int = MOST_SAMPLES, guess: int = 0) -> Edge:
+    """The largest batch of these samples that fits; ``workload.batch_size`` itself does not matter.
+
+    Args:
+        most: where the search ends.
+        guess: where it begins; without one, where a single sample's peak says.
+    """
+
+    def sized(size: int) -> Workload:
+        return replace(workload, batch_size=size)
+
+    size = _largest_that_fits(trials, sized, most, guess or _estimate(trials, sized(1)))
+    return Edge(size, "memory" if size < most else "search")
+
+
+def longest_context(trials: Trials, workload: Workload) -> Edge:
+    """The largest ``text_tokens`` that fit at the workload's batch size, up to the model's context.
+
+    Prompt and answer share the context: with an image of 1602 positions and 128 new tokens, whose last is never
+    read, 8192 - 1602 - 127 remain for text.
+    """
+    most = _most_text_tokens(trials.config, workload)
+
+    def sized(size: int) -> Workload:
+        return replace(workload, text_tokens=size)
+
+    size = _largest_that_fits(trials, sized, most, most)
+    return Edge(size, "memory" if size < most else "model")
+
+
+def frontier(
+    trials: Trials, workload: Workload, token_counts: list[int] | None = None, bar=None
+) -> dict[int, int]:
+    """The largest batch for each number of text tokens: {text_tokens: batch size}, 0 where none fits.
+
+    A longer prompt never allows a larger batch, so each search ends where the one before did.
+
+    Args:
+        token_counts: in any order; by default seven from 32 to the model's context.
+        bar: updated once per count.
+    """
+    token_counts = token_counts or frontier_tokens(workload, trials.checkpoint)
+    image_positions = workload.images * trials.config.vision_config.image_tokens
+    found: dict[int, int] = {}
+    most, guess, before = MOST_SAMPLES, 0, 0
+    for tokens in sorted(token_counts):
+        if most:
+            if before:
+                # Samples times positions is about what a card's activations grow with.
+                guess = most * (before + image_positions) // (tokens + image_positions)
+            most = largest_batch(trials, replace(workload, text_tokens=tokens), most, guess).size
+        found[tokens], before = most, tokens
+        _advance(bar)
+    return found
+
+
+def frontier_tokens(workload: Workload, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]) -> list[int]:
+    """Lengths of a frontier that show its shape: from 32 text tokens to the end of the model's context."""
+    most = _most_text_tokens(read_config(checkpoint), workload)
+    return [*(count for count in (32, 512, 1024, 2048, 4096, 6144) if count < most), most]
+
+
+def recommend(trials: Trials, workload: Workload) -> Recommendation | None:
+    """The device map that leaves the fullest card the most room under this workload; None where none fits.
+
+    Tried are "auto" ("balanced" makes the same map), "sequential", and "auto" with ``max_memory`` set so that the
+    card with the image tower, whose activations "auto" knows nothing of, is given fewer weights. The last is
+    taken only where it gains a quarter of a GiB.
+    """
+    free = _free_bytes(trials)
+    candidates = [Candidate(name, None, _plan(trials, name, free)) for name in ("auto", "sequential")]
+    if trials.count == 1:
+        candidates = [Candidate({"": 0}, None, {"": 0})]
+    best = None
+    measured = None
+    for candidate in candidates:
+        on_map = _loaded(trials, candidate.placement)
+        measured = measured or on_map
+        best = _better(best, candidate, on_map, workload)
+    for _ in range(2 if trials.count > 1 else 0):
+        # Once from what "auto" showed, once more from the better map that gave.
+        candidate = _corrected(measured, workload, free)
+        if candidate is None or candidate.placement == measured.device_map:
+            break
+        measured = _loaded(trials, candidate.placement)
+        best = _better(best, candidate, measured, workload)
+    return best
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Arguments of ``from_pretrained`` and the placement they make."""
+
+    device_map: str | dict[str, Place]
+    max_memory: dict[int, str] | None
+    placement: dict[str, Place]
+
+
+def _better(
+    best: Recommendation | None, candidate: Candidate, trials: Trials, workload: Workload
+) -> Recommendation | None:
+    """The candidate, if it fits without the CPU and leaves the fullest card more room than the best so far."""
+    if not all(isinstance(place, int) for place in candidate.placement.values()):
+        return best
+    result = trials.run(workload)
+    headroom = [device.free_at_peak_bytes for device in result.devices]
+    worth = _WORTH_BYTES if candidate.max_memory else 0
+    if not result.fits or (best and min(headroom) <= min(best.headroom_bytes) + worth):
+        return best
+    code = _code(candidate, trials)
+    return Recommendation(candidate.device_map, candidate.max_memory, candidate.placement, headroom, code)
+
+
+def _code(candidate: Candidate, trials: Trials) -> str:
+    arguments = [f"device_map={json.dumps(candidate.device_map)}", f"dtype=torch.{trials.dtype}"]
+    if candidate.max_memory:
+        limits = ", ".join(f'{card}: "{size}"' for card, size in candidate.max_memory.items())
+        arguments.insert(1, f"max_memory={{{limits}}}")
+    lines = [
+        "import torch",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        "import glm4v_nb  # teaches transformers the model",
+        "",
+        "model = AutoModelForCausalLM.from_pretrained(",
+        f"    {json.dumps(str(trials.checkpoint))},",
+        *(f"    {argument}," for argument in arguments),
+        ").eval()",
+    ]
+    return "\n".join(lines)
+
+
+def _corrected(trials: Trials, workload: Workload, free: dict[int, int]) -> Candidate | None:
+    """``max_memory`` under which every card comes out equally full, given what a run beyond its weights needed.
+
+    None where not even one sample fits, so that nothing is known, or where no map could gain enough.
+    """
+    fitting = workload
+    while not trials.run(fitting).fits:
+        if fitting.batch_size == 1:
+            return None
+        fitting = replace(fitting, batch_size=fitting.batch_size // 2)
+    devices = trials.run(fitting).devices
+    scale = workload.batch_size / fitting.batch_size
+    extra = [scale * (device.peak_reserved_bytes - device.weights_bytes) for device in devices]
+    full = [device.weights_bytes + size for device, size in zip(devices, extra, strict=True)]
+    level = sum(full) / len(full)
+    if max(full) - level < _WORTH_BYTES:
+        return None
+    found = []
+    # accelerate keeps room for the largest block on card 0 and fills the last card with what is left; how far a
+    # limit must be above what is meant is therefore tried out.
+    for above in (0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6):
+        wanted = [max(0.0, level - extra[0] + above * GIB), *(max(0.0, level - size) for size in extra[1:-1])]
+        sizes = [min(size, free[card]) for card, size in enumerate(wanted)] + [free[len(devices) - 1]]
+        # Rounded down, so that nobody is promised more than a card has.
+        max_memory = {card: f"{math.floor(size / GIB * 10) / 10}GiB" for card, size in enumerate(sizes)}
+        placement = _plan(trials, "auto", max_memory)
+        weights = _weights(trials, placement)
+        fullest = max(weights.get(card, 0) + size for card, size in enumerate(extra))
+        if all(isinstance(place, int) for place in placement.values()):
+            found.append((fullest, Candidate("auto", max_memory, placement)))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _loaded(trials: Trials, placement: dict[str, Place]) -> Trials:
+    """Trials on this map: the same ones if it is their map."""
+    if placement == trials.device_map or not all(isinstance(place, int) for place in placement.values()):
+        return trials
+    return Trials(trials.card, trials.count, trials.dtype, placement, trials.checkpoint, trials.bar)
+
+
+def _plan(trials: Trials, strategy: str, max_memory: dict[int, int | str]) -> dict[str, Place]:
+    with simulated_rig(trials.card, trials.count):
+        return plan_device_map(strategy, dict(max_memory), DTYPES[trials.dtype], trials.checkpoint)
+
+
+def _weights(trials: Trials, placement: dict[str, Place]) -> dict[Place, int]:
+    sizes: dict[Place, int] = {}
+    for name, parameter in meta_model(DTYPES[trials.dtype], trials.checkpoint).named_parameters():
+        place = place_of(name, placement)
+        sizes[place] = sizes.get(place, 0) + parameter.nbytes
+    return sizes
+
+
+def _free_bytes(trials: Trials) -> dict[int, int]:
+    """What PyTorch finds free on each card before anything is loaded."""
+    with simulated_rig(trials.card, trials.count):
+        return {index: torch.cuda.mem_get_info(index)[0] for index in range(trials.count)}
+
+
+def _most_text_tokens(config: GLM4VConfig, workload: Workload) -> int:
+    answer = 0 if workload.train else max(0, workload.new_tokens - 1)
+    return max(0, config.seq_length - workload.images * config.vision_config.image_tokens - answer)
+
+
+def _estimate(trials: Trials, single: Workload) -> int:
+    """How many samples might fit, if each needed what the first one did beyond the weights."""
+    result = trials.run(replace(single, new_tokens=0))
+    if not result.fits:
+        return 1
+    rooms = []
+    for device, held in zip(result.devices, trials.base, strict=True):
+        used = device.peak_reserved_bytes - held[1]
+        if used > 0:
+            rooms.append((used + device.free_at_peak_bytes) // used)
+    return min(rooms, default=1)
+
+
+def _largest_that_fits(trials: Trials, sized: Callable[[int], Workload], most: int, guess: int) -> int:
+    """The largest size from 1 to ``most`` whose workload fits, 0 if none; that it fits, and one more does not, was run.
+
+    The prefill of every size is cheap, and what does not get through it cannot decode: its edge is found first and the
+    decode steps are run from there down.
+    """
+    size = _bisect(lambda size: trials.run(replace(sized(size), new_tokens=0)).fits, most, guess)
+    if size and sized(size).new_tokens > 1 and not sized(size).train:
+        size = _bisect(lambda size: trials.run(sized(size)).fits, size, size)
+    return size
+
+
+def _bisect(fits: Callable[[int], bool], most: int, guess: int) -> int:
+    """The largest number from 1 to ``most`` that fits, 0 if none; begins at the guess, in steps that double."""
+    low, high, step = 0, most + 1, max(1, guess // 16)
+    probe = guess
+    while high - low > 1:
+        probe = min(max(probe, low + 1), high - 1)
+        if fits(probe):
+            low = probe
+        else:
+            high = probe
+        if 0 < low and high <= most:
+            probe = (low + high) // 2
+        else:  # only one side of the edge is known
+            probe = high - step if high <= most else low + step
+            step *= 2
+    return low
+
+
+def _advance(bar):
+    if bar is not None:
+        bar.update()
