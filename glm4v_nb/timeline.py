@@ -21,6 +21,7 @@ PARTS = {
     "reserved, unused": "#DDDDDD",
 }
 BETWEEN = ""  # where no stage is running
+COLUMNS = 600  # a sample narrower than one of these is still drawn this wide, or a peak would not be seen
 
 
 def parts_of(card: dict) -> dict[str, int]:
@@ -73,7 +74,12 @@ def plot_timeline(
     places, spans = _places(samples, simulated)
     with plt.rc_context(_STYLE | {"axes.grid.axis": "y"}):
         figure, panels = plt.subplots(
-            len(cards), 1, sharex=True, squeeze=False, figsize=(10, 2.3 * len(cards) + 1.6)
+            len(cards),
+            1,
+            sharex=True,
+            sharey=only is not None,
+            squeeze=False,
+            figsize=(10, 2.3 * len(cards) + 1.6),
         )
         used: set[str] = set()
         for axes, index in zip(panels[:, 0], range(len(cards)), strict=True):
@@ -97,12 +103,13 @@ def plot_timeline(
 
 def _draw_card(axes, cards: list[dict], places: list[float], only: Sequence[str] | None) -> set[str]:
     """Stack one card's parts; returns the names of those drawn."""
-    split = [parts_of(card) for card in cards]
+    chosen, edges = _largest_by_column(cards, places)
+    split = [parts_of(card) for card in chosen]
     names = [name for name in only or PARTS if any(name in parts for parts in split)]
-    bottom = [0.0] * len(cards)
+    bottom = [0.0] * len(chosen)
     for name in names:
         top = [low + parts.get(name, 0) / GIB for low, parts in zip(bottom, split, strict=True)]
-        axes.fill_between(places, bottom, top, step="post", color=PARTS[name], linewidth=0)
+        axes.fill_between(edges, bottom, top, step="post", color=PARTS[name], linewidth=0)
         bottom = top
     highest = max(bottom)
     label = "host" if cards[0]["card"] == "host" else f"GPU {cards[0]['index']} · {cards[0]['card']}"
@@ -110,11 +117,28 @@ def _draw_card(axes, cards: list[dict], places: list[float], only: Sequence[str]
         highest = capacity = cards[0]["capacity_bytes"] / GIB
         axes.axhline(capacity, color="black", linewidth=2.5)
         label += f" · largest sample {max(card['allocated_bytes'] for card in cards) / GIB:.1f} GiB allocated"
-    axes.set_ylim(0, highest * 1.25 or 1)  # room for the stages' names
+    axes.set_ylim(
+        0, max(highest * 1.25, axes.get_ylim()[1] if only else 0) or 1
+    )  # room for the stages' names
     axes.set_xlim(places[0], max(places[-1], places[0] + 1e-6))
     axes.set_ylabel("GiB")
     axes.set_title(label, fontsize=12)
     return set(names)
+
+
+def _largest_by_column(cards: list[dict], places: list[float]) -> tuple[list[dict], list[float]]:
+    """Of the samples that share a column of the picture the one with most allocated, and where columns begin."""
+    width = (places[-1] - places[0]) / COLUMNS or 1.0
+    columns: dict[int, list[dict]] = {}
+    for card, place in zip(cards, places, strict=True):
+        columns.setdefault(int((place - places[0]) / width), []).append(card)
+    chosen, edges, before = [], [], None
+    for column in range(max(columns) + 1):
+        here = columns.get(column)
+        chosen.append(max(here, key=lambda card: card["allocated_bytes"]) if here else before)
+        edges.append(places[0] + column * width)
+        before = here[-1] if here else before
+    return chosen, edges
 
 
 def _name_stages(axes, spans: list[tuple[str, float, float]], width: float):

@@ -30,9 +30,9 @@ def split(allocated: int, weights: int, kv_cache: int, workspace: int | None) ->
 class SimulatedCards:
     """Simulated cards: every live block says which stage and operator made it.
 
-    Weights are the blocks of a stage named "load", the KV cache what ``torch.cat`` made of four dimensions: that is
-    how transformers' ``DynamicCache`` grows. While ``rig.repeat`` replays decode steps, what a step adds to the
-    cache counts as activations until the replay ends.
+    Weights are the blocks of a stage named "load", and everything while it runs. The KV cache is what ``torch.cat``
+    made of four dimensions: that is how transformers' ``DynamicCache`` grows. While ``rig.repeat`` replays decode
+    steps, what a step adds to the cache counts as activations until the replay ends.
     """
 
     def __init__(self, rig):
@@ -40,6 +40,7 @@ class SimulatedCards:
 
     def read(self) -> list[dict]:
         found = []
+        loading = any(stage.name == "load" and not stage.memory for stage in self.rig.stages)
         for memory, card in zip(self.rig.memory(), self.rig.cards, strict=True):
             kinds = {"weights": 0, "KV cache": 0, "workspace": 0}
             for block in self._blocks(memory.index):
@@ -47,6 +48,8 @@ class SimulatedCards:
                     kinds["weights" if block.stage == "load" else "workspace"] += block.bytes
                 elif block.operator == "cat" and len(block.shape) == 4:
                     kinds["KV cache"] += block.bytes
+            if loading:
+                kinds["weights"] = memory.allocated_bytes
             used = memory.capacity_bytes - memory.free_bytes
             own = min(used, memory.reserved_bytes + card.context_bytes)
             found.append(

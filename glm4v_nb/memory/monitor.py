@@ -186,13 +186,16 @@ class _Listener:
             now = allocator.allocated
             self.events += 1
             stages = self.stages()
-            falls = method.__name__ == "free" and now == allocator.peak_allocated
-            if (
-                (falls and now - self._sampled_peaks[index] >= PEAK_BYTES)
-                or abs(now - self._sampled_bytes[index]) >= STEP_BYTES
-                or self.events - self._sampled_event >= STEP_EVENTS
-                or stages != self._sampled_stages
-            ):
+            if method.__name__ == "free":
+                # Only where it ends a peak: what is being released is no longer among the blocks.
+                wanted = now == allocator.peak_allocated and now - self._sampled_peaks[index] >= PEAK_BYTES
+            else:
+                wanted = (
+                    abs(now - self._sampled_bytes[index]) >= STEP_BYTES
+                    or self.events - self._sampled_event >= STEP_EVENTS
+                    or stages != self._sampled_stages
+                )
+            if wanted:
                 if stages != self._sampled_stages:  # whose peaks begin anew
                     self._sampled_peaks = [each.allocated for each in self.allocators]
                 self._sampled_event, self._sampled_stages = self.events, stages
