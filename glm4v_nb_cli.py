@@ -167,11 +167,11 @@ def _search(setting, workload, with_limits: bool, picture: str | None):
     fitting.check_arguments(*setting[1:], workload)
     token_counts = searching.frontier_tokens(workload) if picture else []
     with _SearchBar(4 * with_limits + len(token_counts)) as bar:
-        found = searching.limits(*setting, workload, bar=bar) if with_limits else None
+        trials = searching.Trials(*setting, bar=bar)
+        found = searching.limits(trials, workload, bar) if with_limits else None
         result = found.result if found else fitting.fit(*setting, workload)
         if not picture:
             return result, found, None
-        trials = searching.Trials(*setting, bar=bar)
         batches = searching.frontier(trials, workload, token_counts, bar)
     name = f"{workload.images} image per sample" if workload.images else "text only"
     title = f"What fits on {setting[1]} x {result.devices[0].card}"

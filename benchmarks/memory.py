@@ -238,7 +238,7 @@ def perform(
                 cap = caps.get(run.name) or edge_cap(records, run)
             give_back()
             set_cap(rig, cap)
-            record = {"run": run.name, "cap_bytes": cap, **asdict(run)}
+            record = {**asdict(run), "run": run.name, "cap_bytes": cap}
             with recorded(rig, record, records):
                 step(rig, model, run)
             after(records)

@@ -86,7 +86,7 @@ def fit(
         ValueError: unknown card, dtype, device map or checkpoint, or an impossible workload.
     """
     workload = workload or Workload()
-    rig = simulated_rig(card, count)
+    rig = Rig.simulated(card, count)
     check_arguments(count, dtype, device_map, workload, checkpoint)
     started = time.perf_counter()
     if isinstance(device_map, str):
@@ -124,11 +124,6 @@ def check_arguments(
     _check_context(workload, read_config(checkpoint))
     if isinstance(device_map, dict):
         check_device_map(device_map, count, checkpoint)
-
-
-def simulated_rig(card: str, count: int) -> Rig:
-    """``count`` simulated cards, also on a machine that has GPUs: a fit is always a simulation."""
-    return getattr(Rig, "simulated", Rig)(card, count)
 
 
 def load(rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]):
@@ -247,7 +242,7 @@ def map_without_offload(
     """The device map transformers makes on these cards, with what it would offload put on the last card."""
     if count == 1:
         return {"": 0}
-    with simulated_rig(card, count):
+    with Rig.simulated(card, count):
         max_memory = {index: torch.cuda.mem_get_info(index)[0] for index in range(count)}
         max_memory["cpu"] = _AMPLE_HOST_BYTES
         placement = plan_device_map(strategy, max_memory, dtype, checkpoint)

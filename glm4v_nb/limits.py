@@ -1,10 +1,12 @@
 """How far does it go? The largest batch, the longest context and the best device map, found by running.
 
-The model is loaded once per device map and many workloads run on it; between runs everything they made is dropped,
-so that each starts from the same bytes. Edges are found by bisection, which assumes that what fits also fits when
-made smaller. A real allocator can break that by a little: which holes it leaves depends on the sizes. The edge
-is therefore one that was seen (this much ran, one more did not), not one computed, and a run within it may in rare
-cases still fail.
+The model is loaded once per device map and many workloads run on it. Before the first, one token warms the cards up;
+after each, everything it made is dropped. So every run starts from the same bytes, those of a server that has answered
+before. The very first run after a load, which is what ``fit`` shows, may take a sample more or less: which
+holes the allocator is left with depends on what ran before.
+
+Edges are found by bisection, which assumes that what fits also fits when made smaller. The holes can break that too,
+by a little. An edge is therefore what was seen (this much ran, one more did not), and no promise for all below it.
 """
 
 import gc
@@ -26,11 +28,11 @@ from glm4v_nb.fit import (
     load,
     map_without_offload,
     run_workload,
-    simulated_rig,
 )
 from glm4v_nb.memory import Workload
 from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, GLM4VConfig, read_config
 from glm4v_nb.placement import Place, meta_model, place_of, plan_device_map
+from glm4v_nb.rig import Rig
 
 GIB = 2**30
 # The search for the largest batch ends here.
@@ -111,7 +113,7 @@ class Trials:
         bar=None,
     ):
         smallest = Workload(images=0, text_tokens=1, new_tokens=1)
-        self.rig = simulated_rig(card, count)
+        self.rig = Rig.simulated(card, count)
         check_arguments(count, dtype, device_map, smallest, checkpoint)
         self.card, self.count, self.dtype, self.checkpoint, self.bar = card, count, dtype, checkpoint, bar
         self.config = read_config(checkpoint)
@@ -126,13 +128,12 @@ class Trials:
         try:
             self._model = load(self.rig, device_map, DTYPES[dtype], checkpoint)
             self._weights = [memory.allocated_bytes for memory in self.rig.memory()]
-            # The first matrix product leaves a workspace on each card for good: have it before anything is measured.
-            run_workload(self.rig, self._model, smallest)
         except torch.OutOfMemoryError as error:
             self._failure = describe(self.rig, self._weights, str(error), started)
             self._model = None
-        self._clear()
+        # Bytes allocated and reserved per card before every run.
         self.base = self._held()
+        self._warm: set[bool] = set()
 
     def run(self, workload: Workload) -> FitResult:
         """Run a workload from the same state as every other; one that has run already is not run again.
@@ -147,14 +148,8 @@ class Trials:
                 self.bar.set_postfix_str(
                     f"{workload.batch_size} x {workload.images} images, {workload.text_tokens} tokens"
                 )
-            started, error = time.perf_counter(), None
-            self.rig.stages.clear()
-            try:
-                run_workload(self.rig, self._model, workload)
-            except torch.OutOfMemoryError as caught:
-                error = str(caught)
-            self.runs[workload] = describe(self.rig, self._weights, error, started)
-            self._clear()
+            self._warm_up(workload.train)
+            self.runs[workload] = self._measure(workload)
             if self._held() != self.base:
                 raise RuntimeError(
                     f"After {workload} the cards hold {self._held()} bytes (allocated, reserved); expected "
@@ -162,34 +157,45 @@ class Trials:
                 )
         return self.runs[workload]
 
-    def _clear(self):
-        if self._model is not None:
-            self._model.zero_grad(set_to_none=True)
-            self._model.eval()
+    def _warm_up(self, train: bool):
+        """The first matrix products leave workspaces on the cards for good, those of a backward pass its own."""
+        if train not in self._warm:
+            self._measure(Workload(images=0, text_tokens=1, new_tokens=1, train=train))
+            self._warm.add(train)
+            self.base = self._held()
+
+    def _measure(self, workload: Workload) -> FitResult:
+        started, error = time.perf_counter(), None
+        self.rig.stages.clear()
+        try:
+            run_workload(self.rig, self._model, workload)
+        except torch.OutOfMemoryError as caught:
+            error = str(caught)
+        result = describe(self.rig, self._weights, error, started)
+        self._model.zero_grad(set_to_none=True)
+        self._model.eval()
         gc.collect()
         with self.rig:
             torch.cuda.empty_cache()
+        return result
 
     def _held(self) -> list[tuple[int, int]]:
         return [(memory.allocated_bytes, memory.reserved_bytes) for memory in self.rig.memory()]
 
 
-def limits(
-    card: str = "L4",
-    count: int = 1,
-    dtype: str = "bfloat16",
-    device_map: str | dict[str, Place] = "auto",
-    workload: Workload | None = None,
-    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
-    bar=None,
-) -> Limits:
-    """Everything ``glm4v-nb fit --limits`` answers; arguments as in ``fit``, ``bar`` is updated four times."""
+def limits(trials: Trials, workload: Workload | None = None, bar=None) -> Limits:
+    """Everything ``glm4v-nb fit --limits`` answers. ``bar`` is updated four times.
+
+    Raises:
+        ValueError: the workload's prompt or answer exceeds the model's context.
+    """
     started = time.perf_counter()
     workload = workload or Workload()
-    check_arguments(count, dtype, device_map, workload, checkpoint)
-    result = fit(card, count, dtype, device_map, workload, checkpoint)
+    # The plain answer is that of a fresh load, as ``fit`` gives it.
+    result = trials.runs[workload] = fit(
+        trials.card, trials.count, trials.dtype, trials.asked_map, workload, trials.checkpoint
+    )
     _advance(bar)
-    trials = Trials(card, count, dtype, device_map, checkpoint, bar)
     batch = largest_batch(trials, workload)
     _advance(bar)
     context = longest_context(trials, workload)
@@ -199,18 +205,13 @@ def limits(
     return Limits(result, batch, context, recommendation, round(time.perf_counter() - started, 2))
 
 
-def largest_batch(trials: Trials, workload: Workload, most: int = MOST_SAMPLES, guess: int = 0) -> Edge:
-    """The largest batch of these samples that fits; ``workload.batch_size`` itself does not matter.
-
-    Args:
-        most: where the search ends.
-        guess: where it begins; without one, where a single sample's peak says.
-    """
+def largest_batch(trials: Trials, workload: Workload, most: int = MOST_SAMPLES) -> Edge:
+    """The largest batch of these samples that fits, up to ``most``; ``workload.batch_size`` does not matter."""
 
     def sized(size: int) -> Workload:
         return replace(workload, batch_size=size)
 
-    size = _largest_that_fits(trials, sized, most, guess or _estimate(trials, sized(1)))
+    size = _largest_that_fits(trials, sized, most, _estimate(trials, sized(1)))
     return Edge(size, "memory" if size < most else "search")
 
 
@@ -225,8 +226,9 @@ def longest_context(trials: Trials, workload: Workload) -> Edge:
     def sized(size: int) -> Workload:
         return replace(workload, text_tokens=size)
 
-    size = _largest_that_fits(trials, sized, most, most)
-    return Edge(size, "memory" if size < most else "model")
+    if most and trials.run(sized(most)).fits:
+        return Edge(most, "model")
+    return Edge(_largest_that_fits(trials, sized, most, most), "memory")
 
 
 def frontier(
@@ -234,23 +236,22 @@ def frontier(
 ) -> dict[int, int]:
     """The largest batch for each number of text tokens: {text_tokens: batch size}, 0 where none fits.
 
-    A longer prompt never allows a larger batch, so each search ends where the one before did.
+    A longer prompt does not allow a larger batch, so each search ends where the one before did. Decode steps are run
+    only where the answer is longer than a quarter of the prompt: a position of the prompt takes several times more
+    in the prefill than the 40 KiB that a new token adds to the KV cache.
 
     Args:
-        token_counts: in any order; by default seven from 32 to the model's context.
+        token_counts: in any order; by default those of ``frontier_tokens``.
         bar: updated once per count.
     """
-    token_counts = token_counts or frontier_tokens(workload, trials.checkpoint)
     image_positions = workload.images * trials.config.vision_config.image_tokens
     found: dict[int, int] = {}
-    most, guess, before = MOST_SAMPLES, 0, 0
-    for tokens in sorted(token_counts):
-        if most:
-            if before:
-                # Samples times positions is about what a card's activations grow with.
-                guess = most * (before + image_positions) // (tokens + image_positions)
-            most = largest_batch(trials, replace(workload, text_tokens=tokens), most, guess).size
-        found[tokens], before = most, tokens
+    most = MOST_SAMPLES
+    for tokens in sorted(token_counts or frontier_tokens(workload, trials.checkpoint)):
+        sized = replace(workload, text_tokens=tokens)
+        if not workload.train and 4 * workload.new_tokens <= tokens + image_positions:
+            sized = replace(sized, new_tokens=0)
+        most = found[tokens] = largest_batch(trials, sized, most).size if most else 0
         _advance(bar)
     return found
 
@@ -258,7 +259,7 @@ def frontier(
 def frontier_tokens(workload: Workload, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]) -> list[int]:
     """Lengths of a frontier that show its shape: from 32 text tokens to the end of the model's context."""
     most = _most_text_tokens(read_config(checkpoint), workload)
-    return [*(count for count in (32, 512, 1024, 2048, 4096, 6144) if count < most), most]
+    return [*(count for count in (32, 512, 1024, 2048, 4096) if count < most), most]
 
 
 def recommend(trials: Trials, workload: Workload) -> Recommendation | None:
@@ -303,11 +304,12 @@ def _better(
     """The candidate, if it fits without the CPU and leaves the fullest card more room than the best so far."""
     if not all(isinstance(place, int) for place in candidate.placement.values()):
         return best
-    result = trials.run(workload)
-    headroom = [device.free_at_peak_bytes for device in result.devices]
     worth = _WORTH_BYTES if candidate.max_memory else 0
-    if not result.fits or (best and min(headroom) <= min(best.headroom_bytes) + worth):
-        return best
+    for tried in (replace(workload, new_tokens=0), workload):  # the prefill may be enough to say no
+        result = trials.run(tried)
+        headroom = [device.free_at_peak_bytes for device in result.devices]
+        if not result.fits or (best and min(headroom) <= min(best.headroom_bytes) + worth):
+            return best
     code = _code(candidate, trials)
     return Recommendation(candidate.device_map, candidate.max_memory, candidate.placement, headroom, code)
 
@@ -372,7 +374,7 @@ def _loaded(trials: Trials, placement: dict[str, Place]) -> Trials:
 
 
 def _plan(trials: Trials, strategy: str, max_memory: dict[int, int | str]) -> dict[str, Place]:
-    with simulated_rig(trials.card, trials.count):
+    with Rig.simulated(trials.card, trials.count):
         return plan_device_map(strategy, dict(max_memory), DTYPES[trials.dtype], trials.checkpoint)
 
 
@@ -386,7 +388,7 @@ def _weights(trials: Trials, placement: dict[str, Place]) -> dict[Place, int]:
 
 def _free_bytes(trials: Trials) -> dict[int, int]:
     """What PyTorch finds free on each card before anything is loaded."""
-    with simulated_rig(trials.card, trials.count):
+    with Rig.simulated(trials.card, trials.count):
         return {index: torch.cuda.mem_get_info(index)[0] for index in range(trials.count)}
 
 
@@ -416,8 +418,23 @@ def _largest_that_fits(trials: Trials, sized: Callable[[int], Workload], most: i
     """
     size = _bisect(lambda size: trials.run(replace(sized(size), new_tokens=0)).fits, most, guess)
     if size and sized(size).new_tokens > 1 and not sized(size).train:
-        size = _bisect(lambda size: trials.run(sized(size)).fits, size, size)
+        size = _bisect(lambda size: trials.run(sized(size)).fits, size, _guess_for_cache(trials, sized, size))
     return size
+
+
+def _guess_for_cache(trials: Trials, sized: Callable[[int], Workload], size: int) -> int:
+    """``size``, or the largest below it whose KV cache, at the end, is no larger than what the weights leave free."""
+    decoder = trials.config.text_config
+    bytes_per_token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
+    bytes_per_token *= DTYPES[trials.dtype].itemsize
+    image_tokens = trials.config.vision_config.image_tokens
+    free = sum(memory.free_bytes for memory in trials.rig.memory())
+
+    def cache_bytes(workload: Workload) -> int:
+        positions = workload.images * image_tokens + workload.text_tokens + workload.new_tokens
+        return workload.batch_size * positions * bytes_per_token
+
+    return max(1, _bisect(lambda each: cache_bytes(sized(each)) <= free, size, size))
 
 
 def _bisect(fits: Callable[[int], bool], most: int, guess: int) -> int:

@@ -127,6 +127,15 @@ def place_of(name: str, device_map: dict[str, Place]) -> Place:
     return place.index if isinstance(place, torch.device) and place.index is not None else place
 
 
+def input_device(model) -> torch.device:
+    """Where token ids belong: the device the embedding computes on, also when its weights are offloaded."""
+    embedding = model.get_input_embeddings()
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return embedding.weight.device
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
 def _kind(block: str) -> str:
     if block.startswith("vision_tower.layers"):
         return "tower layer"

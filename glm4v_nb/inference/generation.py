@@ -15,6 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from glm4v_nb.memory.cleanup import clear_frames
 from glm4v_nb.model.chat import is_batch
+from glm4v_nb.placement import input_device
 
 CANCELLED, LENGTH, END = "cancelled", "length", "end"
 
@@ -108,15 +109,6 @@ def stream(
         timeout_seconds: longest silence between two tokens, the first one's prefill included.
     """
     return Stream(_Run(model, processor, messages, sampling or Sampling()), timeout_seconds)
-
-
-def input_device(model) -> torch.device:
-    """Where token ids belong: the device the embedding computes on, also when its weights are offloaded."""
-    embedding = model.get_input_embeddings()
-    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    if device is None:
-        return embedding.weight.device
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 class _Run(StoppingCriteria):

@@ -77,7 +77,7 @@ class LocalCards:
     machine's own numbering, which in a container it may not.
 
     Args:
-        rig: as ``Rig.here()``.
+        rig: real cards, or ``Rig.here()``.
         cache: transformers' KV cache, or None. It is not kept alive.
     """
 
@@ -88,13 +88,14 @@ class LocalCards:
         self._handles: list = []
         if not torch.cuda.is_available():
             return
-        self._properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError:
             return
         # By UUID: CUDA_VISIBLE_DEVICES renumbers what PyTorch sees, not what NVML sees.
-        self._handles = [_handle(properties.uuid) for properties in self._properties]
+        self._handles = [
+            _handle(torch.cuda.get_device_properties(index).uuid) for index in range(len(rig.devices))
+        ]
 
     def close(self):
         if self._handles:
@@ -109,14 +110,14 @@ class LocalCards:
             driver = {"used_bytes": used, "own_bytes": own, "others_bytes": max(0, used - own)}
             return [host | split(own, self._weights(0, own), sum(kv_cache.values()), None) | driver]
         found = []
-        for index, properties in enumerate(self._properties):
+        for index, (name, capacity) in enumerate(self.rig.devices):
             figures = _allocator_figures(index)
             allocated = figures["allocated_bytes"]
             found.append(
-                {"index": index, "card": properties.name, "capacity_bytes": properties.total_memory}
+                {"index": index, "card": name, "capacity_bytes": capacity}
                 | figures
                 | split(allocated, self._weights(index, allocated), kv_cache.get(index, 0), None)
-                | self._driver_figures(index)
+                | self._driver_figures(index, capacity)
             )
         return found
 
@@ -127,7 +128,7 @@ class LocalCards:
             return 0
         return loads[-1].memory[index].allocated_bytes if loads[-1].memory else allocated
 
-    def _driver_figures(self, index: int) -> dict[str, int | None]:
+    def _driver_figures(self, index: int, capacity: int) -> dict[str, int | None]:
         """The card by NVML; without it, by CUDA if this process has a context there, and nothing by process."""
         handle = self._handles[index] if self._handles else None
         if handle is None:
@@ -138,7 +139,7 @@ class LocalCards:
         own = self._own_bytes(handle)
         others = None if own is None else max(0, memory.used - own)
         return {
-            "free_bytes": memory.free,
+            "free_bytes": max(0, min(memory.free, capacity - memory.used)),
             "used_bytes": memory.used,
             "own_bytes": own,
             "others_bytes": others,

@@ -1,6 +1,7 @@
 """Giving memory back after an error or a finished experiment, and trying again with less."""
 
 import gc
+import re
 import sys
 import traceback
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from IPython import get_ipython
 
 from glm4v_nb.memory.holders import Holder, find_holders, in_words, tensors_in
 from glm4v_nb.rig import Rig
-from glm4v_nb.rig.stages import CardMemory
+from glm4v_nb.rig.stages import CardMemory, Stages
 
 
 def clear_frames(error: BaseException | None):
@@ -79,7 +80,7 @@ def free_memory(rig=None) -> FreedMemory:
         rig: whose cards are meant; simulated cards are known inside their ``with`` block, and by this argument
             outside of it. Default: the cards ``torch.cuda`` shows.
     """
-    outside = rig is not None and Rig._active is None
+    outside = rig is not None and Stages.active is None
     with rig if outside else nullcontext():
         cards = rig or Rig.here()
         before = cards.memory()
@@ -87,6 +88,9 @@ def free_memory(rig=None) -> FreedMemory:
         cleared = _forget_errors(shell)
         cleared += _forget_outputs(shell) if shell is not None else []
         torch.clear_autocast_cache()
+        # A workspace of cuBLAS of 8 MiB can lie in a segment of many GiB, which then cannot be handed back. Builds
+        # without CUDA do not have the function; the next matrix product makes the workspace anew.
+        getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
         empty_caches()
         if shell is not None:
             namespace, hidden = shell.user_ns, shell.user_ns_hidden
@@ -165,34 +169,29 @@ def _forget_errors(shell) -> list[str]:
 
 def _forget_outputs(shell) -> list[str]:
     """Drop what leads to tensors on cards from Out, _1, _2, ..., _, __, ___ and the results of the last cells."""
-    cleared = []
+    cleared = {}
     outputs, hook = shell.user_ns.get("_oh", {}), shell.displayhook
-    for number, value in list(outputs.items()):
-        if tensors_in(value):
-            cleared.append(f"Out[{number}] ({type(value).__name__})")
-            del outputs[number]
-            _forget_name(shell, f"_{number}", value, None)
+    for number in [number for number, value in outputs.items() if tensors_in(value)]:
+        cleared[f"Out[{number}]"] = outputs.pop(number)
+    # IPython remembers in user_ns_hidden which variables are its own and what their values are, and its own
+    # displayhook.flush() leaves _, __ and ___ there. A variable with another value is the user's.
+    own = {name: value for name, value in shell.user_ns_hidden.items() if re.fullmatch(r"_{1,3}|_\d+", name)}
+    for name in [name for name, value in own.items() if tensors_in(value)]:
+        cleared[name] = own[name]
+        instead = {} if name[-1].isdigit() else {name: ""}
+        for variables in (shell.user_ns, shell.user_ns_hidden):
+            if variables.get(name) is own[name]:
+                del variables[name]
+                variables.update(instead)
     for name in ("_", "__", "___"):
-        value = getattr(hook, name, "")
-        if tensors_in(value):
-            cleared.append(f"{name} ({type(value).__name__})")
+        if tensors_in(getattr(hook, name, None)):
+            cleared[name] = getattr(hook, name)
             setattr(hook, name, "")
-            _forget_name(shell, name, value, "")
     for place, result in (
         ("last_execution_result", shell.last_execution_result),
         ("displayhook.exec_result", getattr(hook, "exec_result", None)),
     ):
         if result is not None and tensors_in(result.result):
-            cleared.append(f"{place} ({type(result.result).__name__})")
+            cleared[place] = result.result
             result.result = None
-    return cleared
-
-
-def _forget_name(shell, name: str, value, instead: str | None):
-    """Take one of IPython's own names away, unless the user has given it another value."""
-    for variables in (shell.user_ns, shell.user_ns_hidden):
-        if name in variables and variables[name] is value:
-            if instead is None:
-                del variables[name]
-            else:
-                variables[name] = instead
+    return [f"{place} ({type(value).__name__})" for place, value in cleared.items()]

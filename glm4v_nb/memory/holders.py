@@ -84,8 +84,9 @@ def find_holders(namespace: dict, hidden: dict, outermost: types.FrameType | Non
     storages = {_storage(tensor) for tensor in tensors if id(tensor) in named}
     rest = [tensor for tensor in tensors if _storage(tensor) not in storages]
     if rest:  # a look into every imported module takes a moment, so only when something is unexplained
+        seen = {}
         for name, value in _module_variables(namespace):
-            held = tensors_in(value)
+            held = tensors_in(value, seen)
             found.append((name, type(value).__name__, held))
             storages.update(_storage(tensor) for tensor in held)
         rest = [tensor for tensor in rest if _storage(tensor) not in storages]
@@ -97,10 +98,13 @@ def find_holders(namespace: dict, hidden: dict, outermost: types.FrameType | Non
     return sorted(holders, key=lambda holder: -sum(holder.bytes.values()))
 
 
-def tensors_in(value) -> list[torch.Tensor]:
-    """All tensors on cards that an object keeps alive, through any number of objects between."""
+def tensors_in(value, seen: dict | None = None) -> list[torch.Tensor]:
+    """All tensors on cards that an object keeps alive, through any number of objects between.
+
+    ``seen`` (id to object) is left out, and what was walked through is added to it.
+    """
     # The objects themselves are kept while walking: the id of a freed temporary would come back as another's.
-    seen, found = {}, []
+    seen, found = {} if seen is None else seen, []
     pending = list(vars(value).values()) if issubclass(type(value), type) else [value]
     while pending:
         obj = pending.pop()

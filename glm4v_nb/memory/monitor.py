@@ -23,13 +23,14 @@ class Monitor:
     seen; each sample therefore also holds the allocator's own peaks since the stage began. Simulated cards run far
     faster than real ones and have no clock: they are sampled as bytes are allocated and released, whenever a card
     has changed by 16 MiB, at peaks (none is missed by more than 1 MiB), and when a stage begins.
+    All are sampled when a stage ends.
 
     A line holds ``time`` (seconds since 1970), ``event`` (allocations and releases since the monitor began; null on
     real devices), ``process`` (its id), ``provenance``, ``stages`` (names of those that are running, outermost first)
     and ``cards``, as ``memory.cards`` describes them, sizes in bytes. Several processes may append to one file.
 
     Args:
-        rig: simulated cards, or ``Rig.here()``.
+        rig: any, simulated or real.
         path: the file to append to; made if missing.
         interval_seconds: from one sample of real devices to the next.
         cache: transformers' KV cache, to tell it from activations on real devices; not kept alive.
@@ -84,6 +85,7 @@ class Monitor:
             self._thread = None
         self._cache = None
         self._try_sample()
+        self.rig.watchers.append(self._try_sample)
         if self._listener:
             self._listener.start()
         else:
@@ -92,6 +94,7 @@ class Monitor:
 
     def __exit__(self, kind, error, traceback):
         self._stop.set()
+        self.rig.watchers.remove(self._try_sample)
         if self._listener:
             self._listener.stop()
         else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from glm4v_nb.model.splicing import expand_image_positions
+from glm4v_nb.placement import input_device
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:
         # One image for the whole batch: drawing a new one for each takes seconds, and no byte depends on it.
         pixels = torch.rand(1, 3, side, side, generator=generator)
         inputs["pixel_values"] = pixels.expand(workload.batch_size, -1, -1, -1)
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    # Not model.device: that is "meta" where the first module of the model is offloaded.
+    device = input_device(model)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 @torch.no_grad()

@@ -3,19 +3,21 @@
 import itertools
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from glm4v_nb.rig import allocator as caching
 from glm4v_nb.rig.allocator import Allocator
-
-# Operators that call cuBLAS, whose workspace PyTorch allocates at the first of them on each device and keeps.
-_MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"}
+from glm4v_nb.rig.kernels import CUBLASLT_WORKSPACE_BYTES, MATRIX_PRODUCTS, WITH_BIAS
 
 
 @dataclass
 class Block:
-    """One live allocation: its card, its size in bytes and where it came from."""
+    """One live allocation: its card, its size in bytes and where it came from.
+
+    ``bytes`` is what the allocator took for it, which is the tensor's size rounded up to whole blocks.
+    """
 
     card: int
     bytes: int
@@ -24,6 +26,7 @@ class Block:
     operator: str
     stage: str
     serial: int  # counts allocations of this process
+    places: list[caching.Block] = field(repr=False)  # what the card's allocator gave, and takes back
 
 
 @dataclass
@@ -41,16 +44,21 @@ class Accounting:
 
     Args:
         allocators: one per card.
-        workspace_bytes: cuBLAS workspace per card, taken at its first matrix product.
+        workspace_bytes: cuBLAS workspace, taken at the first matrix product on a card, and once more at the first of
+            a backward pass, which PyTorch runs in a thread of its own.
+        kernel_bytes: what the kernels of matrix products add to a card's context when they are first loaded.
     """
 
-    def __init__(self, allocators: list[Allocator], workspace_bytes: int):
+    def __init__(self, allocators: list[Allocator], workspace_bytes: int, kernel_bytes: int = 0):
         self.allocators = allocators
         self.workspace_bytes = workspace_bytes
+        self.kernel_bytes = kernel_bytes
         self.stage = "other"
         self._blocks: dict[int, Block] = {}
         self._references: dict[int, weakref.ref] = {}
-        self._with_workspace: set[int] = set()
+        # (workspace, card, whether in the backward pass)
+        self._workspaces: dict[tuple[str, int, bool], Block] = {}
+        self._kernels_loaded: set[int] = set()
         self._serials = itertools.count()
         self._recording: list[_Event] | None = None
         self._deferring = False
@@ -92,9 +100,6 @@ class Accounting:
     def _charge(self, operator, results: list[torch.Tensor]):
         for tensor in results:
             card = tensor.device.index
-            if card not in self._with_workspace and operator._schema.name in _MATRIX_PRODUCTS:
-                self._charge_workspace(card)
-                self._with_workspace.add(card)
             storage = tensor.untyped_storage()
             key = storage._cdata
             known = self._blocks.get(key)
@@ -106,26 +111,33 @@ class Accounting:
                     continue
             if size == 0:
                 continue
-            allocator = self._allocator(card)
+            place = self._allocator(card).allocate(size)
             block = Block(
                 card,
-                allocator.allocate(size),
+                place.size,
                 tuple(tensor.shape),
                 tensor.dtype,
                 operator._schema.name.removeprefix("aten::"),
                 self.stage,
                 next(self._serials),
+                [place],
             )
             self._blocks[key] = block
             self._references[key] = weakref.ref(storage, lambda _, key=key: self._release(key))
             if self._recording is not None:
                 self._recording.append(_Event(True, card, size, block.serial))
+        name = operator._schema.name
+        if name in MATRIX_PRODUCTS and results:
+            self._charge_workspace("cuBLAS workspace", results[0].device.index, self.workspace_bytes)
+            if name in WITH_BIAS:
+                self._charge_workspace(
+                    "cublasLt workspace", results[0].device.index, CUBLASLT_WORKSPACE_BYTES
+                )
 
     def blocks(self, card: int) -> list[Block]:
         """What is on a card now, largest first."""
-        return sorted(
-            (block for block in self._blocks.values() if block.card == card), key=lambda block: -block.bytes
-        )
+        everything = (*self._blocks.values(), *self._workspaces.values())
+        return sorted((block for block in everything if block.card == card), key=lambda block: -block.bytes)
 
     def repeat(self, step, count: int):
         """Do a decode step ``count`` times: run two, replay their allocations for the rest.
@@ -176,9 +188,9 @@ class Accounting:
             for block in self._blocks.values()
             if block.serial in number_second
         }
-        held = {number: block.bytes for number, block in survivors.items()}
+        held = {number: block.places for number, block in survivors.items()}
         program = []  # allocator, table of the block, its number, and for an allocation its size and growth
-        made: dict[int, int] = {}
+        made: dict[int, list[caching.Block]] = {}
         for event in second:
             allocator = self._allocator(event.card)
             if event.allocates:
@@ -192,50 +204,62 @@ class Accounting:
             for repetition in range(1, count + 1):
                 for allocator, table, number, size, grows in program:
                     if table is None:
-                        made[number] = allocator.allocate(size + repetition * grows)
+                        made[number] = [allocator.allocate(size + repetition * grows)]
                     else:
-                        allocator.free(table.pop(number))
+                        for place in table.pop(number):
+                            allocator.free(place)
                 self._hold(held, made)
         except torch.OutOfMemoryError:
             # As when a real step fails: what replaced an older block stays, the step's own temporaries go.
-            for number, size in made.items():
+            for number, places in made.items():
                 if number in survivors and number not in held:
-                    held[number] = size
+                    held[number] = places
                 else:
-                    self._allocator(made_second[number].card).free(size)
+                    for place in places:
+                        self._allocator(made_second[number].card).free(place)
             raise
         finally:
             # What is still held belongs to the tensors that survived the recorded step.
             for number, block in survivors.items():
-                block.bytes = held.get(number, 0)  # 0: given back by the step that failed, and not made again
+                block.places = held.get(
+                    number, []
+                )  # none: given back by the step that failed, and not made again
+                block.bytes = sum(place.size for place in block.places)
 
     @staticmethod
-    def _hold(held: dict[int, int], made: dict[int, int]):
+    def _hold(held: dict[int, list[caching.Block]], made: dict[int, list[caching.Block]]):
         """What a step leaves replaces what the one before left, or adds to it where that was not released."""
-        for number, size in made.items():
-            held[number] = held.get(number, 0) + size
+        for number, places in made.items():
+            held[number] = held.get(number, []) + places
         made.clear()
 
     def _release(self, key: int):
         block = self._blocks.pop(key, None)
         self._references.pop(key, None)
         if block is not None:
-            self._allocator(block.card).free(block.bytes)
+            for place in block.places:
+                self._allocator(block.card).free(place)
             if self._recording is not None:
                 self._recording.append(_Event(False, block.card, block.bytes, block.serial))
 
-    def _charge_workspace(self, card: int):
-        allocator = self._allocator(card)
-        block = Block(
-            card,
-            allocator.allocate(self.workspace_bytes),
-            (self.workspace_bytes,),
-            torch.uint8,
-            "cuBLAS workspace",
-            "workspace",
-            next(self._serials),
+    def _charge_workspace(self, name: str, card: int, size: int):
+        key = (name, card, self._deferring)
+        if key in self._workspaces:
+            return
+        if card not in self._kernels_loaded:
+            self._kernels_loaded.add(card)
+            self._allocator(card).context_bytes += self.kernel_bytes
+        place = self._allocator(card).allocate(size)
+        self._workspaces[key] = Block(
+            card, place.size, (size,), torch.uint8, name, "workspace", next(self._serials), [place]
         )
-        self._blocks[-1 - card] = block
+
+    def release_workspaces(self):
+        """As ``torch._C._cuda_clearCublasWorkspaces``: the next matrix product takes its workspace anew."""
+        for block in self._workspaces.values():
+            for place in block.places:
+                self._allocator(block.card).free(place)
+        self._workspaces.clear()
 
     def _allocator(self, card: int) -> Allocator:
         if card >= len(self.allocators):

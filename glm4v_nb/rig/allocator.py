@@ -1,11 +1,14 @@
-"""Bytes on one simulated card, counted as PyTorch's CUDA caching allocator counts them.
+"""PyTorch's CUDA caching allocator for one simulated card: pools, segments, best fit, splitting, merging.
 
-First version: allocated bytes are exact (every request rounded up to 512 bytes, each storage counted once),
-while reserved bytes are the high-water mark of what was allocated since the cache was last emptied. The
-pools, segments and splits that decide fragmentation are to come behind this same class.
+PyTorch asks the driver for *segments* and hands out *blocks* of them. A freed block stays in the allocator's cache and
+merges with free neighbours of its segment; a segment goes back to the driver only when all of it is free and the cache
+is emptied, or when a request finds no room otherwise. What fails for want of one piece large enough, with enough free
+bytes in small pieces, is called fragmentation.
 
-Source of the constants: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.11 to 2.13.
+Source of the rules and constants: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.11 to 2.13, for one stream.
 """
+
+import bisect
 
 import torch
 
@@ -16,6 +19,9 @@ SMALL_SEGMENT = 2 * MIB
 LARGE_REQUEST = 10 * MIB
 LARGE_SEGMENT = 20 * MIB
 SEGMENT_ROUNDING = 2 * MIB
+LEAST_MAX_SPLIT = LARGE_SEGMENT  # PyTorch refuses a max_split_size_mb below this
+# Segments lie far apart, at multiples of every mapping unit, so that blocks of two never touch.
+ADDRESS_GAP = LARGE_SEGMENT * 2**20
 DOCUMENTATION = (
     "https://docs.pytorch.org/docs/stable/notes/cuda.html"
     "#optimizing-memory-usage-with-pytorch-cuda-alloc-conf"
@@ -28,8 +34,8 @@ def round_up(size_bytes: int, multiple: int) -> int:
 
 
 def block_bytes(size_bytes: int) -> int:
-    """Bytes the allocator hands out for a request: a multiple of 512, at least one; 0 for an empty tensor."""
-    return round_up(size_bytes, BLOCK_ROUNDING)
+    """Bytes looked for when a request comes in: a multiple of 512, at least one."""
+    return round_up(size_bytes, BLOCK_ROUNDING) or BLOCK_ROUNDING
 
 
 def segment_bytes(size_bytes: int) -> int:
@@ -49,82 +55,240 @@ def format_size(size_bytes: int) -> str:
     return f"{size_bytes} bytes"
 
 
+class Block:
+    """A piece of a segment. ``before`` and ``after`` are its neighbours in the same segment.
+
+    ``mapped`` is False where an expandable segment has addresses but no memory.
+    """
+
+    __slots__ = ("address", "after", "before", "free", "mapped", "size", "small")
+
+    def __init__(self, address: int, size: int, small: bool, mapped: bool = True):
+        self.address, self.size, self.small = address, size, small
+        self.mapped = mapped
+        self.before: Block | None = None
+        self.after: Block | None = None
+        self.free = False
+
+
 class Allocator:
-    """Allocated and reserved bytes of one card, and the error when they would exceed what it has.
+    """One card's memory as PyTorch's allocator manages it, and the error when a request finds no room.
 
     Args:
         index: number of the card, as in "GPU 0".
         device_name: for example "NVIDIA L4"; the message says which card was simulated.
         total_bytes: what the driver reports as the card's capacity.
-        context_bytes: taken by the CUDA context, outside PyTorch's allocator.
-        fraction: ``set_per_process_memory_fraction``; 1.0 means no cap.
+        context_bytes: taken by this process outside PyTorch's allocator: the CUDA context, and later its kernels.
+        system_bytes: taken by the driver for itself, counted to no process.
+        fraction: ``set_per_process_memory_fraction``; None, before it is called, means no cap.
+        max_split_bytes: ``max_split_size_mb`` in bytes: larger blocks are not split, and are given back to make room.
+
+    Attributes:
+        allocated, reserved: bytes in blocks that are handed out, and in segments, now; ``peak_`` since the last reset.
+        retries: how often a request had to give cached memory back to find room (``num_alloc_retries``).
     """
 
     def __init__(
-        self, index: int, device_name: str, total_bytes: int, context_bytes: int = 0, fraction: float = 1.0
+        self,
+        index: int,
+        device_name: str,
+        total_bytes: int,
+        context_bytes: int = 0,
+        fraction: float | None = None,
+        *,
+        system_bytes: int = 0,
+        max_split_bytes: int | None = None,
     ):
+        if max_split_bytes is not None and max_split_bytes <= LEAST_MAX_SPLIT:
+            raise ValueError(
+                f"max_split_size_mb is {max_split_bytes / MIB:g}; PyTorch takes only more than "
+                f"{LEAST_MAX_SPLIT // MIB}. Raise it, or leave it out."
+            )
         self.index = index
         self.device_name = device_name
         self.total_bytes = total_bytes
         self.context_bytes = context_bytes
+        self.system_bytes = system_bytes
         self.fraction = fraction
+        self.max_split_bytes = max_split_bytes or 2**63
         self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
+        self.retries = 0
+        # Free blocks of each pool in the order best fit looks at them: by size, then address.
+        self._small: list[tuple[int, int, Block]] = []
+        self._large: list[tuple[int, int, Block]] = []
+        self._next_address = 0
 
     @property
     def allowed_bytes(self) -> int:
         """The cap on reserved bytes set by ``set_per_process_memory_fraction``."""
-        return int(self.total_bytes * self.fraction)
+        return int(self.total_bytes * (1.0 if self.fraction is None else self.fraction))
 
     @property
     def limit_bytes(self) -> int:
         """Most bytes PyTorch can reserve: the rest of the card, or the per-process cap if that is less."""
-        return min(self.total_bytes - self.context_bytes, self.allowed_bytes)
+        return min(self.total_bytes - self.system_bytes - self.context_bytes, self.allowed_bytes)
 
     @property
     def free_bytes(self) -> int:
         """What ``torch.cuda.mem_get_info`` reports as free."""
-        return self.total_bytes - self.context_bytes - self.reserved
+        return self.total_bytes - self.system_bytes - self.context_bytes - self.reserved
 
-    def allocate(self, size_bytes: int) -> int:
-        """Take a block and return its size in bytes, which is what ``free`` wants back.
+    def allocate(self, size_bytes: int) -> Block:
+        """Take a block, which is what ``free`` wants back. Its ``size`` may exceed the request by what was not split.
 
         Raises:
             torch.OutOfMemoryError: the card has no room, with PyTorch's own text.
         """
-        block = block_bytes(size_bytes)
-        wanted = self.allocated + block
-        if wanted > self.reserved:
-            if wanted > self.limit_bytes:
-                raise torch.OutOfMemoryError(self._message(segment_bytes(block)))
-            self.reserved = self._reserved_for(wanted)
-            self.peak_reserved = max(self.peak_reserved, self.reserved)
-        self.allocated = wanted
-        if wanted > self.peak_allocated:
-            self.peak_allocated = wanted
+        size = block_bytes(size_bytes)
+        small = size <= SMALL_REQUEST
+        block = self._cached(size, small)
+        if block is None:
+            block = self._new(size, small)
+            if block is None and self._release_oversize(size, small):
+                block = self._new(size, small)
+            if block is None:
+                self.empty_cache()
+                self.retries += 1
+                block = self._new(size, small)
+            if block is None:
+                raise torch.OutOfMemoryError(self._message(segment_bytes(size)))
+        if self._splits(size, block.size - size, small):
+            self._insert(self._split(block, size))
+        self.allocated += block.size
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
         return block
 
-    def free(self, block: int):
-        """Give a block back. It stays reserved, as in PyTorch, until ``empty_cache``."""
-        self.allocated -= block
+    def free(self, block: Block):
+        """Give a block back. It stays reserved, as in PyTorch, until ``empty_cache`` or until room is needed."""
+        self.allocated -= block.size
+        self._merge(block)
+        self._insert(block)
 
     def empty_cache(self):
-        """Give cached, unused memory back to the driver."""
-        self.reserved = self._reserved_for(self.allocated)
+        """Give every segment without a block in use back to the driver."""
+        for pool in (self._large, self._small):
+            whole = [size for size, _, block in pool if block.before is None and block.after is None]
+            if whole:
+                self.reserved -= sum(whole)
+                pool[:] = [
+                    entry for entry in pool if entry[2].before is not None or entry[2].after is not None
+                ]
 
     def reset_peaks(self):
         """Start new peaks at the present values."""
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
-    def _reserved_for(self, allocated_bytes: int) -> int:
-        whole_segments = min(round_up(allocated_bytes, SEGMENT_ROUNDING), self.limit_bytes)
-        return max(whole_segments, allocated_bytes)  # a cap set later may lie below what is allocated
+    def _pool(self, small: bool) -> list[tuple[int, int, Block]]:
+        return self._small if small else self._large
+
+    def _insert(self, block: Block):
+        block.free = True
+        bisect.insort(self._small if block.small else self._large, (block.size, block.address, block))
+
+    def _remove(self, block: Block):
+        block.free = False
+        pool = self._small if block.small else self._large
+        del pool[bisect.bisect_left(pool, (block.size, block.address))]
+
+    @staticmethod
+    def _split(block: Block, size: int) -> Block:
+        """Cut a block to ``size``; returns the rest, which is in no pool yet."""
+        rest = Block(block.address + size, block.size - size, block.small)
+        rest.before, rest.after = block, block.after
+        if block.after is not None:
+            block.after.before = rest
+        block.after, block.size = rest, size
+        return rest
+
+    def _merge(self, block: Block):
+        """Take the free neighbours of a block out of their pool and into the block."""
+        for neighbour in (block.before, block.after):
+            if neighbour is not None and neighbour.free and neighbour.mapped:
+                self._remove(neighbour)
+                self._absorb(block, neighbour)
+
+    @staticmethod
+    def _absorb(block: Block, neighbour: Block):
+        block.size += neighbour.size
+        if neighbour is block.before:
+            block.address = neighbour.address
+            block.before = neighbour.before
+            if block.before is not None:
+                block.before.after = block
+        else:
+            block.after = neighbour.after
+            if block.after is not None:
+                block.after.before = block
+
+    def _splits(self, size: int, rest: int, small: bool) -> bool:
+        """Whether ``rest`` bytes behind a request become a block of their own."""
+        if small:
+            return rest >= BLOCK_ROUNDING
+        return rest > SMALL_REQUEST and size < self.max_split_bytes
+
+    def _best(self, pool: list[tuple[int, int, Block]], place: int) -> int:
+        """Which of the blocks from ``place`` on, all large enough, is taken."""
+        return place
+
+    def _cached(self, size: int, small: bool) -> Block | None:
+        """Best fit: the smallest free block that is large enough, the lowest address among equals."""
+        pool = self._small if small else self._large
+        place = bisect.bisect_left(pool, (size,))
+        if place == len(pool):
+            return None
+        place = self._best(pool, place)
+        found = pool[place][2]
+        if size < self.max_split_bytes <= found.size:
+            return None  # an oversize block is kept for oversize requests
+        if size >= self.max_split_bytes and found.size >= size + LARGE_SEGMENT:
+            return None
+        del pool[place]
+        found.free = False
+        return found
+
+    def _new(self, size: int, small: bool) -> Block | None:
+        """A block of memory new to PyTorch, or None when the card or the cap has no room for it."""
+        wanted = segment_bytes(size)
+        if self.reserved + wanted > self.limit_bytes:
+            return None
+        block = Block(self._next_address, wanted, small)
+        self._next_address += wanted + ADDRESS_GAP
+        self._reserve(wanted)
+        return block
+
+    def _reserve(self, size: int):
+        self.reserved += size
+        if self.reserved > self.peak_reserved:
+            self.peak_reserved = self.reserved
+
+    def _release_oversize(self, size: int, small: bool) -> bool:
+        """With max_split_size_mb: give back one cached block large enough, or several of the largest."""
+        if self.max_split_bytes == 2**63:
+            return False
+        pool = self._pool(small)
+        key = max(size, self.max_split_bytes)
+        place = bisect.bisect_left(pool, (key,))
+        if place < len(pool):
+            chosen = [pool[place]]
+        else:
+            chosen, released = [], 0
+            for entry in reversed(pool):
+                if released >= key or entry[0] < self.max_split_bytes:
+                    break
+                chosen.append(entry)
+                released += entry[0]
+            if released < key:
+                return False
+        for entry in chosen:
+            self._remove(entry[2])
+            self.reserved -= entry[0]
+        return True
 
     def _message(self, tried_bytes: int) -> str:
-        # When a request fails, cached blocks have been given back to the driver first.
-        self.empty_cache()
         in_use = self.reserved + self.context_bytes
-        allowed = f"{format_size(self.allowed_bytes)} allowed; " if self.fraction < 1 else ""
+        allowed = "" if self.fraction is None else f"{format_size(self.allowed_bytes)} allowed; "
         return (
             f"CUDA out of memory. Tried to allocate {format_size(tried_bytes)}. GPU {self.index} has a total "
             f"capacity of {format_size(self.total_bytes)} of which {format_size(self.free_bytes)} is free. "

@@ -30,6 +30,8 @@ FIGURES = (
     "memory_bandwidth_bytes_per_second",
     "cublas_workspace_bytes",
     "context_bytes",
+    "kernel_bytes",
+    "system_bytes",
 )
 
 
@@ -48,6 +50,9 @@ class Card:
         cublas_workspace_bytes: allocated by PyTorch at the first matrix product on the device, and kept.
         context_bytes: held by the CUDA context and loaded kernels, outside PyTorch's allocator.
         sources: for each name in FIGURES where the figure comes from.
+        kernel_bytes: what the context grows by when the first matrix product and attention load their kernels; 0
+            where only the sum is known, which then is ``context_bytes``.
+        system_bytes: held by the driver for no process.
     """
 
     key: str
@@ -59,6 +64,8 @@ class Card:
     cublas_workspace_bytes: int
     context_bytes: int
     sources: dict[str, str] = field(repr=False, compare=False)
+    kernel_bytes: int = 0
+    system_bytes: int = 0
 
     @property
     def bf16_supported(self) -> bool:
@@ -79,13 +86,20 @@ _TABLE = (
     ("A100-40",  "NVIDIA A100-SXM4-40GB",   42_404_806_656,      (8, 0),  108, 1_555 * GB, round(0.49 * GIB)),
     ("A100-80",  "NVIDIA A100-SXM4-80GB",   85_093_777_408,      (8, 0),  108, 2_039 * GB, round(0.49 * GIB)),
     ("L40S",     "NVIDIA L40S",             47_677_177_856,      (8, 9),  142,   864 * GB, round(0.50 * GIB)),
-    ("H100",     "NVIDIA H100 80GB HBM3",   85_017_493_504,      (9, 0),  132, 3_350 * GB, round(0.60 * GIB)),
-    ("H200",     "NVIDIA H200",             150_110_011_392,     (9, 0),  132, 4_800 * GB, round(0.60 * GIB)),
+    ("H100",     "NVIDIA H100 80GB HBM3",   85_017_493_504,      (9, 0),  132, 3_350 * GB, 518 * MIB),
+    ("H200",     "NVIDIA H200",             150_110_011_392,     (9, 0),  132, 4_800 * GB, 518 * MIB),
 )
 # fmt: on
 
 _GITHUB = "https://github.com"
 _MEASURED_H100 = "measured on H100 80GB HBM3 · 2026-11-13 · driver 580.159.04, torch 2.11"
+
+_HOPPER_CONTEXT = (
+    "measured on H100 80GB HBM3 · 2026-11-24 · driver 580.159.04, torch 2.11: 518 MiB before the first kernel, 168 "
+    "more after a prefill, 186 after some decode steps, and 8.8 MiB of the driver"
+)
+# Middle of what was measured after a prefill and after more kernels were loaded.
+_HOPPER_KERNELS, _HOPPER_SYSTEM = 177 * MIB, round(8.81 * MIB)
 
 # key: sources of the total, of capability and multiprocessors, of the bandwidth, of the context.
 _SOURCES = {
@@ -158,7 +172,7 @@ _SOURCES = {
         f"{_MEASURED_H100}; prints 79.18 GiB",
         "deviceQuery printouts of NVIDIA H100 80GB HBM3",
         "NVIDIA H100 data sheet, SXM",
-        f"{_MEASURED_H100}, by NVML; a message gives 22.94 GiB - 22.02 GiB - 332.87 MiB",
+        f"{_HOPPER_CONTEXT}; {_MEASURED_H100}: 22.94 GiB - 22.02 GiB - 332.87 MiB with all kernels loaded",
     ),
     "H200": (
         "printed properties of NVIDIA H200, total_memory=143156MB (139.80 GiB); to the byte as recorded "
@@ -174,7 +188,7 @@ def _cublas_workspace(compute_capability: tuple[int, int]) -> tuple[int, str]:
     """Bytes and their source: parseChosenWorkspaceSize() with CUBLAS_WORKSPACE_CONFIG not set."""
     file = "PyTorch's aten/src/ATen/cuda/CublasHandlePool.cpp"
     if compute_capability[0] == 9:
-        return 32 * MIB + 8 * KIB, f"{_MEASURED_H100}; {file} asks for 32 MiB"
+        return 32 * MIB, f"measured on H100 80GB HBM3 · 2026-11-24 · torch 2.11; {file} asks for 32 MiB"
     if compute_capability[0] == 12:
         return 32 * MIB, f"{file}; 8.125 MiB before {_GITHUB}/pytorch/pytorch/pull/175344 (February 2026)"
     return 2 * 4096 * KIB + 8 * 16 * KIB, f'{file}, ":4096:2:16:8": 2 x 4096 KiB and 8 x 16 KiB'
@@ -191,6 +205,7 @@ def _card(
 ) -> Card:
     workspace_bytes, workspace_source = _cublas_workspace(compute_capability)
     total_source, properties_source, bandwidth_source, context_source = _SOURCES[key]
+    is_hopper = compute_capability == (9, 0)
     return Card(
         key=key,
         device_name=device_name,
@@ -207,7 +222,11 @@ def _card(
             "memory_bandwidth_bytes_per_second": bandwidth_source,
             "cublas_workspace_bytes": workspace_source,
             "context_bytes": context_source,
+            "kernel_bytes": context_source if is_hopper else "not known apart: within context_bytes",
+            "system_bytes": context_source if is_hopper else "not known apart: within context_bytes",
         },
+        kernel_bytes=_HOPPER_KERNELS if is_hopper else 0,
+        system_bytes=_HOPPER_SYSTEM if is_hopper else 0,
     )
 
 

@@ -50,6 +50,18 @@ _VIEWS = {
 }
 
 
+def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    # Besides the result one byte per score, to look for rows that are masked as a whole; torch's shape rule would
+    # make the result twice, which the CUDA kernel does not.
+    output = torch.softmax(scores, dim, dtype=dtype)
+    scores.eq(float("-inf")).all(dim, keepdim=True)
+    return output
+
+
+# Operators whose shape rule allocates otherwise than their CUDA kernel.
+_REWRITTEN = {torch.ops.aten._safe_softmax.default: _safe_softmax}
+
+
 class _BackendModule(backend_registration._DummyBackendModule):
     """What torch asks of ``torch.simcuda``."""
 
@@ -83,6 +95,9 @@ class _ObservedFakeMode(FakeTensorMode):
             with in_kernel_invocation_manager(self):
                 view = func(*args, **(kwargs or {}))
             return FakeTensor(self, view, args[0].fake_device)
+        if func in _REWRITTEN and isinstance(args[0], FakeTensor):
+            with self:
+                return _REWRITTEN[func](*args, **(kwargs or {}))
         # Operators that a shape rule uses internally are not the program's own.
         depth = getattr(self._nesting, "depth", 0)
         self._nesting.depth = depth + 1

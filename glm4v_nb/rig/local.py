@@ -12,6 +12,17 @@ from glm4v_nb.rig.accounting import Block
 from glm4v_nb.rig.stages import CardMemory, Stages
 
 
+def measured_on(gpus: int, remark: str = "") -> str:
+    """ "measured on ...": the first ``gpus`` GPUs, or the CPU if that is 0, a remark on them, date and versions."""
+    if gpus:
+        names = Counter(torch.cuda.get_device_name(index) for index in range(gpus))
+        where = ", ".join(f"{count} x {name}" for name, count in names.items())
+    else:
+        where = f"CPU ({platform.machine()}, {psutil.cpu_count()} cores)"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"measured on {where}{remark}, {time.strftime('%Y-%m-%d')}, {versions}"
+
+
 class LocalRig(Stages):
     """This machine's GPUs as they are, or its CPU and host memory where there are none.
 
@@ -26,13 +37,7 @@ class LocalRig(Stages):
     @property
     def provenance(self) -> str:
         """ "measured on ...", with device, date and versions."""
-        if torch.cuda.is_available():
-            names = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-            where = ", ".join(f"{count} x {name}" for name, count in names.items())
-        else:
-            where = f"CPU ({platform.machine()}, {psutil.cpu_count()} cores)"
-        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-        return f"measured on {where}, {time.strftime('%Y-%m-%d')}, {versions}"
+        return measured_on(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
     def __repr__(self):
         return f"LocalRig({self.provenance})"
@@ -43,26 +48,34 @@ class LocalRig(Stages):
     def __exit__(self, *exception):
         pass
 
+    @property
+    def devices(self) -> list[tuple[str, int]]:
+        """Name and capacity in bytes of every GPU; empty where there is none."""
+        if not torch.cuda.is_available():
+            return []
+        found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return [(properties.name, properties.total_memory) for properties in found]
+
     def memory(self) -> list[CardMemory]:
         """Every GPU's memory now, or the host's where there is none, whose card is "host"."""
         if not torch.cuda.is_available():
             return [self._host_memory()]
-        found = []
-        for index in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(index)
-            found.append(
-                CardMemory(
-                    index=index,
-                    card=torch.cuda.get_device_name(index),
-                    capacity_bytes=total,
-                    allocated_bytes=torch.cuda.memory_allocated(index),
-                    reserved_bytes=torch.cuda.memory_reserved(index),
-                    peak_allocated_bytes=torch.cuda.max_memory_allocated(index),
-                    peak_reserved_bytes=torch.cuda.max_memory_reserved(index),
-                    free_bytes=free,
-                )
+        return [
+            CardMemory(
+                index=index,
+                card=name,
+                capacity_bytes=capacity,
+                allocated_bytes=torch.cuda.memory_allocated(index),
+                reserved_bytes=torch.cuda.memory_reserved(index),
+                peak_allocated_bytes=torch.cuda.max_memory_allocated(index),
+                peak_reserved_bytes=torch.cuda.max_memory_reserved(index),
+                free_bytes=self._free_bytes(index),
             )
-        return found
+            for index, (name, capacity) in enumerate(self.devices)
+        ]
+
+    def _free_bytes(self, index: int) -> int:
+        return torch.cuda.mem_get_info(index)[0]
 
     def blocks(self, card: int = 0) -> list[Block]:
         """Empty: PyTorch does not tell what a real card's blocks are for."""
@@ -83,5 +96,5 @@ class LocalRig(Stages):
         self._host_peak = 0
         self.memory()
         if torch.cuda.is_available():
-            for index in range(torch.cuda.device_count()):
+            for index in range(len(self.devices)):
                 torch.cuda.reset_peak_memory_stats(index)

@@ -28,6 +28,7 @@ from glm4v_nb.model import GLM4VForConditionalGeneration
 from glm4v_nb.model.configuration import read_config
 from glm4v_nb.rig.cuda import CudaFunctions, CudaNames
 from glm4v_nb.rig.device import DEVICE_TYPE, fake_mode
+from glm4v_nb.rig.kernels import routed_attention, routed_convolution
 
 _AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
 # Arguments that say where weights come from; a simulated model has none to fetch.
@@ -49,15 +50,23 @@ _REMEMBERED_ANSWERS = (import_utils.is_torch_cuda_available, import_utils.is_tor
 def simulated_world(rig):
     """Let torch, transformers and accelerate see ``rig``'s cards as CUDA devices until the block ends.
 
-    ``rig`` has ``cards``, ``allocators``, and the context managers ``loading()`` and ``deferring_errors()``.
+    ``rig`` has ``cards``, ``allocators``, ``release_workspaces()``, and the context managers ``loading()`` and
+    ``deferring_errors()``.
     """
     fake_mode()
     cuda = CudaFunctions(rig)
     with ExitStack() as stack:
         for name in (name for name in dir(cuda) if not name.startswith("_")):
             stack.enter_context(mock.patch.object(torch.cuda, name, getattr(cuda, name), create=True))
-        routed = _routed_attention(functional.scaled_dot_product_attention, rig)
-        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", routed))
+        stack.enter_context(
+            mock.patch.object(torch._C, "_cuda_clearCublasWorkspaces", rig.release_workspaces, create=True)
+        )
+        for name, route in (
+            ("scaled_dot_product_attention", routed_attention),
+            ("conv2d", routed_convolution),
+        ):
+            routed = route(getattr(functional, name), rig)
+            stack.enter_context(mock.patch.object(functional, name, routed))
         # Prompts on simulated cards have no values to look at: they are neither packed nor padded.
         for name, answer in (
             ("find_packed_sequence_indices", None),
@@ -83,40 +92,6 @@ def simulated_world(rig):
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(CudaNames(cuda))
         yield
-
-
-def _routed_attention(original, rig):
-    """``scaled_dot_product_attention`` with the kernel CUDA picks; without a GPU torch picks the slowest."""
-
-    def scaled_dot_product_attention(
-        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-    ):
-        if query.device.type != DEVICE_TYPE:
-            return original(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        has_flash = rig.cards[query.device.index].compute_capability >= (8, 0)
-        half = query.dtype in (torch.float16, torch.bfloat16)
-        if attn_mask is None and half and has_flash:
-            return torch.ops.aten._scaled_dot_product_flash_attention(
-                query, key, value, dropout_p, is_causal, scale=scale
-            )[0]
-        grouped = query.shape[1] != key.shape[1]
-        if grouped or (query.dtype is torch.bfloat16 and not has_flash):
-            # Neither the flash nor the memory-efficient kernel takes these: CUDA uses the plain one too.
-            return original(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        if attn_mask is not None:
-            if attn_mask.dtype is torch.bool:
-                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-            attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        needs_gradient = torch.is_grad_enabled() and query.requires_grad
-        return torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
-        )[0]
-
-    return scaled_dot_product_attention
 
 
 def _unless_simulated(original, answer):

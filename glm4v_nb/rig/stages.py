@@ -1,5 +1,6 @@
 """The memory of every card at a moment, and the named stages of a run; the same for simulated and real cards."""
 
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 
@@ -40,10 +41,14 @@ class Stage:
 
 
 class Stages:
-    """What simulated and real rigs share: the named parts of a run."""
+    """What simulated and real rigs share: the named parts of a run, and that only one stands for torch.cuda."""
+
+    active: "Stages | None" = None
 
     def __init__(self):
         self.stages: list[Stage] = []
+        # Called at the end of every stage, while it still counts as running.
+        self.watchers: list[Callable[[], None]] = []
 
     def memory(self) -> list[CardMemory]:
         """Every card's memory now."""
@@ -66,7 +71,18 @@ class Stages:
                 stage.blocks = self._blocks_at_failure()
                 raise
             finally:
+                for watcher in self.watchers:
+                    watcher()
                 stage.memory = self.memory()
+
+    def _activate(self):
+        """Called where a ``with`` block begins in which ``torch.cuda`` shows other cards than the machine's."""
+        if Stages.active is not None:
+            raise RuntimeError(
+                f"{Stages.active} is active already; only one rig can stand for torch.cuda at a time. Leave its "
+                "`with` block first."
+            )
+        Stages.active = self
 
     def _reset_peaks(self):
         raise NotImplementedError

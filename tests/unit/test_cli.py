@@ -105,7 +105,57 @@ def test_a_device_map_that_cuts_a_block_fails_with_torchs_error_and_exit_code_1(
     assert err.count("\n") == 1
 
 
+def test_limits_add_their_keys_to_those_of_a_plain_answer(command):
+    code, out, err = command("fit", "--card", "H100", "--images", 0, "--new-tokens", 1, "--limits", "--json")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    plain = ["verdict", "devices", "oom", "seconds", "provenance"]
+    assert list(answer) == [
+        *plain,
+        "headroom_bytes",
+        "largest_batch",
+        "longest_context",
+        "recommendation",
+    ]
+    assert answer["longest_context"] == {"size": 8192, "limited_by": "model"}
+    assert answer["largest_batch"]["size"] > 100
+    assert answer["recommendation"]["device_map"] == {"": 0}
+    device = answer["devices"][0]
+    assert 0 < answer["headroom_bytes"][0] < device["capacity_bytes"] - device["peak_reserved_bytes"]
+
+
+def test_limits_for_people_end_with_lines_to_paste(command):
+    code, out, err = command("fit", "--card", "L4", "--images", 0, "--new-tokens", 1, "--limits")
+    assert (code, err) == (3, "")
+    assert "Largest batch: 0 samples like this (not even one fits)" in out
+    assert "Device map: none of the automatic ones fits" in out
+    code, out, _ = command("fit", "--card", "H100", "--images", 0, "--new-tokens", 1, "--limits")
+    assert code == 0
+    assert "Longest context: 8192 text tokens (the model's context ends there)" in out
+    assert 'AutoModelForCausalLM.from_pretrained(\n    "zai-org/glm-4v-9b",\n' in out
+
+
+def test_a_frontier_is_drawn_and_its_points_are_in_the_json(command, tmp_path):
+    picture = tmp_path / "what fits.png"
+    options = ("--images", 0, "--new-tokens", 1, "--frontier", picture, "--json")
+    code, out, err = command("fit", "--card", "H100", *options)
+    assert (code, err) == (0, "")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    answer = json.loads(out)
+    assert list(answer) == ["verdict", "devices", "oom", "seconds", "provenance", "frontier"]
+    assert answer["frontier"]["file"] == str(picture)
+    sizes = [point["largest_batch"] for point in answer["frontier"]["points"]]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] > 0
+
+
 WRONG_USE = {
+    "picture of no kind": (["--card", "L4", "--frontier", "a.gif"], "expected a name ending in .png"),
+    "picture in no folder": (["--card", "L4", "--frontier", "no/such/a.png"], "There is no folder 'no/such'"),
+    "limits of an unknown card": (["--card", "L5", "--limits"], "'L5' is not in the catalogue"),
+    "limits of too long a prompt": (
+        ["--card", "L4", "--text-tokens", "6591", "--limits"],
+        "takes 8193 positions",
+    ),
     "unknown card": (["--card", "RTX 4091"], 'Did you mean "RTX 4090"?'),
     "no card": ([], "Missing option '--card'"),
     "unknown dtype": (
@@ -240,7 +290,7 @@ def test_help_does_not_import_torch():
         "--text-tokens",
     ):
         assert option in process.stdout
-    for option in ("--new-tokens", "--train", "--gradient-checkpointing", "--json"):
+    for option in ("--new-tokens", "--train", "--gradient-checkpointing", "--limits", "--frontier", "--json"):
         assert option in process.stdout
 
 

@@ -162,6 +162,16 @@ def test_the_last_three_results_are_given_back(rig, shell, place):
     assert shell.user_ns[place] == ""
 
 
+def test_what_ipythons_own_flush_leaves_is_given_back(rig, shell):
+    shell.run_cell("torch.empty(2**20, device='cuda:0')", store_history=True)
+    shell.run_cell("0", store_history=True)
+    shell.displayhook.flush()
+    shell.last_execution_result = None
+    assert allocated(rig) == [4 * MIB, 0]
+    free_memory()
+    assert allocated(rig) == [0, 0]
+
+
 def test_the_result_of_the_last_cell_is_given_back(rig, shell):
     shell.run_cell("1").result = tensor_of(3)
     free_memory()

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from glm4v_nb.inference import Sampling, generate, load, stream
-from glm4v_nb.inference.generation import input_device
 from glm4v_nb.memory import Workload, make_prompt, prefill
 from glm4v_nb.miniature import CHECKPOINT
 from glm4v_nb.miniature.questions import describe
 from glm4v_nb.miniature.scenes import draw, random_scene
+from glm4v_nb.placement import input_device
 from glm4v_nb.rig import Rig
 
 SCENE = random_scene(np.random.default_rng(11), 5)

@@ -73,6 +73,17 @@ def test_on_simulated_cards_no_peak_of_a_stage_is_missed(run):
             assert max(seen) == memory.peak_allocated_bytes
 
 
+def test_a_peak_that_is_the_last_thing_of_a_stage_is_among_its_samples(path):
+    rig = Rig("L4")
+    with rig, Monitor(rig, path):
+        with rig.stage("fill"):
+            kept = torch.empty(3 * MIB, dtype=torch.uint8, device="cuda")
+        with rig.stage("rest"):
+            del kept
+    fill = [sample for sample in read_samples(path) if sample["stages"] == ["fill"]]
+    assert fill[-1]["cards"][0]["allocated_bytes"] == rig.stages[0].memory[0].peak_allocated_bytes == 3 * MIB
+
+
 def test_the_parts_of_a_card_sum_to_what_is_allocated_reserved_and_used(run):
     for sample in run[1]:
         for card in sample["cards"]:
@@ -238,6 +249,7 @@ def faked_gpu(monkeypatch):
         ("is_available", True),
         ("is_initialized", True),
         ("device_count", 1),
+        ("get_device_name", "Fake"),
         ("get_device_properties", properties),
         ("memory_stats_as_nested_dict", allocator),
     ):
@@ -265,7 +277,7 @@ def process(pid, mebibytes):
 
 
 def sampled(path):
-    rig = SimpleNamespace(provenance="measured on a fake", stages=[])
+    rig = Rig.here()
     with Monitor(rig, path, 60):
         pass
     return read_samples(path)[-1]["cards"][0]
@@ -292,7 +304,7 @@ def test_where_nvml_does_not_tell_this_process_from_others_the_sample_says_null(
 
 
 def test_nvml_is_begun_once_for_all_samples_and_ended(faked_gpu, path):
-    rig = SimpleNamespace(provenance="measured on a fake", stages=[])
+    rig = Rig.here()
     with Monitor(rig, path, 0.01) as watch:
         time.sleep(0.1)
     assert watch.samples > 2
@@ -301,7 +313,9 @@ def test_nvml_is_begun_once_for_all_samples_and_ended(faked_gpu, path):
 
 def test_weights_on_a_gpu_are_what_was_allocated_when_the_load_ended(faked_gpu, path):
     stage = SimpleNamespace(name="load", memory=[SimpleNamespace(allocated_bytes=700 * MIB)])
-    with Monitor(SimpleNamespace(provenance="fake", stages=[stage]), path, 60):
+    rig = Rig.here()
+    rig.stages.append(stage)
+    with Monitor(rig, path, 60):
         pass
     card = read_samples(path)[-1]["cards"][0]
     assert [card[name] for name in PARTS] == [700 * MIB, 0, None, 200 * MIB]
@@ -318,15 +332,16 @@ def test_the_timeline_has_a_panel_for_every_card_its_capacity_and_the_stages_nam
     assert "simulated" in figure.axes[-1].get_xlabel()
 
 
-def test_the_timeline_draws_a_peak_of_a_single_sample(run):
-    peak = max(
-        sample["cards"][0]["kv_cache_bytes"] + sample["cards"][0]["activations_bytes"] for sample in run[1]
-    )
-    figure = plot_timeline(run[1], only=("KV cache", "activations"))
-    tops = [
-        path.get_extents().y1 for collection in figure.axes[0].collections for path in collection.get_paths()
-    ]
-    assert max(tops) == pytest.approx(peak / 2**30)
+def test_the_timeline_draws_a_peak_of_a_single_sample_among_thousands(run):
+    flat = run[1][-1] | {"stages": ["work"]}
+    card = flat["cards"][0]
+    more = {name: card[name] + 2**30 for name in ("activations_bytes", "allocated_bytes", "reserved_bytes")}
+    peak = card["activations_bytes"] / 2**30 + 1
+    samples = [flat | {"event": event} for event in range(5000)]
+    samples[3210] |= {"cards": [card | more, flat["cards"][1]]}
+    figure = plot_timeline(samples, only=("activations",))
+    tops = [path.get_extents().y1 for each in figure.axes[0].collections for path in each.get_paths()]
+    assert max(tops) == pytest.approx(peak)
 
 
 def test_a_timeline_of_real_devices_counts_seconds(path):

@@ -1,7 +1,16 @@
 """Plots show the figures they are given; how they look is for people to judge."""
 
+import pytest
+
 from glm4v_nb.placement import PlacedModule
-from glm4v_nb.plots import COLOURS, plot_device_map, plot_memory_bars, plot_training_curve
+from glm4v_nb.plots import (
+    COLOURS,
+    plot_device_map,
+    plot_frontier,
+    plot_memory_bars,
+    plot_path,
+    plot_training_curve,
+)
 
 GIB = 2**30
 BLOCKS = [
@@ -56,3 +65,20 @@ def test_a_training_curve_says_what_it_was_measured_on():
     assert axes.get_xlabel() == (
         "minutes · measured on NVIDIA H100\ntorch 2.11.0, transformers 5.17.0, 2026-11-23"
     )
+
+
+def test_a_frontier_promises_between_two_lengths_only_what_the_longer_one_allows():
+    axes = plot_frontier({"text": {512: 20, 32: 40}, "image": {32: 8, 512: 0}}).axes[0]
+    line, shade = axes.patches[:2]
+    assert line.get_data().values.tolist() == shade.get_data().values.tolist() == [40, 20]
+    assert line.get_data().edges.tolist() == [0, 32, 512]
+    assert texts(axes) == ["40", "20", "8", "0"]
+    assert axes.get_xlabel() == "text tokens of the prompt, per sample · simulated"
+
+
+def test_a_picture_that_could_not_be_written_is_refused_before_the_work(tmp_path):
+    assert plot_path(str(tmp_path / "a.svg")) == tmp_path / "a.svg"
+    with pytest.raises(ValueError, match="expected a name ending in .png, .svg or .pdf"):
+        plot_path(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="There is no folder"):
+        plot_path(tmp_path / "missing" / "a.png")

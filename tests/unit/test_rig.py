@@ -61,12 +61,12 @@ def test_memory_functions_follow_a_tensor_from_birth_to_empty_cache(rig):
         tensor = torch.zeros(3 * MIB, dtype=torch.uint8, device="cuda:1")
         assert torch.cuda.memory_allocated(1) == torch.cuda.memory_allocated("cuda:1") == 3 * MIB
         assert torch.cuda.memory_allocated() == torch.cuda.memory_allocated(0) == 0
-        assert torch.cuda.memory_reserved(1) == 4 * MIB
-        assert torch.cuda.mem_get_info(1)[0] == free - 4 * MIB
+        assert torch.cuda.memory_reserved(1) == 20 * MIB
+        assert torch.cuda.mem_get_info(1)[0] == free - 20 * MIB
         del tensor
         assert torch.cuda.memory_allocated(1) == 0
         assert torch.cuda.max_memory_allocated(1) == 3 * MIB
-        assert torch.cuda.memory_reserved(1) == torch.cuda.max_memory_reserved(1) == 4 * MIB
+        assert torch.cuda.memory_reserved(1) == torch.cuda.max_memory_reserved(1) == 20 * MIB
         torch.cuda.reset_peak_memory_stats(1)
         assert torch.cuda.max_memory_allocated(1) == 0
         torch.cuda.empty_cache()
@@ -386,9 +386,10 @@ def test_gradients_count(rig):
         layer(torch.zeros(1, 1024, device="cuda")).sum().backward()
         gc.collect()
         workspace = find_card("L4").cublas_workspace_bytes
-        assert torch.cuda.memory_allocated() == 2 * 4 * MIB + workspace
+        # The backward pass runs in a thread of its own, which has a workspace of its own.
+        assert torch.cuda.memory_allocated() == 2 * 4 * MIB + 2 * workspace
         layer.zero_grad()
-        assert torch.cuda.memory_allocated() == 4 * MIB + workspace
+        assert torch.cuda.memory_allocated() == 4 * MIB + 2 * workspace
 
 
 def test_resizing_a_storage_counts_the_new_size(rig):
@@ -423,7 +424,8 @@ def test_the_cublas_workspace_is_charged_once_per_card_at_its_first_matrix_produ
 def test_a_workspace_that_found_no_room_is_charged_at_the_next_product(rig):
     with rig:
         matrix = torch.zeros(16, 16, device="cuda")
-        filler = torch.zeros(torch.cuda.mem_get_info()[0] - MIB, dtype=torch.uint8, device="cuda")
+        room = torch.cuda.mem_get_info()[0] // (2 * MIB) * (2 * MIB)
+        filler = torch.zeros(room, dtype=torch.uint8, device="cuda")
         with pytest.raises(torch.OutOfMemoryError):
             matrix @ matrix
         del filler
@@ -573,7 +575,8 @@ def test_auto_offloads_to_the_cpu_when_one_card_is_too_small_and_prefill_and_dec
         assert 1.1 * GIB < torch.cuda.max_memory_allocated() - resident < 1.5 * GIB
         del outputs, prompt
         gc.collect()
-        assert torch.cuda.memory_allocated() - resident == find_card("L4").cublas_workspace_bytes
+        # The projections of queries, keys and values have a bias, and their products a workspace in addition.
+        assert torch.cuda.memory_allocated() - resident == find_card("L4").cublas_workspace_bytes + MIB
 
 
 # --- a decode replayed equals a decode run
@@ -602,18 +605,18 @@ def tiny():
 def decoded(tiny, repeat, workload, room=None):
     """Counters of a rig after a decode, and again when its tensors are gone; and whether memory ran out.
 
-    ``room`` is how many bytes the cards have left after the prefill.
+    ``room`` is how many bytes the cards have left to reserve after the prefill.
     """
     rig, model = tiny
     with rig:
         prompt = make_prompt(model, workload)
         outputs = prefill(model, prompt)
         for card, allocator in enumerate(rig.allocators):
+            torch.cuda.empty_cache()
             if room is not None:
                 torch.cuda.set_per_process_memory_fraction(
-                    (allocator.allocated + room) / allocator.total_bytes, card
+                    (allocator.reserved + room + 1) / allocator.total_bytes, card
                 )
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(card)
         failed = None
         try:
@@ -644,9 +647,9 @@ def test_a_replayed_decode_counts_what_a_run_one_counts(tiny, batch_size, images
     assert replayed[2] is None
 
 
-@pytest.mark.parametrize("room", [1024 * kilobytes for kilobytes in (85, 100, 115, 130)])
+@pytest.mark.parametrize("room", [0, 2 * MIB, 4 * MIB, 20 * MIB, 24 * MIB])
 def test_a_replayed_decode_runs_out_of_memory_where_a_run_one_does_and_leaves_the_same(tiny, room):
-    workload = Workload(batch_size=4, images=0, text_tokens=20, new_tokens=24)
+    workload = Workload(batch_size=200, images=0, text_tokens=20, new_tokens=100)
     replayed, run = decoded(tiny, tiny[0], workload, room), decoded(tiny, EveryStep(), workload, room)
     assert replayed == run
     assert "CUDA out of memory" in replayed[2]

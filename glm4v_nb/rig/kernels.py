@@ -1,0 +1,107 @@
+"""What CUDA's kernels allocate beyond their results: which kernel is chosen, and what it needs while it runs.
+
+Shape rules know results only. The rest was read off traces of PyTorch's allocator on an H100 (torch 2.11, 2026-11-24;
+``benchmarks/memory.py --trace``) and, for the choice of kernels, in PyTorch's aten/src/ATen/native/transformers/cuda.
+"""
+
+import torch
+
+from glm4v_nb.rig.device import DEVICE_TYPE
+
+# cuDNN's attention keeps this much for itself while it runs.
+_CUDNN_ATTENTION_BYTES = 256
+# With one query position it divides the keys among so many blocks, each with its own sums.
+_DECODE_SPLITS = 8
+# Operators that call cuBLAS, whose workspace PyTorch allocates once per device and thread, and keeps.
+MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"}
+# A product with a bias goes through cublasLt, which has a workspace of its own: _parseCUDABlasLtWorkspaceSize().
+WITH_BIAS = {"aten::addmm"}
+CUBLASLT_WORKSPACE_BYTES = 2**20
+
+
+def _scratch(size_bytes: int, device: torch.device):
+    """Taken and given back at once, as a kernel's workspace is."""
+    torch.empty(size_bytes, dtype=torch.uint8, device=device)
+
+
+def routed_attention(original, rig):
+    """``scaled_dot_product_attention`` with the kernel CUDA picks; without a GPU torch picks the slowest."""
+
+    def scaled_dot_product_attention(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
+        if query.device.type != DEVICE_TYPE:
+            return original(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        capability = rig.cards[query.device.index].compute_capability
+        has_flash = capability >= (8, 0)
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        needs_gradient = torch.is_grad_enabled() and query.requires_grad
+        if attn_mask is None and half and capability[0] in (9, 10):
+            return _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, scale)
+        if attn_mask is None and half and has_flash:
+            return torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, scale=scale
+            )[0]
+        grouped = query.shape[1] != key.shape[1]
+        if grouped or (query.dtype is torch.bfloat16 and not has_flash):
+            # Neither the flash nor the memory-efficient kernel takes these: CUDA uses the plain one too.
+            return original(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if attn_mask is not None:
+            if attn_mask.dtype is torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+            attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
+        )[0]
+
+    return scaled_dot_product_attention
+
+
+def _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, scale):
+    """The kernel of Hopper cards; it keeps the sums of the softmax only for a backward pass."""
+    batch, heads, positions, features = query.shape
+    if needs_gradient:
+        output = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, dropout_p, is_causal, False, scale=scale
+        )[0]
+    else:
+        output = query.new_empty(batch, positions, heads, features).transpose(1, 2)
+    size = _CUDNN_ATTENTION_BYTES
+    if positions == 1 and key.shape[2] > 1:
+        # Per split: the weighted values, the largest score and the sum, in float32.
+        size = batch * heads * _DECODE_SPLITS * (features + 2) * 4 + _CUDNN_ATTENTION_BYTES // 2
+    _scratch(size, query.device)
+    return output
+
+
+def routed_convolution(original, rig):
+    """``conv2d`` as cuDNN runs it: on channels-last data everything is, in float32 on copies it transposes itself."""
+
+    def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        if input.device.type != DEVICE_TYPE:
+            return original(input, weight, bias, stride, padding, dilation, groups)
+        strides = input.stride()
+        channels_last = strides[1] == 1 and input.shape[1] > 1
+        if channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        output = original(input, weight, bias, stride, padding, dilation, groups)
+        if channels_last and not output.requires_grad:
+            # The shape rule does not know that the result is channels-last too; nothing else refers to it yet.
+            output = output.as_strided_(output.shape, _channels_last_strides(output.shape))
+        transposed = weight.detach().contiguous(memory_format=torch.channels_last) if channels_last else None
+        if input.dtype is torch.float32:
+            copies = (input, weight) if channels_last else (input, weight, output)
+            _scratch(sum(tensor.nbytes for tensor in copies) + 16, input.device)
+        del transposed
+        return output
+
+    return conv2d
+
+
+def _channels_last_strides(shape: torch.Size) -> tuple[int, int, int, int]:
+    _, channels, height, width = shape
+    return (channels * height * width, 1, width * channels, channels)
