@@ -55,6 +55,10 @@ def fit(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="With --train: recompute activations.")
     ] = False,
+    alloc_conf: Annotated[
+        str | None,
+        typer.Option(help="PyTorch's PYTORCH_CUDA_ALLOC_CONF, for example expandable_segments:True."),
+    ] = None,
     limits: Annotated[
         bool,
         typer.Option("--limits", help="Also the largest batch, the longest context and the best device map."),
@@ -75,10 +79,10 @@ def fit(
     workload = Workload(batch_size, images, text_tokens, new_tokens, train, gradient_checkpointing)
     setting = (card, count, dtype, fitting.read_device_map(device_map))
     if limits or frontier:
-        answer = _search(setting, workload, limits, frontier)
+        answer = _search(setting, workload, alloc_conf, limits, frontier)
     else:
         with _progress(f"running on {count} x {card}, simulated"):
-            answer = (fitting.fit(*setting, workload), None, None)
+            answer = (fitting.fit(*setting, workload, alloc_conf=alloc_conf), None, None)
     result, found, points = answer
     if as_json:
         print(json.dumps((found or result).to_dict() | (points or {}), indent=2))
@@ -155,7 +159,7 @@ def _progress(what: str):
     return console.status(f"{escape(what)} ...") if console.is_terminal else nullcontext()
 
 
-def _search(setting, workload, with_limits: bool, picture: str | None):
+def _search(setting, workload, alloc_conf: str | None, with_limits: bool, picture: str | None):
     """The plain answer, the limits or None, and the frontier as JSON has it or None; draws the picture."""
     from glm4v_nb import fit as fitting
     from glm4v_nb import limits as searching
@@ -167,9 +171,9 @@ def _search(setting, workload, with_limits: bool, picture: str | None):
     fitting.check_arguments(*setting[1:], workload)
     token_counts = searching.frontier_tokens(workload) if picture else []
     with _SearchBar(4 * with_limits + len(token_counts)) as bar:
-        trials = searching.Trials(*setting, bar=bar)
+        trials = searching.Trials(*setting, bar=bar, alloc_conf=alloc_conf)
         found = searching.limits(trials, workload, bar) if with_limits else None
-        result = found.result if found else fitting.fit(*setting, workload)
+        result = found.result if found else fitting.fit(*setting, workload, alloc_conf=alloc_conf)
         if not picture:
             return result, found, None
         batches = searching.frontier(trials, workload, token_counts, bar)

@@ -35,7 +35,9 @@ class DeviceFit:
     @property
     def free_at_peak_bytes(self) -> int:
         """What the driver still had to give when most was reserved."""
-        return self.capacity_bytes - find_card(self.card).context_bytes - self.peak_reserved_bytes
+        card = find_card(self.card)
+        outside = card.context_bytes + card.kernel_bytes + card.system_bytes
+        return self.capacity_bytes - outside - self.peak_reserved_bytes
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def fit(
     device_map: str | dict[str, Place] = "auto",
     workload: Workload | None = None,
     checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
+    alloc_conf: str | None = None,
 ) -> FitResult:
     """Run a workload of a checkpoint, by default the full-size model, on ``count`` simulated cards.
 
@@ -81,12 +84,13 @@ def fit(
     Args:
         checkpoint: the official hub id, or a directory with a GLM-4V config.json. Only the configuration is read,
             never the weights.
+        alloc_conf: PyTorch's ``PYTORCH_CUDA_ALLOC_CONF``, as of ``Rig.simulated``.
 
     Raises:
-        ValueError: unknown card, dtype, device map or checkpoint, or an impossible workload.
+        ValueError: unknown card, dtype, device map, checkpoint or option, or an impossible workload.
     """
     workload = workload or Workload()
-    rig = Rig.simulated(card, count)
+    rig = Rig.simulated(card, count, alloc_conf)
     check_arguments(count, dtype, device_map, workload, checkpoint)
     started = time.perf_counter()
     if isinstance(device_map, str):

@@ -96,7 +96,7 @@ class Trials:
     """One model on simulated cards, loaded once, to run workloads on.
 
     Args:
-        card, count, dtype, device_map, checkpoint: as in ``fit``.
+        card, count, dtype, device_map, checkpoint, alloc_conf: as in ``fit``.
         bar: a tqdm bar or anything with its ``set_postfix_str``, to be told of every run.
 
     Raises:
@@ -111,13 +111,14 @@ class Trials:
         device_map: str | dict[str, Place] = "auto",
         checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
         bar=None,
+        alloc_conf: str | None = None,
     ):
         smallest = Workload(images=0, text_tokens=1, new_tokens=1)
-        self.rig = Rig.simulated(card, count)
+        self.rig = Rig.simulated(card, count, alloc_conf)
         check_arguments(count, dtype, device_map, smallest, checkpoint)
         self.card, self.count, self.dtype, self.checkpoint, self.bar = card, count, dtype, checkpoint, bar
         self.config = read_config(checkpoint)
-        self.asked_map = device_map
+        self.asked_map, self.alloc_conf = device_map, alloc_conf
         if isinstance(device_map, str):
             device_map = map_without_offload(card, count, DTYPES[dtype], device_map, checkpoint)
         self.device_map = device_map
@@ -193,7 +194,13 @@ def limits(trials: Trials, workload: Workload | None = None, bar=None) -> Limits
     workload = workload or Workload()
     # The plain answer is that of a fresh load, as ``fit`` gives it.
     result = trials.runs[workload] = fit(
-        trials.card, trials.count, trials.dtype, trials.asked_map, workload, trials.checkpoint
+        trials.card,
+        trials.count,
+        trials.dtype,
+        trials.asked_map,
+        workload,
+        trials.checkpoint,
+        trials.alloc_conf,
     )
     _advance(bar)
     batch = largest_batch(trials, workload)
@@ -370,7 +377,15 @@ def _loaded(trials: Trials, placement: dict[str, Place]) -> Trials:
     """Trials on this map: the same ones if it is their map."""
     if placement == trials.device_map or not all(isinstance(place, int) for place in placement.values()):
         return trials
-    return Trials(trials.card, trials.count, trials.dtype, placement, trials.checkpoint, trials.bar)
+    return Trials(
+        trials.card,
+        trials.count,
+        trials.dtype,
+        placement,
+        trials.checkpoint,
+        trials.bar,
+        trials.alloc_conf,
+    )
 
 
 def _plan(trials: Trials, strategy: str, max_memory: dict[int, int | str]) -> dict[str, Place]:

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 from glm4v_nb.placement import PlacedModule
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 # Okabe & Ito, "Color Universal Design" (2008).
 COLOURS = {
     "weights": "#0072B2",

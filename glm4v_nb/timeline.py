@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from glm4v_nb.plots import _STYLE, COLOURS, GIB
+from glm4v_nb.plots import _STYLE, COLOURS, GIB, MIB
 
 # From the bottom up. The first two are there before the program does anything.
 PARTS = {
@@ -16,7 +16,7 @@ PARTS = {
     "outside PyTorch": COLOURS["CUDA context"],
     "weights": COLOURS["weights"],
     "KV cache": COLOURS["KV cache"],
-    "workspace": "#F0E442",
+    "workspace": COLOURS["workspace"],
     "activations": COLOURS["activations"],
     "reserved, unused": "#DDDDDD",
 }
@@ -82,16 +82,17 @@ def plot_timeline(
             figsize=(10, 2.3 * len(cards) + 1.6),
         )
         used: set[str] = set()
+        unit = _unit(samples, only)
         for axes, index in zip(panels[:, 0], range(len(cards)), strict=True):
-            used |= _draw_card(axes, [sample["cards"][index] for sample in samples], places, only)
+            used |= _draw_card(axes, [sample["cards"][index] for sample in samples], places, only, unit)
             for _, begin, end in spans:
                 axes.axvline(begin, color="black", linewidth=0.8, linestyle=":")
                 axes.axvline(end, color="black", linewidth=0.8, linestyle=":")
         _name_stages(panels[0, 0], spans, places[-1] - places[0])
         if simulated:
             panels[-1, 0].set_xticks([])
-        unit = "allocations and releases, stages equally wide" if simulated else "seconds"
-        panels[-1, 0].set_xlabel(f"{unit} · {samples[0]['provenance']}", fontsize=11)
+        progress = "allocations and releases, stages equally wide" if simulated else "seconds"
+        panels[-1, 0].set_xlabel(f"{progress} · {samples[0]['provenance']}", fontsize=11)
         figure.suptitle(title, x=0.01, ha="left", fontsize=14)
         handles = [Patch(color=colour, label=name) for name, colour in PARTS.items() if name in used]
         if only is None:
@@ -101,27 +102,40 @@ def plot_timeline(
     return figure
 
 
-def _draw_card(axes, cards: list[dict], places: list[float], only: Sequence[str] | None) -> set[str]:
-    """Stack one card's parts; returns the names of those drawn."""
+def _unit(samples: Sequence[dict], only: Sequence[str] | None) -> tuple[str, int]:
+    """Name and bytes of the unit in which the chosen parts read well; with the capacity it is always GiB."""
+    highest = max(
+        sum(size for name, size in parts_of(card).items() if name in (only or ()))
+        for sample in samples
+        for card in sample["cards"]
+    )
+    return ("GiB", GIB) if only is None or highest >= GIB else ("MiB", MIB)
+
+
+def _draw_card(
+    axes, cards: list[dict], places: list[float], only: Sequence[str] | None, unit: tuple[str, int]
+) -> set[str]:
+    """Stack one card's parts, in a unit given by name and bytes; returns the names of those drawn."""
+    unit_name, unit_bytes = unit
     chosen, edges = _largest_by_column(cards, places)
     split = [parts_of(card) for card in chosen]
     names = [name for name in only or PARTS if any(name in parts for parts in split)]
     bottom = [0.0] * len(chosen)
     for name in names:
-        top = [low + parts.get(name, 0) / GIB for low, parts in zip(bottom, split, strict=True)]
+        top = [low + parts.get(name, 0) / unit_bytes for low, parts in zip(bottom, split, strict=True)]
         axes.fill_between(edges, bottom, top, step="post", color=PARTS[name], linewidth=0)
         bottom = top
     highest = max(bottom)
     label = "host" if cards[0]["card"] == "host" else f"GPU {cards[0]['index']} · {cards[0]['card']}"
     if only is None:
-        highest = capacity = cards[0]["capacity_bytes"] / GIB
+        highest = capacity = cards[0]["capacity_bytes"] / unit_bytes
         axes.axhline(capacity, color="black", linewidth=2.5)
         label += f" · largest sample {max(card['allocated_bytes'] for card in cards) / GIB:.1f} GiB allocated"
     axes.set_ylim(
         0, max(highest * 1.25, axes.get_ylim()[1] if only else 0) or 1
     )  # room for the stages' names
     axes.set_xlim(places[0], max(places[-1], places[0] + 1e-6))
-    axes.set_ylabel("GiB")
+    axes.set_ylabel(unit_name)
     axes.set_title(label, fontsize=12)
     return set(names)
 

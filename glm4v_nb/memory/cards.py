@@ -31,8 +31,7 @@ class SimulatedCards:
     """Simulated cards: every live block says which stage and operator made it.
 
     Weights are the blocks of a stage named "load", and everything while it runs. The KV cache is what ``torch.cat``
-    made of four dimensions: that is how transformers' ``DynamicCache`` grows. While ``rig.repeat`` replays decode
-    steps, what a step adds to the cache counts as activations until the replay ends.
+    made of four dimensions: that is how transformers' ``DynamicCache`` grows.
     """
 
     def __init__(self, rig):

@@ -187,7 +187,6 @@ class _Listener:
 
         def observed(argument):
             now = allocator.allocated
-            self.events += 1
             stages = self.stages()
             if method.__name__ == "free":
                 # Only where it ends a peak: what is being released is no longer among the blocks.
@@ -205,6 +204,7 @@ class _Listener:
                 self._sampled_bytes = [each.allocated for each in self.allocators]
                 self._sampled_peaks[index] = max(self._sampled_peaks[index], now)
                 self.sample()
+            self.events += 1
             return method(argument)
 
         return observed

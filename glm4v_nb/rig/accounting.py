@@ -209,6 +209,8 @@ class Accounting:
                         for place in table.pop(number):
                             allocator.free(place)
                 self._hold(held, made)
+                for number, block in survivors.items():
+                    block.bytes = sum(place.size for place in held[number])
         except torch.OutOfMemoryError:
             # As when a real step fails: what replaced an older block stays, the step's own temporaries go.
             for number, places in made.items():

@@ -123,7 +123,12 @@ class _ObservedFakeMode(FakeTensorMode):
                     if isinstance(leaf, FakeTensor) and leaf.device.type == DEVICE_TYPE
                 ]
             if results:
-                _observer(func, results)
+                try:
+                    _observer(func, results)
+                except torch.OutOfMemoryError as error:
+                    # A real card never made this tensor: no frame of the error may lead to it.
+                    output = results = None
+                    raise error.with_traceback(None) from None
         return output
 
 

@@ -75,7 +75,7 @@ def test_a_training_step_that_does_not_fit_is_told_of_gradient_checkpointing(com
 def test_what_fits_says_so_in_a_sentence(command):
     code, out, _ = command("fit", "--card", "H100", "--images", 0, "--new-tokens", 0)
     assert code == 0
-    assert "It fits: card 0 is the fullest, with 52." in out
+    assert "It fits: card 0 is the fullest, with 52." in out  # of the 79 GiB
 
 
 def test_a_device_map_is_taken_as_json_or_from_a_file(command, tmp_path):
@@ -103,6 +103,17 @@ def test_a_device_map_that_cuts_a_block_fails_with_torchs_error_and_exit_code_1(
     assert (code, out) == (1, "")
     assert "Expected all tensors to be on the same device" in err
     assert err.count("\n") == 1
+
+
+def test_the_allocators_configuration_decides_where_fragmentation_does(command):
+    options = ("--card", "L4", "--count", 2, "--batch-size", 18, "--new-tokens", 0)
+    code, out, _ = command("fit", *options)
+    assert code == 3
+    assert "2.93 GiB is reserved by PyTorch but unallocated" in out
+    assert command("fit", *options, "--alloc-conf", "expandable_segments:True")[0] == 0
+    code, _, err = command("fit", *options, "--alloc-conf", "expandable")
+    assert code == 2
+    assert "is not simulated; expected expandable_segments:True" in err
 
 
 def test_limits_add_their_keys_to_those_of_a_plain_answer(command):

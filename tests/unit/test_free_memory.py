@@ -12,7 +12,7 @@ from traitlets.config import Config
 
 from glm4v_nb.memory import Workload, free_memory, make_prompt, prefill, with_smaller_batches
 from glm4v_nb.memory.cleanup import clear_frames
-from glm4v_nb.memory.holders import find_holders
+from glm4v_nb.memory.holders import find_holders, sizes, tensors_in
 from glm4v_nb.rig import Rig
 
 KEPT_BY_SYS = ("last_exc", "last_type", "last_value", "last_traceback")
@@ -71,6 +71,13 @@ def kept_error():
         failing()
     except RuntimeError as error:
         return error
+
+
+def test_an_error_does_not_lead_to_the_tensor_there_was_no_room_for(rig):
+    held = torch.empty(15 * 2**30, dtype=torch.uint8, device="cuda")
+    with pytest.raises(torch.OutOfMemoryError) as failed:
+        held + 1
+    assert sizes(tensors_in(failed.value)) == {0: 15 * 2**30}
 
 
 # --- the hiding places, each alone
