@@ -55,6 +55,13 @@ def fit(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="With --train: recompute activations.")
     ] = False,
+    trained: Annotated[
+        str,
+        typer.Option(help="With --train: everything, decoder (the image tower frozen) or lora."),
+    ] = "everything",
+    optimizer: Annotated[
+        str, typer.Option(help="With --train: adamw adds its states and first update.")
+    ] = "",
     alloc_conf: Annotated[
         str | None,
         typer.Option(help="PyTorch's PYTORCH_CUDA_ALLOC_CONF, for example expandable_segments:True."),
@@ -76,7 +83,9 @@ def fit(
     with _progress("loading torch"):
         from glm4v_nb import fit as fitting  # this command has the same name
         from glm4v_nb.memory import Workload
-    workload = Workload(batch_size, images, text_tokens, new_tokens, train, gradient_checkpointing)
+    workload = Workload(
+        batch_size, images, text_tokens, new_tokens, train, gradient_checkpointing, trained, optimizer
+    )
     setting = (card, count, dtype, fitting.read_device_map(device_map))
     if limits or frontier:
         answer = _search(setting, workload, alloc_conf, limits, frontier)

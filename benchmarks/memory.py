@@ -37,7 +37,7 @@ class Run:
     images: int = 1
     text_tokens: int = 32
     new_tokens: int = 1
-    train: str = ""  # "full", "frozen tower" or "lora"
+    train: str = ""  # what is trained: "everything", "decoder" or "lora"
     gradient_checkpointing: bool = False
     optimizer: str = ""  # "AdamW" or "AdamW, one by one" (foreach=False)
     cap_bytes: int | None = None
@@ -127,7 +127,7 @@ ONE_TRAIN = tuple(
             Run("batch 2", batch_size=2, train=train, gradient_checkpointing=checkpointing),
         ),
     )
-    for train, checkpointing in (("frozen tower", False), ("frozen tower", True), ("lora", True))
+    for train, checkpointing in (("decoder", False), ("decoder", True), ("lora", True))
 )
 TWO_AUTO = Load(
     "two cards, auto",
@@ -181,7 +181,7 @@ TWO_TRAIN = Load(
     runs=(
         Run(
             "image, AdamW one by one",
-            train="full",
+            train="everything",
             gradient_checkpointing=True,
             optimizer="AdamW, one by one",
         ),
@@ -271,28 +271,15 @@ def step(rig, model, run: Run):
 
 def train(rig, model, run: Run, workload):
     """One training step: forward and backward, then the optimiser's first update if asked for."""
-    import torch
+    from glm4v_nb.memory import first_update, make_prompt, train_step, trained_parameters
 
-    from glm4v_nb.memory import make_prompt, train_step
-
-    trained = model
-    if run.train == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        if not hasattr(model, "peft_config"):
-            adapters = LoraConfig(r=16, target_modules=["q_proj", "v_proj"])
-            trained = get_peft_model(model, adapters)
-            model.enable_input_require_grads()
-    elif run.train == "frozen tower":
-        model.vision_tower.requires_grad_(False)
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    parameters = trained_parameters(model, run.train)
     with rig.stage("backward"):
         prompt = make_prompt(model, workload)
         train_step(model, prompt, run.gradient_checkpointing)
     if run.optimizer:
-        foreach = False if "one by one" in run.optimizer else None
         with rig.stage("optimizer"):
-            torch.optim.AdamW(parameters, foreach=foreach).step()
+            first_update(parameters, foreach=False if "one by one" in run.optimizer else None)
     for parameter in parameters:
         parameter.grad = None
 
@@ -460,8 +447,178 @@ def measure(arguments: argparse.Namespace):
         output.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
-def main():
-    """Read the command line."""
+@dataclass(frozen=True)
+class Figure:
+    """One figure measured and simulated, in bytes; ``allowed_bytes`` is how far apart they may be."""
+
+    load: str
+    run: str
+    stage: str
+    card: int
+    name: str
+    measured: int
+    simulated: int
+    allowed_bytes: float
+
+    @property
+    def right(self) -> bool:
+        return abs(self.simulated - self.measured) <= self.allowed_bytes
+
+
+# What the simulator promises. A message rounds to two decimals, and another process or driver takes some MiB.
+ALLOCATED_BYTES, RESERVED_SHARE, MESSAGE_BYTES = 4 * MIB, 0.01, 16 * MIB
+
+
+def simulate(results: dict) -> list[tuple[Load, list[dict], list[dict]]]:
+    """The loads of a file of measurements, with the measured and the simulated records of each."""
+    from glm4v_nb.rig import Rig
+
+    found = []
+    (card,) = results["provenance"]["cards"]
+    for measured in results["loads"]:
+        load = read_load(measured["load"])
+        caps = {record["run"]: record["cap_bytes"] for record in measured["records"]}
+        rig = Rig.simulated(card, load.cards, "")
+        found.append((load, measured["records"], perform(load, rig, OFFICIAL, caps)))
+    return found
+
+
+def read_load(stored: dict) -> Load:
+    """A ``Load`` from its JSON."""
+    runs = tuple(Run(**run | {"edge": run["edge"] and tuple(run["edge"])}) for run in stored["runs"])
+    limits = stored["max_memory_gib"] and tuple(stored["max_memory_gib"])
+    return Load(**stored | {"runs": runs, "max_memory_gib": limits})
+
+
+def compare(load: Load, measured: list[dict], simulated: list[dict]) -> tuple[list[Figure], list[str]]:
+    """All figures of a load side by side, and in words where runs ended differently."""
+    figures, differences = [], []
+    if [record["run"] for record in measured] != [record["run"] for record in simulated]:
+        names = ([record["run"] for record in each] for each in (measured, simulated))
+        return [], ["{}: measured the runs {}, simulated {}".format(load.name, *names)]
+    for real, ours in zip(measured, simulated, strict=True):
+        where = f"{load.name} · {real['run']}"
+        ends = [(end_of(record), len(record["stages"])) for record in (real, ours)]
+        if ends[0] != ends[1]:
+            differences.append(f"{where}: measured {ends[0][0]}, simulated {ends[1][0]}")
+            continue
+        for stage, other in zip(real["stages"], ours["stages"], strict=True):
+            for card, (one, two) in enumerate(zip(stage["memory"], other["memory"], strict=True)):
+                for name, allowed in (
+                    ("peak_allocated_bytes", ALLOCATED_BYTES),
+                    ("peak_reserved_bytes", RESERVED_SHARE * one["peak_reserved_bytes"]),
+                ):
+                    figure = (
+                        load.name,
+                        real["run"],
+                        stage["name"],
+                        card,
+                        name,
+                        one[name],
+                        two[name],
+                        allowed,
+                    )
+                    figures.append(Figure(*figure))
+        if real["out_of_memory"]:
+            figures += message_figures(load, real, ours)
+    return figures, differences
+
+
+def end_of(record: dict) -> str:
+    """How a run ended: "fits", or the phase, the card and the request that failed."""
+    from glm4v_nb.memory import parse_out_of_memory
+
+    if not record["out_of_memory"]:
+        return "fits"
+    message = parse_out_of_memory(record["out_of_memory"])
+    tried = f"tried {message.tried_bytes / MIB:.2f} MiB"
+    return f"out of memory in {record['stages'][-1]['name']} on card {message.device}, {tried}"
+
+
+def message_figures(load: Load, real: dict, ours: dict) -> list[Figure]:
+    """The other figures of two out-of-memory messages; what other processes held is theirs, not this program's."""
+    from glm4v_nb.memory import parse_out_of_memory
+
+    messages = [parse_out_of_memory(record["out_of_memory"]) for record in (real, ours)]
+    others = sum(real.get("others_bytes") or [0])
+    figures = []
+    for name in ("free_bytes", "process_bytes", "allocated_bytes", "unallocated_bytes"):
+        one, two = (getattr(message, name) for message in messages)
+        if name == "free_bytes":
+            one += others
+        # A size above 1 GiB is printed to a hundredth of a GiB.
+        allowed = MESSAGE_BYTES + (0.005 * GIB if one > GIB else 0)
+        stage = real["stages"][-1]["name"]
+        figures.append(Figure(load.name, real["run"], stage, messages[0].device, name, one, two, allowed))
+    return figures
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Print where the simulator and the measurements differ, and a summary; 1 if anything is out of bounds."""
+    wrong = 0
+    for path in arguments.results:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        figures, differences = [], []
+        for load, measured, simulated in simulate(results):
+            more, others = compare(load, measured, simulated)
+            figures += more
+            differences += others
+        outside = [figure for figure in figures if not figure.right]
+        wrong += len(outside) + len(differences)
+        print(f"\n{path}: {results['provenance']}")
+        for name in ("peak_allocated_bytes", "peak_reserved_bytes"):
+            apart = [abs(f.simulated - f.measured) / MIB for f in figures if f.name == name]
+            print(f"  {name:21s}{len(apart):4d} figures, {max(apart, default=0):8.1f} MiB apart at most")
+        for text in differences:
+            print("  DIFFERENT", text)
+        for figure in outside:
+            apart = (figure.simulated - figure.measured) / MIB
+            place = f"{figure.load} · {figure.run} · {figure.stage} · card {figure.card}"
+            print(
+                f"  OUTSIDE   {place}: {figure.name} {figure.measured / MIB:,.1f} MiB, simulated {apart:+,.1f}"
+            )
+        if arguments.picture:
+            plot(figures, results["provenance"], arguments.picture)
+    return 1 if wrong else 0
+
+
+def plot(figures: list[Figure], origin: dict, path: str):
+    """Simulated against measured peaks, and how far apart they are."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    looks = {
+        "peak_allocated_bytes": ("allocated", "#0072B2", "o"),
+        "peak_reserved_bytes": ("reserved", "#E69F00", "^"),
+    }
+    figure, (both, apart) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    for name, (label, colour, marker) in looks.items():
+        chosen = [each for each in figures if each.name == name]
+        measured = [each.measured / GIB for each in chosen]
+        both.plot(
+            measured, [each.simulated / GIB for each in chosen], marker, color=colour, label=label, alpha=0.6
+        )
+        distances = [(each.simulated - each.measured) / MIB for each in chosen]
+        apart.plot(measured, distances, marker, color=colour, label=label, alpha=0.6)
+    both.axline((0, 0), slope=1, color="black", linewidth=1)
+    both.set(xlabel="measured, GiB", ylabel="simulated, GiB")
+    apart.set(xlabel="measured, GiB", ylabel="simulated less measured, MiB")
+    for axes in (both, apart):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    both.legend(frameon=False)
+    cards = ", ".join(f"{count} x {name}" for name, count in origin["cards"].items())
+    versions = f"torch {origin['torch']}, transformers {origin['transformers']}, driver {origin['driver']}"
+    figure.suptitle(
+        f"Peaks measured on {cards}, {origin['date']}, {versions}", fontsize=10, x=0.01, ha="left"
+    )
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """Read the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -475,14 +632,20 @@ def main():
         command.add_argument("--only", default="", help="loads whose name contains this")
         command.add_argument("--number", type=int)
         command.add_argument("--trace", default="", help="also write every allocation to files of this name")
+    command = commands.add_parser("compare", help="hold the simulator to stored measurements")
+    command.add_argument("results", nargs="+", help="files that `measure` wrote")
+    command.add_argument("--picture", default="", help="draw simulated against measured into this file")
     arguments = parser.parse_args()
+    if arguments.command == "compare":
+        return report(arguments)
     if arguments.command == "write":
         write_checkpoint(arguments.checkpoint)
     elif arguments.command == "one":
         measure_one(arguments)
     else:
         measure(arguments)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

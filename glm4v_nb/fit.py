@@ -10,7 +10,15 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from glm4v_nb.memory import Workload, decode, make_prompt, prefill, train_step
+from glm4v_nb.memory import (
+    Workload,
+    decode,
+    first_update,
+    make_prompt,
+    prefill,
+    train_step,
+    trained_parameters,
+)
 from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, GLM4VConfig, read_config
 from glm4v_nb.placement import Place, check_device_map, meta_model, plan_device_map
 from glm4v_nb.rig import Rig, find_card
@@ -42,7 +50,10 @@ class DeviceFit:
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """Where a run died: card, phase ("load", "prefill", "decode" or "backward") and PyTorch's message."""
+    """Where a run died: card, phase and PyTorch's message.
+
+    Phases are "load", "prefill", "decode", and for training "backward" and "optimizer".
+    """
 
     device: int
     phase: str
@@ -143,7 +154,8 @@ def load(rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFI
 
 
 def run_workload(rig: Rig, model, workload: Workload):
-    """Run a workload on a loaded model, in the stages "prefill" and "decode", or "prefill" and "backward".
+    """Run a workload on a loaded model, in the stages "prefill" and "decode", or for training "prefill" (the
+    inputs), "backward" and "optimizer".
 
     Raises:
         torch.OutOfMemoryError: a card has no room; the last of ``rig.stages`` says in which stage.
@@ -151,11 +163,16 @@ def run_workload(rig: Rig, model, workload: Workload):
     with rig:
         with rig.stage("prefill"):
             prompt = make_prompt(model, workload)
-            if not workload.train:
+            if workload.train:
+                parameters = trained_parameters(model, workload.trained)
+            else:
                 outputs = prefill(model, prompt)
         if workload.train:
             with rig.stage("backward"):
                 train_step(model, prompt, workload.gradient_checkpointing)
+            if workload.optimizer:
+                with rig.stage("optimizer"):
+                    first_update(parameters)
         elif workload.new_tokens > 1:
             with rig.stage("decode"):
                 decode(rig, model, prompt, outputs, workload.new_tokens)

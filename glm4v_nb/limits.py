@@ -134,7 +134,7 @@ class Trials:
             self._model = None
         # Bytes allocated and reserved per card before every run.
         self.base = self._held()
-        self._warm: set[bool] = set()
+        self._warm: set[str] = set()
 
     def run(self, workload: Workload) -> FitResult:
         """Run a workload from the same state as every other; one that has run already is not run again.
@@ -149,7 +149,7 @@ class Trials:
                 self.bar.set_postfix_str(
                     f"{workload.batch_size} x {workload.images} images, {workload.text_tokens} tokens"
                 )
-            self._warm_up(workload.train)
+            self._warm_up(workload)
             self.runs[workload] = self._measure(workload)
             if self._held() != self.base:
                 raise RuntimeError(
@@ -158,11 +158,12 @@ class Trials:
                 )
         return self.runs[workload]
 
-    def _warm_up(self, train: bool):
-        """The first matrix products leave workspaces on the cards for good, those of a backward pass its own."""
-        if train not in self._warm:
-            self._measure(Workload(images=0, text_tokens=1, new_tokens=1, train=train))
-            self._warm.add(train)
+    def _warm_up(self, workload: Workload):
+        """What stays for good: workspaces of the first matrix products, those of a backward pass, adapters."""
+        kind = workload.trained if workload.train else "inference"
+        if kind not in self._warm:
+            self._measure(replace(workload, batch_size=1, images=0, text_tokens=1, new_tokens=1))
+            self._warm.add(kind)
             self.base = self._held()
 
     def _measure(self, workload: Workload) -> FitResult:

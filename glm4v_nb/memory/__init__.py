@@ -3,18 +3,21 @@
 from glm4v_nb.memory.cleanup import FreedMemory, free_memory, with_smaller_batches
 from glm4v_nb.memory.log import logged_stage
 from glm4v_nb.memory.oom import OutOfMemoryMessage, parse_out_of_memory
-from glm4v_nb.memory.probe import Workload, decode, make_prompt, prefill, train_step
+from glm4v_nb.memory.probe import Workload, decode, make_prompt, prefill
+from glm4v_nb.memory.training import first_update, train_step, trained_parameters
 
 __all__ = [
     "FreedMemory",
     "OutOfMemoryMessage",
     "Workload",
     "decode",
+    "first_update",
     "free_memory",
     "logged_stage",
     "make_prompt",
     "parse_out_of_memory",
     "prefill",
     "train_step",
+    "trained_parameters",
     "with_smaller_batches",
 ]

@@ -1,4 +1,4 @@
-"""The two halves of inference, and a training step, on prompts of a given size; the same on real and simulated cards.
+"""The two halves of inference on prompts of a given size; the same on real and simulated cards.
 
 ``generate`` looks at the values of tokens and cannot run where tensors have none. These functions take the same
 steps (one prefill over the whole prompt, then one position at a time) without looking.
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from glm4v_nb.memory.training import OPTIMIZERS, TRAINED
 from glm4v_nb.model.splicing import expand_image_positions
 from glm4v_nb.placement import input_device
 
@@ -17,7 +18,10 @@ class Workload:
     """Sizes of a run.
 
     ``text_tokens`` counts prompt tokens per sample without the image's positions (1602 at full size); ``images``
-    is per sample, 0 or 1, which is what the model takes.
+    is per sample, 0 or 1, which is what the model takes. With ``train`` it is one training step: ``trained`` names
+    the weights it changes ("everything", "decoder" for all but the image tower, "lora" for small matrices added to
+    the decoder's attention), ``optimizer`` the one whose first update follows the backward pass ("" for none,
+    "adamw").
     """
 
     batch_size: int = 1
@@ -26,6 +30,8 @@ class Workload:
     new_tokens: int = 128
     train: bool = False
     gradient_checkpointing: bool = False
+    trained: str = "everything"
+    optimizer: str = ""
 
     def __post_init__(self):
         for name, least in (("batch_size", 1), ("text_tokens", 1), ("new_tokens", 0), ("images", 0)):
@@ -42,6 +48,14 @@ class Workload:
                 "gradient_checkpointing saves memory of the backward pass and does nothing in inference. Set train "
                 "as well, or leave it out."
             )
+        for name, expected in (("trained", TRAINED), ("optimizer", OPTIMIZERS)):
+            value = getattr(self, name)
+            if value not in expected:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, expected))}.")
+            if value != expected[0] and not self.train:
+                raise ValueError(
+                    f"{name} is {value!r}, which is for training. Set train as well, or leave it out."
+                )
 
 
 def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:
@@ -106,19 +120,3 @@ def decode(rig, model, prompt: dict[str, torch.Tensor], outputs, new_tokens: int
         token = logits.argmax(dim=-1)
 
     rig.repeat(step, new_tokens - 1)
-
-
-def enable_gradient_checkpointing(model):
-    """Recompute activations in the backward pass; transformers 5.23 renamed the method that does it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
-
-
-def train_step(model, prompt: dict[str, torch.Tensor], gradient_checkpointing: bool = False):
-    """Forward and backward over the prompt with gradients for every parameter; no optimiser state."""
-    model.train()
-    if gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    loss = model(**prompt, labels=prompt["input_ids"], use_cache=False).loss
-    loss.backward()
-    return loss.detach()

@@ -154,11 +154,12 @@ def fake_mode() -> FakeTensorMode:
     return _mode
 
 
-def observe(observer: Observer | None):
-    """Report every operator to ``observer`` from now on; None stops reporting."""
+def observe(observer: Observer | None) -> Observer | None:
+    """Report every operator to ``observer`` from now on; None stops reporting. Returns who was told before."""
     global _observer
     fake_mode()
-    _observer = observer
+    before, _observer = _observer, observer
+    return before
 
 
 def card_device(index: int) -> torch.device:

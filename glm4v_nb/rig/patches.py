@@ -12,6 +12,7 @@ import torch
 from accelerate import hooks
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
+from torch.optim import optimizer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -30,7 +31,14 @@ from glm4v_nb.rig.cuda import CudaFunctions, CudaNames
 from glm4v_nb.rig.device import DEVICE_TYPE, fake_mode
 from glm4v_nb.rig.kernels import routed_attention, routed_convolution
 
-_AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
+# What a notebook may call ``from_pretrained`` of.
+MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GLM4VForConditionalGeneration)
+# Taken here and not when a block begins: the machine itself may be simulated, in tests.
+_ORIGINAL_LOAD = GLM4VForConditionalGeneration.from_pretrained
+_ROUTES = {
+    "scaled_dot_product_attention": (routed_attention, functional.scaled_dot_product_attention),
+    "conv2d": (routed_convolution, functional.conv2d),
+}
 # Arguments that say where weights come from; a simulated model has none to fetch.
 _DOWNLOAD_ARGUMENTS = (
     "revision",
@@ -61,12 +69,8 @@ def simulated_world(rig):
         stack.enter_context(
             mock.patch.object(torch._C, "_cuda_clearCublasWorkspaces", rig.release_workspaces, create=True)
         )
-        for name, route in (
-            ("scaled_dot_product_attention", routed_attention),
-            ("conv2d", routed_convolution),
-        ):
-            routed = route(getattr(functional, name), rig)
-            stack.enter_context(mock.patch.object(functional, name, routed))
+        for name, (route, original) in _ROUTES.items():
+            stack.enter_context(mock.patch.object(functional, name, route(original, rig)))
         # Prompts on simulated cards have no values to look at: they are neither packed nor padded.
         for name, answer in (
             ("find_packed_sequence_indices", None),
@@ -77,12 +81,15 @@ def simulated_world(rig):
             stack.enter_context(mock.patch.object(masking_utils, name, _unless_simulated(original, answer)))
         warmup = _warmup_of_cuda_cards(modeling_utils.caching_allocator_warmup)
         stack.enter_context(mock.patch.object(modeling_utils, "caching_allocator_warmup", warmup))
-        load = _simulated_from_pretrained(rig, GLM4VForConditionalGeneration.from_pretrained)
-        for model_class in (*_AUTO_CLASSES, GLM4VForConditionalGeneration):
+        load = _simulated_from_pretrained(rig, _ORIGINAL_LOAD)
+        for model_class in MODEL_CLASSES:
             stack.enter_context(mock.patch.object(model_class, "from_pretrained", load))
         stack.enter_context(mock.patch.object(GLM4VForConditionalGeneration, "generate", _refused_generate()))
         offload = _offload_of_numberless_weights(hooks.set_module_tensor_to_device)
         stack.enter_context(mock.patch.object(hooks, "set_module_tensor_to_device", offload))
+        # Optimisers take their default way, many tensors at a time, only for types of tensor on this list.
+        types = [*optimizer._foreach_supported_types, FakeTensor]
+        stack.enter_context(mock.patch.object(optimizer, "_foreach_supported_types", types))
         for answer in _REMEMBERED_ANSWERS:
             answer.cache_clear()
             stack.callback(answer.cache_clear)

@@ -1,5 +1,6 @@
 """``RealRig``: this machine's GPUs standing for cards of the catalogue, capped to their capacity where larger."""
 
+import gc
 from contextlib import ExitStack
 from unittest import mock
 
@@ -7,6 +8,7 @@ import torch
 
 from glm4v_nb.rig.catalog import Card, find_card
 from glm4v_nb.rig.local import LocalRig, measured_on
+from glm4v_nb.rig.patches import MODEL_CLASSES
 from glm4v_nb.rig.stages import Stages
 
 
@@ -29,7 +31,8 @@ class RealRig(LocalRig):
     In its ``with`` block ``torch.cuda.device_count`` and ``mem_get_info`` answer as on a machine with these cards, so
     that ``device_map="auto"`` makes the same map, and PyTorch may reserve no more than it could there
     (``set_per_process_memory_fraction``). A GPU that *is* such a card is used as it is. The out-of-memory
-    message is the driver's own and names the real capacity beside what is allowed.
+    message is PyTorch's own and names the real capacity beside what is allowed. The first block of a rig begins with
+    an empty cache. Two rigs share the GPUs: what one has loaded takes room from the other until it is deleted.
 
     Args:
         card, count: as of ``Rig``; ``refused_by`` must have nothing against them.
@@ -47,6 +50,7 @@ class RealRig(LocalRig):
         ]
         self._mem_get_info = torch.cuda.mem_get_info
         self._world: ExitStack | None = None
+        self._entered = False
 
     @property
     def cap_bytes(self) -> int:
@@ -70,6 +74,13 @@ class RealRig(LocalRig):
         with ExitStack() as stack:
             stack.callback(setattr, Stages, "active", None)
             count = len(self.cards)
+            if not self._entered:
+                self._entered = True
+                gc.collect()
+                torch.cuda.empty_cache()
+            for model_class in MODEL_CLASSES:
+                load = self._staged(model_class.from_pretrained)
+                stack.enter_context(mock.patch.object(model_class, "from_pretrained", load))
             stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: count))
             stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", self._shown_memory))
             for index in range(count):
@@ -93,6 +104,15 @@ class RealRig(LocalRig):
 
     def _free_bytes(self, index: int) -> int:
         return self._shown_memory(index)[0]
+
+    def _staged(self, original):
+        """``from_pretrained`` as a stage of its own, as on simulated cards."""
+
+        def from_pretrained(*args, **kwargs):
+            with self.loading():
+                return original(*args, **kwargs)
+
+        return from_pretrained
 
     def _shown_memory(self, device=None) -> tuple[int, int]:
         """``torch.cuda.mem_get_info`` of the card the GPU stands for."""

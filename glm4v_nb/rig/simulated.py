@@ -87,6 +87,7 @@ class SimulatedRig(Stages):
             self.allocators, self.card.cublas_workspace_bytes, self.card.kernel_bytes
         )
         self._world = None
+        self._observer_before = None
 
     def __repr__(self):
         return f"Rig({len(self.cards)} x {self.card.device_name}, {self.provenance})"
@@ -100,11 +101,11 @@ class SimulatedRig(Stages):
             Stages.active = None
             raise
         self._world = world
-        observe(self._accounting.observe)
+        self._observer_before = observe(self._accounting.observe)
         return self
 
     def __exit__(self, *exception):
-        observe(None)
+        observe(self._observer_before)
         Stages.active = None
         world, self._world = self._world, None
         world.__exit__(*exception)
@@ -160,12 +161,3 @@ class SimulatedRig(Stages):
     def deferring_errors(self):
         """Context manager for code an out-of-memory error cannot leave: it is raised when the block ends."""
         return self._accounting.deferring()
-
-    @contextmanager
-    def loading(self):
-        """Marks ``from_pretrained``: a stage of its own, unless the caller has named one."""
-        if self._accounting.stage != "other":
-            yield
-        else:
-            with self.stage("load"):
-                yield

@@ -75,6 +75,15 @@ class Stages:
                     watcher()
                 stage.memory = self.memory()
 
+    @contextmanager
+    def loading(self):
+        """Around ``from_pretrained``: a stage "load" of its own, unless the caller is inside a stage already."""
+        if any(not stage.memory for stage in self.stages):
+            yield
+        else:
+            with self.stage("load"):
+                yield
+
     def _activate(self):
         """Called where a ``with`` block begins in which ``torch.cuda`` shows other cards than the machine's."""
         if Stages.active is not None:
@@ -92,5 +101,5 @@ class Stages:
         return nullcontext()
 
     def _blocks_at_failure(self) -> list[list[Block]]:
-        """What was on each card; real cards do not tell."""
-        return []
+        """What was on each card; real cards do not tell, so there are empty lists for them."""
+        return [[] for _ in self.memory()]
