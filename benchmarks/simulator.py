@@ -24,7 +24,7 @@ LIMITS = {"load_and_prefill_seconds": 4.0, "with_32_tokens_seconds": 5.0, "resid
 
 
 def measure() -> dict:
-    """Load, one prefill with an image, 32 new tokens; seconds since the start of each."""
+    """Load, one prefill with an image, 32 new tokens, then a second answer of 1,000; seconds since the load began."""
     figures = {"import_seconds": time.perf_counter() - started}
     begin = time.perf_counter()
     rig = Rig("L4", 2)
@@ -38,6 +38,10 @@ def measure() -> dict:
         figures["load_and_prefill_seconds"] = time.perf_counter() - begin
         decode(rig, model, prompt, outputs, 32)
         figures["with_32_tokens_seconds"] = time.perf_counter() - begin
+        outputs = prefill(model, prompt)
+        begin_answer = time.perf_counter()
+        decode(rig, model, prompt, outputs, 1000)
+        figures["decode_1000_tokens_seconds"] = time.perf_counter() - begin_answer
     # Linux reports kilobytes, macOS bytes.
     unit = 1e6 if platform.system() == "Darwin" else 1e3
     figures["resident_megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
