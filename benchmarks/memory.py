@@ -137,9 +137,10 @@ TWO_AUTO = Load(
         Run("image, 64 new", new_tokens=64),
         Run("image, text 6000", text_tokens=6000),
         Run("batch 4, 64 new", batch_size=4, text_tokens=100, new_tokens=64),
-        Run("batch 4, text 6000", batch_size=4, images=0, text_tokens=6000),
         *edges("image", -24, 64),
         *edges("batch 4, 64 new", -500, -24, 64, batch_size=4, text_tokens=100, new_tokens=64),
+        # Last: on two H100 with torch 2.11 this one ended in a launch failure, which takes the process with it.
+        Run("batch 4, text 6000", batch_size=4, images=0, text_tokens=6000),
     ),
 )
 TWO_CAPPED = Load(
