@@ -6,6 +6,7 @@ status comes from the exception, and a watchdog stops the whole notebook.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import psutil
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
@@ -31,6 +33,27 @@ KERNEL_ENVIRONMENT = {
     "JUPYTER_PREFER_ENV_PATH": "1",
 }
 KERNEL_START_SECONDS = 120
+
+
+def kernel_process(client: PapermillNotebookClient):
+    """The kernel's process, None before it is started."""
+    return getattr(getattr(client.km, "provisioner", None), "process", None)
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that it started, in process groups of their own too."""
+    try:
+        process = psutil.Process(pid)
+        family = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
+    # A kernel leads its own process group, in which may be orphans of its children.
+    with contextlib.suppress(OSError):
+        if os.getpgid(pid) == pid:
+            os.killpg(pid, signal.SIGKILL)
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
 
 
 class _Watchdog:
@@ -50,15 +73,11 @@ class _Watchdog:
         self._timer.cancel()
 
     def _kill(self) -> None:
-        process = getattr(getattr(self._client.km, "provisioner", None), "process", None)
+        process = kernel_process(self._client)
         if process is None or process.poll() is not None:
             return
         self.fired = True
-        try:
-            # A kernel leads its own process group.
-            os.killpg(process.pid, signal.SIGKILL)
-        except OSError:
-            process.kill()
+        kill_tree(process.pid)
 
 
 class NotebookTimeout(RuntimeError):
@@ -77,6 +96,8 @@ class SuiteEngine(Engine):
         timeout_seconds: float,
         on_cell: Callable[[], None],
         kernel_log: Path,
+        environment: dict[str, str],
+        on_kernel: Callable[[int], None],
         start_timeout=60,
         **_,
     ):
@@ -87,15 +108,22 @@ class SuiteEngine(Engine):
             timeout=None,
             # ipykernel 7.4 warns at every start that loopback traffic is not encrypted.
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
-            on_cell_execute=lambda cell, cell_index: on_cell(),
+            on_cell_execute=lambda cell, cell_index: started(cell),
         )
+
+        def started(cell) -> None:
+            on_kernel(kernel_process(client).pid)
+            # papermill adds a cell with the parameters that were given.
+            if "injected-parameters" not in cell.metadata.get("tags", []):
+                on_cell()
+
         with kernel_log.open("wb") as log, _Watchdog(client, timeout_seconds) as watchdog:
             try:
-                return client.execute(env=os.environ | KERNEL_ENVIRONMENT, stderr=log)
+                return client.execute(env=os.environ | KERNEL_ENVIRONMENT | environment, stderr=log)
             except Exception as error:
                 if watchdog.fired:
                     raise NotebookTimeout(
-                        f"stopped after {timeout_seconds:g} seconds, its timeout_seconds in registry.toml"
+                        f"stopped after {timeout_seconds:g} seconds, its timeout_seconds"
                     ) from error
                 raise
 
@@ -114,11 +142,16 @@ def execute_notebook(
     directory: Path,
     output: Path,
     on_cell: Callable[[int, int], None] = lambda cell, cells: None,
+    parameters: dict | None = None,
+    environment: dict[str, str] | None = None,
+    on_kernel: Callable[[int], None] = lambda pid: None,
 ) -> NotebookResult:
     """Run directory/entry.file with `directory` as working directory; the executed copy goes to `output`.
 
-    on_cell(cell, cells): called before each code cell, counted from 1. A failing notebook is a result, not an
-    exception; KeyboardInterrupt passes through.
+    on_cell(cell, cells): called before each code cell, counted from 1. parameters: put in place of those of the
+    notebook. environment: added to the kernel's. on_kernel(pid): called with the
+    kernel's process before each code cell. A failing
+    notebook is a result, not an exception; KeyboardInterrupt passes through.
     """
     source = directory / entry.file
     result = NotebookResult(file=entry.file, title=entry.title, status="failed")
@@ -141,20 +174,25 @@ def execute_notebook(
             str(output).replace("{", "{{").replace("}", "}}"),
             engine_name="glm4v-nb",
             kernel_name=KERNEL_NAME,
+            language="python",
             cwd=directory,
             progress_bar=False,
             start_timeout=KERNEL_START_SECONDS,
             timeout_seconds=entry.timeout_seconds,
             on_cell=count_cell,
             kernel_log=kernel_log,
+            parameters=parameters,
+            environment=environment or {},
+            on_kernel=on_kernel,
         )
         result.status = "done"
     except PapermillExecutionError as error:
         result.error = _one_line(f"{error.ename}: {error.evalue}")
         result.traceback = strip_color("\n".join(error.traceback))
     except NotebookTimeout as error:
-        result.error = str(error)
+        result.error, result.ending = str(error), "timeout"
     except DeadKernelError:
+        result.ending = "killed"
         result.error = "kernel died (killed, out of memory, or a crash in native code)"
     except Exception as error:  # Whatever it was, the other notebooks still run.
         result.error = _one_line(f"{type(error).__name__}: {error}")

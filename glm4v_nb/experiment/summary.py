@@ -19,7 +19,8 @@ class NotebookResult(BaseModel):
     """How one notebook went.
 
     failed_cell counts code cells from 1, as the [n] beside a freshly run cell does. `error` is the last line
-    of the traceback or the reason it did not run; `executed` and `rendered` name files in the run's folder.
+    of the traceback or the reason it did not run; `ending` says what ended it where that was no error of a cell;
+    `executed` and `rendered` name files in the run's folder.
     """
 
     file: str
@@ -30,6 +31,7 @@ class NotebookResult(BaseModel):
     failed_cell: int | None = None
     error: str | None = None
     traceback: str | None = None
+    ending: Literal["timeout", "killed"] | None = None
     executed: str | None = None
     rendered: str | None = None
 

@@ -69,6 +69,7 @@ class Stages:
             except torch.OutOfMemoryError as error:
                 stage.out_of_memory = str(error)
                 stage.blocks = self._blocks_at_failure()
+                error.add_note(f'in the stage "{name}"')
                 raise
             finally:
                 for watcher in self.watchers:

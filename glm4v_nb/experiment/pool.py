@@ -1,0 +1,241 @@
+"""Does the runs of a sweep on a number of worker processes, and can be killed and begun again at any moment.
+
+What has been done is known from the runs' own ``outcome.json`` alone; nothing else is remembered, so nothing can
+disagree with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .files import locked, write_whole
+from .outcome import FinishedRun, Outcome, RunSpec, Status, Sweep, read_sweep
+from .worker import ENDED, NOT_WRITTEN, kill_kernel
+
+# These are results; the others ended for reasons that may be gone the next time.
+FINISHED: tuple[Status, ...] = ("done", "oom", "failed", "timeout")
+POLL_SECONDS = 0.1
+END_SECONDS = 10.0
+
+
+class SweepError(RuntimeError):
+    """A sweep cannot be begun or gone on with; no run is lost by it."""
+
+
+@dataclass
+class Progress:
+    """What a display is told: how many runs there are, which ended, and at which cell the others are."""
+
+    total: int
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    running: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Counter:
+        return Counter(outcome.status for outcome in self.outcomes.values())
+
+
+def prepare(directory: Path, name: str, specs: Sequence[RunSpec]) -> Sweep:
+    """Write down what a sweep is to do; runs that are there already keep their outcomes.
+
+    Raises:
+        SweepError: the folder cannot be written.
+    """
+    created = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    with contextlib.suppress(OSError, ValueError):
+        created = read_sweep(directory)[0].created
+    sweep = Sweep(name=name, created=created, runs=list(specs))
+    try:
+        for spec in specs:
+            (directory / spec.id).mkdir(parents=True, exist_ok=True)
+            if not (directory / spec.id / "spec.json").is_file():
+                write_whole(directory / spec.id / "spec.json", spec.model_dump_json(indent=2) + "\n")
+        write_whole(directory / "sweep.json", sweep.model_dump_json(indent=2) + "\n")
+    except OSError as error:
+        raise SweepError(
+            f"{directory} cannot be written: {error}. Free space or choose another --output."
+        ) from None
+    return sweep
+
+
+def run_sweep(
+    directory: Path,
+    notebooks: Path,
+    workers: int = 1,
+    *,
+    force: bool = False,
+    retry: bool = False,
+    show: Callable[[Progress], None] = lambda progress: None,
+) -> list[FinishedRun]:
+    """Do the runs of a prepared sweep that have not ended; returns all of them.
+
+    Args:
+        notebooks: the folder with the notebooks.
+        workers: how many at a time.
+        force: also those that are done.
+        retry: also those that failed or took too long.
+        show: called whenever something has changed, and a few times a second.
+
+    Raises:
+        SweepError: another process is at this sweep, or outcomes cannot be written.
+        KeyboardInterrupt: what was running has no outcome and is done the next time.
+    """
+    try:
+        with locked(directory / "lock"):
+            _Pool(directory, notebooks, workers, force, retry, show).run()
+    except BlockingIOError:
+        raise SweepError(
+            f"another process is running {directory}. Wait for it, or choose another --output."
+        ) from None
+    return read_sweep(directory)[1]
+
+
+class _Worker:
+    """A worker process and the run it has been given."""
+
+    def __init__(self, sweep: Path, notebooks: Path, said: queue.SimpleQueue):
+        command = [sys.executable, "-m", "glm4v_nb.experiment.worker", str(sweep), str(notebooks)]
+        self.log = open(sweep / f"worker-{os.getpid()}.log", "ab")
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            start_new_session=True,
+        )
+        self.run: RunSpec | None = None
+        self.began = 0.0
+        threading.Thread(target=self._listen, args=(said,), daemon=True).start()
+
+    def _listen(self, said: queue.SimpleQueue):
+        for line in self.process.stdout:
+            said.put((self, line.strip()))
+        said.put((self, None))  # it is gone
+
+    def give(self, run: RunSpec):
+        self.run, self.began = run, time.monotonic()
+        # A worker that has just died cannot take it; that it is gone is noticed by its silence.
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(run.id + "\n")
+            self.process.stdin.flush()
+
+    def end(self):
+        """Ask it to end, and see to it."""
+        self.process.terminate()
+        try:
+            self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+class _Pool:
+    def __init__(self, directory, notebooks, workers, force, retry, show):
+        self.directory, self.notebooks = directory, notebooks
+        self.show, self.count = show, workers
+        self.said: queue.SimpleQueue = queue.SimpleQueue()
+        self.workers: list[_Worker] = []
+        runs = read_sweep(directory)[1]
+        self.waiting: list[RunSpec] = []
+        self.progress = Progress(len(runs))
+        repeated = {"failed", "timeout"} if retry else set()
+        for run in runs:
+            status = run.outcome.status if run.outcome else None
+            if status in FINISHED and status not in repeated and not force:
+                self.progress.outcomes[run.spec.id] = run.outcome
+                continue
+            self.waiting.append(run.spec)
+            (directory / run.spec.id / "outcome.json").unlink(missing_ok=True)
+        self.waiting.reverse()  # taken from the end
+
+    def run(self):
+        try:
+            while self.waiting or any(worker.run for worker in self.workers):
+                self._employ()
+                self._listen()
+                self.show(self.progress)
+        finally:
+            for worker in self.workers:
+                worker.end()
+                if worker.run is not None:
+                    kill_kernel(self.directory / worker.run.id)
+            for log in self.directory.glob(f"worker-{os.getpid()}.log"):
+                if log.stat().st_size == 0:
+                    log.unlink()
+
+    def _employ(self):
+        """Give every idle worker a run, and start workers while there is more to do than there are."""
+        while self.waiting:
+            idle = next((worker for worker in self.workers if worker.run is None), None)
+            if idle is None:
+                if len(self.workers) >= self.count:
+                    return
+                idle = _Worker(self.directory, self.notebooks, self.said)
+                self.workers.append(idle)
+            run = self.waiting.pop()
+            idle.give(run)
+            self.progress.running[run.id] = (0, 0, idle.began)
+
+    def _listen(self):
+        try:
+            worker, line = self.said.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            return
+        run = worker.run
+        if line is None:
+            self._bury(worker)
+        elif line.startswith("cell ") and run:
+            _, cell, cells = line.split()
+            self.progress.running[run.id] = (int(cell), int(cells), worker.began)
+        elif line.startswith("ended ") and run:
+            worker.run = None
+            self._ended(run, line.removeprefix("ended "))
+
+    def _ended(self, run: RunSpec, said: str):
+        self.progress.running.pop(run.id, None)
+        if said != ENDED:
+            reason = said.removeprefix(NOT_WRITTEN).strip() or "another process is doing it"
+            raise SweepError(
+                f"the outcome of run {run.id} ({run.notebook}) could not be written: {reason}. See to that and run "
+                "the same command again; what has ended is kept."
+            )
+        path = self.directory / run.id / "outcome.json"
+        self.progress.outcomes[run.id] = Outcome.model_validate_json(path.read_text(encoding="utf-8"))
+
+    def _bury(self, worker: _Worker):
+        """A worker is gone: its run, if it had one, was killed with it."""
+        self.workers.remove(worker)
+        worker.end()
+        run = worker.run
+        if run is None:
+            return
+        kill_kernel(self.directory / run.id)
+        path = self.directory / run.id / "outcome.json"
+        if not path.exists():
+            code = worker.process.returncode
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            outcome = Outcome(
+                status="killed",
+                started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+                seconds=round(time.monotonic() - worker.began, 3),
+                error=f"the worker died ({how})",
+                signature="the worker died",
+            )
+            try:
+                write_whole(path, outcome.model_dump_json(indent=2) + "\n")
+            except OSError as error:
+                self._ended(run, f"{NOT_WRITTEN} {error}")
+        self._ended(run, ENDED)

@@ -1,0 +1,73 @@
+"""What a run is named by: the notebook's source, its parameters, the package and the checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+
+import nbformat
+
+import glm4v_nb
+
+from .outcome import RunSpec
+
+PACKAGE = Path(glm4v_nb.__file__).parent
+
+
+def run_spec(notebook: Path, title: str, defaults: dict, given: dict, timeout_seconds: float) -> RunSpec:
+    """A run's specification; its ``id`` changes with anything that could change the result.
+
+    Args:
+        notebook: the notebook's path.
+        defaults: all its parameters, as the notebook has them.
+        given: those that are set otherwise.
+    """
+    parameters = defaults | given
+    identity = {
+        "notebook": notebook.name,
+        "source": source_hash(notebook),
+        "parameters": parameters,
+        "package": package_hash(),
+        "checkpoint": checkpoint_fingerprint(parameters, notebook.parent),
+    }
+    return RunSpec(
+        id=_hash(json.dumps(identity, sort_keys=True)),
+        title=title,
+        given=sorted(given),
+        version=glm4v_nb.__version__,
+        timeout_seconds=timeout_seconds,
+        **identity,
+    )
+
+
+def source_hash(notebook: Path) -> str:
+    """Hash of a notebook's cells: kinds, sources and tags, without outputs and execution counts."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    return _hash(json.dumps([[cell.cell_type, cell.source, cell.metadata.get("tags", [])] for cell in cells]))
+
+
+@cache
+def package_hash() -> str:
+    """Hash of the package's own Python files and data, so that work done with other code counts as other work."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(str(path.relative_to(PACKAGE)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def checkpoint_fingerprint(parameters: dict, folder: Path) -> str:
+    """Of a checkpoint in a directory: names, sizes and times of its files; "" for one on the hub."""
+    name = parameters.get("checkpoint")
+    if not isinstance(name, str) or not (folder / name).is_dir():
+        return ""
+    files = sorted(path for path in (folder / name).iterdir() if path.is_file())
+    found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return _hash(json.dumps(found))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
