@@ -4,13 +4,14 @@ PYTHON ?= python3
 NOTEBOOKS ?=
 OUTPUT ?= runs
 TESTS ?=
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test lab lint clean
 MAKEFLAGS += --no-print-directory
 
 # A mistyped variable (NOTEBOKS=01) would otherwise be ignored without a word.
-VARIABLES_KNOWN := PYTHON NOTEBOOKS OUTPUT TESTS
+VARIABLES_KNOWN := PYTHON NOTEBOOKS OUTPUT TESTS WORKERS
 VARIABLES_GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 VARIABLES_UNKNOWN := $(filter-out $(VARIABLES_KNOWN) MAKEFLAGS SHELL,$(VARIABLES_GIVEN))
 ifneq ($(strip $(VARIABLES_UNKNOWN)),)
@@ -37,6 +38,7 @@ help:
 	@echo '  NOTEBOOKS="01 02"     run: only these numbers                           (all)'
 	@echo '  OUTPUT=runs           run: where results go                             (runs)'
 	@echo '  TESTS=tests/unit      test: only these files or folders                 (all)'
+	@echo '  WORKERS=4             test: files at a time                              (2)'
 
 setup:
 	@command -v $(INTERPRETER) >/dev/null 2>&1 || { \
@@ -51,7 +53,7 @@ run: setup
 	@$(VENV)/python -m glm4v_nb.experiment.run --output '$(OUTPUT)' $(if $(strip $(NOTEBOOKS)),--notebooks $(NOTEBOOKS))
 
 test: setup
-	@HF_HUB_OFFLINE=1 $(VENV)/python -m pytest $(TESTS)
+	@HF_HUB_OFFLINE=1 $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 # Containers often have only root, which Jupyter refuses unless told.
 lab: setup

@@ -11,6 +11,7 @@ import json
 import shlex
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -109,18 +110,124 @@ def run(
     notebooks: Annotated[
         list[str] | None, typer.Argument(help="Numbers such as 01 02; all when left out.")
     ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("-p", metavar="NAME VALUE", help="A parameter of the one notebook; may be repeated."),
+    ] = None,
     output: Annotated[str, typer.Option(help="Folder that receives <time>/.")] = "runs",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ):
-    """Execute the notebooks in order, as `make run` does; exit code 1 if one fails."""
+    """Execute the notebooks in order, as `make run` does; exit code 1 if one fails.
+
+    With -p it is one notebook with other parameters, in a folder of its name; what has ended is not repeated, and the
+    exit code is 3 if it runs out of memory.
+    """
     with _progress("loading the notebook runner"):
         from glm4v_nb.experiment.run import print_summary, run_suite
+        from glm4v_nb.experiment.sweep import plan_notebook
+    if parameter:
+        if not notebooks or len(notebooks) != 1:
+            raise ValueError(
+                "-p is for one notebook; give exactly one number before it, as in: run 01 -p card H100"
+            )
+        texts = dict(zip(parameter[::2], parameter[1::2], strict=True))
+        _carry_out(plan_notebook(notebooks[0], texts), output, 1, False, False, as_json)
     summary, directory = run_suite(notebooks, output, console=Console(stderr=as_json))
     if as_json:
         print(summary.model_dump_json(indent=2))
     else:
         print_summary(summary, directory, Console())
     raise typer.Exit(summary.exit_code)
+
+
+@app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(help="A sweep file, such as sweeps/fit.yaml.")],
+    workers: Annotated[int, typer.Option(help="Runs at a time.")] = 2,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run, how long, and what would not fit.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also what is done already.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Also what failed or took too long.")] = False,
+    output: Annotated[str, typer.Option(help="Folder that receives <name>/.")] = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the runs as one JSON array.")] = False,
+):
+    """Run notebooks with many parameters; the same command goes on where it was interrupted.
+
+    Exit code 0 if all are done, 3 if some ran out of memory, 1 if one failed, took too long or was killed.
+    """
+    with _progress("loading the notebook runner"):
+        from glm4v_nb.experiment.sweep import plan_file
+    plan = plan_file(file)
+    if dry_run:
+        _print_plan(plan, workers, as_json)
+        return
+    _carry_out(plan, output, workers, force, retry, as_json)
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(help="The folder of a sweep, such as runs/fit.")],
+    compare: Annotated[
+        str | None, typer.Option(help="Another sweep's folder: what changed from it to this one.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="With --compare: relative change that is no change.")
+    ] = 0.01,
+):
+    """Write a sweep's report.html, runs.csv and runs.parquet, or a comparison of two sweeps."""
+    with _progress("loading the report"):
+        from glm4v_nb.experiment import sweep_report
+    if compare:
+        page = Path(folder) / f"changes-from-{Path(compare).name}.html"
+        print(f"Open {sweep_report.write_comparison(compare, folder, page, tolerance)}")
+    else:
+        print(f"Open {sweep_report.write_sweep_report(folder)}")
+
+
+def _carry_out(plan, output: str, workers: int, force: bool, retry: bool, as_json: bool):
+    """Do a plan, write its report, print how it went and leave with its exit code."""
+    from glm4v_nb.experiment.display import print_runs
+    from glm4v_nb.experiment.sweep import carry_out, exit_code
+    from glm4v_nb.experiment.sweep_report import write_sweep_report
+
+    console = Console(stderr=as_json)
+    try:
+        runs, directory = carry_out(plan, output, workers, console, force=force, retry=retry)
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command goes on where it stopped; what has ended is kept.")
+        raise typer.Exit(130) from None
+    page = write_sweep_report(directory)
+    if as_json:
+        print(json.dumps([run.model_dump() for run in runs], indent=2))
+    else:
+        print_runs(runs, console)
+        console.print(f"Open {escape(str(page))}", soft_wrap=True, highlight=False)
+    raise typer.Exit(exit_code(runs))
+
+
+def _print_plan(plan, workers: int, as_json: bool):
+    """What a sweep would do: its runs, about how long, and what the full-size model's cards say to it."""
+    from glm4v_nb.experiment.display import parameters_in_words
+    from glm4v_nb.experiment.sweep import predict
+
+    with _progress("predicting what fits"):
+        predicted = predict(plan.specs)
+    if as_json:
+        runs = [spec.model_dump() | {"predicted": predicted.get(spec.id)} for spec in plan.specs]
+        print(json.dumps({"name": plan.name, "minutes": plan.minutes, "runs": runs}, indent=2))
+        return
+    table = Table("notebook", "parameters", "full-size model, simulated", title=f"sweep {plan.name}")
+    for spec in plan.specs:
+        words = predicted.get(spec.id, "")
+        style = "magenta" if words.startswith("does not") else None
+        table.add_row(escape(spec.notebook), escape(parameters_in_words(spec)), escape(words), style=style)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"{len(plan.specs)} runs, about {plan.minutes / workers:.0f} minutes with {workers} at a time, by the "
+        "registry. Nothing was run; leave out --dry-run to begin."
+    )
 
 
 @app.command()
@@ -146,7 +253,7 @@ def doctor(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _with_pairs(sys.argv[1:] if arguments is None else arguments)
     try:
         return app(arguments or ["--help"], prog_name="glm4v-nb", standalone_mode=False) or 0
     except UsageError as error:
@@ -155,6 +262,19 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, 2)
     except (RuntimeError, OSError, MemoryError) as error:
         return _fail(error, 1)
+
+
+def _with_pairs(arguments: list[str]) -> list[str]:
+    """`-p NAME VALUE`, as papermill has it, said as `-p NAME -p VALUE`: typer has no repeated option of two words."""
+    words, said = [str(argument) for argument in arguments], []
+    while words:
+        word = words.pop(0)
+        said.append(word)
+        if word == "-p" and said[0] == "run":
+            if len(words) < 2:
+                raise SystemExit(_fail("-p needs a name and a value, as in: run 01 -p card H100", 2))
+            said += [words.pop(0), "-p", words.pop(0)]
+    return said
 
 
 def _fail(error: Exception | str, code: int) -> int:

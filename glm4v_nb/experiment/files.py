@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str):
+def write_whole(path: Path, content: str | bytes):
     """Replace a file so that a reader, or whoever comes after a crash, sees the old text or the new, never a part.
 
     Raises:
@@ -16,8 +16,8 @@ def write_whole(path: Path, text: str):
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

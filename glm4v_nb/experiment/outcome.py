@@ -12,7 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Value = bool | int | float | str
+Scalar = bool | int | float | str
+Value = Scalar | list[int] | list[float] | list[str]
 Status = Literal["done", "oom", "failed", "timeout", "killed", "not run"]
 
 
@@ -90,7 +91,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    value: Value
+    value: Scalar
     unit: str
     label: str
 

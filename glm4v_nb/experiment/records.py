@@ -4,14 +4,14 @@ import math
 import os
 from pathlib import Path
 
-from .outcome import Record, Value
+from .outcome import Record, Scalar
 
 # Set for the kernel by whoever runs the notebook; without it a figure is only shown.
 RECORDS_VARIABLE = "GLM4V_NB_RECORDS"
 LABELS = ("simulated", "measured", "cited", "arithmetic")
 
 
-def record(name: str, value: Value, unit: str = "", label: str = "simulated") -> Record:
+def record(name: str, value: Scalar, unit: str = "", label: str = "simulated") -> Record:
     """Show a figure, and keep it beside the notebook when that is run by ``glm4v-nb run`` or ``sweep``.
 
     Args:
@@ -35,7 +35,7 @@ def record(name: str, value: Value, unit: str = "", label: str = "simulated") ->
     if not label.startswith(LABELS):
         raise ValueError(f"label is {label!r}; expected it to begin with one of {', '.join(LABELS)}.")
     figure = Record(name=name, value=value, unit=unit, label=label)
-    print(f"{name}: {_shown(value, unit)}  ({label})")
+    print(f"{name}: {in_words(value, unit)}  ({label})")
     if path := os.environ.get(RECORDS_VARIABLE):
         # One write a line: whole if the process is killed.
         with Path(path).open("a", encoding="utf-8") as file:
@@ -43,7 +43,8 @@ def record(name: str, value: Value, unit: str = "", label: str = "simulated") ->
     return figure
 
 
-def _shown(value: Value, unit: str) -> str:
+def in_words(value: Scalar, unit: str) -> str:
+    """A figure with its unit; bytes in MiB and GiB."""
     if isinstance(value, str | bool):
         return f"{value} {unit}".strip()
     if unit == "bytes":

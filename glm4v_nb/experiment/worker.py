@@ -100,7 +100,9 @@ def cause_of(error: str, traceback: str) -> OutOfMemoryCause:
     """Device, phase and bytes short of an out-of-memory error, as far as its text tells."""
     from glm4v_nb.memory import parse_out_of_memory
 
-    phase = re.search(r"in the stage \"([^\"]+)\"", traceback)
+    # A rig's stage adds this note, which stands behind the message; before it are lines of code.
+    _, found, notes = traceback.rpartition("out of memory")
+    phase = re.search(r"in the stage \"([^\"]+)\"", notes) if found else None
     try:
         message = parse_out_of_memory(error)
     except ValueError:

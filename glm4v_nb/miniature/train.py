@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
-from glm4v_nb.memory.probe import enable_gradient_checkpointing
+from glm4v_nb.memory.training import enable_gradient_checkpointing
 from glm4v_nb.miniature.evaluate import evaluate
 from glm4v_nb.miniature.feed import CHUNK, IGNORED, ROWS, TEXT_LENGTH, ConversationEncoder, Feed
 from glm4v_nb.miniature.vocabulary import save_vocabulary

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 from transformers.utils import is_torch_cuda_available
 
 from glm4v_nb.memory import Workload, decode, make_prompt, parse_out_of_memory, prefill, train_step
-from glm4v_nb.memory.probe import enable_gradient_checkpointing
+from glm4v_nb.memory.training import enable_gradient_checkpointing
 from glm4v_nb.model import GLM4VForConditionalGeneration
 from glm4v_nb.rig import Rig, find_card
 from glm4v_nb.rig.allocator import block_bytes

@@ -238,7 +238,7 @@ def test_make_alone_explains_every_target_and_variable():
     shown = make().stdout
     for target in ("run", "test", "lab", "lint", "setup", "clean"):
         assert f"make {target} " in shown
-    for variable in ("PYTHON=", "NOTEBOOKS=", "OUTPUT=", "TESTS="):
+    for variable in ("PYTHON=", "NOTEBOOKS=", "OUTPUT=", "TESTS=", "WORKERS="):
         assert variable in shown
 
 
