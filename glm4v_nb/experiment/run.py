@@ -1,4 +1,4 @@
-"""Runs the registered notebooks in order: `python -m glm4v_nb.experiment.run [--notebooks 01 02]`.
+"""Runs the registered notebooks, two at a time: `python -m glm4v_nb.experiment.run [--notebooks 01 02]`.
 
 Exit codes: 0 every notebook is done, 1 one failed, 2 wrong use (an unknown number, a registry
 that is not right), 130 interrupted.
@@ -11,8 +11,10 @@ import contextlib
 import datetime
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from rich.console import Console
@@ -20,8 +22,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .engine import execute_notebook
-from .registry import DEFAULT_REGISTRY, RegistryError, load_registry
+from .engine import execute_notebook, kill_tree
+from .registry import DEFAULT_REGISTRY, NotebookEntry, RegistryError, load_registry
 from .report import render_notebook, write_report
 from .summary import NotebookResult, RunSummary, installed_versions, platform_description
 
@@ -33,11 +35,12 @@ def run_suite(
     output: Path | str = "runs",
     registry: Path | str = DEFAULT_REGISTRY,
     console: Console | None = None,
+    workers: int = 2,
 ) -> tuple[RunSummary, Path]:
     """Execute notebooks and leave output/<time>/ with summary.json, index.html and the executed notebooks.
 
-    notebooks: numbers such as ["01", "02"], or None for all. Returns the summary and that folder.
-    Raises RegistryError before anything runs. After KeyboardInterrupt the rest is "not run".
+    notebooks: numbers such as ["01", "02"], or None for all. workers: how many at a time. Returns the summary and
+    that folder. Raises RegistryError before anything runs. After KeyboardInterrupt the rest is "not run".
     """
     console = console or Console()
     registry = Path(registry).resolve()
@@ -55,27 +58,48 @@ def run_suite(
             for entry in entries
         ],
     )
-    with _progress(console, len(entries)) as (announce, finished):
-        for position, entry in enumerate(entries):
-            label = f"{entry.number} {entry.title}"
-            announce(label, 0, 0)
-            try:
-                result = execute_notebook(
-                    entry,
-                    registry.parent,
-                    directory / entry.file,
-                    on_cell=lambda cell, cells, label=label: announce(label, cell, cells),
-                )
+    kernels: dict[str, int] = {}
+    stopping = threading.Event()
+
+    def remember(entry: NotebookEntry, pid: int) -> None:
+        kernels[entry.file] = pid
+        if stopping.is_set():  # it was starting when the user interrupted
+            kill_tree(pid)
+
+    def execute(entry: NotebookEntry) -> NotebookResult:
+        label = f"{entry.number} {entry.title}"
+        announce(label, 0, 0)
+        result = execute_notebook(
+            entry,
+            registry.parent,
+            directory / entry.file,
+            on_cell=lambda cell, cells: announce(label, cell, cells),
+            on_kernel=lambda pid: remember(entry, pid),
+        )
+        kernels.pop(entry.file, None)
+        return result
+
+    with _progress(console, len(entries)) as (announce, finished), ThreadPoolExecutor(workers) as pool:
+        positions = {pool.submit(execute, entry): position for position, entry in enumerate(entries)}
+        try:
+            for future in as_completed(positions):
+                result = future.result()
                 result.rendered = render_notebook(directory, result.executed)
-            except KeyboardInterrupt:
-                summary.notebooks[position].error = "interrupted"
-                break
-            finally:
+                summary.notebooks[positions[future]] = result
                 summary.seconds = round(time.monotonic() - start, 3)
-            summary.notebooks[position] = result
-            finished(result)
-            summary.write(directory)
-            write_report(summary, directory)
+                finished(result)
+                summary.write(directory)
+                write_report(summary, directory)
+        except KeyboardInterrupt:
+            running = [future for future in positions if future.running() or future.done()]
+            stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for pid in list(kernels.values()):
+                kill_tree(pid)
+            for future in running:
+                if summary.notebooks[positions[future]].status == "not run":
+                    summary.notebooks[positions[future]].error = "interrupted"
+    summary.seconds = round(time.monotonic() - start, 3)
     summary.write(directory)
     write_report(summary, directory)
     return summary, directory
@@ -164,10 +188,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--notebooks", nargs="+", metavar="NUMBER", help="such as 01 02 (default: all)")
     parser.add_argument("--output", default="runs", help="folder that receives <time>/ (default: runs)")
     parser.add_argument("--registry", default=DEFAULT_REGISTRY, help="another registry.toml")
+    parser.add_argument("--workers", type=int, default=2, help="notebooks at a time (default: 2)")
     options = parser.parse_args(arguments)
     console = Console()
     try:
-        summary, directory = run_suite(options.notebooks, options.output, options.registry, console)
+        summary, directory = run_suite(
+            options.notebooks, options.output, options.registry, console, max(1, options.workers)
+        )
     except RegistryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -40,6 +40,26 @@ def test_the_doctor_of_the_readme_finds_nothing_to_mend():
     assert done.returncode == 0, done.stdout
 
 
+def test_the_experiments_of_the_readme_run_and_report(tmp_path):
+    runs = [
+        shlex.split(command) for command in COMMANDS if re.search(r"glm4v-nb (run|sweep|report) ", command)
+    ]
+    assert [words[1] for words in runs] == ["run", "sweep", "sweep", "report"]
+    for words in runs:
+        if words[1] == "report":  # of what the first command ran
+            words[2] = str(tmp_path / "15_one_fit")
+        elif words[1] == "sweep" and "--dry-run" not in words:
+            words.append("--dry-run")  # the runs themselves take minutes
+        if words[1] == "run":
+            words += ["--output", str(tmp_path)]
+        executable = Path(sys.executable).with_name("glm4v-nb")
+        done = subprocess.run(
+            [executable, *words[1:]], capture_output=True, text=True, env=ENVIRONMENT, check=False, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "15_one_fit" / "report.html").is_file()
+
+
 def run_python(marker: str) -> subprocess.CompletedProcess:
     """Run the README's Python block that contains the marker."""
     (code,) = [block for language, block in BLOCKS if language == "python" and marker in block]
