@@ -92,7 +92,8 @@ def run_sweep(
         KeyboardInterrupt: what was running has no outcome and is done the next time.
     """
     try:
-        with locked(directory / "lock"):
+        # One that has just been killed may still be on its way out.
+        with locked(directory / "lock", 3.0):
             _Pool(directory, notebooks, workers, force, retry, show).run()
     except BlockingIOError:
         raise SweepError(
