@@ -98,6 +98,7 @@ class SuiteEngine(Engine):
         kernel_log: Path,
         environment: dict[str, str],
         on_kernel: Callable[[int], None],
+        folder: Path,
         start_timeout=60,
         **_,
     ):
@@ -106,6 +107,8 @@ class SuiteEngine(Engine):
             kernel_name=kernel_name,
             startup_timeout=start_timeout,
             timeout=None,
+            # Not papermill's own cwd: it changes this process's, and notebooks run in several threads.
+            resources={"metadata": {"path": str(folder)}},
             # ipykernel 7.4 warns at every start that loopback traffic is not encrypted.
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
             on_cell_execute=lambda cell, cell_index: started(cell),
@@ -175,7 +178,7 @@ def execute_notebook(
             engine_name="glm4v-nb",
             kernel_name=KERNEL_NAME,
             language="python",
-            cwd=directory,
+            folder=directory,
             progress_bar=False,
             start_timeout=KERNEL_START_SECONDS,
             timeout_seconds=entry.timeout_seconds,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import jinja2
 import nbformat
 from nbconvert import HTMLExporter
 
+from .files import write_whole
 from .summary import RunSummary
 
 # Autoescaping is on for every value: titles, errors and tracebacks are text written by notebooks.
@@ -23,11 +23,9 @@ _TEMPLATES = jinja2.Environment(
 def write_report(summary: RunSummary, directory: Path) -> Path:
     """Write directory/index.html for `summary`, replacing an earlier one whole; returns its path."""
     path = directory / "index.html"
-    partial = path.with_suffix(".html.partial")
     headline = f"{summary.count('done')} of {len(summary.notebooks)} notebooks done"
     page = _TEMPLATES.get_template("report.html.jinja").render(summary=summary, headline=headline)
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, page)
     return path
 
 

@@ -12,6 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from .files import write_whole
+
 PACKAGES = ("torch", "transformers", "accelerate", "glm4v-nb")
 
 
@@ -59,9 +61,7 @@ class RunSummary(BaseModel):
     def write(self, directory: Path) -> Path:
         """Write summary.json into `directory` so that a reader never sees half a file; returns its path."""
         path = directory / "summary.json"
-        partial = path.with_suffix(".json.partial")
-        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
         return path
 
 

@@ -6,22 +6,21 @@ Every file is written whole: a reader never sees half of one. Where a run record
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jinja2
-from pydantic import BaseModel, ConfigDict
 
 from .files import write_whole
 from .outcome import FinishedRun, OutOfMemoryCause, Status, Value, read_sweep
+from .sweep_compare import by_parameters, compare
+from .sweep_tables import csv_bytes, distinct, is_number, parquet_bytes, runs_table, status_of
 
 STATUSES = (*get_args(Status), "unfinished")
 NO_PARQUET = (
@@ -38,32 +37,6 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-class Change(BaseModel):
-    """One difference between two sweeps, at one run.
-
-    Attributes:
-        kind: "status", "scalar", or the only sweep, first or second, that has the run.
-        parameters: every parameter of the run, defaults included.
-        name, unit: of the scalar; "" for the other kinds.
-        before, after: status or scalar in the first and the second sweep; None where there is none.
-        before_label, after_label: where the scalar comes from, "simulated" and so on.
-        relative: (after - before) / |before| of two numbers; None where ``before`` is 0.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["status", "scalar", "only in first", "only in second"]
-    notebook: str
-    parameters: dict[str, Value]
-    name: str = ""
-    unit: str = ""
-    before: Value | None = None
-    after: Value | None = None
-    before_label: str = ""
-    after_label: str = ""
-    relative: float | None = None
-
-
 def write_sweep_report(directory: Path | str) -> Path:
     """Write report.html, runs.csv and, where pyarrow is installed, runs.parquet; returns the path of report.html.
 
@@ -75,14 +48,14 @@ def write_sweep_report(directory: Path | str) -> Path:
     directory = Path(directory)
     sweep, runs = read_sweep(directory)
     table = runs_table(runs)
-    write_whole(directory / "runs.csv", _csv(table))
-    parquet = _parquet(table)
+    write_whole(directory / "runs.csv", csv_bytes(table))
+    parquet = parquet_bytes(table)
     if parquet is None:
         (directory / "runs.parquet").unlink(missing_ok=True)  # of an earlier report, no longer true
         print(NO_PARQUET)
     else:
         write_whole(directory / "runs.parquet", parquet)
-    counts = Counter(_status(run) for run in runs)
+    counts = Counter(status_of(run) for run in runs)
     return _write_page(
         directory / "report.html",
         kind="sweep",
@@ -99,62 +72,6 @@ def write_sweep_report(directory: Path | str) -> Path:
     )
 
 
-def runs_table(runs: Sequence[FinishedRun]) -> dict[str, list[Value | None]]:
-    """The runs as columns, a value a run: what runs.csv and runs.parquet hold. Memory is in bytes, time in seconds."""
-    parts = []
-    for run in runs:
-        ended = run.outcome and run.outcome.model_dump()
-        cause = ended and ended["oom"]
-        row = {"id": run.spec.id, "notebook": run.spec.notebook, "status": _status(run)}
-        row["seconds"] = ended and ended["seconds"]
-        row |= {f"oom_{name}": cause and cause[name] for name in OutOfMemoryCause.model_fields}
-        row["error"] = ended and ended["error"]
-        records = {}
-        for record in run.records:
-            records[f"{record.name} [{record.unit}]"] = record.value
-            records[f"{record.name} [{record.unit}] label"] = record.label
-        parts.append((row, {f"param.{name}": value for name, value in run.spec.parameters.items()}, records))
-    names = _distinct(name for part in range(3) for row in parts for name in row[part])
-    merged = [row | parameters | records for row, parameters, records in parts]
-    return {name: [row.get(name) for row in merged] for name in names}
-
-
-def compare(directory_a: Path | str, directory_b: Path | str, tolerance: float = 0.01) -> list[Change]:
-    """What changed from the first sweep to the second. Runs are matched by notebook and all parameters.
-
-    ``tolerance``: a number that changed by no more than this is the same: relative to the first sweep's, absolute
-    where that is 0. Runs of the same status are asked for scalars that only one of them has, too.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``read_sweep``; or ``tolerance`` is below 0.
-    """
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance is {tolerance}; expected 0 or more, such as 0.01 for one percent.")
-    first, second = (_by_parameters(read_sweep(directory)[1]) for directory in (directory_a, directory_b))
-    changes = []
-    for key in _distinct([*first, *second]):
-        a, b = first.get(key), second.get(key)
-        spec = (a or b).spec
-        run = {"notebook": spec.notebook, "parameters": spec.parameters}
-        kind = "status" if a and b else "only in first" if a else "only in second"
-        before, after = a and _status(a), b and _status(b)
-        if before != after:
-            changes.append(Change(kind=kind, before=before, after=after, **run))
-        old, new = ({(r.name, r.unit): r for r in (one.records if one else [])} for one in (a, b))
-        for scalar in _distinct([*old, *new]):
-            if before != after and not (scalar in old and scalar in new):
-                continue  # the run that ended early cannot have recorded it
-            (x, x_label), (y, y_label) = (
-                (r.value, r.label) if r else (None, "") for r in (old.get(scalar), new.get(scalar))
-            )
-            changed, relative = _differ(x, y, tolerance)
-            if changed:
-                more = {"name": scalar[0], "unit": scalar[1], "relative": relative, **run}
-                more |= {"before_label": x_label, "after_label": y_label}
-                changes.append(Change(kind="scalar", before=x, after=y, **more))
-    return changes
-
-
 def write_comparison(
     directory_a: Path | str, directory_b: Path | str, path: Path | str, tolerance: float = 0.01
 ) -> Path:
@@ -165,8 +82,8 @@ def write_comparison(
     """
     changes = compare(directory_a, directory_b, tolerance)
     (sweep_a, runs_a), (sweep_b, runs_b) = read_sweep(directory_a), read_sweep(directory_b)
-    given = _distinct(name for run in [*runs_a, *runs_b] for name in run.spec.given)
-    matched = _by_parameters(runs_a).keys() & _by_parameters(runs_b).keys()
+    given = distinct(name for run in [*runs_a, *runs_b] for name in run.spec.given)
+    matched = by_parameters(runs_a).keys() & by_parameters(runs_b).keys()
     names = ["what", "notebook", *given, "scalar", "unit", "before", "after", "change"]
     rows = []
     for change in changes:
@@ -193,11 +110,11 @@ def write_comparison(
 
 def _report_table(runs: Sequence[FinishedRun], directory: Path) -> dict[str, Any]:
     """The page's table and pictures: columns, rows, failures, and whether there is an OOM frontier to draw."""
-    given = _distinct(name for run in runs for name in run.spec.given)
+    given = distinct(name for run in runs for name in run.spec.given)
     found = [{(record.name, record.unit): record for record in run.records} for run in runs]
     scales = {
         key: _scale(key[1], [records[key].value for records in found if key in records])
-        for key in _distinct(chain(*found))
+        for key in distinct(chain(*found))
     }
     failures = _failures(runs, given)
     failure_of = {index: failure["tag"] for failure in failures for index in failure["runs"]}
@@ -208,7 +125,7 @@ def _report_table(runs: Sequence[FinishedRun], directory: Path) -> dict[str, Any
     rows = []
     for index, (run, records) in enumerate(zip(runs, found, strict=True)):
         outcome, cause = run.outcome, run.outcome and run.outcome.oom
-        cells = [run.spec.id, run.spec.notebook, _status(run), failure_of.get(index)]
+        cells = [run.spec.id, run.spec.notebook, status_of(run), failure_of.get(index)]
         labels = {len(cells): "measured, wall clock"} if outcome else {}
         cells += [outcome and outcome.seconds, *(run.spec.parameters.get(name) for name in given)]
         for key, (_, size) in scales.items():
@@ -221,8 +138,8 @@ def _report_table(runs: Sequence[FinishedRun], directory: Path) -> dict[str, Any
         row["executed"] = (directory / run.spec.id / "executed.html").is_file()
         rows.append(row)
     values = {name: [run.spec.parameters.get(name) for run in runs] for name in given}
-    varied = [name for name in given if len(set(filter(_is_number, values[name]))) > 1]
-    frontier = {"done", "oom"} <= {_status(run) for run in runs} and len(varied) > 1
+    varied = [name for name in given if len(set(filter(is_number, values[name]))) > 1]
+    frontier = {"done", "oom"} <= {status_of(run) for run in runs} and len(varied) > 1
     return {**_table(columns, rows), "failures": failures, "frontier": frontier}
 
 
@@ -240,7 +157,7 @@ def _table(columns: list[tuple[str, str, str]], rows: list[dict]) -> dict[str, l
         values = [row["cells"][index] for row in rows if row["cells"][index] is not None]
         labels = {row["labels"][index] for row in rows if index in row["labels"]}
         column = {"index": index, "name": name, "group": group, "unit": unit}
-        column["numeric"] = bool(values) and all(map(_is_number, values))
+        column["numeric"] = bool(values) and all(map(is_number, values))
         column["label"] = labels.pop() if len(labels) == 1 else None
         column["hidden"] = not values or (name == "notebook" and group == "run" and len(set(values)) == 1)
         found.append(column)
@@ -266,7 +183,7 @@ def _failures(runs: Sequence[FinishedRun], given: Sequence[str]) -> list[dict[st
                 "tag": f"F{len(failures) + 1}",
                 "signature": cause,
                 "runs": members,
-                "statuses": _distinct(_status(runs[index]) for index in members),
+                "statuses": distinct(status_of(runs[index]) for index in members),
                 "example": runs[members[0]].outcome,
                 "shared": shared,
             }
@@ -284,37 +201,16 @@ def _versions(runs: Sequence[FinishedRun]) -> dict[str, Counter]:
     return found
 
 
-def _by_parameters(runs: Sequence[FinishedRun]) -> dict[tuple, FinishedRun]:
-    """Runs by notebook and parameters; the same asked for twice, as by another checkpoint, is told apart by order."""
-    found: dict[tuple, FinishedRun] = {}
-    seen: Counter = Counter()
-    for run in runs:
-        key = run.spec.notebook, json.dumps(run.spec.parameters, sort_keys=True)
-        found[*key, seen[key]] = run
-        seen[key] += 1
-    return found
-
-
-def _differ(before: Value | None, after: Value | None, tolerance: float) -> tuple[bool, float | None]:
-    """Whether two scalars differ, and the relative change where there is one."""
-    if not (_is_number(before) and _is_number(after)):
-        return json.dumps(before) != json.dumps(after), None  # which tells True from 1, and takes NaN for NaN
-    if before == 0:
-        return abs(after) > tolerance, None
-    relative = (after - before) / abs(before)
-    return abs(relative) > tolerance, relative
-
-
 def _scale(unit: str, values: Sequence[Value | None]) -> tuple[str, int]:
     """The unit to show bytes in and its size, from the largest of them; other units as they are."""
-    numbers = [abs(value) for value in values if _is_number(value)]
+    numbers = [abs(value) for value in values if is_number(value)]
     if unit.lower() not in ("bytes", "byte", "b") or not numbers:
         return unit, 1
     return next((found for found in _SIZES if max(numbers) >= found[1]), (unit, 1))
 
 
 def _scaled(value: Value | None, size: int) -> Value | None:
-    return value / size if size > 1 and _is_number(value) else value
+    return value / size if size > 1 and is_number(value) else value
 
 
 def _short(cause: OutOfMemoryCause) -> str:
@@ -341,63 +237,6 @@ def _count(number: int, noun: str) -> str:
 
 
 _TEMPLATES.filters["show"], _TEMPLATES.filters["counted"] = _show, _count
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def _status(run: FinishedRun) -> str:
-    return run.outcome.status if run.outcome else "unfinished"
-
-
-def _distinct(values: Iterable) -> list:
-    """Each once, in the order they come."""
-    return list(dict.fromkeys(values))
-
-
-def _csv(table: dict[str, list]) -> bytes:
-    file = io.StringIO(newline="")
-    writer = csv.writer(file)
-    writer.writerow([_harmless(name) for name in table])
-    writer.writerows([_harmless(value) for value in row] for row in zip(*table.values(), strict=True))
-    return file.getvalue().encode()
-
-
-def _harmless(value: Value | None) -> Any:
-    """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe before it."""
-    if isinstance(value, list):
-        return json.dumps(value)
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        try:
-            float(value)
-        except ValueError:
-            return "'" + value
-    return value
-
-
-def _parquet(table: dict[str, list]) -> bytes | None:
-    """The table with one type a column, or None without pyarrow."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        return None
-    file = io.BytesIO()
-    columns = {name: _one_type(values) for name, values in table.items()}
-    pyarrow.parquet.write_table(pyarrow.table(columns), file)
-    return file.getvalue()
-
-
-def _one_type(values: list[Value | None]) -> list:
-    """Booleans, 64-bit integers or floats where all are; text otherwise, JSON for what is no text."""
-    kinds = {type(value) for value in values if value is not None}
-    fits = all(abs(value) < 2**63 for value in values if isinstance(value, int))
-    if kinds <= {bool} or (kinds <= {int} and fits):
-        return values
-    if kinds <= {int, float} and fits:
-        return [None if value is None else float(value) for value in values]
-    return [value if isinstance(value, str | None) else json.dumps(value) for value in values]
 
 
 def _write_page(path: Path, **content) -> Path:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -19,6 +20,7 @@ from glm4v_nb.experiment.summary import (
     without_private_paths,
 )
 
+HERE = Path.cwd()
 NOTEBOOKS = {
     "01_passes.ipynb": [
         "import os, sys",
@@ -81,6 +83,10 @@ def test_a_passing_notebook_is_done_and_has_its_outputs(suite):
 
 def test_the_kernel_is_this_python_in_the_notebooks_folder_and_offline(suite):
     assert printed(suite, "01_passes.ipynb") == [sys.executable, str(suite[0].parent.resolve()), "1"]
+
+
+def test_the_process_that_runs_notebooks_stays_where_it_is(suite):
+    assert Path.cwd() == HERE, "two notebooks at a time ran before this"
 
 
 def test_a_failing_notebook_is_named_with_its_cell_and_the_last_line_of_its_traceback(suite):

@@ -18,13 +18,9 @@ from glm4v_nb.experiment.outcome import (
     Sweep,
     read_sweep,
 )
-from glm4v_nb.experiment.sweep_report import (
-    Change,
-    compare,
-    runs_table,
-    write_comparison,
-    write_sweep_report,
-)
+from glm4v_nb.experiment.sweep_compare import Change, compare
+from glm4v_nb.experiment.sweep_report import write_comparison, write_sweep_report
+from glm4v_nb.experiment.sweep_tables import runs_table
 
 GIB = 2**30
 
