@@ -43,9 +43,7 @@ class DeviceFit:
     @property
     def free_at_peak_bytes(self) -> int:
         """What the driver still had to give when most was reserved."""
-        card = find_card(self.card)
-        outside = card.context_bytes + card.kernel_bytes + card.system_bytes
-        return self.capacity_bytes - outside - self.peak_reserved_bytes
+        return self.capacity_bytes - find_card(self.card).outside_bytes - self.peak_reserved_bytes
 
 
 @dataclass(frozen=True)

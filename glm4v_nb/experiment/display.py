@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console, Group
@@ -107,20 +108,16 @@ class Display:
 
 def print_runs(runs: Sequence[FinishedRun], console: Console):
     """A table of all runs: parameters, how they ended, what they recorded."""
-    counts = {}
-    for run in runs:
-        status = run.outcome.status if run.outcome else "not run"
-        counts[status] = counts.get(status, 0) + 1
+    counts = Counter(run.status for run in runs)
     title = ", ".join(f"{count} {status}" for status, count in counts.items())
     table = Table("notebook", "parameters", "ended", "seconds", "recorded", title=title)
     for run in runs:
-        status = run.outcome.status if run.outcome else "not run"
         recorded = ", ".join(f"{each.name} {in_words(each.value, each.unit)}" for each in run.records[:3])
         more = f", and {len(run.records) - 3} more" if len(run.records) > 3 else ""
         table.add_row(
             escape(run.spec.notebook),
             escape(parameters_in_words(run.spec)),
-            f"[{STYLES.get(status, 'bold red')}]{escape(ending_in_words(run)[:160])}[/]",
+            f"[{STYLES.get(run.status, 'bold red')}]{escape(ending_in_words(run)[:160])}[/]",
             f"{run.outcome.seconds:.1f}" if run.outcome else "",
             escape(recorded + more),
         )

@@ -113,6 +113,11 @@ class FinishedRun(BaseModel):
     outcome: Outcome | None
     records: list[Record]
 
+    @property
+    def status(self) -> Status:
+        """Of the outcome; "not run" without one."""
+        return self.outcome.status if self.outcome else "not run"
+
 
 def read_sweep(directory: Path | str) -> tuple[Sweep, list[FinishedRun]]:
     """A sweep's folder.

@@ -54,7 +54,7 @@ def prepare(directory: Path, name: str, specs: Sequence[RunSpec]) -> Sweep:
     """
     created = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     with contextlib.suppress(OSError, ValueError):
-        created = read_sweep(directory)[0].created
+        created = Sweep.model_validate_json((directory / "sweep.json").read_text(encoding="utf-8")).created
     sweep = Sweep(name=name, created=created, runs=list(specs))
     try:
         for spec in specs:

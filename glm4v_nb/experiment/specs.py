@@ -16,18 +16,21 @@ from .outcome import RunSpec
 PACKAGE = Path(glm4v_nb.__file__).parent
 
 
-def run_spec(notebook: Path, title: str, defaults: dict, given: dict, timeout_seconds: float) -> RunSpec:
+def run_spec(
+    notebook: Path, title: str, defaults: dict, given: dict, timeout_seconds: float, source: str = ""
+) -> RunSpec:
     """A run's specification; its ``id`` changes with anything that could change the result.
 
     Args:
         notebook: the notebook's path.
         defaults: all its parameters, as the notebook has them.
         given: those that are set otherwise.
+        source: the notebook's ``source_hash`` where it is known already, as it is for the second run of one notebook.
     """
     parameters = defaults | given
     identity = {
         "notebook": notebook.name,
-        "source": source_hash(notebook),
+        "source": source or source_hash(notebook),
         "parameters": parameters,
         "package": package_hash(),
         "checkpoint": checkpoint_fingerprint(parameters, notebook.parent),

@@ -13,7 +13,7 @@ from .outcome import FinishedRun, RunSpec
 from .parameters import check_override, parse_notebook, parse_value
 from .pool import prepare, run_sweep
 from .registry import DEFAULT_REGISTRY, load_registry
-from .specs import run_spec
+from .specs import run_spec, source_hash
 from .sweeps import PlannedRun, expand, read_sweep_file
 
 # Parameters of a notebook that say what goes onto which cards; those it has are what a prediction is made from.
@@ -65,7 +65,9 @@ def plan_notebook(number: str, texts: dict[str, str], registry: Path | str = DEF
 def _plan(name: str, runs: Sequence[PlannedRun], registry: Path) -> Plan:
     notebooks = registry.resolve().parent
     minutes = {entry.file: entry.minutes for entry in load_registry(registry).notebook}
-    parsed = {run.notebook: parse_notebook(notebooks / run.notebook) for run in runs}
+    files = {run.notebook for run in runs}
+    parsed = {file: parse_notebook(notebooks / file) for file in files}
+    sources = {file: source_hash(notebooks / file) for file in files}
     specs = [
         run_spec(
             notebooks / run.notebook,
@@ -73,6 +75,7 @@ def _plan(name: str, runs: Sequence[PlannedRun], registry: Path) -> Plan:
             parsed[run.notebook].parameters,
             run.parameters,
             run.timeout_seconds,
+            sources[run.notebook],
         )
         for run in runs
     ]
@@ -105,7 +108,7 @@ def carry_out(
 
 def exit_code(runs: Iterable[FinishedRun]) -> int:
     """1 if a run failed, took too long, was killed or not run; else 3 if one ran out of memory; else 0."""
-    statuses = {run.outcome.status if run.outcome else "not run" for run in runs}
+    statuses = {run.status for run in runs}
     if statuses - {"done", "oom"}:
         return 1
     return 3 if "oom" in statuses else 0

@@ -40,7 +40,7 @@ class SimulatedCards:
     def read(self) -> list[dict]:
         found = []
         loading = any(stage.name == "load" and not stage.memory for stage in self.rig.stages)
-        for memory, card in zip(self.rig.memory(), self.rig.cards, strict=True):
+        for memory in self.rig.memory():
             kinds = {"weights": 0, "KV cache": 0, "workspace": 0}
             for block in self._blocks(memory.index):
                 if block.stage in ("load", "workspace"):
@@ -50,11 +50,11 @@ class SimulatedCards:
             if loading:
                 kinds["weights"] = memory.allocated_bytes
             used = memory.capacity_bytes - memory.free_bytes
-            own = min(used, memory.reserved_bytes + card.context_bytes)
             found.append(
                 memory.to_dict()
                 | split(memory.allocated_bytes, *kinds.values())
-                | {"used_bytes": used, "own_bytes": own, "others_bytes": used - own}
+                # Nobody else is on a simulated card.
+                | {"used_bytes": used, "own_bytes": used, "others_bytes": 0}
             )
         return found
 

@@ -68,6 +68,11 @@ class Card:
     system_bytes: int = 0
 
     @property
+    def outside_bytes(self) -> int:
+        """What PyTorch can never have of the card: the context with its kernels loaded, and the driver's own part."""
+        return self.context_bytes + self.kernel_bytes + self.system_bytes
+
+    @property
     def bf16_supported(self) -> bool:
         """Whether the tensor cores multiply bfloat16 natively: compute capability 8.0 (Ampere) or newer."""
         return self.compute_capability >= (8, 0)

@@ -55,8 +55,7 @@ class RealRig(LocalRig):
     @property
     def cap_bytes(self) -> int:
         """What PyTorch can reserve on such a card: the context and the driver take their part first."""
-        taken = self.card.context_bytes + self.card.kernel_bytes + self.card.system_bytes
-        return self.card.total_bytes - taken
+        return self.card.total_bytes - self.card.outside_bytes
 
     @property
     def provenance(self) -> str:

@@ -96,6 +96,15 @@ def test_the_parts_of_a_card_sum_to_what_is_allocated_reserved_and_used(run):
             assert sum(parts.values()) == card["used_bytes"]
 
 
+def test_nobody_else_is_on_a_simulated_card_also_where_kernels_and_driver_take_a_part(path):
+    rig = Rig("H100")
+    with rig, Monitor(rig, path):
+        torch.zeros(8, 8, device="cuda") @ torch.zeros(8, 8, device="cuda")
+    (card,) = read_samples(path)[-1]["cards"]
+    assert (card["own_bytes"], card["others_bytes"]) == (card["used_bytes"], 0)
+    assert parts_of(card)["CUDA context"] == rig.card.outside_bytes
+
+
 def test_weights_are_what_the_load_left_and_the_kv_cache_grows_with_decoding(run):
     rig, samples = run
     end_of_load = [memory.allocated_bytes for memory in rig.stages[0].memory]
