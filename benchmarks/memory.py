@@ -25,7 +25,7 @@ from pathlib import Path
 MIB, GIB, GB = 2**20, 2**30, 10**9
 CAP = 24 * GB
 OFFICIAL = "zai-org/glm-4v-9b"
-TRACED_RUNS = 5  # with --trace, the load and the first runs of each process
+TRACED_RUNS = 10  # with --trace, the load and the first runs of each process
 
 
 @dataclass(frozen=True)
@@ -391,6 +391,8 @@ def write_trace(path: str, traces: list):
     events = []
     for card, trace in enumerate(traces):
         for event in trace:
+            if event["action"] == "free_requested":  # "free_completed" follows
+                continue
             frames = [
                 f"{'/'.join(frame['filename'].split('/')[-2:])}:{frame['line']}"
                 for frame in event.get("frames", ())[:12]
@@ -437,7 +439,7 @@ def measure(arguments: argparse.Namespace):
         print(load.name, flush=True)
         part = output.with_suffix(f".{number}.part")
         command = [sys.executable, __file__, "one", arguments.checkpoint, "--number", str(number)]
-        if arguments.trace:
+        if arguments.trace and any(text in load.name for text in arguments.traced):
             command += ["--trace", f"{arguments.trace}.{number}.json.gz"]
         subprocess.run([*command, "--output", str(part)], check=False)
         if not part.exists():
@@ -633,6 +635,7 @@ def main() -> int:
         command.add_argument("--only", default="", help="loads whose name contains this")
         command.add_argument("--number", type=int)
         command.add_argument("--trace", default="", help="also write every allocation to files of this name")
+        command.add_argument("--traced", nargs="+", default=[""], help="only of loads whose name has one of these")
     command = commands.add_parser("compare", help="hold the simulator to stored measurements")
     command.add_argument("results", nargs="+", help="files that `measure` wrote")
     command.add_argument("--picture", default="", help="draw simulated against measured into this file")
