@@ -17,6 +17,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 MIB = 2**20
@@ -68,7 +69,7 @@ def cache():
 def run(number: str, parameters: dict, executed: str) -> dict:
     """Execute one notebook; its rigs' stages, or the error that ended it."""
     path = next(NOTEBOOKS.glob(f"{number}_*.ipynb"))
-    notebook = nbformat.read(path, as_version=4)
+    notebook = load_notebook_node(str(path))
     declared = next(cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     known = {name: value for name, value in parameters.items() if f"{name} = " in declared}
     if known:
