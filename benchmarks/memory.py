@@ -635,7 +635,9 @@ def main() -> int:
         command.add_argument("--only", default="", help="loads whose name contains this")
         command.add_argument("--number", type=int)
         command.add_argument("--trace", default="", help="also write every allocation to files of this name")
-        command.add_argument("--traced", nargs="+", default=[""], help="only of loads whose name has one of these")
+        command.add_argument(
+            "--traced", nargs="+", default=[""], help="only of loads whose name has one of these"
+        )
     command = commands.add_parser("compare", help="hold the simulator to stored measurements")
     command.add_argument("results", nargs="+", help="files that `measure` wrote")
     command.add_argument("--picture", default="", help="draw simulated against measured into this file")

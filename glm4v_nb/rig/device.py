@@ -7,6 +7,10 @@ itself.
 
 The registration function is marked experimental in PyTorch, so everything that depends on it stays in this
 module.
+
+Once there is such a backend, PyTorch takes a bare number (``tensor.to(0)``, as accelerate's hooks write it) for a
+device of it, also on a machine with GPUs and also when no simulated card is in use. So outside the ``with`` block of a
+simulated rig the two kernels make a tensor on the GPU of that number.
 """
 
 import threading
@@ -167,8 +171,17 @@ def card_device(index: int) -> torch.device:
     return torch.device(DEVICE_TYPE, index)
 
 
+def machine_device_type() -> str | None:
+    """What a bare number means outside a simulated rig: "cuda" on a machine with GPUs, otherwise None."""
+    return "cuda" if _observer is None and torch.cuda.is_available() else None
+
+
 def _in_fake_mode(operator):
     def kernel(*args, **kwargs):
+        real = machine_device_type()
+        if real:
+            index = kwargs["device"].index if kwargs.get("device") is not None else None
+            return operator(*args, **{**kwargs, "device": torch.device(real, index or 0)})
         with _mode:
             return operator(*args, **kwargs)
 

@@ -1,6 +1,7 @@
 """What the reader's own code meets while a simulated rig is active: torch.cuda, "cuda:0" and from_pretrained.
 
-Everything is put in place by ``simulated_world`` and taken away again when its block ends.
+Everything is put in place by ``simulated_world`` and taken away again when its block ends, but for one: transformers'
+loader goes on taking bare numbers for CUDA devices, which PyTorch no longer does (see ``device``).
 """
 
 import os
@@ -35,6 +36,7 @@ from glm4v_nb.rig.kernels import routed_attention, routed_convolution
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GLM4VForConditionalGeneration)
 # Taken here and not when a block begins: the machine itself may be simulated, in tests.
 _ORIGINAL_LOAD = GLM4VForConditionalGeneration.from_pretrained
+_ORIGINAL_WARMUP = modeling_utils.caching_allocator_warmup
 _ROUTES = {
     "scaled_dot_product_attention": (routed_attention, functional.scaled_dot_product_attention),
     "conv2d": (routed_convolution, functional.conv2d),
@@ -79,8 +81,7 @@ def simulated_world(rig):
         ):
             original = getattr(masking_utils, name)
             stack.enter_context(mock.patch.object(masking_utils, name, _unless_simulated(original, answer)))
-        warmup = _warmup_of_cuda_cards(modeling_utils.caching_allocator_warmup)
-        stack.enter_context(mock.patch.object(modeling_utils, "caching_allocator_warmup", warmup))
+        modeling_utils.caching_allocator_warmup = _warmup_of_cuda_cards
         load = _simulated_from_pretrained(rig, _ORIGINAL_LOAD)
         for model_class in MODEL_CLASSES:
             stack.enter_context(mock.patch.object(model_class, "from_pretrained", load))
@@ -108,21 +109,17 @@ def _unless_simulated(original, answer):
     return function
 
 
-def _warmup_of_cuda_cards(original):
+def _warmup_of_cuda_cards(model, expanded_device_map, *args, **kwargs):
     """The loader reserves memory ahead in one block, but sizes it by free memory only on "cuda" devices."""
-
-    def caching_allocator_warmup(model, expanded_device_map, *args, **kwargs):
-        cards = {
-            name: torch.device("cuda", device)
-            if isinstance(device, int)
-            else torch.device("cuda", device.index)
-            if isinstance(device, torch.device) and device.type == DEVICE_TYPE
-            else device
-            for name, device in expanded_device_map.items()
-        }
-        return original(model, cards, *args, **kwargs)
-
-    return caching_allocator_warmup
+    cards = {
+        name: torch.device("cuda", device)
+        if isinstance(device, int)
+        else torch.device("cuda", device.index)
+        if isinstance(device, torch.device) and device.type == DEVICE_TYPE
+        else device
+        for name, device in expanded_device_map.items()
+    }
+    return _ORIGINAL_WARMUP(model, cards, *args, **kwargs)
 
 
 def _offload_of_numberless_weights(original):

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from glm4v_nb.memory import cards
-from glm4v_nb.rig import Rig, find_card
+from glm4v_nb.miniature import CHECKPOINT
+from glm4v_nb.rig import Rig, device, find_card, patches
 from glm4v_nb.rig.real import RealRig
 from glm4v_nb.rig.simulated import SimulatedRig
 
@@ -196,3 +198,45 @@ def test_the_allocators_configuration_is_an_option_or_comes_from_the_environment
 def test_a_configuration_that_is_not_simulated_is_refused(text):
     with pytest.raises(ValueError, match="is not simulated; expected expandable_segments:True"):
         Rig.simulated("L4", alloc_conf=text)
+
+
+@pytest.fixture
+def gpu_is_the_cpu(monkeypatch):
+    """A machine with GPUs, as far as bare numbers are concerned: tensors for GPU 0 are made on the CPU."""
+
+    def machine_device_type():
+        return "cpu" if device._observer is None else None
+
+    monkeypatch.setattr(device, "machine_device_type", machine_device_type)
+
+
+def test_a_bare_number_is_a_gpu_again_after_cards_were_simulated(gpu_is_the_cpu):
+    with Rig.simulated("L4"):
+        assert torch.zeros(1, device=0).device.type == device.DEVICE_TYPE
+    ones = torch.ones(2, 3)
+    for tensor in (
+        torch.full((2, 3), 1.0, device=0),
+        ones.to(0),
+        ones.T.to(0).T,
+        torch.ones_like(ones, device=0),
+    ):
+        assert tensor.device.type == "cpu"
+        assert tensor.tolist() == ones.tolist()
+    with Rig.simulated("L4"):
+        assert torch.zeros(1, device=0).device.type == device.DEVICE_TYPE
+
+
+def test_weights_loaded_by_number_after_a_simulation_are_real(gpu_is_the_cpu, monkeypatch):
+    with Rig.simulated("A100-80"):
+        AutoModelForCausalLM.from_pretrained("zai-org/glm-4v-9b", device_map="auto")
+    warmed = set()
+    monkeypatch.setattr(
+        patches, "_ORIGINAL_WARMUP", lambda _, devices, *others: warmed.update(devices.values())
+    )
+    loaded, expected = (
+        AutoModelForCausalLM.from_pretrained(CHECKPOINT, device_map=where).state_dict()
+        for where in ({"": 0}, None)
+    )
+    assert warmed == {torch.device("cuda", 0)}, "the loader sizes its first block by what this GPU has free"
+    for name, tensor in expected.items():
+        assert torch.equal(loaded[name], tensor), name
