@@ -24,9 +24,10 @@ _PATTERNS = (
 
 def find_machine_traces(text: str) -> list[str]:
     """Every path of some machine, and this machine's host and user name, as they stand in the text."""
-    return sorted(
-        {match.group() for pattern in (*_PATTERNS, *_of_this_machine()) for match in pattern.finditer(text)}
-    )
+    patterns = (*_PATTERNS, *_of_this_machine())
+    found = {match.group() for pattern in patterns for match in pattern.finditer(text)}
+    # A folder is named by the path of a file in it.
+    return sorted(one for one in found if not any(other != one and one in other for other in found))
 
 
 def _of_this_machine() -> Iterator[re.Pattern]:

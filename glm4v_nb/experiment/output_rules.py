@@ -56,7 +56,7 @@ def _check_errors(outputs: Sequence[NotebookNode]) -> Iterator[Problem]:
 def _check_stderr(cell: NotebookNode, outputs: Sequence[NotebookNode]) -> Iterator[Problem]:
     written = "".join(output.text for output in outputs if output.get("name") == "stderr").strip()
     if written and STDERR_TAG not in cell.metadata.get("tags", []):
-        problem = f"it wrote {written.splitlines()[-1][:100]!r} to stderr"
+        problem = f"it wrote {written.splitlines()[0][:100]!r} to stderr"
         yield "stderr", problem, f"Mend what it warns of; if that is the lesson, tag the cell {STDERR_TAG}."
 
 

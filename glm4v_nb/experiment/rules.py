@@ -164,7 +164,7 @@ def _check_metadata(path: Path, notebook: NotebookNode) -> Iterator[Problem]:
         ) from None
     if done.returncode:
         said = [line.removeprefix(f"{path} ") for line in (done.stdout + done.stderr).splitlines()]
-        problem = f"nb-clean finds {'; '.join(said)}"
+        problem = f"nb-clean, which counts cells from 0, finds {'; '.join(said)}"
         yield "metadata", problem, f"Run `nb-clean clean {' '.join(NB_CLEAN_OPTIONS)}` on it."
 
 
