@@ -17,7 +17,7 @@ _ROOTS = "home|media|mnt|nix|opt|private|root|scratch|srv|tmp|usr|Users|var|work
 _PATTERNS = (
     # Not inside an address or a relative path; after file:// it is a path again.
     re.compile(rf"(?:(?<![\w.~/])|(?<=file://))/(?:{_ROOTS})/[\w.+@-]+"),
-    re.compile(r"(?:[\w.+~-]|/|\\)*(?:site|dist)-packages[/\\]+[\w.]+"),
+    re.compile(r"(?:site|dist)-packages[/\\]+[\w.]+"),
     re.compile(r"(?<!\w)[A-Za-z]:(?:\\+[\w.$ -]+){2,}"),  # C:\Users\name, also with its backslashes doubled
 )
 

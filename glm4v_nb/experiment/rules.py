@@ -83,7 +83,9 @@ def check_notebook(path: Path, entry: NotebookEntry | None) -> list[Finding]:
     try:
         notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
         nbformat.validate(notebook)
-    except (ValueError, AttributeError, KeyError, nbformat.ValidationError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # Before it validates, nbformat takes for granted what it is to validate.
         reason = str(error).partition("\n")[0] or type(error).__name__
         problem = f"this is not a valid notebook: {reason}"
         advice = "Restore it from the last commit, or save it in Jupyter again."
@@ -122,10 +124,14 @@ def _check_whole(path: Path, notebook: NotebookNode, entry: NotebookEntry | None
         yield "size", problem, "Draw fewer or smaller pictures, or print less."
     yield from _check_registered(notebook, entry)
     try:
-        parse_notebook(path)
+        unused = parse_notebook(path).out_of_reach
     except ParameterError as error:
-        problem = str(error).replace(f"{path} ", "it ").replace(f"{path}: ", "")
-        yield "parameters", problem.partition("; ")[0], _as_sentence(problem.partition("; ")[2])
+        problem, _, advice = str(error).replace(f"{path} ", "it ").replace(f"{path}: ", "").partition("; ")
+        yield "parameters", problem, _as_sentence(advice)
+    else:
+        for name, reason in unused.items():
+            problem, _, advice = reason.partition("; ")
+            yield "parameters", f"setting {name} changes nothing: {problem}", _as_sentence(advice)
     yield from _check_metadata(path, notebook)
     if not any(cell.get("outputs") for cell in notebook.cells):
         problem = "no cell has a stored output; expected those of a real run"
