@@ -1,5 +1,6 @@
 """Every rule for notebooks: a notebook that breaks it and nothing else, and what is said about it."""
 
+import ast
 import base64
 import io
 import json
@@ -49,6 +50,10 @@ def picture(alternative="", **texts):
     return new_output("display_data", data=data, metadata=metadata)
 
 
+def shown(kind, content):
+    return new_output("display_data", data={kind: content})
+
+
 def code(source, *outputs, tags=()):
     cell = new_code_cell(source, outputs=list(outputs), execution_count=2)
     if tags:
@@ -86,26 +91,99 @@ def test_a_notebook_that_keeps_every_rule_has_no_finding(lesson, check):
     assert check(lesson) == []
 
 
+ZERO_DIVISION = new_output("error", ename="ZeroDivisionError", evalue="division by zero", traceback=[])
+# Name → rule, cell, words of the problem, words of the advice.
 BAD_CELLS = {
-    "an error": ("error", code("1 / 0", new_output("error", ename="ZeroDivisionError", evalue="division by zero", traceback=[])), "ended with ZeroDivisionError", "catch the exception"),
-    "a tag for an error": ("error", code("1", tags=["raises-exception"]), "papermill does not", "Catch the exception"),
-    "a mark for an error": ("error", code("# NBVAL_RAISES_EXCEPTION\n1"), "papermill does not", "Catch the exception"),
-    "a warning": ("stderr", code("warn()", printed("UserWarning: old\nwarn()\n", "stderr")), "wrote 'UserWarning: old' to stderr", "tag the cell writes-stderr"),
-    "a printed path": ("machine-path", code("print(path)", printed("in /home/ada/model\n")), "/home/ada", "relative to the notebook"),
-    "a path that is shown": ("machine-path", code("path", new_output("execute_result", data={"text/plain": "PosixPath('/tmp/x1/log')"}, execution_count=2)), "/tmp/x1", "relative to the notebook"),
-    "a path in HTML": ("machine-path", code("page", new_output("display_data", data={"text/html": "<a href='file:///Users/ada/a.html'>a</a>"})), "/Users/ada", "relative to the notebook"),
-    "a path in JSON": ("machine-path", code("data", new_output("display_data", data={"application/json": {"at": "C:\\Users\\ada\\model"}})), "ada", "relative to the notebook"),
-    "a path in a picture's file": ("machine-path", code("plot_it()", picture(Source="/home/ada/plot.py")), "/home/ada", "relative to the notebook"),
+    "an error": (
+        "error",
+        code("1 / 0", ZERO_DIVISION),
+        "ended with ZeroDivisionError",
+        "catch the exception",
+    ),
+    "a tag for an error": ("error", code("1", tags=["raises-exception"]), "papermill does not", "Catch"),
+    "a mark for an error": ("error", code("# NBVAL_RAISES_EXCEPTION\n1"), "papermill does not", "Catch"),
+    "a warning": (
+        "stderr",
+        code("warn()", printed("UserWarning: old\nwarn()\n", "stderr")),
+        "wrote 'UserWarning: old' to stderr",
+        "tag the cell writes-stderr",
+    ),
+    "a printed path": (
+        "machine-path",
+        code("print(path)", printed("in /home/ada/model\n")),
+        "names /home/ada,",
+        "relative to the notebook",
+    ),
+    "a path that is shown": (
+        "machine-path",
+        code("path", shown("text/plain", "PosixPath('/tmp/x1/log')")),
+        "names /tmp/x1,",
+        "relative to the notebook",
+    ),
+    "a path in HTML": (
+        "machine-path",
+        code("page", shown("text/html", "<a href='file:///Users/ada/a.html'>a</a>")),
+        "names /Users/ada,",
+        "relative to the notebook",
+    ),
+    "a path in JSON": (
+        "machine-path",
+        code("data", shown("application/json", {"at": "C:\\Users\\ada\\model"})),
+        "ada",
+        "relative to the notebook",
+    ),
+    "a path in a picture's file": (
+        "machine-path",
+        code("plot_it()", picture(Source="/home/ada/plot.py")),
+        "names /home/ada,",
+        "relative to the notebook",
+    ),
     "a path in the code": ("machine-path", code('open("/home/ada/log")'), "/home/ada", "temporary folder"),
-    "a picture without a label": ("picture-label", code("figure", picture()), "where the figures of its picture come from", "tag the cell illustration"),
-    "a record without a label": ("record-label", code('record("peak", 5)', printed("peak: 5\n")), "labels none", "`record`"),
-    "bytes without a label": ("figure-label", code("print(peak)", printed("peak 20.1 GiB\n")), "'peak 20.1 GiB'", "beside it"),
-    "a speed without a label": ("figure-label", code("print(rate)", printed("374 tokens/s\n")), "374 tokens/s", "beside it"),
+    "a picture without a label": (
+        "picture-label",
+        code("figure", picture()),
+        "where the figures of its picture come from",
+        "tag the cell illustration",
+    ),
+    "a drawing without a label": (
+        "picture-label",
+        code("drawing", shown("image/svg+xml", "<svg/>")),
+        "where the figures of its picture come from",
+        "tag the cell illustration",
+    ),
+    "a record without a label": (
+        "record-label",
+        code('record("peak", 5)', printed("peak: 5\n")),
+        "labels none",
+        "Let `record` print them",
+    ),
+    "bytes without a label": (
+        "figure-label",
+        code("print(peak)", printed("peak 20.1 GiB\n")),
+        "'peak 20.1 GiB'",
+        "beside it",
+    ),
+    "a speed without a label": (
+        "figure-label",
+        code("print(rate)", printed("374 tokens/s\n")),
+        "374 tokens/s",
+        "beside it",
+    ),
     "a skipped cell": ("same-code", code("train()", tags=["nbval-skip"]), "skip it", "value of a parameter"),
     "a mark for skipping": ("same-code", code("# NBVAL_SKIP\ntrain()"), "skip it", "value of a parameter"),
-    "code that asks for CI": ("same-code", code('import os\nsteps = 1 if os.environ.get("CI") else 100'), "for the variable CI", "value of a parameter"),
-    "code that asks for pytest": ("same-code", code('import sys\nif "pytest" not in sys.modules:\n    train()'), "whether pytest is loaded", "value of a parameter"),
-}  # fmt: skip
+    "code that asks for CI": (
+        "same-code",
+        code('import os\nsteps = 1 if os.environ.get("CI") else 100'),
+        "for the variable CI",
+        "value of a parameter",
+    ),
+    "code that asks for pytest": (
+        "same-code",
+        code('import sys\nif "pytest" not in sys.modules:\n    train()'),
+        "whether pytest is loaded",
+        "value of a parameter",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD_CELLS)
@@ -179,16 +257,21 @@ def nothing_run(lesson):
         (two_parameter_cells, "parameters", "has 2 of them", "Put the tag on the one cell"),
         (no_parameters, "parameters", "but has none", "Put the tag on the one cell"),
         (computed_parameters, "parameters", "'card = choose()'", "name = a plain"),
-        (parameter_that_nothing_reads, "parameters", "setting card changes nothing", "Read it in a later cell"),
+        (
+            parameter_that_nothing_reads,
+            "parameters",
+            "setting card changes nothing",
+            "Read it in a later cell",
+        ),
         (other_title, "registered", "'# 01 · Another lesson'; expected '# 01 · Lesson'", "agree"),
         (other_kernel, "kernelspec", "'my-env'; expected 'python3'", "Python 3"),
         (no_kernel, "kernelspec", "None; expected 'python3'", "Python 3"),
         (widget_state, "metadata", "has widgets", "Remove"),
-        (execution_times, "metadata", "nb-clean, which counts cells from 0, finds cell 3: metadata execution", "nb-clean clean"),
+        (execution_times, "metadata", "finds cell 3: metadata execution", "nb-clean clean"),
         (python_version, "metadata", "language_info.version", "nb-clean clean"),
         (nothing_run, "outputs", "no cell has a stored output", "tools/refresh_notebooks.py 01"),
     ],
-)  # fmt: skip
+)
 def test_a_notebook_that_breaks_a_rule_as_a_whole_has_that_finding_alone(
     spoil, rule, problem, advice, lesson, check
 ):
@@ -203,7 +286,9 @@ def test_a_notebook_that_the_registry_does_not_list_is_found(lesson, check):
     assert finding.rule == "registered" and "Add a [[notebook]] entry" in finding.advice
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"nbformat": 4}', '{"nbformat": 4, "nbformat_minor": 5, "cells": [7]}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"nbformat": 4}', '{"nbformat": 4, "nbformat_minor": 5, "cells": [7]}']
+)
 def test_a_file_that_is_no_notebook_is_one_finding(text, tmp_path):
     path = tmp_path / "01_lesson.ipynb"
     path.write_text(text)
@@ -212,21 +297,23 @@ def test_a_file_that_is_no_notebook_is_one_finding(text, tmp_path):
 
 
 GOOD_CELLS = {
-    "stderr where it is the lesson": code("warn()", printed("UserWarning\n", "stderr"), tags=["writes-stderr"]),
+    "stderr where it is the lesson": code(
+        "warn()", printed("UserWarning\n", "stderr"), tags=["writes-stderr"]
+    ),
     "a plot of this package": code("plot_frontier(points)", picture()),
     "a plot with the rig's provenance": code("axes.set_xlabel(rig.provenance)\nfigure", picture()),
     "a plot that says it in its code": code('axes.set_xlabel("simulated")\nfigure', picture()),
     "a plot with its label beside it": code("figure", printed("simulated\n"), picture()),
-    "a plot with its label as alternative text": code(
-        "figure", picture(alternative="Peaks, simulated")
-    ),
+    "a plot with its label as alternative text": code("figure", picture(alternative="Peaks, simulated")),
     "a drawing": code("sample_pictures()", picture(), tags=["illustration"]),
     "a recorded figure": code('record("peak", 5)', printed("peak: 5 GiB  (measured on H100, 2026-11-25)\n")),
     "a printed figure": code("print(peak)", printed("peak 20.1 GiB  (simulated)\n")),
     "a number without a unit": code("print(parameters)", printed("13,906,320,896 parameters, 2 cards\n")),
-    "an environment variable that is not a runner's": code('import os\nos.environ["PYTORCH_CUDA_ALLOC_CONF"] = ""'),
+    "an environment variable that is not a runner's": code(
+        'import os\nos.environ["PYTORCH_CUDA_ALLOC_CONF"] = ""'
+    ),
     "a magic": code("%time sum(range(9))"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GOOD_CELLS)
@@ -236,10 +323,16 @@ def test_no_false_alarm_for(name, lesson, check):
 
 
 def test_a_section_or_the_opening_may_speak_for_its_printed_figures_but_not_the_section_before(lesson, check):
-    figure = code("print(peak)", printed("20.1 GiB\n"))
-    lesson.cells += [new_markdown_cell("## On cards\n\nAll of it is *simulated*."), new_markdown_cell("More."), figure]
+    def figure():
+        return code("print(peak)", printed("20.1 GiB\n"))
+
+    lesson.cells += [
+        new_markdown_cell("## On cards\n\nAll of it is *simulated*."),
+        new_markdown_cell("More."),
+        figure(),
+    ]
     assert check(lesson) == []
-    lesson.cells += [new_markdown_cell("Now really.\n\n## Elsewhere"), figure]
+    lesson.cells += [new_markdown_cell("Now really.\n\n## Elsewhere"), figure()]
     assert [finding.where for finding in check(lesson)] == ["code cell 5"]
     lesson.cells[0].source += " Every figure is *measured*."
     assert check(lesson) == []
@@ -248,11 +341,20 @@ def test_a_section_or_the_opening_may_speak_for_its_printed_figures_but_not_the_
 @pytest.mark.parametrize(
     "text",
     [
-        "/home/ada/x", "'/root/x'", "(/tmp/tmpab12/log.jsonl)", "/var/folders/zz/T", "/usr/lib/python3/x.py", "/mnt/disk/a",
-        "/Users/ada", "file:///home/ada/x", "lib/python3.11/site-packages/torch/nn.py", r"C:\Users\ada\x", r"D:\\data\\x y\\z",
+        "/home/ada/x",
+        "'/root/x'",
+        "(/tmp/tmpab12/log.jsonl)",
+        "/var/folders/zz/T",
+        "/usr/lib/python3/x.py",
+        "/mnt/disk/a",
+        "/Users/ada",
+        "file:///home/ada/x",
+        "lib/python3.11/site-packages/torch/nn.py",
+        r"C:\Users\ada\x",
+        r"D:\\data\\x y\\z",
         "PATH=/usr/bin:/opt/bin",
     ],
-)  # fmt: skip
+)
 def test_paths_of_a_machine_are_found(text):
     assert find_machine_traces(f"in {text}, it says")
 
@@ -260,11 +362,29 @@ def test_paths_of_a_machine_are_found(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "/content/model", "/layers/0", "model/layers/0", "and/or/not", "https://example.org/home/ada", "runs/tmp/x", "./tmp/x",
-        "../var/x", "~/.cache/huggingface", "GiB/s", "/dev/nvidia0", "16 / 9 / 4", "12:30:01", "site-packages", "a: \\n", "{0: 9}",
-        "zai-org/glm-4v-9b", "language_model.layers.39", "no /root", "</root>", "ratio 4:\\alpha",
+        "/content/model",
+        "/layers/0",
+        "model/layers/0",
+        "and/or/not",
+        "https://example.org/home/ada",
+        "runs/tmp/x",
+        "./tmp/x",
+        "../var/x",
+        "~/.cache/huggingface",
+        "GiB/s",
+        "/dev/nvidia0",
+        "16 / 9 / 4",
+        "12:30:01",
+        "site-packages",
+        "a: \\n",
+        "{0: 9}",
+        "zai-org/glm-4v-9b",
+        "language_model.layers.39",
+        "no /root",
+        "</root>",
+        "ratio 4:\\alpha",
     ],
-)  # fmt: skip
+)
 def test_what_only_looks_like_a_path_is_not_found(text, monkeypatch):
     monkeypatch.setattr(machine_traces, "_of_this_machine", lambda: [])  # whose home may be /root
     assert find_machine_traces(f"in {text}, it says") == []
@@ -304,13 +424,25 @@ def test_what_a_cell_prints_while_nbval_runs_it_keeps_the_same_rules(tmp_path):
     ]
     nbformat.write(new_notebook(cells=cells), tmp_path / "bad.ipynb")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    command = [sys.executable, "-m", "pytest", "-n", "0", "--color", "no", "-p", "conftest", "-c", "pyproject.toml"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        "--color",
+        "no",
+        "-p",
+        "conftest",
+        "-c",
+        "pyproject.toml",
+    ]
     command += ["--rootdir", str(ROOT), "-o", f"cache_dir={tmp_path / 'cache'}", str(tmp_path / "bad.ipynb")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     said = dict(re.findall(r"^Cell (\d): (.*)$", done.stdout, flags=re.MULTILINE))
     assert sorted(said) == ["1", "3", "4", "6", "7"], done.stdout
     assert said["1"].startswith("it wrote 'old' to stderr.") and said["1"].endswith("[stderr]")
-    assert said["3"].startswith(f"its output names {tmp_path.parents[-2]}") or "machine-path" in said["3"]
+    assert said["3"].endswith("[machine-path]")
     assert said["4"] == "Cell outputs differ"
     assert said["6"] == "Cell execution caused an exception"
     assert said["7"].endswith("[picture-label]")
@@ -365,8 +497,6 @@ def test_without_nb_clean_the_command_fails_and_says_how_to_get_it(tmp_path, mon
 
 
 def test_the_package_does_not_ask_who_runs_it_except_to_choose_how_progress_is_shown():
-    import ast
-
     asking = {}
     for path in [*(ROOT / "glm4v_nb").rglob("*.py"), ROOT / "glm4v_nb_cli.py"]:
         if found := asks_for_its_runner(ast.parse(path.read_text(encoding="utf-8"))):
