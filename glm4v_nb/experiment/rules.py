@@ -49,7 +49,7 @@ class Finding:
     Attributes:
         notebook: file name.
         where: "code cell 3", "text cell 2", each kind counted from 1; "" for the notebook as a whole.
-        rule: its name, one word for each rule.
+        rule: its name, as in the README's table.
         problem: what was wrong.
         advice: what to do.
     """
@@ -80,11 +80,10 @@ def check_notebook(path: Path, entry: NotebookEntry | None) -> list[Finding]:
         OSError: the file cannot be read.
         RuntimeError: nb-clean is not installed.
     """
+    content = path.read_bytes()
     try:
-        notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+        notebook = nbformat.reads(content.decode(), as_version=4)
         nbformat.validate(notebook)
-    except OSError:
-        raise
     except Exception as error:  # Before it validates, nbformat takes for granted what it is to validate.
         reason = str(error).partition("\n")[0] or type(error).__name__
         problem = f"this is not a valid notebook: {reason}"

@@ -250,28 +250,28 @@ def nothing_run(lesson):
     lesson.cells[2].outputs = []
 
 
-@pytest.mark.parametrize(
-    ("spoil", "rule", "problem", "advice"),
-    [
-        (too_large, "size", "expected at most 300,000", "Draw fewer"),
-        (two_parameter_cells, "parameters", "has 2 of them", "Put the tag on the one cell"),
-        (no_parameters, "parameters", "but has none", "Put the tag on the one cell"),
-        (computed_parameters, "parameters", "'card = choose()'", "name = a plain"),
-        (
-            parameter_that_nothing_reads,
-            "parameters",
-            "setting card changes nothing",
-            "Read it in a later cell",
-        ),
-        (other_title, "registered", "'# 01 · Another lesson'; expected '# 01 · Lesson'", "agree"),
-        (other_kernel, "kernelspec", "'my-env'; expected 'python3'", "Python 3"),
-        (no_kernel, "kernelspec", "None; expected 'python3'", "Python 3"),
-        (widget_state, "metadata", "has widgets", "Remove"),
-        (execution_times, "metadata", "finds cell 3: metadata execution", "nb-clean clean"),
-        (python_version, "metadata", "language_info.version", "nb-clean clean"),
-        (nothing_run, "outputs", "no cell has a stored output", "tools/refresh_notebooks.py 01"),
-    ],
-)
+BAD_NOTEBOOKS = [
+    (too_large, "size", "expected at most 300,000", "Draw fewer"),
+    (two_parameter_cells, "parameters", "has 2 of them", "Put the tag on the one cell"),
+    (no_parameters, "parameters", "but has none", "Put the tag on the one cell"),
+    (computed_parameters, "parameters", "'card = choose()'", "name = a plain"),
+    (
+        parameter_that_nothing_reads,
+        "parameters",
+        "setting card changes nothing",
+        "Read it in a later cell",
+    ),
+    (other_title, "registered", "'# 01 · Another lesson'; expected '# 01 · Lesson'", "agree"),
+    (other_kernel, "kernelspec", "'my-env'; expected 'python3'", "Python 3"),
+    (no_kernel, "kernelspec", "None; expected 'python3'", "Python 3"),
+    (widget_state, "metadata", "has widgets", "Remove"),
+    (execution_times, "metadata", "finds cell 3: metadata execution", "nb-clean clean"),
+    (python_version, "metadata", "language_info.version", "nb-clean clean"),
+    (nothing_run, "outputs", "no cell has a stored output", "tools/refresh_notebooks.py 01"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "rule", "problem", "advice"), BAD_NOTEBOOKS)
 def test_a_notebook_that_breaks_a_rule_as_a_whole_has_that_finding_alone(
     spoil, rule, problem, advice, lesson, check
 ):
@@ -515,6 +515,18 @@ def test_lint_pre_commit_and_the_rules_clean_notebooks_with_the_same_options():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     entries = {hook["id"]: hook["entry"] for repository in config["repos"] for hook in repository["hooks"]}
     assert entries["nb-clean"] == f"nb-clean clean {options}"
+
+
+def test_the_readme_lists_every_rule_and_each_has_a_notebook_here_that_breaks_it():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| rule |")[2].partition("\n\n")[0]
+    listed = {name for row in table.splitlines()[2:] for name in row.split("|")[1].strip().split(", ")}
+    broken = {rule for rule, *_ in BAD_CELLS.values()} | {rule for _, rule, *_ in BAD_NOTEBOOKS} | {"format"}
+    assert listed == broken
+    sources = [ROOT / "glm4v_nb" / "experiment" / name for name in ("rules.py", "output_rules.py")]
+    given = re.findall(
+        r'(?:yield|Finding\(path.name, "",) "([a-z-]+)"', "".join(map(Path.read_text, sources))
+    )
+    assert set(given) == listed
 
 
 def test_the_registry_is_checked_as_a_whole_when_nothing_is_named():
