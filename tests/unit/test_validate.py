@@ -17,6 +17,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import glm4v_nb_cli
 from glm4v_nb.experiment import machine_traces
 from glm4v_nb.experiment.machine_traces import find_machine_traces
 from glm4v_nb.experiment.registry import NotebookEntry
@@ -461,6 +462,14 @@ def test_the_command_checks_files_prints_json_and_has_three_exit_codes(lesson, t
     for wrong in (["77"], [str(tmp_path / "absent.ipynb")], [str(tmp_path)]):
         assert main(wrong) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_command_line_of_the_suite_says_the_same_with_the_same_exit_codes(lesson, tmp_path, capsys):
+    lesson.cells[3] = code("warn()", printed("UserWarning\n", "stderr"))
+    nbformat.write(lesson, tmp_path / "01_lesson.ipynb")
+    for arguments in (["15"], [str(tmp_path / "01_lesson.ipynb"), "--json"], ["77"]):
+        ended = main(arguments), capsys.readouterr()
+        assert (glm4v_nb_cli.main(["validate", *arguments]), capsys.readouterr()) == ended
 
 
 def test_execute_refuses_a_notebook_that_lies_elsewhere_and_json(lesson, tmp_path, capsys, monkeypatch):
