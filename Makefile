@@ -7,7 +7,7 @@ TESTS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab lint clean
+.PHONY: help setup run test validate lab lint clean
 MAKEFLAGS += --no-print-directory
 
 # A mistyped variable (NOTEBOKS=01) would otherwise be ignored without a word.
@@ -26,19 +26,20 @@ VENV := .venv/bin
 help:
 	@echo 'GLM-4V-9B on several GPUs: a suite of notebooks. Needs Python 3.11 or newer and make.'
 	@echo
-	@echo '  make run     execute the notebooks in order; a report and the executed notebooks go to runs/<time>/'
-	@echo '  make test    unit tests, parity tests, every notebook cell by cell, the panel in a browser'
-	@echo '  make lab     open JupyterLab on this machine only (127.0.0.1), kernel ready'
-	@echo '  make lint    check the style of code and notebooks'
-	@echo '  make setup   only build .venv from requirements.lock (each target above does it by itself)'
-	@echo '  make clean   remove .venv and caches; runs/ stays'
+	@echo '  make run       execute the notebooks in order; a report and the executed notebooks go to runs/<time>/'
+	@echo '  make test      unit tests, parity tests, every notebook cell by cell, the panel in a browser'
+	@echo '  make validate  only the notebooks: the rules for what is stored, then every cell run'
+	@echo '  make lab       open JupyterLab on this machine only (127.0.0.1), kernel ready'
+	@echo '  make lint      check the style of code and notebooks'
+	@echo '  make setup     only build .venv from requirements.lock (each target above does it by itself)'
+	@echo '  make clean     remove .venv and caches; runs/ stays'
 	@echo
 	@echo 'Variables:'
 	@echo '  PYTHON=python3.12     the Python that builds .venv                      (python3)'
-	@echo '  NOTEBOOKS="01 02"     run: only these numbers                           (all)'
+	@echo '  NOTEBOOKS="01 02"     run, validate: only these numbers                 (all)'
 	@echo '  OUTPUT=runs           run: where results go                             (runs)'
 	@echo '  TESTS=tests/unit      test: only these files or folders                 (all)'
-	@echo '  WORKERS=4             test: files at a time                              (2)'
+	@echo '  WORKERS=4             test, validate: files at a time                    (2)'
 
 setup:
 	@command -v $(INTERPRETER) >/dev/null 2>&1 || { \
@@ -55,6 +56,10 @@ run: setup
 test: setup
 	@HF_HUB_OFFLINE=1 $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
+# `make test` has both parts too: the rules as a test, and the notebooks among its files.
+validate: setup
+	@$(VENV)/python -m glm4v_nb.experiment.validate --execute --workers '$(WORKERS)' $(NOTEBOOKS)
+
 # Containers often have only root, which Jupyter refuses unless told.
 lab: setup
 	@$(VENV)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" $$([ "$$(id -u)" -ne 0 ] || echo --allow-root)
@@ -62,7 +67,7 @@ lab: setup
 lint: setup
 	@$(VENV)/ruff check .
 	@$(VENV)/ruff format --check .
-	@$(VENV)/nb-clean check --preserve-cell-outputs --preserve-execution-counts --preserve-cell-metadata --preserve-notebook-metadata notebooks
+	@$(VENV)/nb-clean check --preserve-cell-outputs --preserve-execution-counts --preserve-cell-metadata-field tags notebooks
 
 clean:
 	@rm -rf .venv build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -185,6 +185,24 @@ def report(
         print(f"Open {sweep_report.write_sweep_report(folder)}")
 
 
+@app.command()
+def validate(
+    notebooks: Annotated[
+        list[str] | None, typer.Argument(help="Numbers such as 01, or .ipynb files; all when left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+):
+    """Do the stored notebooks keep the suite's rules? Runs nothing; exit code 1 if one is broken.
+
+    `make validate` then executes them, too.
+    """
+    with _progress("loading the rules"):
+        from glm4v_nb.experiment import validate as validation  # this command has the same name
+    paths, findings = validation.validate(notebooks or ())
+    validation.print_findings(paths, findings, as_json)
+    raise typer.Exit(1 if findings else 0)
+
+
 def _carry_out(plan, output: str, workers: int, force: bool, retry: bool, as_json: bool):
     """Do a plan, write its report, print how it went and leave with its exit code."""
     from glm4v_nb.experiment.display import print_runs

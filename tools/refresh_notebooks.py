@@ -2,7 +2,7 @@
 
     python tools/refresh_notebooks.py [01 02 ...]
 
-Cells must not write to stderr unless tagged so, and nothing of this machine is stored.
+Nothing of this machine is stored; `make validate` then says whether a notebook keeps the other rules, too.
 """
 
 import base64

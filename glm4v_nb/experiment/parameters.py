@@ -47,10 +47,10 @@ class ParsedNotebook:
 
         Raises ParameterError for a cell that is not Python even after IPython's own rewriting of magics.
         """
-        reach = Reach(self.parameters, _parse_cell)
+        reach = Reach(self.parameters, parse_cell)
         for number, source in self.later_cells:
             try:
-                reach.follow(_parse_cell(source), number)
+                reach.follow(parse_cell(source), number)
             except SyntaxError as error:
                 raise ParameterError(
                     f"{self.file}: code cell {number} is not valid Python ({error.msg}, line {error.lineno}); "
@@ -219,7 +219,11 @@ def _read_assignments(source: str, path: Path) -> dict[str, Value]:
     return parameters
 
 
-def _parse_cell(source: str) -> ast.Module:
+def parse_cell(source: str) -> ast.Module:
+    """The code of a cell as a tree, its magics and shell commands as the calls that IPython makes of them.
+
+    Raises SyntaxError.
+    """
     with warnings.catch_warnings():
         # An invalid escape in a lesson's string is that lesson's matter.
         warnings.simplefilter("ignore")

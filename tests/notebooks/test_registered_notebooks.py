@@ -1,4 +1,4 @@
-"""nbval executes every registered notebook in this same session; here is what nbval does not look at."""
+"""nbval executes every registered notebook in this same session; here are the rules for what is stored in them."""
 
 import configparser
 import re
@@ -8,6 +8,7 @@ import nbformat
 import pytest
 
 from glm4v_nb.experiment.registry import DEFAULT_REGISTRY, load_registry
+from glm4v_nb.experiment.rules import check_notebook
 
 SANITIZE = Path(__file__).parent / "sanitize.cfg"
 NOTEBOOKS = sorted(DEFAULT_REGISTRY.parent.glob("*.ipynb"))
@@ -26,33 +27,23 @@ def test_the_registry_lists_every_notebook_and_every_listed_one_exists():
     assert [entry.file for entry in registry.notebook] == [path.name for path in NOTEBOOKS]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_valid_and_under_300_kilobytes(path):
-    nbformat.validate(nbformat.read(path, as_version=4))
-    assert path.stat().st_size < 300_000
+@pytest.mark.parametrize(
+    "entry", load_registry().notebook, ids=lambda entry: entry.file.removesuffix(".ipynb")
+)
+def test_a_stored_notebook_keeps_every_rule(entry):
+    assert [str(finding) for finding in check_notebook(DEFAULT_REGISTRY.parent / entry.file, entry)] == []
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_stores_no_error_no_stderr_and_no_widget_state(path):
-    notebook = nbformat.read(path, as_version=4)
-    assert "widgets" not in notebook.metadata
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            assert output.output_type != "error", cell.source
-            assert output.get("name") != "stderr" or "stderr" in cell.metadata.get("tags", []), cell.source
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_has_stored_outputs_and_no_path_of_one_machine(path):
-    assert any(cell.get("outputs") for cell in nbformat.read(path, as_version=4).cells)
-    assert not re.search(r"/(home|root|Users|tmp|work)/\w", path.read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_leaves_the_cell_with_an_error_to_a_caught_exception(path):
-    """papermill stops at a cell tagged raises-exception although nbval accepts it."""
-    tags = {tag for cell in nbformat.read(path, as_version=4).cells for tag in cell.metadata.get("tags", [])}
-    assert "raises-exception" not in tags
+def test_at_least_a_hundred_cells_are_compared_with_their_stored_output():
+    """A cell whose figures are the same everywhere is marked so; who unmarks many, says why."""
+    cells = [cell for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells]
+    marked = [
+        cell
+        for cell in cells
+        if "nbval-check-output" in cell.metadata.get("tags", []) or "# NBVAL_CHECK_OUTPUT" in cell.source
+    ]
+    assert len(marked) >= 100
+    assert all(cell.outputs for cell in marked), "a comparison of nothing with nothing"
 
 
 def test_times_and_addresses_are_sanitized():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from glm4v_nb import plots, timeline
 from glm4v_nb.placement import PlacedModule
 from glm4v_nb.plots import (
     COLOURS,
@@ -38,6 +39,15 @@ def test_every_picture_says_where_its_figures_come_from():
     assert bars.axes[0].get_xlabel() == "GiB · measured on H100"
     device_map = plot_device_map({"auto": BLOCKS}, 22 * GIB)
     assert device_map.axes[-1].get_xlabel() == "GiB of weights · simulated"
+
+
+def test_no_plot_is_without_a_test_of_its_label():
+    """A notebook's picture counts as labelled if one of these draws it; test_monitor.py tests the timeline's."""
+    plots_here = {name for module in (plots, timeline) for name in vars(module) if name.startswith("plot_")}
+    assert plots_here == {
+        *("plot_memory_bars", "plot_device_map", "plot_frontier", "plot_training_curve", "plot_timeline"),
+        "plot_path",  # which draws nothing
+    }
 
 
 def test_a_device_map_has_a_row_per_card_and_a_cell_per_block():

@@ -1,0 +1,23 @@
+"""pytest, for the notebooks that nbval executes: what a cell puts out must keep the rules of the stored outputs.
+
+nbval compares the cells that are marked for it, and of the others notices errors only. Whatever a cell prints while the
+tests run is looked at here, so that nothing has to be executed twice.
+"""
+
+import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    result = yield
+    # nbval keeps here what the cell has put out; other tests have no such attribute.
+    if outputs := getattr(item, "test_outputs", None):
+        from glm4v_nb.experiment.output_rules import (
+            check_outputs,
+        )  # imports torch, which not every test needs
+
+        if problems := check_outputs(item.cell, outputs):
+            item.raise_cell_error(
+                "; ".join(f"{problem}. {advice} [{rule}]" for rule, problem, advice in problems)
+            )
+    return result
