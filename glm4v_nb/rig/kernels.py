@@ -8,7 +8,7 @@ import torch
 
 from glm4v_nb.rig.device import DEVICE_TYPE
 
-# cuDNN's attention keeps this much for itself while it runs.
+# cuDNN's attention keeps this much for itself while it runs, besides a seed and an offset of its random numbers.
 _CUDNN_ATTENTION_BYTES = 256
 # With one query position it divides the keys among so many blocks, each with its own sums.
 _DECODE_SPLITS = 8
@@ -62,19 +62,25 @@ def routed_attention(original, rig):
 
 
 def _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, scale):
-    """The kernel of Hopper cards; it keeps the sums of the softmax only for a backward pass."""
+    """The kernel of Hopper cards; it keeps the sums of the softmax only for a backward pass.
+
+    Its output lies in memory as the query does: behind the image tower's fused projection by position, so that the next
+    product takes it as it is; behind the decoder's rotation by head, so that transformers copies it.
+    """
     batch, heads, positions, features = query.shape
+    random = [torch.empty((), dtype=torch.int64, device=query.device) for _ in ("seed", "offset")]
     if needs_gradient:
         output = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, dropout_p, is_causal, False, scale=scale
         )[0]
     else:
-        output = query.new_empty(batch, positions, heads, features).transpose(1, 2)
+        output = torch.empty_like(query)
     size = _CUDNN_ATTENTION_BYTES
     if positions == 1 and key.shape[2] > 1:
         # Per split: the weighted values, the largest score and the sum, in float32.
         size = batch * heads * _DECODE_SPLITS * (features + 2) * 4 + _CUDNN_ATTENTION_BYTES // 2
     _scratch(size, query.device)
+    del random
     return output
 
 
