@@ -9,7 +9,8 @@ import torch
 
 from glm4v_nb.rig import allocator as caching
 from glm4v_nb.rig.allocator import Allocator
-from glm4v_nb.rig.kernels import CUBLASLT_WORKSPACE_BYTES, MATRIX_PRODUCTS, WITH_BIAS
+from glm4v_nb.rig.catalog import Card
+from glm4v_nb.rig.kernels import CUBLASLT_WORKSPACE_BYTES, MATRIX_PRODUCTS, WITH_BIAS, scratch_bytes
 
 
 @dataclass
@@ -42,17 +43,17 @@ class _Event:
 class Accounting:
     """Charges storages to the allocators of the cards they are on.
 
+    The first matrix product on a card takes cuBLAS's workspace and loads its kernels, which the context grows by; the
+    first of a backward pass, which PyTorch runs in a thread of its own, takes a workspace once more.
+
     Args:
         allocators: one per card.
-        workspace_bytes: cuBLAS workspace, taken at the first matrix product on a card, and once more at the first of
-            a backward pass, which PyTorch runs in a thread of its own.
-        kernel_bytes: what the kernels of matrix products add to a card's context when they are first loaded.
+        card: what all of them are.
     """
 
-    def __init__(self, allocators: list[Allocator], workspace_bytes: int, kernel_bytes: int = 0):
+    def __init__(self, allocators: list[Allocator], card: Card):
         self.allocators = allocators
-        self.workspace_bytes = workspace_bytes
-        self.kernel_bytes = kernel_bytes
+        self.card = card
         self.stage = "other"
         self._blocks: dict[int, Block] = {}
         self._references: dict[int, weakref.ref] = {}
@@ -65,7 +66,7 @@ class Accounting:
         self._deferred: torch.OutOfMemoryError | None = None
         self.at_failure: list[list[Block]] = []
 
-    def observe(self, operator, results: list[torch.Tensor]):
+    def observe(self, operator, results: list[torch.Tensor], arguments: tuple = ()):
         """Charge what an operator newly allocated; the device module calls this after every operator.
 
         Raises:
@@ -74,7 +75,7 @@ class Accounting:
         if self._deferred is not None:
             return
         try:
-            self._charge(operator, results)
+            self._charge(operator, results, arguments)
         except torch.OutOfMemoryError as error:
             self._remember_failure()
             if not self._deferring:
@@ -97,7 +98,7 @@ class Accounting:
         if deferred is not None:
             raise deferred
 
-    def _charge(self, operator, results: list[torch.Tensor]):
+    def _charge(self, operator, results: list[torch.Tensor], arguments: tuple):
         for tensor in results:
             card = tensor.device.index
             storage = tensor.untyped_storage()
@@ -127,8 +128,13 @@ class Accounting:
             if self._recording is not None:
                 self._recording.append(_Event(True, card, size, block.serial))
         name = operator._schema.name
+        scratch = scratch_bytes(name, arguments, self.card)
+        if scratch:
+            self._charge_for_a_moment(results[0].device.index, scratch)
         if name in MATRIX_PRODUCTS and results:
-            self._charge_workspace("cuBLAS workspace", results[0].device.index, self.workspace_bytes)
+            self._charge_workspace(
+                "cuBLAS workspace", results[0].device.index, self.card.cublas_workspace_bytes
+            )
             if name in WITH_BIAS:
                 self._charge_workspace(
                     "cublasLt workspace", results[0].device.index, CUBLASLT_WORKSPACE_BYTES
@@ -244,13 +250,26 @@ class Accounting:
             if self._recording is not None:
                 self._recording.append(_Event(False, block.card, block.bytes, block.serial))
 
+    def _charge_for_a_moment(self, card: int, sizes: list[int]):
+        """Take blocks and give them back at once, as a kernel does with its scratch."""
+        allocator, taken = self._allocator(card), []
+        try:
+            for size in sizes:
+                taken.append((size, allocator.allocate(size), next(self._serials)))
+        finally:
+            for _, place, _ in reversed(taken):
+                allocator.free(place)
+        if self._recording is not None:
+            self._recording += [_Event(True, card, size, serial) for size, _, serial in taken]
+            self._recording += [_Event(False, card, size, serial) for size, _, serial in reversed(taken)]
+
     def _charge_workspace(self, name: str, card: int, size: int):
         key = (name, card, self._deferring)
         if key in self._workspaces:
             return
         if card not in self._kernels_loaded:
             self._kernels_loaded.add(card)
-            self._allocator(card).context_bytes += self.kernel_bytes
+            self._allocator(card).context_bytes += self.card.kernel_bytes
         place = self._allocator(card).allocate(size)
         self._workspaces[key] = Block(
             card, place.size, (size,), torch.uint8, name, "workspace", next(self._serials), [place]

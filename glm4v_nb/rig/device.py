@@ -33,8 +33,8 @@ from torch.utils import _pytree, backend_registration
 
 DEVICE_TYPE = "simcuda"
 MAX_CARDS = 16
-# Called after every operator with its overload and its results on simulated cards; set by the active rig.
-Observer = Callable[[object, list[FakeTensor]], None]
+# Called after every operator with its overload, its results on simulated cards and its arguments; set by the active rig.
+Observer = Callable[[object, list[FakeTensor], tuple], None]
 _observer: Observer | None = None
 
 
@@ -104,6 +104,8 @@ class _ObservedFakeMode(FakeTensorMode):
                 return _REWRITTEN[func](*args, **(kwargs or {}))
         # Operators that a shape rule uses internally are not the program's own.
         depth = getattr(self._nesting, "depth", 0)
+        if func is torch.ops.aten.add.Tensor and depth == 0 and _added_in_place(*args):
+            return args[0]
         self._nesting.depth = depth + 1
         try:
             output = super().dispatch(func, types, args, kwargs)
@@ -128,12 +130,53 @@ class _ObservedFakeMode(FakeTensorMode):
                 ]
             if results:
                 try:
-                    _observer(func, results)
+                    _observer(func, results, args)
                 except torch.OutOfMemoryError as error:
                     # A real card never made this tensor: no frame of the error may lead to it.
                     output = results = None
                     raise error.with_traceback(None) from None
         return output
+
+
+# ``_use_count()`` of a gradient that nothing but the engine refers to, as seen from ``dispatch``; found by trying.
+_engines_own: int | None = None
+_trying = False
+
+
+def _added_in_place(sum_so_far, gradient, *others, **options) -> bool:
+    """Whether the autograd engine would add this gradient to the sum in place, which it never does with fake tensors.
+
+    The conditions are those of torch/csrc/autograd/input_buffer.cpp: no graph of the backward pass is recorded, and
+    nothing else refers to the sum so far.
+    """
+    global _engines_own
+    if torch._C._current_graph_task_id() < 0 or torch.is_grad_enabled() or not isinstance(gradient, FakeTensor):
+        return False
+    if not isinstance(sum_so_far, FakeTensor) or sum_so_far.shape != gradient.shape:
+        return False
+    if _trying:
+        _engines_own = sum_so_far._use_count()
+        return False
+    storage = sum_so_far.untyped_storage()
+    return (
+        sum_so_far.dtype == gradient.dtype
+        and (sum_so_far.is_contiguous() or sum_so_far.nbytes == storage.nbytes())
+        and sum_so_far._use_count() == _engines_own
+        and torch._C._storage_Use_Count(storage._cdata) == 2  # one is ``storage``
+    )
+
+
+def _try_engine():
+    """A backward pass in which two gradients are added that nothing else refers to."""
+    global _trying
+    _trying = True
+    try:
+        with _mode:
+            leaf, gradient = (torch.empty(1, device=DEVICE_TYPE, requires_grad=True) for _ in range(2))
+        with torch.autograd.set_multithreading_enabled(False), torch.enable_grad():
+            (leaf * 2 + leaf * 3).backward(gradient.detach())
+    finally:
+        _trying = False
 
 
 _mode: _ObservedFakeMode | None = None
@@ -154,8 +197,16 @@ def fake_mode() -> FakeTensorMode:
                 packet, _, overload = name.partition(".")
                 operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
                 _library.impl(name, _in_fake_mode(operator), "PrivateUse1")
-            _mode = _ObservedFakeMode()  # last: another thread may be waiting for it
+            # Without a kernel of its own for the device it is taken apart into six operators; CUDA has one.
+            _library.impl("silu_backward", _never_called, "PrivateUse1")
+            _mode = _ObservedFakeMode()
+            _try_engine()
     return _mode
+
+
+def _never_called(*arguments):
+    """A kernel whose operator never gets as far: fake tensors stop it before."""
+    raise NotImplementedError("simulated cards do not compute")
 
 
 def observe(observer: Observer | None) -> Observer | None:

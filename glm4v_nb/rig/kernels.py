@@ -1,11 +1,15 @@
 """What CUDA's kernels allocate beyond their results: which kernel is chosen, and what it needs while it runs.
 
-Shape rules know results only. The rest was read off traces of PyTorch's allocator on an H100 (torch 2.11, 2026-11-24;
-``benchmarks/memory.py --trace``) and, for the choice of kernels, in PyTorch's aten/src/ATen/native/transformers/cuda.
+Shape rules know results only. The rest was read off traces of PyTorch's allocator on an H100 (torch 2.11, 2026-11-25;
+``benchmarks/memory.py --trace``) and in PyTorch's sources: for the choice of kernels aten/src/ATen/native/transformers/
+cuda, for sums aten/src/ATen/native/cuda/Reduce.cuh.
 """
+
+import math
 
 import torch
 
+from glm4v_nb.rig.catalog import Card
 from glm4v_nb.rig.device import DEVICE_TYPE
 
 # cuDNN's attention keeps this much for itself while it runs, besides a seed and an offset of its random numbers.
@@ -17,6 +21,98 @@ MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "ate
 # A product with a bias goes through cublasLt, which has a workspace of its own: _parseCUDABlasLtWorkspaceSize().
 WITH_BIAS = {"aten::addmm"}
 CUBLASLT_WORKSPACE_BYTES = 2**20
+
+
+# Threads a multiprocessor holds at a time, by compute capability; 2048 on the others (CUDA C++ Programming Guide,
+# table of technical specifications).
+_RESIDENT_THREADS = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
+_REDUCTION_THREADS, _WARP, _VECTOR = 512, 32, 4
+
+
+def scratch_bytes(name: str, arguments: tuple, card: Card) -> list[int]:
+    """What the kernel of an operator takes besides its result and gives back when it ends, in this order.
+
+    Args:
+        name: of the operator, as "aten::sum".
+        arguments: it was called with.
+        card: the kernel runs on.
+    """
+    if name == "aten::sum":
+        return _sum_scratch(arguments[0], arguments[1] if len(arguments) > 1 else None, card)
+    if name == "aten::_scaled_dot_product_cudnn_attention_backward":
+        return [_attention_backward_bytes(*arguments[1:4])]
+    if name == "aten::embedding_dense_backward":
+        return _embedding_backward_scratch(*arguments[:3])
+    return []
+
+
+def _embedding_backward_scratch(gradient: torch.Tensor, indices: torch.Tensor, rows: int) -> list[int]:
+    """Many indices are sorted first, and their gradients added up in pieces of ten (EmbeddingBackwardKernel.cu)."""
+    count = indices.numel()
+    if count <= 3072:
+        return []
+    pieces = count // 10 + min(count, rows)
+    return [*[8 * count] * 4, 8 * pieces, 4 * pieces * gradient.shape[-1]]
+
+
+def _attention_backward_bytes(query, key, value) -> int:
+    """The query's gradient and one sum per row in float32; gradients of key and value for each head that shares them."""
+    batch, heads, positions, features = query.shape
+    size = batch * heads * positions * (features + 1) * 4 + _CUDNN_ATTENTION_BYTES
+    if key.shape[1] != heads:
+        size += batch * heads * key.shape[2] * (features + value.shape[3]) * query.element_size()
+    return size
+
+
+def _sum_scratch(tensor: torch.Tensor, dims, card: Card) -> list[int]:
+    """Room for partial sums and their counters, where the blocks of a grid share the work on one sum."""
+    if not tensor.is_contiguous() or not tensor.numel():
+        return []
+    every = range(tensor.ndim)
+    reduced = sorted(dim % tensor.ndim for dim in dims) if dims else list(every)
+    inputs = math.prod(tensor.shape[dim] for dim in reduced)
+    outputs = tensor.numel() // inputs
+    if reduced == list(every)[len(every) - len(reduced) :]:
+        along_rows = True
+    elif reduced == list(every)[: len(reduced)]:
+        along_rows = False
+    else:
+        return []  # dimensions in the middle: does not happen in this model
+    return _reduction(outputs, inputs, along_rows, max(4, tensor.element_size()), card)
+
+
+def _reduction(outputs: int, inputs: int, along_rows: bool, accumulated: int, card: Card) -> list[int]:
+    """Bytes of partial sums and counters of a reduction, as ``setReduceConfig`` of Reduce.cuh divides the work.
+
+    ``along_rows``: the summed numbers lie side by side. ``accumulated``: bytes of one partial sum.
+    """
+    vector = 1
+    if along_rows:
+        width, height = (inputs // _VECTOR if outputs == 1 and inputs > 128 else inputs), outputs
+    else:
+        while outputs % (2 * vector) == 0 and vector < _VECTOR:
+            vector *= 2
+        width, height = outputs // vector, inputs
+    threads = _REDUCTION_THREADS // vector
+    width, height = (min(1 << (size.bit_length() - 1), threads) for size in (width, height))
+    block_width = min(width, _WARP)
+    block_height = min(height, threads // block_width)
+    block_width = min(width, threads // block_height)
+    step_input, step_output = (block_width, 1) if along_rows else (1, block_width)
+    if math.ceil(inputs / step_input) < min(16 * block_height, 256):
+        return []  # one block does it alone
+    step_input *= block_height
+    values = math.ceil(inputs / step_input)
+    resident = _RESIDENT_THREADS.get(card.compute_capability, 2048)
+    target = card.multiprocessors * (resident // (block_width * block_height))
+    grid = math.ceil(outputs // vector / step_output)
+    if values < 256 or grid > target:
+        return []
+    blocks = max(min(math.ceil(target / grid), math.ceil(values / 16)), math.ceil(values / 256))
+    if blocks == 1:
+        return []
+    partial = accumulated * outputs * blocks * (1 if along_rows else block_width * vector)
+    return [partial, 4 * grid]
 
 
 def _scratch(size_bytes: int, device: torch.device):
@@ -68,12 +164,13 @@ def _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, sc
     product takes it as it is; behind the decoder's rotation by head, so that transformers copies it.
     """
     batch, heads, positions, features = query.shape
-    random = [torch.empty((), dtype=torch.int64, device=query.device) for _ in ("seed", "offset")]
+    random = []
     if needs_gradient:
         output = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, dropout_p, is_causal, False, scale=scale
         )[0]
     else:
+        random = [torch.empty((), dtype=torch.int64, device=query.device) for _ in ("seed", "offset")]
         output = torch.empty_like(query)
     size = _CUDNN_ATTENTION_BYTES
     if positions == 1 and key.shape[2] > 1:

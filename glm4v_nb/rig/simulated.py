@@ -83,9 +83,7 @@ class SimulatedRig(Stages):
             )
             for index, each in enumerate(self.cards)
         ]
-        self._accounting = Accounting(
-            self.allocators, self.card.cublas_workspace_bytes, self.card.kernel_bytes
-        )
+        self._accounting = Accounting(self.allocators, self.card)
         self._world = None
         self._observer_before = None
 
