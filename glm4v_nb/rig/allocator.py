@@ -12,6 +12,8 @@ import bisect
 
 import torch
 
+from glm4v_nb.rig.addresses import AddressSpace
+
 MIB = 2**20
 BLOCK_ROUNDING = 512
 SMALL_REQUEST = 1 * MIB
@@ -20,8 +22,6 @@ LARGE_REQUEST = 10 * MIB
 LARGE_SEGMENT = 20 * MIB
 SEGMENT_ROUNDING = 2 * MIB
 LEAST_MAX_SPLIT = LARGE_SEGMENT  # PyTorch refuses a max_split_size_mb below this
-# Segments lie far apart, at multiples of every mapping unit, so that blocks of two never touch.
-ADDRESS_GAP = LARGE_SEGMENT * 2**20
 DOCUMENTATION = (
     "https://docs.pytorch.org/docs/stable/notes/cuda.html"
     "#optimizing-memory-usage-with-pytorch-cuda-alloc-conf"
@@ -117,7 +117,7 @@ class Allocator:
         # Free blocks of each pool in the order best fit looks at them: by size, then address.
         self._small: list[tuple[int, int, Block]] = []
         self._large: list[tuple[int, int, Block]] = []
-        self._next_address = 0
+        self._space = AddressSpace()
 
     @property
     def allowed_bytes(self) -> int:
@@ -169,12 +169,13 @@ class Allocator:
     def empty_cache(self):
         """Give every segment without a block in use back to the driver."""
         for pool in (self._large, self._small):
-            whole = [size for size, _, block in pool if block.before is None and block.after is None]
-            if whole:
-                self.reserved -= sum(whole)
-                pool[:] = [
-                    entry for entry in pool if entry[2].before is not None or entry[2].after is not None
-                ]
+            kept = []
+            for entry in pool:
+                if entry[2].before is None and entry[2].after is None:
+                    self._give_back(entry[2])
+                else:
+                    kept.append(entry)
+            pool[:] = kept
 
     def reset_peaks(self):
         """Start new peaks at the present values."""
@@ -253,15 +254,17 @@ class Allocator:
         wanted = segment_bytes(size)
         if self.reserved + wanted > self.limit_bytes:
             return None
-        block = Block(self._next_address, wanted, small)
-        self._next_address += wanted + ADDRESS_GAP
         self._reserve(wanted)
-        return block
+        return Block(self._space.take(wanted), wanted, small)
 
     def _reserve(self, size: int):
         self.reserved += size
         if self.reserved > self.peak_reserved:
             self.peak_reserved = self.reserved
+
+    def _give_back(self, segment: Block):
+        self.reserved -= segment.size
+        self._space.give_back(segment.address)
 
     def _release_oversize(self, size: int, small: bool) -> bool:
         """With max_split_size_mb: give back one cached block large enough, or several of the largest."""
@@ -283,7 +286,7 @@ class Allocator:
                 return False
         for entry in chosen:
             self._remove(entry[2])
-            self.reserved -= entry[0]
+            self._give_back(entry[2])
         return True
 
     def _message(self, tried_bytes: int) -> str:

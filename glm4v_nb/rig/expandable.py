@@ -7,7 +7,6 @@ pieces that touch can serve one large request. Source: as in ``allocator``; the 
 import bisect
 
 from glm4v_nb.rig.allocator import (
-    ADDRESS_GAP,
     BLOCK_ROUNDING,
     LARGE_SEGMENT,
     SMALL_SEGMENT,
@@ -16,6 +15,10 @@ from glm4v_nb.rig.allocator import (
     round_up,
     segment_bytes,
 )
+
+
+# Segments lie far apart, at multiples of every mapping unit, so that blocks of two never touch.
+ADDRESS_GAP = LARGE_SEGMENT * 2**20
 
 
 class ExpandableAllocator(Allocator):
@@ -28,6 +31,7 @@ class ExpandableAllocator(Allocator):
                 "expandable_segments and max_split_size_mb are not simulated together; with expandable segments "
                 "splitting does no harm. Leave max_split_size_mb out."
             )
+        self._next_address = 0
         # Addresses without memory behind them, by whether they are of the small pool, lowest first.
         self._unmapped: dict[bool, list[tuple[int, Block]]] = {True: [], False: []}
 
