@@ -41,9 +41,9 @@ class Progress:
     """
 
     total: int
-    note: str = ""
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     running: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def counts(self) -> Counter:
