@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import re
+import threading
 import time
 import uuid
 from collections import Counter
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 CONNECT_SECONDS = 10.0
+# Dask's own limit ends where somebody accepts the connection.
+ANSWER_SECONDS = 15.0
 # How long runs may wait while no worker can take them; one that starts anew needs a few seconds.
 PATIENCE_SECONDS = 30.0
 LOOK_SECONDS = 1.0
@@ -46,21 +49,40 @@ def connect(address: str) -> Iterator[Client]:
     if not re.fullmatch(r"\w+://\S+:\d+", address):
         raise ValueError(f"--scheduler is {address!r}; expected an address such as tcp://10.0.0.1:8786.")
     try:
-        from distributed import Client
+        import distributed  # noqa: F401
     except ImportError as error:
         raise SweepError(
             f"--scheduler needs Dask, which cannot be imported ({error}). Install it: pip install 'glm4v-nb[dask]'"
         ) from None
-    try:
-        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise SweepError(
-            f"no Dask scheduler answers at {address} ({error}). Start one there: dask scheduler --host ADDRESS; "
-            "or correct --scheduler"
-        ) from None
+    client = _client(address)
     with client:
         _check_package(client)
         yield client
+
+
+def _client(address: str) -> Client:
+    from distributed import Client
+
+    answer: queue.SimpleQueue = queue.SimpleQueue()
+
+    def start():
+        try:
+            answer.put(Client(address, timeout=CONNECT_SECONDS, set_as_default=False))
+        except Exception as error:
+            answer.put(error)
+
+    # In a thread that can be left behind: Dask waits for ever where somebody accepts and then says nothing.
+    threading.Thread(target=start, name="connect to Dask", daemon=True).start()
+    try:
+        client = answer.get(timeout=ANSWER_SECONDS)
+    except queue.Empty:
+        client = OSError("somebody accepts connections, but does not answer as Dask does")
+    if isinstance(client, Exception):
+        raise SweepError(
+            f"no Dask scheduler answers at {address} ({client}). Start one there: dask scheduler --host ADDRESS; "
+            "or correct --scheduler"
+        )
+    return client
 
 
 def _check_package(client: Client):
@@ -144,6 +166,8 @@ class _ClusterPool:
         self.client.subscribe_topic(self.topic, lambda event: self.told.put(event[1]))
         try:
             while self.waiting or self.sent:
+                if self.client.status != "running":
+                    raise self._lost("the connection broke")
                 self._look()
                 self._send()
                 self._listen()
@@ -164,7 +188,7 @@ class _ClusterPool:
         self.looked = now
         try:
             workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        except OSError as error:
+        except (OSError, KeyError) as error:  # of a client that has lost it, it is empty
             raise self._lost(error) from None
         self.workers = [worker for worker in workers if worker["status"] == "running"]
         offered = [int(worker["resources"].get("GPU", 0)) for worker in self.workers]
