@@ -92,9 +92,7 @@ def started():
 def test_work_of_hosts_that_are_lost_is_done_elsewhere_and_none_lost_or_doubled(network, started, tmp_path):
     hub = tmp_path / "hub"
     registry = write_notebooks(hub / "notebooks", 60)
-    (hub / "small.yaml").write_text(
-        'runs: [{notebook: "01", grid: {number: [1, 2, 3, 4]}, set: {seconds: 3.0}}]'
-    )
+    (hub / "small.yaml").write_text('runs: [{notebook: "01", grid: {number: [1, 2, 3, 4]}}]')
     inside = ("ip", "netns", "exec", network["hub"])
     file = hub / "scheduler.json"
     options = ("--host", "0.0.0.0", "--port", "8786", "--no-dashboard", "--scheduler-file", str(file))
@@ -111,6 +109,8 @@ def test_work_of_hosts_that_are_lost_is_done_elsewhere_and_none_lost_or_doubled(
             "EXECUTIONS": str(folders[host] / "executions.txt"),
             "TMPDIR": str(folders[host]),
         }
+        if host != "survives":
+            settings["SLOW_HOST"] = "100"  # in the middle of its run when it is lost
         options = (f"tcp://10.77.{number}.1:8786", "--nthreads", "1", "--no-dashboard")
         started.append(
             dask(
@@ -147,9 +147,8 @@ def test_work_of_hosts_that_are_lost_is_done_elsewhere_and_none_lost_or_doubled(
     runs = read_sweep(hub / "runs" / "small")[1]
     assert [run.outcome.status for run in runs] == ["done"] * 4
     assert [run.records[1].value for run in runs] == [1, 4, 9, 16]
-    assert [number for number, _ in executions("dies", "ends")] == []
-    done = [number for number, _ in executions("survives", "ends")]
-    assert {number for number, _ in lost.values()} <= set(done) and len(set(done)) == len(done)
-    # The host without a link has ended what nobody waited for any more, or will in a moment.
+    assert sorted(number for number, _ in executions("survives", "ends")) == [1, 2, 3, 4]
+    assert executions("dies", "ends") == executions("cut off", "ends") == []
+    # The host without a link notices too, and ends what nobody waits for any more.
     until(lambda: not psutil.pid_exists(lost["cut off"][1]), LINK_SECONDS + 10)
     assert json.loads((hub / "runs" / "small" / "sweep.json").read_text())["name"] == "small"
