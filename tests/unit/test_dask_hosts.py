@@ -11,9 +11,8 @@ import subprocess
 import sys
 import uuid
 
-import psutil
 import pytest
-from dask_cluster import dask, end, environment, until, write_notebooks
+from dask_cluster import dask, end, environment, gone, until, write_notebooks
 
 from glm4v_nb.experiment.outcome import read_sweep
 
@@ -91,7 +90,7 @@ def started():
 
 def test_work_of_hosts_that_are_lost_is_done_elsewhere_and_none_lost_or_doubled(network, started, tmp_path):
     hub = tmp_path / "hub"
-    registry = write_notebooks(hub / "notebooks", 60)
+    registry = write_notebooks(hub / "notebooks")
     (hub / "small.yaml").write_text('runs: [{notebook: "01", grid: {number: [1, 2, 3, 4]}}]')
     inside = ("ip", "netns", "exec", network["hub"])
     file = hub / "scheduler.json"
@@ -150,5 +149,5 @@ def test_work_of_hosts_that_are_lost_is_done_elsewhere_and_none_lost_or_doubled(
     assert sorted(number for number, _ in executions("survives", "ends")) == [1, 2, 3, 4]
     assert executions("dies", "ends") == executions("cut off", "ends") == []
     # The host without a link notices too, and ends what nobody waits for any more.
-    until(lambda: not psutil.pid_exists(lost["cut off"][1]), LINK_SECONDS + 10)
+    until(lambda: gone(lost["cut off"][1]), LINK_SECONDS + 10)
     assert json.loads((hub / "runs" / "small" / "sweep.json").read_text())["name"] == "small"
