@@ -7,6 +7,7 @@ here: this process alone writes into the sweep's folder, so it is the same folde
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import re
 import threading
@@ -52,12 +53,18 @@ def connect(address: str) -> Iterator[Client]:
         import distributed  # noqa: F401
     except ImportError as error:
         raise SweepError(
-            f"--scheduler needs Dask, which cannot be imported ({error}). Install it: pip install 'glm4v-nb[dask]'"
+            f"--scheduler needs Dask, which cannot be imported ({error}). Install it: pip install distributed"
         ) from None
-    client = _client(address)
-    with client:
-        _check_package(client)
-        yield client
+    # What it reports with a traceback is said here in one line.
+    logger = logging.getLogger("distributed.client")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with _client(address) as client:
+            _check_package(client)
+            yield client
+    finally:
+        logger.setLevel(level)
 
 
 def _client(address: str) -> Client:
