@@ -7,14 +7,11 @@ here: this process alone writes into the sweep's folder, so it is the same folde
 from __future__ import annotations
 
 import contextlib
-import logging
 import queue
-import re
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,96 +20,17 @@ from .files import write_whole
 from .outcome import FinishedRun, Outcome, RunSpec, read_sweep
 from .pool import POLL_SECONDS, Progress, SweepError, not_written, only_process, outcome_without_kernel, to_do
 from .registry import NotebookEntry
-from .specs import checkpoint_sizes, package_hash
+from .specs import checkpoint_sizes
 from .worker import RESULT_FILES
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-CONNECT_SECONDS = 10.0
-# Dask's own limit ends where somebody accepts the connection.
-ANSWER_SECONDS = 15.0
 # How long runs may wait while no worker can take them; one that starts anew needs a few seconds.
 PATIENCE_SECONDS = 30.0
 LOOK_SECONDS = 1.0
 RESULT_SECONDS = 60.0
 _AGAIN = "run the same command again; what has ended is kept"
-
-
-@contextlib.contextmanager
-def connect(address: str) -> Iterator[Client]:
-    """A connection to a scheduler whose workers all have this package.
-
-    Raises:
-        ValueError: ``address`` is none.
-        SweepError: ``distributed`` is not installed, nobody answers, or somebody has another glm4v_nb.
-    """
-    if not re.fullmatch(r"\w+://\S+:\d+", address):
-        raise ValueError(f"--scheduler is {address!r}; expected an address such as tcp://10.0.0.1:8786.")
-    try:
-        import distributed  # noqa: F401
-    except ImportError as error:
-        raise SweepError(
-            f"--scheduler needs Dask, which cannot be imported ({error}). Install it: pip install distributed"
-        ) from None
-    # What it reports with a traceback is said here in one line.
-    logger = logging.getLogger("distributed.client")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with _client(address) as client:
-            _check_package(client)
-            yield client
-    finally:
-        logger.setLevel(level)
-
-
-def _client(address: str) -> Client:
-    from distributed import Client
-
-    answer: queue.SimpleQueue = queue.SimpleQueue()
-
-    def start():
-        try:
-            answer.put(Client(address, timeout=CONNECT_SECONDS, set_as_default=False))
-        except Exception as error:
-            answer.put(error)
-
-    # In a thread that can be left behind: Dask waits for ever where somebody accepts and then says nothing.
-    threading.Thread(target=start, name="connect to Dask", daemon=True).start()
-    try:
-        client = answer.get(timeout=ANSWER_SECONDS)
-    except queue.Empty:
-        client = OSError("somebody accepts connections, but does not answer as Dask does")
-    if isinstance(client, Exception):
-        raise SweepError(
-            f"no Dask scheduler answers at {address} ({client}). Start one there: dask scheduler --host ADDRESS; "
-            "or correct --scheduler"
-        )
-    return client
-
-
-def _check_package(client: Client):
-    """Functions travel by name, so all must have the same source: the scheduler, which reads them, and its workers."""
-    found: dict[str, object] = {}
-    try:
-        found["the scheduler"] = client.run_on_scheduler(package_hash)
-    except Exception as error:
-        found["the scheduler"] = error
-    found |= client.run(package_hash, on_error="return")
-    wrong = []
-    for who, what in found.items():
-        if isinstance(what, OSError):
-            continue  # gone in the meantime; the scheduler notices
-        if isinstance(what, Exception):
-            wrong.append(f"{who} cannot import it ({what})")
-        elif what != package_hash():
-            wrong.append(f"{who} has source {what}")
-    if wrong:
-        raise SweepError(
-            f"glm4v_nb is not the same everywhere: {'; '.join(wrong)}; expected source {package_hash()} as here. "
-            "Install the same commit there, with the dask extra, and start these again"
-        )
 
 
 def run_on_cluster(
@@ -130,7 +48,7 @@ def run_on_cluster(
     Runs that no worker can take for ``PATIENCE_SECONDS`` end as "not run", and are done the next time.
 
     Args:
-        client: of ``connect``.
+        client: of ``dask_client.connect``.
         notebooks: the folder with the notebooks.
         entries: the registry's, by file; they say what needs GPUs.
         force, retry, show: as for ``run_sweep``.

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .cluster import connect, run_on_cluster
+from .cluster import run_on_cluster
+from .dask_client import connect
 from .display import Display
 from .outcome import FinishedRun, RunSpec
 from .parameters import check_override, parse_notebook, parse_value

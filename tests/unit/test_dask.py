@@ -14,7 +14,7 @@ from dask_cluster import ROOT, dask, end, environment, gone, until, write_notebo
 from rich.console import Console
 
 import glm4v_nb_cli
-from glm4v_nb.experiment import cluster, sweep
+from glm4v_nb.experiment import cluster, dask_client, sweep
 from glm4v_nb.experiment.outcome import read_sweep
 from glm4v_nb.experiment.pool import SweepError, prepare
 from glm4v_nb.experiment.registry import NotebookEntry
@@ -180,7 +180,7 @@ def test_an_interrupt_ends_what_runs_on_the_workers(place, output, address):
         if [told[:2] for told in progress.running.values()] == [(3, 4)]:  # as the worker has told it
             raise KeyboardInterrupt
 
-    with cluster.connect(address) as client, pytest.raises(KeyboardInterrupt):
+    with dask_client.connect(address) as client, pytest.raises(KeyboardInterrupt):
         cluster.run_on_cluster(client, output, plan.notebooks, plan.entries, show=interrupt)
     kernel = executions(place, "begins")[0][1]
     until(lambda: gone(kernel), 10)
@@ -212,7 +212,7 @@ def test_a_host_that_cannot_do_runs_stops_the_sweep_and_is_named(place, output, 
     wrong = [plan.specs[0].model_copy(update={"package": "0" * 16})]  # as if the worker had joined later
     prepare(output, plan.name, wrong)
     with (
-        cluster.connect(address) as client,
+        dask_client.connect(address) as client,
         pytest.raises(SweepError, match="worker tcp.* has another glm4v_nb"),
     ):
         cluster.run_on_cluster(client, output, plan.notebooks, plan.entries)
@@ -224,7 +224,7 @@ def test_a_checkpoint_must_be_the_same_on_the_host(place, output, address, monke
     prepare(output, plan.name, [plan.specs[0].model_copy(update={"parameters": {"checkpoint": "models/a"}})])
     monkeypatch.setattr(cluster, "checkpoint_sizes", lambda parameters, folder: {"model.safetensors": 5})
     with (
-        cluster.connect(address) as client,
+        dask_client.connect(address) as client,
         pytest.raises(SweepError, match="another checkpoint.* at models/a"),
     ):
         cluster.run_on_cluster(client, output, plan.notebooks, plan.entries)
@@ -284,7 +284,7 @@ def test_a_scheduler_that_dies_ends_the_sweep_and_says_so_in_one_line(place, out
             scheduler.kill()
 
         with pytest.raises(SweepError, match="is gone .*run the same command again; what has ended is kept"):
-            with cluster.connect(address) as client:
+            with dask_client.connect(address) as client:
                 cluster.run_on_cluster(client, output, plan.notebooks, plan.entries, show=kill)
         assert caplog.text == ""
     finally:
@@ -294,8 +294,8 @@ def test_a_scheduler_that_dies_ends_the_sweep_and_says_so_in_one_line(place, out
 def test_a_scheduler_that_does_not_answer_is_an_error_before_anything_starts(
     place, output, monkeypatch, capsys
 ):
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
-    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(dask_client, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(dask_client, "ANSWER_SECONDS", 1.0)
     plan = make_plan(place, {"number": 1})
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
