@@ -143,7 +143,15 @@ def run(
 @app.command()
 def sweep(
     file: Annotated[str, typer.Argument(help="A sweep file, such as sweeps/fit.yaml.")],
-    workers: Annotated[int, typer.Option(help="Runs at a time.")] = 2,
+    workers: Annotated[
+        int | None, typer.Option(help="Runs at a time on this machine; 2 if left out.")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="A Dask cluster that does the runs, such as tcp://10.0.0.1:8786."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would run, how long, and what would not fit.")
     ] = False,
@@ -160,9 +168,13 @@ def sweep(
         from glm4v_nb.experiment.sweep import plan_file
     plan = plan_file(file)
     if dry_run:
-        _print_plan(plan, workers, as_json)
+        _print_plan(plan, workers or 2, as_json)
         return
-    _carry_out(plan, output, workers, force, retry, as_json)
+    if scheduler and workers is not None:
+        print(
+            f"--workers {workers} is not used: the cluster decides how many run at a time.", file=sys.stderr
+        )
+    _carry_out(plan, output, 2 if workers is None else workers, force, retry, as_json, scheduler)
 
 
 @app.command()
@@ -185,6 +197,7 @@ def report(
         print(f"Open {sweep_report.write_sweep_report(folder)}")
 
 
+<<<<<<< HEAD
 @app.command()
 def validate(
     notebooks: Annotated[
@@ -204,6 +217,11 @@ def validate(
 
 
 def _carry_out(plan, output: str, workers: int, force: bool, retry: bool, as_json: bool):
+=======
+def _carry_out(
+    plan, output: str, workers: int, force: bool, retry: bool, as_json: bool, scheduler: str | None = None
+):
+>>>>>>> dask
     """Do a plan, write its report, print how it went and leave with its exit code."""
     from glm4v_nb.experiment.display import print_runs
     from glm4v_nb.experiment.sweep import carry_out, exit_code
@@ -211,7 +229,9 @@ def _carry_out(plan, output: str, workers: int, force: bool, retry: bool, as_jso
 
     console = Console(stderr=as_json)
     try:
-        runs, directory = carry_out(plan, output, workers, console, force=force, retry=retry)
+        runs, directory = carry_out(
+            plan, output, workers, console, force=force, retry=retry, scheduler=scheduler
+        )
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on where it stopped; what has ended is kept.")
         raise typer.Exit(130) from None

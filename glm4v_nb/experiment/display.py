@@ -43,6 +43,7 @@ class Display:
     def __init__(self, specs: Sequence[RunSpec], workers: int, console: Console):
         self._specs = {spec.id: spec for spec in specs}
         self._workers, self._console = workers, console
+        self._note = ""
         self._seen: set[str] = set()
         self._begun = time.monotonic()
         self._known_before: int | None = None
@@ -68,6 +69,9 @@ class Display:
                 self._console.print(
                     f"{self._known_before} of {progress.total} runs had ended before", style="dim"
                 )
+        if progress.note not in ("", self._note):
+            self._console.print(escape(progress.note), style="yellow", soft_wrap=True, highlight=False)
+        self._note = progress.note
         for name in [name for name in progress.outcomes if name not in self._seen]:
             self._seen.add(name)
             run = FinishedRun(spec=self._specs[name], outcome=progress.outcomes[name], records=[])

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,11 +35,15 @@ class SweepError(RuntimeError):
 
 @dataclass
 class Progress:
-    """What a display is told: how many runs there are, which ended, and at which cell the others are."""
+    """What a display is told: how many runs there are, which ended, and at which cell the others are.
+
+    ``note`` is what holds the sweep up, if anything does.
+    """
 
     total: int
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     running: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def counts(self) -> Counter:
@@ -91,18 +95,64 @@ def run_sweep(
         SweepError: another process is at this sweep, or outcomes cannot be written.
         KeyboardInterrupt: what was running has no outcome and is done the next time.
     """
+    with only_process(directory):
+        _Pool(directory, notebooks, workers, force, retry, show).run()
+    return read_sweep(directory)[1]
+
+
+@contextlib.contextmanager
+def only_process(directory: Path) -> Iterator[None]:
+    """Be the only one at this sweep.
+
+    Raises:
+        SweepError: another process is at it.
+    """
     try:
         # One that has just been killed may still be on its way out.
         with locked(directory / "lock", 3.0):
-            _Pool(directory, notebooks, workers, force, retry, show).run()
+            yield
     except BlockingIOError:
         raise SweepError(
             f"another process is running {directory}. Wait for it, or choose another --output."
         ) from None
-    return read_sweep(directory)[1]
 
 
-class _Worker:
+def to_do(directory: Path, force: bool, retry: bool) -> tuple[list[RunSpec], Progress]:
+    """The runs of a sweep that are to be done, without outcomes from now on, and the state of all of them."""
+    runs = read_sweep(directory)[1]
+    waiting: list[RunSpec] = []
+    progress = Progress(len(runs))
+    repeated = {"failed", "timeout"} if retry else set()
+    for run in runs:
+        status = run.outcome.status if run.outcome else None
+        if status in FINISHED and status not in repeated and not force:
+            progress.outcomes[run.spec.id] = run.outcome
+            continue
+        waiting.append(run.spec)
+        (directory / run.spec.id / "outcome.json").unlink(missing_ok=True)
+    return waiting, progress
+
+
+def outcome_without_kernel(status: Status, error: str, signature: str, seconds: float = 0.0) -> Outcome:
+    """How a run ended of which only its runner can tell."""
+    return Outcome(
+        status=status,
+        started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        seconds=round(seconds, 3),
+        error=error,
+        signature=signature,
+    )
+
+
+def not_written(run: RunSpec, reason: object) -> SweepError:
+    """The error of a sweep that cannot keep what it has done."""
+    return SweepError(
+        f"the outcome of run {run.id} ({run.notebook}) could not be written: {reason}. See to that and run "
+        "the same command again; what has ended is kept."
+    )
+
+
+class WorkerProcess:
     """A worker process and the run it has been given."""
 
     def __init__(self, sweep: Path, notebooks: Path, said: queue.SimpleQueue):
@@ -132,6 +182,14 @@ class _Worker:
             self.process.stdin.write(run.id + "\n")
             self.process.stdin.flush()
 
+    def killed(self) -> Outcome:
+        """How its run ended, of a process that is gone."""
+        code = self.process.returncode
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return outcome_without_kernel(
+            "killed", f"the worker died ({how})", "the worker died", time.monotonic() - self.began
+        )
+
     def end(self):
         """Ask it to end, and see to it."""
         self.process.terminate()
@@ -148,18 +206,8 @@ class _Pool:
         self.directory, self.notebooks = directory, notebooks
         self.show, self.count = show, workers
         self.said: queue.SimpleQueue = queue.SimpleQueue()
-        self.workers: list[_Worker] = []
-        runs = read_sweep(directory)[1]
-        self.waiting: list[RunSpec] = []
-        self.progress = Progress(len(runs))
-        repeated = {"failed", "timeout"} if retry else set()
-        for run in runs:
-            status = run.outcome.status if run.outcome else None
-            if status in FINISHED and status not in repeated and not force:
-                self.progress.outcomes[run.spec.id] = run.outcome
-                continue
-            self.waiting.append(run.spec)
-            (directory / run.spec.id / "outcome.json").unlink(missing_ok=True)
+        self.workers: list[WorkerProcess] = []
+        self.waiting, self.progress = to_do(directory, force, retry)
         self.waiting.reverse()  # taken from the end
 
     def run(self):
@@ -184,7 +232,7 @@ class _Pool:
             if idle is None:
                 if len(self.workers) >= self.count:
                     return
-                idle = _Worker(self.directory, self.notebooks, self.said)
+                idle = WorkerProcess(self.directory, self.notebooks, self.said)
                 self.workers.append(idle)
             run = self.waiting.pop()
             idle.give(run)
@@ -209,14 +257,11 @@ class _Pool:
         self.progress.running.pop(run.id, None)
         if said != ENDED:
             reason = said.removeprefix(NOT_WRITTEN).strip() or "another process is doing it"
-            raise SweepError(
-                f"the outcome of run {run.id} ({run.notebook}) could not be written: {reason}. See to that and run "
-                "the same command again; what has ended is kept."
-            )
+            raise not_written(run, reason)
         path = self.directory / run.id / "outcome.json"
         self.progress.outcomes[run.id] = Outcome.model_validate_json(path.read_text(encoding="utf-8"))
 
-    def _bury(self, worker: _Worker):
+    def _bury(self, worker: WorkerProcess):
         """A worker is gone: its run, if it had one, was killed with it."""
         self.workers.remove(worker)
         worker.end()
@@ -226,17 +271,8 @@ class _Pool:
         kill_kernel(self.directory / run.id)
         path = self.directory / run.id / "outcome.json"
         if not path.exists():
-            code = worker.process.returncode
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            outcome = Outcome(
-                status="killed",
-                started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-                seconds=round(time.monotonic() - worker.began, 3),
-                error=f"the worker died ({how})",
-                signature="the worker died",
-            )
             try:
-                write_whole(path, outcome.model_dump_json(indent=2) + "\n")
+                write_whole(path, worker.killed().model_dump_json(indent=2) + "\n")
             except OSError as error:
                 self._ended(run, f"{NOT_WRITTEN} {error}")
         self._ended(run, ENDED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,6 +32,17 @@ class NotebookEntry(BaseModel):
     def number(self) -> str:
         """The two digits the file name starts with, such as "01"."""
         return self.file[:2]
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it works on at least, by ``hardware``; 0 where that names none."""
+        found = re.search(r"(\d+)\+? GPU", self.hardware)
+        return int(found[1]) if found else 0
+
+    @property
+    def needs_gpus(self) -> bool:
+        """Whether it works only where GPUs are."""
+        return self.gpus > 0 and not re.search(r"simulated|any", self.hardware)
 
 
 class Registry(BaseModel):

@@ -64,12 +64,21 @@ def package_hash() -> str:
 
 def checkpoint_fingerprint(parameters: dict, folder: Path) -> str:
     """Of a checkpoint in a directory: names, sizes and times of its files; "" for one on the hub."""
+    files = _checkpoint_files(parameters, folder)
+    found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files or ()]
+    return "" if files is None else _hash(json.dumps(found))
+
+
+def checkpoint_sizes(parameters: dict, folder: Path) -> dict[str, int]:
+    """Names and sizes in bytes of the files of a checkpoint in a directory, which copies of it share; else none."""
+    return {path.name: path.stat().st_size for path in _checkpoint_files(parameters, folder) or ()}
+
+
+def _checkpoint_files(parameters: dict, folder: Path) -> list[Path] | None:
     name = parameters.get("checkpoint")
     if not isinstance(name, str) or not (folder / name).is_dir():
-        return ""
-    files = sorted(path for path in (folder / name).iterdir() if path.is_file())
-    found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return _hash(json.dumps(found))
+        return None
+    return sorted(path for path in (folder / name).iterdir() if path.is_file())
 
 
 def _hash(text: str) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from .cluster import run_on_cluster
+from .dask_client import connect
 from .display import Display
 from .outcome import FinishedRun, RunSpec
 from .parameters import check_override, parse_notebook, parse_value
 from .pool import prepare, run_sweep
-from .registry import DEFAULT_REGISTRY, load_registry
+from .registry import DEFAULT_REGISTRY, NotebookEntry, load_registry
 from .specs import run_spec, source_hash
 from .sweeps import PlannedRun, expand, read_sweep_file
 
@@ -22,12 +25,18 @@ _WORKLOAD = ("batch_size", "images", "text_tokens", "new_tokens")
 
 @dataclass(frozen=True)
 class Plan:
-    """A name for the folder and the runs; ``minutes`` is what the registry expects of them one after the other."""
+    """A name for the folder and the runs.
+
+    Attributes:
+        minutes: what the registry expects of them one after the other.
+        entries: the registry's, by file.
+    """
 
     name: str
     specs: list[RunSpec]
     minutes: float
     notebooks: Path
+    entries: dict[str, NotebookEntry]
 
 
 def plan_file(path: Path | str, registry: Path | str = DEFAULT_REGISTRY) -> Plan:
@@ -64,7 +73,7 @@ def plan_notebook(number: str, texts: dict[str, str], registry: Path | str = DEF
 
 def _plan(name: str, runs: Sequence[PlannedRun], registry: Path) -> Plan:
     notebooks = registry.resolve().parent
-    minutes = {entry.file: entry.minutes for entry in load_registry(registry).notebook}
+    entries = {entry.file: entry for entry in load_registry(registry).notebook}
     files = {run.notebook for run in runs}
     parsed = {file: parse_notebook(notebooks / file) for file in files}
     sources = {file: source_hash(notebooks / file) for file in files}
@@ -79,7 +88,7 @@ def _plan(name: str, runs: Sequence[PlannedRun], registry: Path) -> Plan:
         )
         for run in runs
     ]
-    return Plan(name, specs, sum(minutes[run.notebook] for run in runs), notebooks)
+    return Plan(name, specs, sum(entries[run.notebook].minutes for run in runs), notebooks, entries)
 
 
 def carry_out(
@@ -90,19 +99,28 @@ def carry_out(
     *,
     force: bool = False,
     retry: bool = False,
+    scheduler: str | None = None,
 ) -> tuple[list[FinishedRun], Path]:
     """Do the runs of a plan that have not ended, in ``output/<name>``; returns all runs and that folder.
 
+    ``scheduler`` is the address of a Dask cluster that does them; then ``workers`` says nothing.
+
     Raises:
-        ValueError: ``workers`` is below 1.
-        SweepError: as ``run_sweep``.
+        ValueError: ``workers`` is below 1, or ``scheduler`` is no address.
+        SweepError: as ``run_sweep``, ``connect`` and ``run_on_cluster``.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; expected at least 1. 2 suit a machine of two cores.")
     directory = Path(output).resolve() / plan.name
-    prepare(directory, plan.name, plan.specs)
-    with Display(plan.specs, workers, console) as display:
-        runs = run_sweep(directory, plan.notebooks, workers, force=force, retry=retry, show=display.show)
+    again = {"force": force, "retry": retry}
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(connect(scheduler)) if scheduler else None
+        prepare(directory, plan.name, plan.specs)
+        show = stack.enter_context(Display(plan.specs, workers, console)).show
+        if cluster:
+            runs = run_on_cluster(cluster, directory, plan.notebooks, plan.entries, **again, show=show)
+        else:
+            runs = run_sweep(directory, plan.notebooks, workers, **again, show=show)
     return runs, directory
 
 

@@ -31,6 +31,8 @@ ENDED, NOT_WRITTEN, BUSY = "done", "not-written", "busy"
 # How long a worker of a runner that was killed may take to be gone.
 LOCK_SECONDS = 20.0
 KERNEL_FILE = "kernel.pid"
+# What a run leaves in its folder, beside its outcome.
+RESULT_FILES = ("executed.ipynb", "executed.html", "records.jsonl", "executed.kernel.log")
 
 
 def perform(sweep: Path, run_id: str, notebooks: Path) -> str:
@@ -53,7 +55,7 @@ def perform(sweep: Path, run_id: str, notebooks: Path) -> str:
 
 def _run(spec: RunSpec, folder: Path, notebooks: Path) -> Outcome:
     # An earlier try was killed in the middle; what it left belongs to no outcome.
-    for name in ("executed.ipynb", "executed.html", "records.jsonl", "executed.kernel.log", KERNEL_FILE):
+    for name in (*RESULT_FILES, KERNEL_FILE):
         (folder / name).unlink(missing_ok=True)
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     entry = NotebookEntry.model_construct(

@@ -44,7 +44,7 @@ def test_the_experiments_of_the_readme_run_and_report(tmp_path):
     runs = [
         shlex.split(command) for command in COMMANDS if re.search(r"glm4v-nb (run|sweep|report) ", command)
     ]
-    assert [words[1] for words in runs] == ["run", "sweep", "sweep", "report"]
+    assert [words[1] for words in runs] == ["run", "sweep", "sweep", "report", "sweep"]
     for words in runs:
         if words[1] == "report":  # of what the first command ran
             words[2] = str(tmp_path / "15_one_fit")
@@ -58,6 +58,24 @@ def test_the_experiments_of_the_readme_run_and_report(tmp_path):
         )
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "15_one_fit" / "report.html").is_file()
+
+
+def test_the_dask_commands_of_the_readme_have_options_and_settings_that_dask_knows():
+    import dask.config
+    import distributed  # noqa: F401
+
+    lines = [line for _, block in BLOCKS for line in block.splitlines() if ".venv/bin/dask " in line]
+    assert [line.partition("/dask ")[2].split()[0] for line in lines] == ["scheduler", "worker", "worker"]
+    executable = Path(sys.executable).with_name("dask")
+    for line in lines[:2]:
+        part = line.partition("/dask ")[2].split()[0]
+        shown = subprocess.run(
+            [executable, part, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        known = set(re.findall(r"--[a-z-]+", shown))
+        assert set(re.findall(r" (--[a-z-]+)", line)) <= known, line
+    for name in re.findall(r"DASK_(\w+)", README):
+        assert dask.config.get(name.lower().replace("__", "."), "unknown") != "unknown", name
 
 
 def run_python(marker: str) -> subprocess.CompletedProcess:
