@@ -501,7 +501,9 @@ def simulate(results: dict) -> list[tuple[Load, list[dict], list[dict]]]:
 
 def same_reserved(measured: dict, simulated: dict) -> bool:
     """Whether two loads ended with the same reserved bytes on every card, within 1 %."""
-    ends = ([card["reserved_bytes"] for card in each["stages"][-1]["memory"]] for each in (measured, simulated))
+    ends = (
+        [card["reserved_bytes"] for card in each["stages"][-1]["memory"]] for each in (measured, simulated)
+    )
     return all(abs(two - one) <= RESERVED_SHARE * one for one, two in zip(*ends, strict=True))
 
 
