@@ -197,7 +197,6 @@ def report(
         print(f"Open {sweep_report.write_sweep_report(folder)}")
 
 
-<<<<<<< HEAD
 @app.command()
 def validate(
     notebooks: Annotated[
@@ -216,12 +215,9 @@ def validate(
     raise typer.Exit(1 if findings else 0)
 
 
-def _carry_out(plan, output: str, workers: int, force: bool, retry: bool, as_json: bool):
-=======
 def _carry_out(
     plan, output: str, workers: int, force: bool, retry: bool, as_json: bool, scheduler: str | None = None
 ):
->>>>>>> dask
     """Do a plan, write its report, print how it went and leave with its exit code."""
     from glm4v_nb.experiment.display import print_runs
     from glm4v_nb.experiment.sweep import carry_out, exit_code

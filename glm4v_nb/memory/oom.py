@@ -26,6 +26,7 @@ class OutOfMemoryMessage:
         process_bytes: in use by this process, the CUDA context included.
         allocated_bytes: in tensors.
         unallocated_bytes: kept by PyTorch's allocator for later tensors.
+        allowed_bytes: what PyTorch may reserve, if ``set_per_process_memory_fraction`` was called; otherwise None.
     """
 
     device: int
@@ -35,11 +36,15 @@ class OutOfMemoryMessage:
     process_bytes: int
     allocated_bytes: int
     unallocated_bytes: int
+    allowed_bytes: int | None = None
 
     @property
     def short_bytes(self) -> int:
-        """How much more free memory the request needed."""
-        return max(0, self.tried_bytes - self.free_bytes)
+        """How much more memory the request needed: free on the card, and allowed to this process."""
+        room = self.free_bytes
+        if self.allowed_bytes is not None:
+            room = min(room, self.allowed_bytes - self.allocated_bytes - self.unallocated_bytes)
+        return max(0, self.tried_bytes - max(0, room))
 
     @property
     def outside_bytes(self) -> int:
@@ -62,8 +67,11 @@ def parse_out_of_memory(message: str | BaseException) -> OutOfMemoryMessage:
             f"not an out-of-memory message of PyTorch's CUDA allocator (no {(missing or ['device'])[0]}): "
             f"{text[:80]!r}. Pass the exception that torch.OutOfMemoryError caught, or its text."
         )
+    allowed = re.search(r"([\d.]+ \w+) allowed;", text)
     return OutOfMemoryMessage(
-        int(device[1]), **{name: _bytes(match["size"]) for name, match in found.items()}
+        int(device[1]),
+        **{name: _bytes(match["size"]) for name, match in found.items()},
+        allowed_bytes=_bytes(allowed[1]) if allowed else None,
     )
 
 

@@ -40,7 +40,9 @@ class AddressSpace:
     def give_back(self, address: int):
         """A segment went back to the driver; a region without any other is unmapped."""
         size = self._taken.pop(address)
-        for hole in [hole for hole in self._holes if hole[1] + hole[0] == address or hole[1] == address + size]:
+        for hole in [
+            hole for hole in self._holes if hole[1] + hole[0] == address or hole[1] == address + size
+        ]:
             if self._region(hole[1]) == self._region(address):
                 self._holes.remove(hole)
                 size, address = size + hole[0], min(address, hole[1])

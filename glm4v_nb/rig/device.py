@@ -33,7 +33,7 @@ from torch.utils import _pytree, backend_registration
 
 DEVICE_TYPE = "simcuda"
 MAX_CARDS = 16
-# Called after every operator with its overload, its results on simulated cards and its arguments; set by the active rig.
+# Called after every operator with its overload, its results on simulated cards and its arguments; set by a rig.
 Observer = Callable[[object, list[FakeTensor], tuple], None]
 _observer: Observer | None = None
 
@@ -150,7 +150,11 @@ def _added_in_place(sum_so_far, gradient, *others, **options) -> bool:
     nothing else refers to the sum so far.
     """
     global _engines_own
-    if torch._C._current_graph_task_id() < 0 or torch.is_grad_enabled() or not isinstance(gradient, FakeTensor):
+    if (
+        torch._C._current_graph_task_id() < 0
+        or torch.is_grad_enabled()
+        or not isinstance(gradient, FakeTensor)
+    ):
         return False
     if not isinstance(sum_so_far, FakeTensor) or sum_so_far.shape != gradient.shape:
         return False

@@ -16,7 +16,6 @@ from glm4v_nb.rig.allocator import (
     segment_bytes,
 )
 
-
 # Segments lie far apart, at multiples of every mapping unit, so that blocks of two never touch.
 ADDRESS_GAP = LARGE_SEGMENT * 2**20
 

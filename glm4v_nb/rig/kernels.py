@@ -56,7 +56,7 @@ def _embedding_backward_scratch(gradient: torch.Tensor, indices: torch.Tensor, r
 
 
 def _attention_backward_bytes(query, key, value) -> int:
-    """The query's gradient and one sum per row in float32; gradients of key and value for each head that shares them."""
+    """The query's gradient and a sum per row in float32; gradients of key and value for each head that shares them."""
     batch, heads, positions, features = query.shape
     size = batch * heads * positions * (features + 1) * 4 + _CUDNN_ATTENTION_BYTES
     if key.shape[1] != heads:

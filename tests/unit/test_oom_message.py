@@ -31,9 +31,17 @@ def test_the_context_is_what_the_other_figures_leave():
 
 
 def test_a_request_larger_than_the_free_memory_is_short_by_the_difference():
-    text = REAL.replace("108.00 MiB", "60.00 GiB")
+    text = REAL.replace("22.35 GiB allowed; ", "")
+    assert parse_out_of_memory(text).short_bytes == 0
+    text = text.replace("108.00 MiB", "60.00 GiB")
     assert parse_out_of_memory(text).short_bytes == round(60 * 2**30) - round(56.23 * 2**30)
-    assert parse_out_of_memory(REAL).short_bytes == 0
+
+
+def test_under_a_cap_the_request_is_short_by_what_the_process_may_not_have():
+    message = parse_out_of_memory(REAL)
+    assert message.allowed_bytes == round(22.35 * 2**30)
+    room = message.allowed_bytes - message.allocated_bytes - message.unallocated_bytes
+    assert message.short_bytes == 108 * 2**20 - room == pytest.approx(103 * 2**20, abs=2**20)
 
 
 def test_an_exception_is_read_like_its_text():
