@@ -571,6 +571,26 @@ def compare(load: Load, measured: list[dict], simulated: list[dict]) -> tuple[li
     return figures, differences
 
 
+def rows(load: Load, measured: list[dict], simulated: list[dict]) -> list[str]:
+    """A table in Markdown, a row per run: MiB measured on each card, and how far the simulated figure is from it."""
+    lines = []
+    for real, ours in zip(measured, simulated, strict=True):
+        cells = []
+        for name in ("peak_allocated_bytes", "peak_reserved_bytes"):
+            peaks = [
+                [max(stage["memory"][card][name] for stage in each["stages"]) for card in range(load.cards)]
+                for each in (real, ours)
+            ]
+            cells.append(
+                ", ".join(
+                    f"{one / MIB:,.0f} ({(two - one) / MIB:+.0f})" for one, two in zip(*peaks, strict=True)
+                )
+            )
+        end = end_of(real) if end_of(real) == end_of(ours) else f"{end_of(real)}; simulated {end_of(ours)}"
+        lines.append(f"| {load.name} | {real['run']} | {' | '.join(cells)} | {end} |".replace("-0)", "+0)"))
+    return lines
+
+
 def end_of(record: dict) -> str:
     """How a run ended: "fits", or the phase, the card and the request that failed."""
     from glm4v_nb.memory import parse_out_of_memory
@@ -605,11 +625,12 @@ def report(arguments: argparse.Namespace) -> int:
     wrong = 0
     for path in arguments.results:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
-        figures, differences = [], []
+        figures, differences, lines = [], [], []
         for load, measured, simulated in simulate(results):
             more, others = compare(load, measured, simulated)
             figures += more
             differences += others
+            lines += rows(load, measured, simulated)
         outside = [figure for figure in figures if not figure.right]
         wrong += len(outside) + len(differences)
         print(f"\n{path}: {results['provenance']}")
@@ -624,6 +645,8 @@ def report(arguments: argparse.Namespace) -> int:
             print(
                 f"  OUTSIDE   {place}: {figure.name} {figure.measured / MIB:,.1f} MiB, simulated {apart:+,.1f}"
             )
+        if arguments.table:
+            print("\n".join(lines))
         if arguments.picture:
             plot(figures, results["provenance"], arguments.picture)
     return 1 if wrong else 0
@@ -684,6 +707,7 @@ def main() -> int:
         )
     command = commands.add_parser("compare", help="hold the simulator to stored measurements")
     command.add_argument("results", nargs="+", help="files that `measure` wrote")
+    command.add_argument("--table", action="store_true", help="print every run as a row of Markdown")
     command.add_argument("--picture", default="", help="draw simulated against measured into this file")
     arguments = parser.parse_args()
     if arguments.command == "compare":
