@@ -622,7 +622,7 @@ def message_figures(load: Load, real: dict, ours: dict) -> list[Figure]:
 
 def report(arguments: argparse.Namespace) -> int:
     """Print where the simulator and the measurements differ, and a summary; 1 if anything is out of bounds."""
-    wrong = 0
+    wrong, everything, origins = 0, [], []
     for path in arguments.results:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
         figures, differences, lines = [], [], []
@@ -647,13 +647,15 @@ def report(arguments: argparse.Namespace) -> int:
             )
         if arguments.table:
             print("\n".join(lines))
-        if arguments.picture:
-            plot(figures, results["provenance"], arguments.picture)
+        everything += figures
+        origins.append(results["provenance"])
+    if arguments.picture:
+        plot(everything, origins, arguments.picture)
     return 1 if wrong else 0
 
 
-def plot(figures: list[Figure], origin: dict, path: str):
-    """Simulated against measured peaks, and how far apart they are."""
+def plot(figures: list[Figure], origins: list[dict], path: str):
+    """Simulated against measured peaks, and how far apart they are. ``origins``: of the files they come from."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -679,11 +681,11 @@ def plot(figures: list[Figure], origin: dict, path: str):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     both.legend(frameon=False)
-    cards = ", ".join(f"{count} x {name}" for name, count in origin["cards"].items())
-    versions = f"torch {origin['torch']}, transformers {origin['transformers']}, driver {origin['driver']}"
-    figure.suptitle(
-        f"Peaks measured on {cards}, {origin['date']}, {versions}", fontsize=10, x=0.01, ha="left"
-    )
+    cards = [", ".join(f"{count} x {name}" for name, count in each["cards"].items()) for each in origins]
+    last = origins[-1]
+    versions = f"torch {last['torch']}, transformers {last['transformers']}, driver {last['driver']}"
+    title = f"Peaks of every stage and card, measured on {' and on '.join(cards)}\n{last['date']}, {versions}"
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.savefig(path, dpi=110)
 
 

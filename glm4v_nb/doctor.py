@@ -94,7 +94,13 @@ def _python():
 
 def _libraries():
     wrong = []
-    for line in metadata.requires("glm4v-nb") or ():
+    try:
+        lines = metadata.requires("glm4v-nb") or ()
+    except metadata.PackageNotFoundError:
+        found = "glm4v-nb runs from its source without being installed, so what it requires is not known"
+        yield Finding("libraries", LOOK, found, "Run make setup, or pip install -e . in its folder.")
+        return
+    for line in lines:
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue

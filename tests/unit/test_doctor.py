@@ -178,3 +178,14 @@ def test_the_command_prints_a_table_or_a_block_to_paste(monkeypatch, capsys):
     assert "5 GB [free]" in table and "clear it" in table and "Next:" in table
     assert glm4v_nb_cli.main(["doctor", "--report"]) == 0
     assert capsys.readouterr().out.splitlines()[1] == "look disk: 5 GB [free]"
+
+
+def test_a_package_that_is_not_installed_has_no_list_of_libraries(monkeypatch):
+    def requires(name):
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "requires", requires)
+    (finding,) = doctor._libraries()
+    assert finding.status == "look"
+    assert "without being installed" in finding.found
+    assert "make setup" in finding.advice
