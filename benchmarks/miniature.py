@@ -3,7 +3,8 @@
     python benchmarks/miniature.py [--json]
 
 Seconds of wall clock after import; the first question of a process, and the median of ten. The limits are what the
-project promises on two cores.
+project promises on two cores. Where other programs keep these busy, PyTorch's threads wait for each other, and a
+one-word answer can take more than a second.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Draws the stored training logs of the miniature: python benchmarks/miniature_curve.py
+"""Draws the stored training log of the miniature: python benchmarks/miniature_curve.py
 
-Reads results/miniature_training*.jsonl and writes results/miniature_training.png.
+Reads results/miniature_training.jsonl and writes results/miniature_training.png.
 """
 
 import json
@@ -12,15 +12,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main():
-    """Draw every stored log beside the others, in the order of their names."""
-    logs = {}
-    for number, path in enumerate(sorted(RESULTS.glob("miniature_training*.jsonl")), start=1):
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        logs[f"Part {number}: {records[-1]['step']:,} steps of {records[0]['options']['batch_size']}"] = (
-            records
-        )
-    figure = plot_training_curve(logs, f"Training the miniature, {records[0]['parameters']:,} parameters")
-    figure.savefig(RESULTS / "miniature_training.png")
+    """Draw loss against time; the title says how much was trained."""
+    lines = (RESULTS / "miniature_training.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
+    size, pictures, steps = log[0]["parameters"], log[0]["options"]["batch_size"], log[-1]["step"]
+    title = f"Training {size:,} parameters: {steps:,} steps of {pictures} pictures"
+    plot_training_curve(log, title).savefig(RESULTS / "miniature_training.png")
 
 
 if __name__ == "__main__":

@@ -169,24 +169,20 @@ def plot_frontier(
     return figure
 
 
-def plot_training_curve(logs: Mapping[str, Sequence[Mapping]], title: str = "Training") -> Figure:
-    """Loss against time, one panel per log of ``miniature.train``; its first line names machine, versions and date.
-
-    ``logs``: panel title → records of ``train.jsonl``.
-    """
+def plot_training_curve(log: Sequence[Mapping], title: str = "Training") -> Figure:
+    """Loss against time. ``log``: the lines of ``miniature.train``; the first names machine, versions and date."""
+    origin, *steps = log
     with plt.rc_context(_STYLE):
-        figure, panels = plt.subplots(1, len(logs), squeeze=False, figsize=(5.2 * len(logs) + 1, 3.6))
-        for axes, (name, (origin, *steps)) in zip(panels[0], logs.items(), strict=True):
-            minutes = [step["seconds"] / 60 for step in steps]
-            axes.plot(minutes, [step["loss"] for step in steps], color=COLOURS["weights"])
-            axes.set_yscale("log")
-            axes.set_title(name)
-            axes.grid(axis="y", alpha=0.3)
-            axes.set_xlabel(
-                f"minutes · measured on {origin['device']}\ntorch {origin['torch']}, "
-                f"transformers {origin['transformers']}, {origin['date']}"
-            )
-        panels[0, 0].set_ylabel("loss per answer token")
+        figure, axes = plt.subplots(figsize=(6.2, 3.6))
+        minutes = [step["seconds"] / 60 for step in steps]
+        axes.plot(minutes, [step["loss"] for step in steps], color=COLOURS["weights"])
+        axes.set_yscale("log")
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_xlabel(
+            f"minutes · measured on {origin['device']}\ntorch {origin['torch']}, "
+            f"transformers {origin['transformers']}, {origin['date']}"
+        )
+        axes.set_ylabel("loss per answer token")
         figure.suptitle(title, x=0.01, ha="left", fontsize=14)
         plt.close(figure)
     return figure

@@ -131,23 +131,10 @@ def learning_rate(done: float, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - 0.03) / 0.97))))
 
 
-def save(
-    model: GLM4VForConditionalGeneration,
-    tokenizer: ChatGLM4Tokenizer,
-    directory: Path,
-    start: dict[str, torch.Tensor] | None = None,
-    share: float = 1.0,
-) -> None:
-    """Write the checkpoint in bfloat16 without changing the model.
-
-    With ``start``, the weights training went on from, their average is written: ``share`` of the trained ones.
-    """
-    weights = {name: value.detach().to("cpu") for name, value in model.state_dict().items()}
-    if start is not None:
-        weights = {name: start[name].lerp(value, share) for name, value in weights.items()}
-    weights = {name: value.to(torch.bfloat16) for name, value in weights.items()}
+def save(model: GLM4VForConditionalGeneration, tokenizer: ChatGLM4Tokenizer, directory: Path) -> None:
+    """Write the checkpoint in bfloat16 without changing the model."""
     copy = GLM4VForConditionalGeneration(model.config).to(torch.bfloat16)
-    copy.load_state_dict(weights)
+    copy.load_state_dict(model.state_dict())  # rounds, and brings them to the CPU
     copy.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -182,12 +169,8 @@ def train(options: argparse.Namespace) -> None:
     feed = Feed(directory, IMAGE_SIZE, options.seed, options.workers)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(options.seed)
-    if options.start:
-        model = GLM4VForConditionalGeneration.from_pretrained(options.start, dtype=torch.float32)
-        begun = {name: value.clone() for name, value in model.state_dict().items()}
-    else:
-        model, begun = GLM4VForConditionalGeneration(miniature_config(special)), None
-        initialise(model)
+    model = GLM4VForConditionalGeneration(miniature_config(special))
+    initialise(model)
     model.to(device).train()
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -231,7 +214,7 @@ def train(options: argparse.Namespace) -> None:
                 saved = seconds
                 save(model, tokenizer, directory)
     feed.close()
-    save(model, tokenizer, directory, begun, options.average)
+    save(model, tokenizer, directory)
     if options.evaluate:
         report = evaluate(
             directory, seed=options.seed + 1_000_000, count=options.evaluate, device=str(device)
@@ -248,9 +231,8 @@ def provenance(device: torch.device, model: nn.Module, options: argparse.Namespa
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "parameters": sum(value.numel() for value in model.parameters()),
-        # Names of directories say nothing on another machine.
-        "options": {name: value for name, value in vars(options).items() if name not in ("output", "start")},
-        "continued": options.start is not None,
+        # The name of a directory says nothing on another machine.
+        "options": {name: value for name, value in vars(options).items() if name != "output"},
     }
 
 
@@ -258,13 +240,6 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, or these arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="directory of the checkpoint")
-    parser.add_argument("--start", help="go on from this checkpoint instead of random weights")
-    parser.add_argument(
-        "--average",
-        type=float,
-        default=1.0,
-        help="with --start: share of the trained weights, the rest stays",
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=6400, help="of the optimiser: 8 minutes on an H100")
     parser.add_argument(

@@ -16,13 +16,14 @@ def test_the_shipped_checkpoint_stays_under_12_megabytes():
 
 
 def test_the_shipped_checkpoint_answers_unseen_questions(report):
-    # 97 % of 2,000 is what it was released with; of 300 that leaves room for two standard errors.
-    assert report["accuracy"] >= 0.95, report["wrong"]
+    # 98.95 % of 2,000 is what it was released with; of 300 that leaves room for three standard errors.
+    assert report["accuracy"] >= 0.97, report["wrong"]
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_it_answers_in_both_languages(language, report):
-    assert report["languages"][language]["accuracy"] >= 0.93
+    # About 150 of each: three standard errors again.
+    assert report["languages"][language]["accuracy"] >= 0.96
 
 
 @pytest.mark.parametrize("form", ["drawn", "jpeg", "alpha", "grey", "wide", "large"])

@@ -49,26 +49,6 @@ def test_gradient_checkpointing_changes_memory_and_not_the_training(run, tmp_pat
     assert losses(trained(tmp_path, "--gradient-checkpointing")) == pytest.approx(losses(run[1]), rel=1e-2)
 
 
-def test_training_goes_on_from_a_checkpoint(run, tmp_path):
-    directory, log = run
-    continued = trained(tmp_path, "--start", str(directory))
-    assert continued[0]["continued"] and not log[0]["continued"]
-    assert losses(continued)[0] < losses(log)[0] - 0.1
-
-
-def test_weights_can_be_averaged_with_those_training_went_on_from(run, tmp_path):
-    def weights(directory):
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).lm_head.weight
-
-    begun, whole, part = run[0], tmp_path / "whole", tmp_path / "part"
-    trained(whole, "--start", str(begun))
-    trained(part, "--start", str(begun), "--average", "0.25")
-    expected = weights(begun).lerp(weights(whole), 0.25)
-    assert not torch.allclose(weights(begun), weights(whole), atol=1e-4)
-    # The files are in bfloat16, which rounds to within 2^-9 of a value.
-    torch.testing.assert_close(weights(part), expected, rtol=2**-7, atol=1e-5)
-
-
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_pictures_depend_on_the_seed_and_not_on_the_number_of_workers(workers, tmp_path):
     save_vocabulary(tmp_path, 32)

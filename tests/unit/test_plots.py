@@ -70,7 +70,7 @@ def test_colours_of_a_picture_differ():
 def test_a_training_curve_says_what_it_was_measured_on():
     origin = {"device": "NVIDIA H100", "torch": "2.11.0", "transformers": "5.17.0", "date": "2026-11-23"}
     steps = [{"step": 1, "seconds": 60, "loss": 2.0}, {"step": 2, "seconds": 120, "loss": 1.0}]
-    (axes,) = plot_training_curve({"Part 1": [origin, *steps]}).axes
+    (axes,) = plot_training_curve([origin, *steps]).axes
     assert list(axes.lines[0].get_xdata()) == [1, 2] and list(axes.lines[0].get_ydata()) == [2.0, 1.0]
     assert axes.get_xlabel() == (
         "minutes · measured on NVIDIA H100\ntorch 2.11.0, transformers 5.17.0, 2026-11-23"
