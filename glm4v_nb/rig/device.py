@@ -138,6 +138,8 @@ class _ObservedFakeMode(FakeTensorMode):
         return output
 
 
+# Private functions; a torch without them adds gradients into new tensors, as fake tensors do by themselves.
+_COUNTS = hasattr(torch.Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
 # ``_use_count()`` of a gradient that nothing but the engine refers to, as seen from ``dispatch``; found by trying.
 _engines_own: int | None = None
 _trying = False
@@ -150,13 +152,11 @@ def _added_in_place(sum_so_far, gradient, *others, **options) -> bool:
     nothing else refers to the sum so far.
     """
     global _engines_own
-    if (
-        torch._C._current_graph_task_id() < 0
-        or torch.is_grad_enabled()
-        or not isinstance(gradient, FakeTensor)
-    ):
+    if not _COUNTS or torch._C._current_graph_task_id() < 0 or torch.is_grad_enabled():
         return False
-    if not isinstance(sum_so_far, FakeTensor) or sum_so_far.shape != gradient.shape:
+    if not isinstance(gradient, FakeTensor) or not isinstance(sum_so_far, FakeTensor):
+        return False
+    if sum_so_far.shape != gradient.shape:
         return False
     if _trying:
         _engines_own = sum_so_far._use_count()
