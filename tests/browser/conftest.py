@@ -121,19 +121,28 @@ def page(browser, server):
     page.goto(f"{address}/lab/tree/{NOTEBOOK}?reset")
     page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=120_000)
     for _ in range(12):  # a kernel that is not connected yet ignores the command
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         try:
+            page.get_by_role("menuitem", name="Run", exact=True).click(timeout=10_000)
+            page.get_by_role("menuitem", name="Run All Cells", exact=True).click(timeout=10_000)
             page.wait_for_function(
                 f"() => ({PROMPTS}).some(prompt => /\\[(\\*|\\d+)\\]/.test(prompt))", timeout=10_000
             )
             break
         except TimeoutError:
+            _answer_dialog(page)
             page.keyboard.press("Escape")  # a menu that stayed open
     # The last cell prints what was found.
     page.wait_for_function(f"() => ({PROMPTS}).every(prompt => /\\[\\d+\\]/.test(prompt))", timeout=240_000)
     yield page
     page.close()
+
+
+def _answer_dialog(page):
+    """On a busy machine JupyterLab may ask something, such as for a kernel: say yes, and say what it was."""
+    dialog = page.locator("dialog.jp-Dialog")
+    if dialog.count():
+        print("JupyterLab asked:", dialog.first.inner_text())
+        dialog.first.locator(".jp-Dialog-footer button").last.click(timeout=10_000)
 
 
 @pytest.fixture(scope="session")
