@@ -302,7 +302,9 @@ def test_a_worker_that_dies_is_replaced_and_its_run_is_marked_killed(notebooks, 
     while executions(notebooks, "begins").count(1) < 1 and time.monotonic() < deadline:
         time.sleep(0.05)
     number_one = None
-    while number_one is None and time.monotonic() < deadline:  # a busy machine shows the kernel a little later
+    while (
+        number_one is None and time.monotonic() < deadline
+    ):  # a busy machine shows the kernel a little later
         with contextlib.suppress(psutil.Error, OSError):
             kernel = int((directory / wanted[0].id / "kernel.pid").read_text())
             workers = family(runner)["worker"]
