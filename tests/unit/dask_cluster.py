@@ -8,43 +8,27 @@ from pathlib import Path
 
 import nbformat
 import psutil
+from run_cells import ENDINGS, KEEP
 
 ROOT = Path(__file__).parents[2]
 # Nothing here imports torch. It writes to $EXECUTIONS when it begins and ends, and takes $SLOW_HOST seconds longer.
 CELLS = (
     'number = 1\nmode = "done"\nseconds = 0.0',
-    """
+    f"""
 import json, os, signal, subprocess, sys, time
-
-def keep(name, value):
-    with open(os.environ["GLM4V_NB_RECORDS"], "a") as file:
-        file.write(json.dumps({"name": name, "value": value, "unit": "", "label": "arithmetic"}) + "\\n")
-
+{KEEP}
 def log(word):
     with open(os.environ["EXECUTIONS"], "a") as file:
-        file.write(f"{number} {word} {os.getpid()}\\n")
+        file.write(f"{{number}} {{word}} {{os.getpid()}}\\n")
 
 log("begins")
 keep("cards", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 """,
-    """
-if mode == "oom":
-    raise type("OutOfMemoryError", (RuntimeError,), {})(
-        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 22.03 GiB of which 1.00 GiB "
-        "is free. Including non-PyTorch memory, this process has 21.03 GiB memory in use. Of the allocated memory "
-        "20.00 GiB is allocated by PyTorch, and 0 bytes is reserved by PyTorch but unallocated."
-    )
-if mode == "failed":
-    raise ValueError(f"number {number} at {object()} of '{number}'")
-if mode == "killed":
-    os.kill(os.getpid(), signal.SIGKILL)
-if mode == "kills the Dask worker":
+    ENDINGS
+    + """if mode == "kills the Dask worker":
     import psutil
     os.kill(psutil.Process().parents()[1].pid, signal.SIGKILL)
     time.sleep(60)
-if mode == "hung":
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
-    time.sleep(300)
 if mode == "slow at first" and open(os.environ["EXECUTIONS"]).read().count(f"{number} begins") == 1:
     time.sleep(50)
 time.sleep(seconds)

@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from run_cells import ENDINGS, KEEP
 
 from glm4v_nb.experiment import pool, worker
 from glm4v_nb.experiment.outcome import Outcome, read_sweep
@@ -22,34 +23,14 @@ from glm4v_nb.experiment.specs import run_spec
 
 # Nothing here imports torch, so that a run takes a second or two. Figures are recorded as `record` does.
 PARAMETERS = 'number = 1\nmode = "done"\nseconds = 0.0'
-RECORD = """
+RECORD = f"""
 import json, os, signal, subprocess, sys, time
-from pathlib import Path
-
-def keep(name, value):
-    with open(os.environ["GLM4V_NB_RECORDS"], "a") as file:
-        file.write(json.dumps({"name": name, "value": value, "unit": "", "label": "arithmetic"}) + "\\n")
-
+{KEEP}
 with open("executions.txt", "a") as log:
-    log.write(f"{number} begins {os.getpid()}\\n")
+    log.write(f"{{number}} begins {{os.getpid()}}\\n")
 keep("begin", number)
 """
-BODY = """
-if mode == "oom":
-    raise type("OutOfMemoryError", (RuntimeError,), {})(
-        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 22.03 GiB of which 1.00 GiB "
-        "is free. Including non-PyTorch memory, this process has 21.03 GiB memory in use. Of the allocated memory "
-        "20.00 GiB is allocated by PyTorch, and 0 bytes is reserved by PyTorch but unallocated."
-    )
-if mode == "failed":
-    raise ValueError(f"number {number} at {object()} of '{number}'")
-if mode == "killed":
-    os.kill(os.getpid(), signal.SIGKILL)
-if mode == "hung":
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
-    time.sleep(300)
-time.sleep(seconds)
-"""
+BODY = ENDINGS + "time.sleep(seconds)"
 END = """
 keep("square", number * number)
 with open("executions.txt", "a") as log:
@@ -302,10 +283,9 @@ def test_a_worker_that_dies_is_replaced_and_its_run_is_marked_killed(notebooks, 
     while executions(notebooks, "begins").count(1) < 1 and time.monotonic() < deadline:
         time.sleep(0.05)
     number_one = None
-    while (
-        number_one is None and time.monotonic() < deadline
-    ):  # a busy machine shows the kernel a little later
-        with contextlib.suppress(psutil.Error, OSError):
+    # A busy machine shows the kernel a little later.
+    while number_one is None and time.monotonic() < deadline:
+        with contextlib.suppress(psutil.Error, OSError, ValueError):
             kernel = int((directory / wanted[0].id / "kernel.pid").read_text())
             workers = family(runner)["worker"]
             number_one = next((each for each in workers if kernel in {c.pid for c in each.children()}), None)
