@@ -12,9 +12,8 @@ def pytest_runtest_call(item):
     result = yield
     # nbval keeps here what the cell has put out; other tests have no such attribute.
     if outputs := getattr(item, "test_outputs", None):
-        from glm4v_nb.experiment.output_rules import (
-            check_outputs,
-        )  # imports torch, which not every test needs
+        # Here, because it imports torch, which not every test needs.
+        from glm4v_nb.experiment.output_rules import check_outputs
 
         if problems := check_outputs(item.cell, outputs):
             item.raise_cell_error(

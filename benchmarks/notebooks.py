@@ -20,6 +20,8 @@ from nbclient.exceptions import CellExecutionError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
+from glm4v_nb.experiment.parameters import parse_value, read_parameters
+
 MIB = 2**20
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 REPOSITORY, COMMIT = "models--zai-org--glm-4v-9b", "0" * 40
@@ -66,12 +68,15 @@ def cache():
     write_checkpoint(str(snapshot))
 
 
-def run(number: str, parameters: dict, executed: str) -> dict:
-    """Execute one notebook; its rigs' stages, or the error that ended it."""
+def run(number: str, parameters: dict[str, str], executed: str) -> dict:
+    """Execute one notebook; its rigs' stages, or the error that ended it.
+
+    ``parameters``: text by name, as on the command line; what the notebook does not have is left out.
+    """
     path = next(NOTEBOOKS.glob(f"{number}_*.ipynb"))
     notebook = load_notebook_node(str(path))
-    declared = next(cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
-    known = {name: value for name, value in parameters.items() if f"{name} = " in declared}
+    defaults = read_parameters(path)
+    known = {name: parse_value(text, defaults[name]) for name, text in parameters.items() if name in defaults}
     if known:
         notebook = parameterize_notebook(notebook, known)
     before, after = nbformat.v4.new_code_cell(BEFORE), nbformat.v4.new_code_cell(AFTER)
@@ -94,7 +99,7 @@ def compare(measured: dict, simulated: dict) -> int:
     different = 0
     pairs = {result["notebook"]: result for result in simulated["notebooks"]}
     for result in measured["notebooks"]:
-        print(result["notebook"], "ERROR" if result["error"] else "")
+        print(result["notebook"], "ERROR" if result.get("error") else "")
         for real, ours in zip_longest(result["rigs"], pairs[result["notebook"]]["rigs"]):
             if real is None or ours is None or not real["provenance"].startswith("measured"):
                 continue
@@ -134,12 +139,9 @@ def main() -> int:
     elif arguments.command == "compare":
         return min(1, compare(*(json.loads(Path(file).read_text("utf-8")) for file in arguments.files)))
     else:
-        parameters = {
-            name: int(value) if value.lstrip("-").isdecimal() else value for name, value in arguments.p
-        }
         results = []
         for number in arguments.numbers:
-            results.append(run(number, parameters, arguments.executed))
+            results.append(run(number, dict(arguments.p), arguments.executed))
             print(number, results[-1]["seconds"], "s", (results[-1]["error"] or "done")[-400:], flush=True)
             content = {"date": time.strftime("%Y-%m-%d"), "notebooks": results}
             Path(arguments.output).write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -50,7 +50,6 @@ def measured_run(file: str, load: str, run: str) -> list[MeasuredStage]:
 
 def measured_notebook(file: str, number: str) -> list[list[MeasuredStage]]:
     """The stages of every rig of a notebook that ``benchmarks/notebooks.py`` ran on real GPUs, in their order."""
-    notebooks = {each["notebook"][:2]: each for each in _read(file)["notebooks"]}
     return [
         [
             MeasuredStage(
@@ -61,15 +60,18 @@ def measured_notebook(file: str, number: str) -> list[list[MeasuredStage]]:
             )
             for stage in rig["stages"]
         ]
-        for rig in notebooks[number]["rigs"]
+        for rig in _notebook(file, number)["rigs"]
         if rig["provenance"].startswith("measured")
     ]
 
 
 def printed_by_notebook(file: str, number: str) -> list[str]:
     """What is kept of the text that a notebook printed on real GPUs, where its stages are not."""
-    notebooks = {each["notebook"][:2]: each for each in _read(file)["notebooks"]}
-    return notebooks[number]["printed"]
+    return _notebook(file, number)["printed"]
+
+
+def _notebook(file: str, number: str) -> dict:
+    return {each["notebook"][:2]: each for each in _read(file)["notebooks"]}[number]
 
 
 def _read(file: str) -> dict:

@@ -100,8 +100,8 @@ _GITHUB = "https://github.com"
 _MEASURED_H100 = "measured on H100 80GB HBM3 · 2026-11-13 · driver 580.159.04, torch 2.11"
 
 _HOPPER_CONTEXT = (
-    "measured on H100 80GB HBM3 · 2026-11-24 · driver 580.159.04, torch 2.11: 518 MiB before the first kernel, 168 "
-    "more after a prefill, 186 after some decode steps, and 8.8 MiB of the driver"
+    "measured on H100 80GB HBM3 · 2026-11-25 · driver 580.159.04, torch 2.11, benchmarks/results/memory_h100.json: "
+    "518 MiB before the first kernel, 168 more after a prefill, 186 after some decode steps, and 8.8 MiB of the driver"
 )
 # Middle of what was measured after a prefill and after more kernels were loaded.
 _HOPPER_KERNELS, _HOPPER_SYSTEM = 177 * MIB, round(8.81 * MIB)

@@ -8,7 +8,7 @@ from rig_fixtures import MIB
 from torch.utils.flop_counter import FlopCounterMode
 
 from glm4v_nb.memory import flop_counter
-from glm4v_nb.rig import Rig, find_card
+from glm4v_nb.rig import Rig, device, find_card
 from glm4v_nb.rig.addresses import FIRST_REGION, LARGE, REGION, TOP, AddressSpace
 from glm4v_nb.rig.kernels import scratch_bytes
 
@@ -88,16 +88,12 @@ def backward_peak(exclusive: bool) -> float:
 
 
 def test_gradients_are_added_in_place_as_the_engine_does_on_cuda(monkeypatch):
-    from glm4v_nb.rig import device
-
     in_place = backward_peak(exclusive=True)
     monkeypatch.setattr(device, "_added_in_place", lambda *arguments, **options: False)
     assert backward_peak(exclusive=True) == in_place + 64
 
 
 def test_a_gradient_somebody_waits_for_is_not_added_to(monkeypatch):
-    from glm4v_nb.rig import device
-
     answers = []
     original = device._added_in_place
 

@@ -36,7 +36,7 @@ def test_every_stage_of_every_rig_is_written_down_also_of_a_failed_one(benchmark
         "try:\n    with rig, rig.stage('second'):\n        torch.empty(2**40, device='cuda')\n"
         "except torch.OutOfMemoryError:\n    del rig",
     )
-    result = benchmark.run("01", {"size": 3, "unknown": 1}, str(tmp_path / "executed"))
+    result = benchmark.run("01", {"size": "3", "unknown": "1"}, str(tmp_path / "executed"))
     assert result["error"] is None
     assert result["parameters"] == {"size": 3}
     (rig,) = result["rigs"]
