@@ -23,6 +23,12 @@ QUIET = ["--disable-background-networking", "--disable-component-update", "--dis
 
 # The brackets before every code cell: [ ] not run, [*] running, [3] done.
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent)"
+# Whether JupyterLab has started the kernel of the open notebook and is connected to it.
+READY = """() => {
+    const session = window.jupyterapp?.shell.currentWidget?.sessionContext;
+    const kernel = session?.isReady && session.session?.kernel;
+    return kernel?.connectionStatus === 'connected' && kernel.status === 'idle';
+}"""
 
 
 def find_chromium() -> str | None:
@@ -73,7 +79,7 @@ def server(tmp_path_factory):
              "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={root}",
              "--IdentityProvider.token=", "--LabApp.news_url=None",
              "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-             "--ServerApp.disable_check_xsrf=True", "--allow-root"],
+             "--LabApp.expose_app_in_browser=True", "--ServerApp.disable_check_xsrf=True", "--allow-root"],
             env=environment, stdout=log, stderr=log,
         )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
@@ -113,36 +119,17 @@ def browser():
 @pytest.fixture(scope="session")
 def page(browser, server):
     """Notebook 08 open in JupyterLab with every cell executed."""
-    from playwright.sync_api import TimeoutError
-
     address, _ = server
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(30_000)
     page.goto(f"{address}/lab/tree/{NOTEBOOK}?reset")
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=120_000)
-    for _ in range(12):  # a kernel that is not connected yet ignores the command
-        try:
-            page.get_by_role("menuitem", name="Run", exact=True).click(timeout=10_000)
-            page.get_by_role("menuitem", name="Run All Cells", exact=True).click(timeout=10_000)
-            page.wait_for_function(
-                f"() => ({PROMPTS}).some(prompt => /\\[(\\*|\\d+)\\]/.test(prompt))", timeout=10_000
-            )
-            break
-        except TimeoutError:
-            _answer_dialog(page)
-            page.keyboard.press("Escape")  # a menu that stayed open
+    # A command given before the kernel is connected opens a dialog that asks for one.
+    page.wait_for_function(READY, timeout=120_000)
+    page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells') }")
     # The last cell prints what was found.
     page.wait_for_function(f"() => ({PROMPTS}).every(prompt => /\\[\\d+\\]/.test(prompt))", timeout=240_000)
     yield page
     page.close()
-
-
-def _answer_dialog(page):
-    """On a busy machine JupyterLab may ask something, such as for a kernel: say yes, and say what it was."""
-    dialog = page.locator("dialog.jp-Dialog")
-    if dialog.count():
-        print("JupyterLab asked:", dialog.first.inner_text())
-        dialog.first.locator(".jp-Dialog-footer button").last.click(timeout=10_000)
 
 
 @pytest.fixture(scope="session")
