@@ -4,6 +4,7 @@ PYTHON ?= python3
 NOTEBOOKS ?=
 OUTPUT ?= runs
 TESTS ?=
+FORCE ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -11,7 +12,7 @@ WORKERS ?= 2
 MAKEFLAGS += --no-print-directory
 
 # A mistyped variable (NOTEBOKS=01) would otherwise be ignored without a word.
-VARIABLES_KNOWN := PYTHON NOTEBOOKS OUTPUT TESTS WORKERS
+VARIABLES_KNOWN := PYTHON NOTEBOOKS OUTPUT TESTS FORCE WORKERS
 VARIABLES_GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 VARIABLES_UNKNOWN := $(filter-out $(VARIABLES_KNOWN) MAKEFLAGS SHELL,$(VARIABLES_GIVEN))
 ifneq ($(strip $(VARIABLES_UNKNOWN)),)
@@ -26,7 +27,7 @@ VENV := .venv/bin
 help:
 	@echo 'GLM-4V-9B on several GPUs: a suite of notebooks. Needs Python 3.11 or newer and make.'
 	@echo
-	@echo '  make run       execute the notebooks in order; a report and the executed notebooks go to runs/<time>/'
+	@echo '  make run       execute the notebooks that are not done yet; report and executed notebooks go to runs/suite/'
 	@echo '  make test      unit tests, parity tests, every notebook cell by cell, the panel in a browser'
 	@echo '  make validate  only the notebooks: the rules for what is stored, then every cell run'
 	@echo '  make lab       open JupyterLab on this machine only (127.0.0.1), kernel ready'
@@ -39,7 +40,8 @@ help:
 	@echo '  NOTEBOOKS="01 02"     run, validate: only these numbers                 (all)'
 	@echo '  OUTPUT=runs           run: where results go                             (runs)'
 	@echo '  TESTS=tests/unit      test: only these files or folders                 (all)'
-	@echo '  WORKERS=4             test, validate: files at a time                    (2)'
+	@echo '  FORCE=1               run: also the notebooks that are done               (no)'
+	@echo '  WORKERS=4             run, test, validate: files at a time               (2)'
 
 setup:
 	@command -v $(INTERPRETER) >/dev/null 2>&1 || { \
@@ -51,7 +53,7 @@ setup:
 
 run: setup
 	@echo 'Starting the notebooks (importing torch takes a few seconds) ...'
-	@$(VENV)/python -m glm4v_nb.experiment.run --output '$(OUTPUT)' $(if $(strip $(NOTEBOOKS)),--notebooks $(NOTEBOOKS))
+	@$(VENV)/python -m glm4v_nb_cli run $(NOTEBOOKS) --workers '$(WORKERS)' --output '$(OUTPUT)' $(if $(filter-out 0 no,$(FORCE)),--force)
 
 test: setup
 	@HF_HUB_OFFLINE=1 $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)

@@ -114,30 +114,26 @@ def run(
         list[str] | None,
         typer.Option("-p", metavar="NAME VALUE", help="A parameter of the one notebook; may be repeated."),
     ] = None,
-    output: Annotated[str, typer.Option(help="Folder that receives <time>/.")] = "runs",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    workers: Annotated[int, typer.Option(help="Notebooks at a time.")] = 2,
+    force: Annotated[bool, typer.Option("--force", help="Also what is done already.")] = False,
+    output: Annotated[str, typer.Option(help="Folder that receives suite/, or the notebook's.")] = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the runs as one JSON array.")] = False,
 ):
-    """Execute the notebooks in order, as `make run` does; exit code 1 if one fails.
+    """Execute notebooks, all of them as `make run` does or some; with -p, one with other parameters.
 
-    With -p it is one notebook with other parameters, in a folder of its name; what has ended is not repeated, and the
-    exit code is 3 if it runs out of memory.
+    The same command again does what is not done yet or has changed since. Exit codes are those of sweep.
     """
     with _progress("loading the notebook runner"):
-        from glm4v_nb.experiment.run import print_summary, run_suite
-        from glm4v_nb.experiment.sweep import plan_notebook
-    if parameter:
-        if not notebooks or len(notebooks) != 1:
-            raise ValueError(
-                "-p is for one notebook; give exactly one number before it, as in: run 01 -p card H100"
-            )
-        texts = dict(zip(parameter[::2], parameter[1::2], strict=True))
-        _carry_out(plan_notebook(notebooks[0], texts), output, 1, False, False, as_json)
-    summary, directory = run_suite(notebooks, output, console=Console(stderr=as_json))
-    if as_json:
-        print(summary.model_dump_json(indent=2))
+        from glm4v_nb.experiment.sweep import plan_notebook, plan_suite
+    if not parameter:
+        plan = plan_suite(notebooks)
+    elif notebooks and len(notebooks) == 1:
+        plan = plan_notebook(notebooks[0], dict(zip(parameter[::2], parameter[1::2], strict=True)))
     else:
-        print_summary(summary, directory, Console())
-    raise typer.Exit(summary.exit_code)
+        raise ValueError(
+            "-p is for one notebook; give exactly one number before it, as in: run 01 -p card H100"
+        )
+    _carry_out(plan, output, workers, force, True, as_json)
 
 
 @app.command()

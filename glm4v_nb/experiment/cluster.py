@@ -88,6 +88,7 @@ class _ClusterPool:
         self.topic = f"glm4v-nb-{uuid.uuid4()}"
 
     def run(self):
+        self.show(self.progress)
         self.client.subscribe_topic(self.topic, lambda event: self.told.put(event[1]))
         try:
             while self.waiting or self.sent:

@@ -22,8 +22,8 @@ _LONGEST_TABLE = 16
 
 
 def parameters_in_words(spec: RunSpec) -> str:
-    """The parameters a sweep has set, "card=L4 count=2"; "defaults" where it sets none."""
-    return " ".join(f"{name}={spec.parameters[name]}" for name in spec.given) or "defaults"
+    """The parameters a sweep has set, "card=L4 count=2"."""
+    return " ".join(f"{name}={spec.parameters[name]}" for name in spec.given)
 
 
 def ending_in_words(run: FinishedRun) -> str:
@@ -66,8 +66,9 @@ class Display:
             self._known_before = len(progress.outcomes)
             self._seen.update(progress.outcomes)
             if self._known_before:
+                hint = "; --force repeats them" if self._known_before == progress.total else ""
                 self._console.print(
-                    f"{self._known_before} of {progress.total} runs had ended before", style="dim"
+                    f"{self._known_before} of {progress.total} runs had ended before{hint}", style="dim"
                 )
         if progress.note not in ("", self._note):
             self._console.print(escape(progress.note), style="yellow", soft_wrap=True, highlight=False)
@@ -76,10 +77,10 @@ class Display:
             self._seen.add(name)
             run = FinishedRun(spec=self._specs[name], outcome=progress.outcomes[name], records=[])
             style = STYLES.get(run.outcome.status, "bold red")
+            words = [run.spec.notebook, parameters_in_words(run.spec), f"{run.outcome.seconds:.1f} s"]
+            words += [ending_in_words(run)[:120]] if run.outcome.status != "done" else []
             self._console.print(
-                f"[{style}]{run.outcome.status:>7}[/]  {escape(run.spec.notebook)}  "
-                f"{escape(parameters_in_words(run.spec))}  {run.outcome.seconds:.1f} s"
-                + (escape(f"  {ending_in_words(run)[:120]}") if run.outcome.status != "done" else ""),
+                f"[{style}]{run.outcome.status:>7}[/]  {escape('  '.join(filter(None, words)))}",
                 soft_wrap=True,
                 highlight=False,
             )

@@ -23,7 +23,7 @@ from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError, strip_color
 
 from .registry import NotebookEntry
-from .summary import NotebookResult, without_private_paths
+from .result import NotebookResult, without_private_paths
 
 KERNEL_NAME = "python3"
 KERNEL_ENVIRONMENT = {
@@ -157,7 +157,7 @@ def execute_notebook(
     notebook is a result, not an exception; KeyboardInterrupt passes through.
     """
     source = directory / entry.file
-    result = NotebookResult(file=entry.file, title=entry.title, status="failed")
+    result = NotebookResult()
     # What the kernel process itself says, outside any cell; kept only if it said something.
     kernel_log = output.with_suffix(".kernel.log")
     started_cells = 0
@@ -209,8 +209,6 @@ def execute_notebook(
         result.error = without_private_paths(result.error, repository)
         if result.traceback:
             result.traceback = without_private_paths(result.traceback, repository)
-    if output.exists():
-        result.executed = output.name
     return result
 
 

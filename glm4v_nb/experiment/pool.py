@@ -211,6 +211,7 @@ class _Pool:
         self.waiting.reverse()  # taken from the end
 
     def run(self):
+        self.show(self.progress)
         try:
             while self.waiting or any(worker.run for worker in self.workers):
                 self._employ()

@@ -1,4 +1,4 @@
-"""From a sweep file, or one notebook and its parameters, to finished runs: ``glm4v-nb sweep`` and ``run -p``."""
+"""From a sweep file, or notebooks and parameters, to finished runs: ``glm4v-nb sweep`` and ``run``."""
 
 from __future__ import annotations
 
@@ -49,6 +49,19 @@ def plan_file(path: Path | str, registry: Path | str = DEFAULT_REGISTRY) -> Plan
     notebooks = registry.resolve().parent
     sweep_file = read_sweep_file(path, notebooks, load_registry(registry))
     return _plan(sweep_file.name, expand(sweep_file), registry)
+
+
+def plan_suite(numbers: Sequence[str] | None = None, registry: Path | str = DEFAULT_REGISTRY) -> Plan:
+    """Each of these registered notebooks once, with its own parameters; for None all of them, as ``make run`` does.
+
+    Raises:
+        ValueError: no such notebook, or the registry is not right.
+    """
+    registry = Path(registry)
+    entries = load_registry(registry).select(numbers)
+    runs = [PlannedRun(entry.file, entry.title, {}, float(entry.timeout_seconds)) for entry in entries]
+    name = "-".join(["suite", *(entry.number for entry in entries)]) if numbers else "suite"
+    return _plan(name, runs, registry)
 
 
 def plan_notebook(number: str, texts: dict[str, str], registry: Path | str = DEFAULT_REGISTRY) -> Plan:

@@ -24,8 +24,8 @@ from .files import locked, write_whole
 from .outcome import Outcome, OutOfMemoryCause, RunSpec
 from .records import RECORDS_VARIABLE
 from .registry import NotebookEntry
-from .report import render_notebook
-from .summary import NotebookResult, installed_versions, platform_description
+from .rendering import render_notebook
+from .result import NotebookResult, installed_versions, platform_description
 
 ENDED, NOT_WRITTEN, BUSY = "done", "not-written", "busy"
 # How long a worker of a runner that was killed may take to be gone.
@@ -70,7 +70,7 @@ def _run(spec: RunSpec, folder: Path, notebooks: Path) -> Outcome:
         environment={RECORDS_VARIABLE: str((folder / "records.jsonl").resolve())},
         on_kernel=lambda pid: (folder / KERNEL_FILE).write_text(str(pid), encoding="utf-8"),
     )
-    render_notebook(folder, result.executed)
+    render_notebook(folder / "executed.ipynb")
     return outcome_of(result, started)
 
 

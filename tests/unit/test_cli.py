@@ -8,9 +8,6 @@ import time
 import pytest
 
 import glm4v_nb.cli
-from glm4v_nb.experiment import run as experiment
-from glm4v_nb.experiment.registry import RegistryError
-from glm4v_nb.experiment.summary import NotebookResult, RunSummary
 from glm4v_nb_cli import main
 
 
@@ -223,63 +220,6 @@ def test_without_arguments_the_help_is_shown(command):
     code, out, err = command()
     assert (code, err) == (0, "")
     assert "fit" in out and "run" in out
-
-
-# --- run
-
-
-def summary_of(*statuses):
-    results = [
-        NotebookResult(file=f"0{n}_x.ipynb", title="X", status=status) for n, status in enumerate(statuses)
-    ]
-    return RunSummary(started="now", versions={}, platform="test", notebooks=results)
-
-
-@pytest.fixture
-def suite(monkeypatch, tmp_path):
-    """Replaces the execution of notebooks; records what it was asked for."""
-    asked = {}
-
-    def run_suite(notebooks=None, output="runs", console=None):
-        asked.update(notebooks=notebooks, output=output, stderr=console.stderr)
-        console.print("  done  00_x.ipynb")
-        if isinstance(asked["summary"], Exception):
-            raise asked["summary"]
-        return asked["summary"], tmp_path
-
-    monkeypatch.setattr(experiment, "run_suite", run_suite)
-    return asked
-
-
-@pytest.mark.parametrize(("statuses", "code"), [(("done", "done"), 0), (("done", "failed"), 1)])
-def test_run_exits_as_make_run_does_and_names_the_report(command, suite, statuses, code):
-    suite["summary"] = summary_of(*statuses)
-    exit_code, out, err = command("run", "01", "02", "--output", "elsewhere")
-    assert (exit_code, err) == (code, "")
-    assert (suite["notebooks"], suite["output"]) == (["01", "02"], "elsewhere")
-    assert "index.html" in out
-
-
-def test_run_with_json_keeps_stdout_to_one_object(command, suite):
-    suite["summary"] = summary_of("done")
-    code, out, err = command("run", "--json")
-    assert code == 0
-    assert json.loads(out)["notebooks"][0]["status"] == "done"
-    assert "00_x.ipynb" in err
-    assert not suite["notebooks"]
-
-
-def test_an_interrupted_run_exits_with_130(command, suite):
-    suite["summary"] = summary_of("done", "not run")
-    suite["summary"].notebooks[1].error = "interrupted"
-    assert command("run")[0] == 130
-
-
-def test_an_unknown_notebook_number_is_wrong_use(command, suite):
-    suite["summary"] = RegistryError("no notebook has the number 77")
-    code, _, err = command("run", "77")
-    assert code == 2
-    assert err == "error: no notebook has the number 77\n"
 
 
 # --- the process
