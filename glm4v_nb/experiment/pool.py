@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,6 +80,7 @@ def run_sweep(
     *,
     force: bool = False,
     retry: bool = False,
+    minutes: Mapping[str, float] | None = None,
     show: Callable[[Progress], None] = lambda progress: None,
 ) -> list[FinishedRun]:
     """Do the runs of a prepared sweep that have not ended; returns all of them.
@@ -87,6 +88,7 @@ def run_sweep(
     Args:
         notebooks: the folder with the notebooks.
         workers: how many at a time.
+        minutes: what a notebook is expected to take, by file; the longest begin first, so that a short one ends last.
         force: also those that are done.
         retry: also those that failed or took too long.
         show: called whenever something has changed, and a few times a second.
@@ -96,7 +98,7 @@ def run_sweep(
         KeyboardInterrupt: what was running has no outcome and is done the next time.
     """
     with only_process(directory):
-        _Pool(directory, notebooks, workers, force, retry, show).run()
+        _Pool(directory, notebooks, workers, force, retry, minutes or {}, show).run()
     return read_sweep(directory)[1]
 
 
@@ -202,13 +204,14 @@ class WorkerProcess:
 
 
 class _Pool:
-    def __init__(self, directory, notebooks, workers, force, retry, show):
+    def __init__(self, directory, notebooks, workers, force, retry, minutes, show):
         self.directory, self.notebooks = directory, notebooks
         self.show, self.count = show, workers
         self.said: queue.SimpleQueue = queue.SimpleQueue()
         self.workers: list[WorkerProcess] = []
         self.waiting, self.progress = to_do(directory, force, retry)
         self.waiting.reverse()  # taken from the end
+        self.waiting.sort(key=lambda spec: minutes.get(spec.notebook, 0.0))
 
     def run(self):
         self.show(self.progress)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import pynvml
 
 PACKAGES = ("torch", "transformers", "accelerate", "glm4v-nb")
 
@@ -47,6 +50,35 @@ def installed_versions() -> dict[str, str]:
 def platform_description() -> str:
     """Operating system and processor kind, without the machine's or the user's name."""
     return f"{platform.system()} {platform.release()} {platform.machine()}"
+
+
+def gpu_names() -> list[str]:
+    """The machine's GPUs as NVML names them, with the driver's version; none without an NVIDIA driver."""
+    try:
+        pynvml.nvmlInit()
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        names = [f"{pynvml.nvmlDeviceGetName(handle)}, driver {driver}" for handle in handles]
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return []
+    return names
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of the repository that holds a folder's files, "-dirty" after it if they differ; "" outside one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+
+    try:
+        # A package installed inside somebody else's repository is not part of it.
+        if not git("ls-files", "."):
+            return ""
+        return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def without_private_paths(text: str, repository: Path) -> str:

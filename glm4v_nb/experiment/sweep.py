@@ -133,7 +133,8 @@ def carry_out(
         if cluster:
             runs = run_on_cluster(cluster, directory, plan.notebooks, plan.entries, **again, show=show)
         else:
-            runs = run_sweep(directory, plan.notebooks, workers, **again, show=show)
+            minutes = {file: entry.minutes for file, entry in plan.entries.items()}
+            runs = run_sweep(directory, plan.notebooks, workers, **again, minutes=minutes, show=show)
     return runs, directory
 
 

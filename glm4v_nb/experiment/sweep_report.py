@@ -192,12 +192,15 @@ def _failures(runs: Sequence[FinishedRun], given: Sequence[str]) -> list[dict[st
 
 
 def _versions(runs: Sequence[FinishedRun]) -> dict[str, Counter]:
-    """Package → version → in how many runs; the notebooks' package first, by number and hash."""
+    """Package → version → in how many runs, the notebooks' own first, by number and hash; then commit and GPUs."""
     found = {"glm4v-nb": Counter(f"{run.spec.version} ({run.spec.package[:12]})" for run in runs)}
     for run in runs:
         for name, version in (run.outcome.versions if run.outcome else {}).items():
             if name.replace("_", "-") != "glm4v-nb":
                 found.setdefault(name, Counter())[version] += 1
+    outcomes = [run.outcome for run in runs if run.outcome]
+    found["commit"] = Counter(outcome.commit or "unknown" for outcome in outcomes)
+    found["GPUs"] = Counter("; ".join(outcome.cards) or "none" for outcome in outcomes)
     return found
 
 

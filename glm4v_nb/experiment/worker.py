@@ -25,7 +25,8 @@ from .outcome import Outcome, OutOfMemoryCause, RunSpec
 from .records import RECORDS_VARIABLE
 from .registry import NotebookEntry
 from .rendering import render_notebook
-from .result import NotebookResult, installed_versions, platform_description
+from .result import NotebookResult, commit_of, gpu_names, installed_versions, platform_description
+from .specs import PACKAGE
 
 ENDED, NOT_WRITTEN, BUSY = "done", "not-written", "busy"
 # How long a worker of a runner that was killed may take to be gone.
@@ -95,6 +96,8 @@ def outcome_of(result: NotebookResult, started: str) -> Outcome:
         oom=cause,
         versions=installed_versions(),
         platform=platform_description(),
+        cards=gpu_names(),
+        commit=commit_of(PACKAGE),
     )
 
 

@@ -86,7 +86,7 @@ def end(process: subprocess.Popen):
     process.wait()
 
 
-def until(condition, seconds: float = 60.0):
+def until(condition, seconds: float = 180.0):
     """Wait for a condition and return its value; fails after so long."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

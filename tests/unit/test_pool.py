@@ -99,6 +99,17 @@ def test_what_has_ended_is_not_repeated_unless_asked_for_and_what_was_killed_is(
     assert [len(run.records) for run in read_sweep(directory)[1]] == [2, 1, 1], "of the last time only"
 
 
+def test_the_longest_notebook_begins_first_and_runs_of_one_keep_their_order(notebooks, tmp_path):
+    (notebooks / "02_long.ipynb").write_bytes((notebooks / "01_small.ipynb").read_bytes())
+    defaults = {"number": 1, "mode": "done", "seconds": 0.0}
+    long = run_spec(notebooks / "02_long.ipynb", "Long", defaults, {"number": 3}, 60)
+    prepare(tmp_path / "runs", "order", [*specs(notebooks, {"number": 1}, {"number": 2}), long])
+    minutes = {"01_small.ipynb": 1.0, "02_long.ipynb": 2.0}
+    runs = run_sweep(tmp_path / "runs", notebooks, minutes=minutes)
+    assert executions(notebooks) == [3, 1, 2]
+    assert [run.spec.parameters["number"] for run in runs] == [1, 2, 3]
+
+
 def test_a_changed_notebook_parameter_or_checkpoint_is_another_run_and_its_outputs_are_none(
     notebooks, tmp_path
 ):
@@ -173,8 +184,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
+# A shell that starts tests in the background has them ignore interrupts, and what they start too.
 RUNNER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from glm4v_nb.experiment.pool import run_sweep
 run_sweep(Path(sys.argv[1]), Path(sys.argv[2]), workers=2)
@@ -267,7 +280,7 @@ def test_an_interrupt_ends_workers_and_kernels_and_the_next_sweep_goes_on(notebo
     while len(executions(notebooks, "begins")) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(runner.pid, signal.SIGINT)
-    runner.wait(timeout=30)
+    runner.wait(timeout=120)
     assert "KeyboardInterrupt" in runner.stderr.read().decode()
     assert leftovers(notebooks) == []
     statuses = [run.outcome and run.outcome.status for run in read_sweep(directory)[1]]

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import glm4v_nb_cli
 from glm4v_nb.experiment import sweep
 from glm4v_nb.experiment.outcome import read_sweep
 from glm4v_nb.experiment.registry import RegistryError, load_registry
-from glm4v_nb.experiment.result import platform_description, without_private_paths
+from glm4v_nb.experiment.result import commit_of, platform_description, without_private_paths
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = {
@@ -184,3 +185,26 @@ def test_a_report_names_neither_the_home_folder_nor_the_machine(tmp_path, monkey
     text = f"File {tmp_path}/notebooks/a.py and /home/somebody/lib/b.py"
     assert without_private_paths(text, tmp_path) == "File notebooks/a.py and ~/lib/b.py"
     assert os.uname().nodename not in platform_description().split()
+
+
+def test_the_commit_is_the_one_of_the_folders_own_repository_and_says_if_files_differ(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        done = subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    (package := tmp_path / "package").mkdir()
+    (package / "a.py").write_text("a = 1\n")
+    assert commit_of(package) == ""
+    git("init", "-q")
+    assert commit_of(package) == "", "not part of the repository around it"
+    git("add", "package/a.py")
+    git("commit", "-qm", "first")
+    assert commit_of(package) == git("rev-parse", "--short=12", "HEAD")
+    (package / "a.py").write_text("a = 2\n")
+    assert commit_of(package) == git("rev-parse", "--short=12", "HEAD") + "-dirty"
+    (installed := tmp_path / "site-packages" / "glm4v_nb").mkdir(parents=True)
+    (installed / "a.py").write_text("a = 1\n")
+    assert commit_of(installed) == ""

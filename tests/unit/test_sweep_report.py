@@ -35,7 +35,12 @@ def spec_of(identity: str, notebook="03_memory.ipynb", given=None, title="Memory
 
 def ended(status="done", **more) -> Outcome:
     common = {"started": "2026-10-18T19:02:11+02:00", "seconds": 2.5, "platform": "Linux 6.8 x86_64"}
-    return Outcome(status=status, **{**common, "versions": {"torch": "2.13.0"}, **more})
+    common |= {
+        "versions": {"torch": "2.13.0"},
+        "cards": ["NVIDIA L4, driver 570.1"],
+        "commit": "feed123-dirty",
+    }
+    return Outcome(status=status, **common | more)
 
 
 def oom(device=0, phase="prefill", short=3 * GIB // 2) -> Outcome:
@@ -107,9 +112,11 @@ def test_the_head_says_when_and_with_which_package_versions_and_platform(page):
 
 
 def test_versions_that_differ_between_runs_are_counted(page):
-    other = ended(versions={"torch": "2.14.0"})
+    other = ended(versions={"torch": "2.14.0"}, cards=[], commit="")
     soup = page((spec_of("a", batch=1), ended()), (spec_of("b", batch=2), other))
     assert "2.13.0 in 1 run 2.14.0 in 1 run" in words(soup)
+    assert "commit feed123-dirty in 1 run unknown in 1 run" in words(soup)
+    assert "GPUs NVIDIA L4, driver 570.1 in 1 run none in 1 run" in words(soup)
 
 
 def test_the_table_stands_in_the_html_with_given_parameters_scalars_units_and_labels(page):
@@ -156,6 +163,8 @@ def test_a_run_unfolds_to_its_error_traceback_parameters_and_provenance(page):
     assert more.pre.string == "Traceback\n  line 3"
     said = words(more)
     for fact in ("batch = 3", "seed = 7", "abc", "c0ffee", "facade" * 4, "decade", "03_memory.ipynb"):
+        assert fact in said
+    for fact in ("NVIDIA L4, driver 570.1", "feed123-dirty", "torch 2.13.0", "Linux 6.8 x86_64"):
         assert fact in said
 
 
