@@ -4,7 +4,17 @@ nbval compares the cells that are marked for it, and of the others notices error
 tests run is looked at here, so that nothing has to be executed twice.
 """
 
+import os
+
 import pytest
+
+
+def pytest_configure(config):
+    # Kernels of notebooks that run beside each other share the cores.
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        from glm4v_nb.experiment.pool import threads_each
+
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(int(workers))))
 
 
 @pytest.hookimpl(wrapper=True)

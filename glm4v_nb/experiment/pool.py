@@ -154,10 +154,19 @@ def not_written(run: RunSpec, reason: object) -> SweepError:
     )
 
 
-class WorkerProcess:
-    """A worker process and the run it has been given."""
+def threads_each(workers: int) -> int:
+    """How many threads each of so many workers may compute with, so that together they are no more than the cores.
 
-    def __init__(self, sweep: Path, notebooks: Path, said: queue.SimpleQueue):
+    Threads of PyTorch that wait for each other on a core too few take minutes for what takes seconds.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // workers)
+
+
+class WorkerProcess:
+    """A worker process and the run it has been given. Its kernels have ``threads``, unless OMP_NUM_THREADS is set."""
+
+    def __init__(self, sweep: Path, notebooks: Path, said: queue.SimpleQueue, threads: int):
         command = [sys.executable, "-m", "glm4v_nb.experiment.worker", str(sweep), str(notebooks)]
         self.log = open(sweep / f"worker-{os.getpid()}.log", "ab")
         self.process = subprocess.Popen(
@@ -165,6 +174,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
+            env={"OMP_NUM_THREADS": str(threads)} | os.environ,
             text=True,
             start_new_session=True,
         )
@@ -236,7 +246,7 @@ class _Pool:
             if idle is None:
                 if len(self.workers) >= self.count:
                     return
-                idle = WorkerProcess(self.directory, self.notebooks, self.said)
+                idle = WorkerProcess(self.directory, self.notebooks, self.said, threads_each(self.count))
                 self.workers.append(idle)
             run = self.waiting.pop()
             idle.give(run)

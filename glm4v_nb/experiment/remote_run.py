@@ -78,7 +78,7 @@ class _Bench:
         folder = self._furnish(run, worker)
         if self.process is None or self.process.process.poll() is not None:
             self.said = queue.SimpleQueue()
-            self.process = WorkerProcess(self.runs, self.notebooks, self.said)
+            self.process = WorkerProcess(self.runs, self.notebooks, self.said, threads=1)
         self.process.give(run.spec)
         ended = None
         try:

@@ -15,6 +15,7 @@ from rich.console import Console
 import glm4v_nb_cli
 from glm4v_nb.experiment import sweep
 from glm4v_nb.experiment.outcome import read_sweep
+from glm4v_nb.experiment.pool import threads_each
 from glm4v_nb.experiment.registry import RegistryError, load_registry
 from glm4v_nb.experiment.result import commit_of, platform_description, without_private_paths
 
@@ -25,6 +26,7 @@ NOTEBOOKS = {
         "print(sys.executable)",
         "print(os.path.realpath(os.getcwd()))",
         "print(os.environ['HF_HUB_OFFLINE'])",
+        "print(os.environ['OMP_NUM_THREADS'])",
     ],
     "02_fails.ipynb": ["x = 1", "raise ValueError('<script>alert(1)</script>')", "print('never')"],
     "03_kernel_dies.ipynb": [
@@ -97,8 +99,14 @@ def test_some_notebooks_are_a_sweep_of_their_own(suite):
 
 
 def test_the_kernel_is_this_python_in_the_notebooks_folder_and_offline(suite):
-    assert suite[0]["01"].status == "done" and suite[0]["01"].outcome.cells == 5
-    assert printed(suite, "01") == [sys.executable, str(suite[2].resolve()), "1"]
+    assert suite[0]["01"].status == "done" and suite[0]["01"].outcome.cells == 6
+    assert printed(suite, "01")[:3] == [sys.executable, str(suite[2].resolve()), "1"]
+
+
+def test_kernels_beside_each_other_share_the_cores(suite, monkeypatch):
+    assert printed(suite, "01")[3] == os.environ.get("OMP_NUM_THREADS", str(threads_each(2)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    assert [threads_each(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
 
 
 def test_a_failing_notebook_is_named_with_its_cell_and_the_last_line_of_its_traceback(suite):
