@@ -12,8 +12,8 @@ Read in the sources of torch 2.13, transformers 5.23, safetensors 0.8 and accele
   (``copy_kernel_cuda`` in aten/src/ATen/native/cuda/Copy.cu): a copy in anonymous memory that is gone when it returns.
 - A pool of threads does this, each one tensor at a time (``GLOBAL_WORKERS`` in transformers/core_model_loading.py).
 
-Not counted: Python, the libraries and the CUDA context, which are there without a model, and the driver's staging
-buffers.
+Not counted: Python with its objects, the libraries and the CUDA context, the driver's staging buffers, and the first
+page of every tensor, which making a view reads.
 """
 
 import heapq
