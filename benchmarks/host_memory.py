@@ -3,7 +3,7 @@
     python benchmarks/host_memory.py measure DIR --output FILE [--full]  # writes its checkpoints to DIR, deletes them
     python benchmarks/host_memory.py compare FILE...                     # the simulator on the same cases, beside it
 
-The checkpoints have random weights in the official layout: 3.6 GB, which is the full size in width with two layers of
+The checkpoints have random weights in the official layout: 4.0 GB, which is the full size in width with two layers of
 forty and two of sixty-three, in one file and in shards, and with ``--full`` the whole 27.8 GB. Every case is a process
 of its own, which another one watches: ``RssAnon`` and ``RssFile`` of /proc/PID/status, every two milliseconds.
 Figures are what the load added to the process as it was before, with everything imported. On a machine with GPUs the

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, core_model_loading
 from glm4v_nb.fit import fit
 from glm4v_nb.memory import Workload
 from glm4v_nb.rig import HostMemory, Rig
+from glm4v_nb.rig.device import fake_mode
 from glm4v_nb.rig.host import LOADER_THREADS
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def test_weights_for_a_card_in_another_type_are_converted_one_per_thread(directo
     host = loaded(directory, {"": 0}, torch.float32)
     largest = sorted((2 * size for size in sizes.values()), reverse=True)
     assert host == HostMemory(
-        sum(largest[:LOADER_THREADS]), largest[0], 0, sum(sizes.values()), file_bytes=0, view_bytes=0
+        sum(largest[:4]), largest[0], 0, sum(sizes.values()), file_bytes=0, view_bytes=0
     )
 
 
@@ -87,9 +88,21 @@ def test_conversions_for_a_card_come_on_top_of_what_stays_on_the_cpu(directory, 
         (2 * size for name, size in sizes.items() if not name.startswith("transformer.vision")), reverse=True
     )
     assert host.anonymous_bytes == 2 * tower
-    assert host.peak_anonymous_bytes == 2 * tower + sum(rest[:LOADER_THREADS])
+    assert host.peak_anonymous_bytes == 2 * tower + sum(rest[:4])
     # With one thread the largest for the card, the embedding and the head, come before the tower.
     assert max(2 * tower, rest[0]) <= host.sequential_peak_anonymous_bytes < host.peak_anonymous_bytes
+
+
+def test_what_the_loader_drops_again_counts_at_the_peak_only():
+    with fake_mode():
+        weight = torch.empty(2**20, dtype=torch.float16, device="cpu")
+    with Rig.simulated("L4", 1) as rig, rig.host.loading():
+        rig.host.map({"weight": weight}, {})
+        both = weight.float(), weight.double()
+        del both
+        kept = weight.float()
+    assert kept.shape == weight.shape
+    assert rig.host.memory == HostMemory(12 * MIB, 12 * MIB, 4 * MIB, 2 * MIB, 2 * MIB, 2 * MIB)
 
 
 def test_an_offloaded_module_keeps_the_pages_of_its_own_files_only(tmp_path, sizes):
