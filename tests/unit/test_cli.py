@@ -168,7 +168,7 @@ def test_a_frontier_is_drawn_and_its_points_are_in_the_json(command, tmp_path):
     assert (code, err) == (0, "")
     assert picture.read_bytes().startswith(b"\x89PNG")
     answer = json.loads(out)
-    assert list(answer) == ["verdict", "devices", "oom", "seconds", "provenance", "frontier"]
+    assert list(answer) == ["verdict", "devices", "oom", "seconds", "provenance", "host", "frontier"]
     assert answer["frontier"]["file"] == str(picture)
     sizes = [point["largest_batch"] for point in answer["frontier"]["points"]]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] > 0
