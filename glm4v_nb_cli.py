@@ -426,7 +426,34 @@ def _print_fit(result, next_step: str):
             f"[bold red]It does not fit:[/] card {result.oom.device} is full, phase {result.oom.phase}."
         )
         console.print(escape(result.oom.message), soft_wrap=True)
+    if result.host is not None:
+        console.print(_host_memory(result), soft_wrap=True)
     console.print(f"Next: {escape(next_step)}", soft_wrap=True)
+
+
+def _host_memory(result) -> str:
+    """What loading takes of the host's memory, in a sentence."""
+    host = result.host
+    least, most, stays, views = (
+        f"{size / GIB:.2f}"
+        for size in (
+            host.sequential_peak_anonymous_bytes,
+            host.peak_anonymous_bytes,
+            host.anonymous_bytes,
+            host.view_bytes,
+        )
+    )
+    span = most if least == most else f"{least} to {most}"
+    text = (
+        f"Host memory to load ({result.provenance}): {span} GiB beside Python and CUDA, {stays} GiB stays; "
+    )
+    if host.view_bytes:
+        text += (
+            f"{views} GiB of weights remain in their files, to be read in every pass through the page cache."
+        )
+    else:
+        text += "files are read through the page cache."
+    return text
 
 
 def _print_limits(found, workload):

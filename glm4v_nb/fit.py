@@ -21,7 +21,7 @@ from glm4v_nb.memory import (
 )
 from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, GLM4VConfig, read_config
 from glm4v_nb.placement import Place, check_device_map, meta_model, plan_device_map
-from glm4v_nb.rig import Rig, find_card
+from glm4v_nb.rig import HostMemory, Rig, find_card
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -60,13 +60,17 @@ class OutOfMemory:
 
 @dataclass(frozen=True)
 class FitResult:
-    """The answer; ``to_dict`` is what ``glm4v-nb fit --json`` prints."""
+    """The answer; ``to_dict`` is what ``glm4v-nb fit --json`` prints.
+
+    ``host`` is the host memory that loading takes; None where the cards did not hold the weights.
+    """
 
     verdict: str
     devices: list[DeviceFit]
     oom: OutOfMemory | None
     seconds: float
     provenance: str
+    host: HostMemory | None
 
     @property
     def fits(self) -> bool:
@@ -91,8 +95,8 @@ def fit(
     they are put on the last card instead, so that the answer is the error a user without offloading meets.
 
     Args:
-        checkpoint: the official hub id, or a directory with a GLM-4V config.json. Only the configuration is read,
-            never the weights.
+        checkpoint: the official hub id, or a directory with a GLM-4V config.json. Only the configuration is read
+            and, if there is one, the index of the weights' files; never the weights.
         alloc_conf: PyTorch's ``PYTORCH_CUDA_ALLOC_CONF``, as of ``Rig.simulated``.
 
     Raises:
@@ -202,7 +206,7 @@ def describe(rig: Rig, weights: list[int], error: str | None, started: float) ->
         for index in range(len(rig.cards))
     ]
     seconds = round(time.perf_counter() - started, 2)
-    return FitResult("oom" if oom else "fits", devices, oom, seconds, rig.provenance)
+    return FitResult("oom" if oom else "fits", devices, oom, seconds, rig.provenance, rig.host.memory)
 
 
 def read_device_map(text: str) -> str | dict[str, Place]:

@@ -33,7 +33,8 @@ from torch.utils import _pytree, backend_registration
 
 DEVICE_TYPE = "simcuda"
 MAX_CARDS = 16
-# Called after every operator with its overload, its results on simulated cards and its arguments; set by a rig.
+# Called after every operator with its overload, its results on simulated cards and on the CPU, and its arguments; set
+# by a rig.
 Observer = Callable[[object, list[FakeTensor], tuple], None]
 _observer: Observer | None = None
 
@@ -121,12 +122,12 @@ class _ObservedFakeMode(FakeTensorMode):
             self._nesting.depth = depth
         if _observer is not None and depth == 0:
             if isinstance(output, FakeTensor):
-                results = [output] if output.device.type == DEVICE_TYPE else []
+                results = [output] if output.device.type != "meta" else []
             else:
                 results = [
                     leaf
                     for leaf in _pytree.tree_leaves(output)
-                    if isinstance(leaf, FakeTensor) and leaf.device.type == DEVICE_TYPE
+                    if isinstance(leaf, FakeTensor) and leaf.device.type != "meta"
                 ]
             if results:
                 try:

@@ -7,6 +7,7 @@ loader goes on taking bare numbers for CUDA devices, which PyTorch no longer doe
 import os
 import warnings
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -27,6 +28,7 @@ from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
 from glm4v_nb.model import GLM4VForConditionalGeneration
+from glm4v_nb.model.checkpoint import weight_map
 from glm4v_nb.model.configuration import read_config
 from glm4v_nb.rig.cuda import CudaFunctions, CudaNames
 from glm4v_nb.rig.device import DEVICE_TYPE, fake_mode
@@ -60,8 +62,8 @@ _REMEMBERED_ANSWERS = (import_utils.is_torch_cuda_available, import_utils.is_tor
 def simulated_world(rig):
     """Let torch, transformers and accelerate see ``rig``'s cards as CUDA devices until the block ends.
 
-    ``rig`` has ``cards``, ``allocators``, ``release_workspaces()``, and the context managers ``loading()`` and
-    ``deferring_errors()``.
+    ``rig`` has ``cards``, ``allocators``, ``host``, ``release_workspaces()``, and the context managers
+    ``loading()`` and ``deferring_errors()``.
     """
     fake_mode()
     cuda = CudaFunctions(rig)
@@ -185,6 +187,7 @@ def _simulated_from_pretrained(rig, original):
                 "trust_remote_code=True would run code from the hub. glm4v_nb has its own GLM-4V-9B classes "
                 "and never runs remote code; leave the argument out."
             )
+        files = weight_map(Path(name_or_path or ""))
         progress = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
@@ -193,10 +196,18 @@ def _simulated_from_pretrained(rig, original):
                 warnings.catch_warnings(),
                 mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
                 rig.loading(),
+                rig.host.loading(),
             ):
                 # The loader compares storages by address to find tied weights; without numbers none are tied.
                 warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-                return original(None, *args, config=config, state_dict=_empty_checkpoint(config), **kwargs)
+                # No name here for the tensors: those that the loader drops have to be gone when it returns.
+                return original(
+                    None,
+                    *args,
+                    config=config,
+                    state_dict=rig.host.map(_empty_checkpoint(config), files),
+                    **kwargs,
+                )
         finally:
             if progress:
                 transformers_logging.enable_progress_bar()

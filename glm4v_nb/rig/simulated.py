@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from glm4v_nb.rig.accounting import Accounting, Block
 from glm4v_nb.rig.allocator import MIB, Allocator
 from glm4v_nb.rig.catalog import Card, find_card
-from glm4v_nb.rig.device import MAX_CARDS, observe
+from glm4v_nb.rig.device import DEVICE_TYPE, MAX_CARDS, observe
 from glm4v_nb.rig.expandable import ExpandableAllocator
+from glm4v_nb.rig.host import Host
 from glm4v_nb.rig.patches import simulated_world
 from glm4v_nb.rig.stages import CardMemory, Stages
 
@@ -50,7 +51,8 @@ class SimulatedRig(Stages):
 
     ``AutoModelForCausalLM.from_pretrained("zai-org/glm-4v-9b", device_map="auto")`` in the ``with`` block places the
     full-size model on them, without its weights. What is on the cards stays there between ``with`` blocks, as on a
-    machine, until the objects that own it are deleted.
+    machine, until the objects that own it are deleted. ``rig.host.memory`` says what the last load took of the host's
+    memory.
 
     Args:
         card, count: as of ``Rig``.
@@ -84,6 +86,7 @@ class SimulatedRig(Stages):
             for index, each in enumerate(self.cards)
         ]
         self._accounting = Accounting(self.allocators, self.card)
+        self.host = Host()
         self._world = None
         self._observer_before = None
 
@@ -99,7 +102,7 @@ class SimulatedRig(Stages):
             Stages.active = None
             raise
         self._world = world
-        self._observer_before = observe(self._accounting.observe)
+        self._observer_before = observe(self._observe)
         return self
 
     def __exit__(self, *exception):
@@ -107,6 +110,12 @@ class SimulatedRig(Stages):
         Stages.active = None
         world, self._world = self._world, None
         world.__exit__(*exception)
+
+    def _observe(self, operator, results: list, arguments: tuple):
+        self.host.observe(results, arguments)
+        results = [tensor for tensor in results if tensor.device.type == DEVICE_TYPE]
+        if results:
+            self._accounting.observe(operator, results, arguments)
 
     def memory(self) -> list[CardMemory]:
         """Every card's memory now."""

@@ -73,6 +73,21 @@ def test_what_fits_says_so_in_a_sentence(command):
     code, out, _ = command("fit", "--card", "H100", "--images", 0, "--new-tokens", 0)
     assert code == 0
     assert "It fits: card 0 is the fullest, with 52." in out  # of the 79 GiB
+    assert (
+        "Host memory to load (simulated): 0.00 GiB beside Python and CUDA, 0.00 GiB stays; files are" in out
+    )
+
+
+def test_host_memory_is_shown_where_it_is_needed_and_not_where_loading_failed(command):
+    tower_on_cpu = '{"vision_tower": "cpu", "language_model": 0, "lm_head": 0}'
+    options = ("--card", "L4", "--device-map", tower_on_cpu, "--images", 0, "--new-tokens", 0)
+    _, out, _ = command("fit", *options)
+    assert "0.00 GiB beside Python and CUDA, 0.00 GiB stays; 8.39 GiB of weights remain in their files" in out
+    _, out, _ = command("fit", *options, "--dtype", "float16")
+    # The head, the embedding and two layers' projections are converted by four threads, beside the tower.
+    assert "8.39 to 11.12 GiB beside Python and CUDA, 8.39 GiB stays; files are read" in out
+    _, out, _ = command("fit", "--card", "L4")
+    assert "Host memory" not in out
 
 
 def test_a_device_map_is_taken_as_json_or_from_a_file(command, tmp_path):
@@ -117,7 +132,7 @@ def test_limits_add_their_keys_to_those_of_a_plain_answer(command):
     code, out, err = command("fit", "--card", "H100", "--images", 0, "--new-tokens", 1, "--limits", "--json")
     assert (code, err) == (0, "")
     answer = json.loads(out)
-    plain = ["verdict", "devices", "oom", "seconds", "provenance"]
+    plain = ["verdict", "devices", "oom", "seconds", "provenance", "host"]
     assert list(answer) == [
         *plain,
         "headroom_bytes",
@@ -150,7 +165,7 @@ def test_a_frontier_is_drawn_and_its_points_are_in_the_json(command, tmp_path):
     assert (code, err) == (0, "")
     assert picture.read_bytes().startswith(b"\x89PNG")
     answer = json.loads(out)
-    assert list(answer) == ["verdict", "devices", "oom", "seconds", "provenance", "frontier"]
+    assert list(answer) == ["verdict", "devices", "oom", "seconds", "provenance", "host", "frontier"]
     assert answer["frontier"]["file"] == str(picture)
     sizes = [point["largest_batch"] for point in answer["frontier"]["points"]]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] > 0
