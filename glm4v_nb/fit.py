@@ -62,7 +62,8 @@ class OutOfMemory:
 class FitResult:
     """The answer; ``to_dict`` is what ``glm4v-nb fit --json`` prints.
 
-    ``host`` is the host memory that loading takes; None where the cards did not hold the weights.
+    ``host`` is the host memory that loading takes; None where the cards did not hold the weights. The plain JSON keeps
+    to the keys it has always had; that of ``--limits`` has it.
     """
 
     verdict: str
@@ -77,7 +78,9 @@ class FitResult:
         return self.verdict == "fits"
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        answer = asdict(self)
+        del answer["host"]
+        return answer
 
 
 def fit(

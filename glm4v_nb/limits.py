@@ -85,6 +85,7 @@ class Limits:
         """
         return self.result.to_dict() | {
             "seconds": self.seconds,
+            "host": asdict(self.result.host) if self.result.host else None,
             "headroom_bytes": [device.free_at_peak_bytes for device in self.result.devices],
             "largest_batch": asdict(self.largest_batch),
             "longest_context": asdict(self.longest_context),
