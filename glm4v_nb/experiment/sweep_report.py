@@ -138,8 +138,9 @@ def _report_table(runs: Sequence[FinishedRun], directory: Path) -> dict[str, Any
         row["executed"] = (directory / run.spec.id / "executed.html").is_file()
         rows.append(row)
     values = {name: [run.spec.parameters.get(name) for run in runs] for name in given}
-    varied = [name for name in given if len(set(filter(is_number, values[name]))) > 1]
-    frontier = {"done", "oom"} <= {status_of(run) for run in runs} and len(varied) > 1
+    numbers = [name for name in given if len(set(filter(is_number, values[name]))) > 1]
+    varied = [name for name in given if len(set(map(json.dumps, values[name]))) > 1]
+    frontier = {"done", "oom"} <= {status_of(run) for run in runs} and bool(numbers) and len(varied) > 1
     return {**_table(columns, rows), "failures": failures, "frontier": frontier}
 
 

@@ -225,6 +225,17 @@ def test_the_frontier_shows_what_fits_for_each_card_and_names_the_shortage(page)
     expect(page.locator("#frontier .provenance")).to_contain_text("simulated (")
 
 
+def test_words_stand_beside_the_numbers_of_the_frontier(page):
+    assert page.locator("#frontier-x option").all_text_contents() == ["batch", "tokens"]
+    page.locator("#frontier-y").select_option(label="card")
+    figures = page.locator("#frontier figure")
+    expect(figures.locator("figcaption")).to_have_text([f"tokens = {count}" for count in (512, 1024, 2048)])
+    said = figures.last.get_by_role("img").get_attribute("aria-label")
+    assert "card L4: fits up to 8; card T4: fits up to 2." in said
+    # Between cards there is no edge; each row that has both has one.
+    assert figures.last.locator(".edge").count() == 1
+
+
 def test_a_point_leads_to_its_run(page):
     page.locator("#frontier a:has(.short)").first.click()
     target = page.locator("tbody:target")

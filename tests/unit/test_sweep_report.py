@@ -199,12 +199,13 @@ def test_failures_of_one_signature_are_one_group_that_says_what_its_runs_share(p
         (oom(), {"batch": 2, "tokens": 20}, True),
         (ended(), {"batch": 2, "tokens": 20}, False),
         (oom(), {"batch": 2, "tokens": 10}, False),
-        (oom(), {"batch": 2, "tokens": "20"}, False),
-        (oom(), {"batch": 2, "tokens": True}, False),
+        (oom(), {"batch": 2, "tokens": "20"}, True),
+        (oom(), {"batch": 1, "tokens": "20"}, False),
+        (oom(), {"batch": 1, "tokens": True}, False),
     ],
-    ids=["two numbers", "nothing ran out", "one number", "a text", "a truth value"],
+    ids=["two numbers", "nothing ran out", "one number", "a number and a word", "a word", "a truth value"],
 )
-def test_the_frontier_is_on_the_page_where_some_fit_some_do_not_and_two_numbers_vary(
+def test_the_frontier_is_on_the_page_where_some_fit_some_do_not_and_a_number_and_another_parameter_vary(
     page, second, parameters, drawn
 ):
     soup = page((spec_of("a", batch=1, tokens=10), ended()), (spec_of("b", **parameters), second))
