@@ -115,6 +115,9 @@ def run(
         typer.Option("-p", metavar="NAME VALUE", help="A parameter of the one notebook; may be repeated."),
     ] = None,
     workers: Annotated[int, typer.Option(help="Notebooks at a time.")] = 2,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run, how long, and what would not fit.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Also what is done already.")] = False,
     output: Annotated[str, typer.Option(help="Folder that receives suite/, or the notebook's.")] = "runs",
     as_json: Annotated[bool, typer.Option("--json", help="Print the runs as one JSON array.")] = False,
@@ -133,6 +136,9 @@ def run(
         raise ValueError(
             "-p is for one notebook; give exactly one number before it, as in: run 01 -p card H100"
         )
+    if dry_run:
+        _print_plan(plan, workers, as_json)
+        return
     _carry_out(plan, output, workers, force, True, as_json)
 
 
@@ -255,7 +261,7 @@ def _print_plan(plan, workers: int, as_json: bool):
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"{len(plan.specs)} runs, about {plan.minutes / workers:.0f} minutes with {workers} at a time, by the "
+        f"{len(plan.specs)} runs, about {plan.minutes / workers:.1f} minutes with {workers} at a time, by the "
         "registry. Nothing was run; leave out --dry-run to begin."
     )
 

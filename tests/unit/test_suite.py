@@ -182,6 +182,13 @@ def test_some_notebooks_as_json_are_one_array_on_stdout(small, tmp_path, capsys)
     assert (tmp_path / "elsewhere" / "suite-02" / "report.html").is_file()
 
 
+def test_a_dry_run_says_what_would_run_and_how_long_and_runs_nothing(small, tmp_path, capsys):
+    assert small("--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "01_first.ipynb" in shown and "2 runs, about 1.0 minutes with 2 at a time" in shown
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_number_that_is_not_registered_is_wrong_use(small, tmp_path, capsys):
     assert small("77") == 2
     assert capsys.readouterr().err.startswith("error: no notebook has the number 77")
