@@ -31,7 +31,10 @@ _AMPLE_HOST_BYTES = 2**50
 
 @dataclass(frozen=True)
 class DeviceFit:
-    """One card's figures, in bytes. After a failed load ``weights_bytes`` is what had been loaded."""
+    """One card's figures, in bytes. After a failed load ``weights_bytes`` is what had been loaded.
+
+    ``free_at_peak_bytes`` is what the driver still had to give when most was reserved.
+    """
 
     index: int
     card: str
@@ -39,11 +42,7 @@ class DeviceFit:
     weights_bytes: int
     peak_allocated_bytes: int
     peak_reserved_bytes: int
-
-    @property
-    def free_at_peak_bytes(self) -> int:
-        """What the driver still had to give when most was reserved."""
-        return self.capacity_bytes - find_card(self.card).outside_bytes - self.peak_reserved_bytes
+    free_at_peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,8 @@ class FitResult:
     def to_dict(self) -> dict:
         answer = asdict(self)
         del answer["host"]
+        for device in answer["devices"]:
+            del device["free_at_peak_bytes"]
         return answer
 
 
@@ -197,17 +198,21 @@ def describe(rig: Rig, weights: list[int], error: str | None, started: float) ->
         if failed.name == "load":
             weights = [memory.allocated_bytes for memory in failed.memory]
         oom = OutOfMemory(int(re.search(r"GPU (\d+)", error)[1]), failed.name, error)
-    devices = [
-        DeviceFit(
-            index=index,
-            card=rig.card.key,
-            capacity_bytes=rig.card.total_bytes,
-            weights_bytes=weights[index],
-            peak_allocated_bytes=max(stage.memory[index].peak_allocated_bytes for stage in rig.stages),
-            peak_reserved_bytes=max(stage.memory[index].peak_reserved_bytes for stage in rig.stages),
+    devices = []
+    for index, last in enumerate(rig.stages[-1].memory):
+        most = max(stage.memory[index].peak_reserved_bytes for stage in rig.stages)
+        devices.append(
+            DeviceFit(
+                index=index,
+                card=rig.card.key,
+                capacity_bytes=rig.card.total_bytes,
+                weights_bytes=weights[index],
+                peak_allocated_bytes=max(stage.memory[index].peak_allocated_bytes for stage in rig.stages),
+                peak_reserved_bytes=most,
+                # What is outside PyTorch's allocator only grows.
+                free_at_peak_bytes=last.free_bytes + last.reserved_bytes - most,
+            )
         )
-        for index in range(len(rig.cards))
-    ]
     seconds = round(time.perf_counter() - started, 2)
     return FitResult("oom" if oom else "fits", devices, oom, seconds, rig.provenance, rig.host.memory)
 

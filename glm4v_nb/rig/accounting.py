@@ -59,7 +59,7 @@ class Accounting:
         self._references: dict[int, weakref.ref] = {}
         # (workspace, card, whether in the backward pass)
         self._workspaces: dict[tuple[str, int, bool], Block] = {}
-        self._kernels_loaded: set[int] = set()
+        self._kernels_loaded: set[tuple[int, bool]] = set()  # card, and whether those of backward passes
         self._serials = itertools.count()
         self._recording: list[_Event] | None = None
         self._deferring = False
@@ -267,13 +267,19 @@ class Accounting:
         key = (name, card, self._deferring)
         if key in self._workspaces:
             return
-        if card not in self._kernels_loaded:
-            self._kernels_loaded.add(card)
-            self._allocator(card).context_bytes += self.card.kernel_bytes
+        self._load_kernels(card, False, self.card.kernel_bytes)
+        if self._deferring:
+            self._load_kernels(card, True, self.card.backward_kernel_bytes)
         place = self._allocator(card).allocate(size)
         self._workspaces[key] = Block(
             card, place.size, (size,), torch.uint8, name, "workspace", next(self._serials), [place]
         )
+
+    def _load_kernels(self, card: int, backward: bool, size: int):
+        """The context grows, once."""
+        if (card, backward) not in self._kernels_loaded:
+            self._kernels_loaded.add((card, backward))
+            self._allocator(card).context_bytes += size
 
     def release_workspaces(self):
         """As ``torch._C._cuda_clearCublasWorkspaces``: the next matrix product takes its workspace anew."""

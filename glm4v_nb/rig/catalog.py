@@ -31,6 +31,7 @@ FIGURES = (
     "cublas_workspace_bytes",
     "context_bytes",
     "kernel_bytes",
+    "backward_kernel_bytes",
     "system_bytes",
 )
 
@@ -52,6 +53,7 @@ class Card:
         sources: for each name in FIGURES where the figure comes from.
         kernel_bytes: what the context grows by when the first matrix product and attention load their kernels; 0
             where only the sum is known, which then is ``context_bytes``.
+        backward_kernel_bytes: the same of the first backward pass.
         system_bytes: held by the driver for no process.
     """
 
@@ -65,11 +67,12 @@ class Card:
     context_bytes: int
     sources: dict[str, str] = field(repr=False, compare=False)
     kernel_bytes: int = 0
+    backward_kernel_bytes: int = 0
     system_bytes: int = 0
 
     @property
     def outside_bytes(self) -> int:
-        """What PyTorch can never have of the card: the context with its kernels loaded, and the driver's own part."""
+        """What inference can never have of the card: the context with its kernels loaded, and the driver's own part."""
         return self.context_bytes + self.kernel_bytes + self.system_bytes
 
     @property
@@ -101,10 +104,11 @@ _MEASURED_H100 = "measured on H100 80GB HBM3 · 2026-11-13 · driver 580.159.04,
 
 _HOPPER_CONTEXT = (
     "measured on H100 80GB HBM3 · 2026-11-25 · driver 580.159.04, torch 2.11, benchmarks/results/memory_h100.json: "
-    "518 MiB before the first kernel, 168 more after a prefill, 186 after some decode steps, and 8.8 MiB of the driver"
+    "518 MiB before the first kernel, 168 more after a prefill, 186 after some decode steps, "
+    "240 after a backward pass, and 8.8 MiB of the driver"
 )
-# Middle of what was measured after a prefill and after more kernels were loaded.
-_HOPPER_KERNELS, _HOPPER_SYSTEM = 177 * MIB, round(8.81 * MIB)
+# Middle of what was measured after a prefill and after more kernels were loaded; what a backward pass adds to that.
+_HOPPER_KERNELS, _HOPPER_BACKWARD, _HOPPER_SYSTEM = 177 * MIB, 63 * MIB, round(8.81 * MIB)
 
 # key: sources of the total, of capability and multiprocessors, of the bandwidth, of the context.
 _SOURCES = {
@@ -227,10 +231,13 @@ def _card(
             "memory_bandwidth_bytes_per_second": bandwidth_source,
             "cublas_workspace_bytes": workspace_source,
             "context_bytes": context_source,
-            "kernel_bytes": context_source if is_hopper else "not known apart: within context_bytes",
-            "system_bytes": context_source if is_hopper else "not known apart: within context_bytes",
-        },
+        }
+        | dict.fromkeys(
+            ("kernel_bytes", "backward_kernel_bytes", "system_bytes"),
+            context_source if is_hopper else "not known apart: within context_bytes",
+        ),
         kernel_bytes=_HOPPER_KERNELS if is_hopper else 0,
+        backward_kernel_bytes=_HOPPER_BACKWARD if is_hopper else 0,
         system_bytes=_HOPPER_SYSTEM if is_hopper else 0,
     )
 

@@ -164,6 +164,14 @@ def test_the_simulator_agrees_with_what_was_measured(benchmark, path):
         figures, differences = benchmark.compare(load, measured, simulated)
         assert differences == []
         assert [row for row in benchmark.rows(load, measured, simulated) if row not in readme] == []
+        for real, ours in zip(measured, simulated, strict=True):
+            for stage, other in zip(real["stages"], ours["stages"], strict=True):
+                for one, two in zip(stage["memory"], other["memory"], strict=True):
+                    # Context, kernels and driver; nobody else was on these cards.
+                    assert abs(one["outside_bytes"] - two["outside_bytes"]) <= 16 * MIB, (
+                        real["run"],
+                        stage["name"],
+                    )
         for figure in figures:
             if not figure.right:
                 outside[figure.run, figure.name] = abs(figure.simulated - figure.measured) / MIB
