@@ -280,8 +280,8 @@ def test_a_scheduler_that_dies_ends_the_sweep_and_says_so_in_one_line(place, out
         address = json.loads(file.read_text())["address"]
 
         def kill(progress):
-            assert progress.note == "waiting for a worker"
-            scheduler.kill()
+            if progress.note == "waiting for a worker":
+                scheduler.kill()
 
         with pytest.raises(SweepError, match="is gone .*run the same command again; what has ended is kept"):
             with dask_client.connect(address) as client:

@@ -4,6 +4,7 @@ import copy
 import gc
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -159,12 +160,12 @@ def test_fit_says_what_loading_takes():
 # What the count rests on, in the real loader of the installed libraries.
 
 
-def mappings() -> dict[range, str]:
-    """The address ranges of this process at which files of the golden checkpoint are mapped."""
+def mappings(folder: Path) -> dict[range, str]:
+    """The address ranges of this process at which files of a folder are mapped, and how."""
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     found = {}
     for line in lines:
-        if line[-1].startswith(str(GOLDEN)):
+        if line[-1].startswith(str(folder)):
             begin, end = (int(address, 16) for address in line[0].split("-"))
             found[range(begin, end)] = line[1]
     return found
@@ -172,11 +173,11 @@ def mappings() -> dict[range, str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 @pytest.mark.parametrize(("dtype", "mapped"), [(torch.float32, True), (torch.bfloat16, False)])
-def test_the_real_loader_keeps_private_views_of_the_files_unless_it_converts(dtype, mapped):
-    gc.collect()
-    assert mappings() == {}, "left by another test"
-    model = AutoModelForCausalLM.from_pretrained(GOLDEN, dtype=dtype, device_map="cpu")
-    places = mappings()
+def test_the_real_loader_keeps_private_views_of_the_files_unless_it_converts(dtype, mapped, tmp_path):
+    # A copy: other tests keep models of the original's files.
+    folder = shutil.copytree(GOLDEN, tmp_path / "checkpoint")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu")
+    places = mappings(folder)
     assert set(places.values()) == ({"rw-p"} if mapped else set())
     for name, parameter in model.named_parameters():
         assert any(parameter.data_ptr() in place for place in places) == mapped, name
@@ -184,10 +185,10 @@ def test_the_real_loader_keeps_private_views_of_the_files_unless_it_converts(dty
     last = model.lm_head.weight
     del model, parameter
     gc.collect()
-    assert len(mappings()) == mapped
+    assert len(mappings(folder)) == mapped
     del last
     gc.collect()
-    assert mappings() == {}
+    assert mappings(folder) == {}
 
 
 def test_the_real_loader_has_no_more_threads_than_the_bound_assumes():
