@@ -27,7 +27,7 @@ VENV := .venv/bin
 help:
 	@echo 'GLM-4V-9B on several GPUs: a suite of notebooks. Needs Python 3.11 or newer and make.'
 	@echo
-	@echo '  make run       execute the notebooks that are not done yet; report and executed notebooks go to runs/suite/'
+	@echo '  make run       execute the notebooks that are not done yet; report: runs/suite/report.html'
 	@echo '  make test      unit tests, parity tests, every notebook cell by cell, the panel in a browser'
 	@echo '  make validate  only the notebooks: the rules for what is stored, then every cell run'
 	@echo '  make lab       open JupyterLab on this machine only (127.0.0.1), kernel ready'
@@ -37,11 +37,11 @@ help:
 	@echo
 	@echo 'Variables:'
 	@echo '  PYTHON=python3.12     the Python that builds .venv                      (python3)'
-	@echo '  NOTEBOOKS="01 02"     run, validate: only these numbers                 (all)'
+	@echo '  NOTEBOOKS="01 02"     run (to runs/suite-01-02/), validate: only these  (all)'
 	@echo '  OUTPUT=runs           run: where results go                             (runs)'
 	@echo '  TESTS=tests/unit      test: only these files or folders                 (all)'
-	@echo '  FORCE=1               run: also the notebooks that are done               (no)'
-	@echo '  WORKERS=4             run, test, validate: files at a time               (2)'
+	@echo '  FORCE=1               run: also the notebooks that are done              (no)'
+	@echo '  WORKERS=4             run, test, validate: files at a time              (2)'
 
 setup:
 	@command -v $(INTERPRETER) >/dev/null 2>&1 || { \

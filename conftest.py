@@ -10,11 +10,9 @@ import pytest
 
 
 def pytest_configure(config):
-    # Kernels of notebooks that run beside each other share the cores.
+    # Tests and kernels that run beside each other share the cores. Before anything imports torch, which reads it then.
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-        from glm4v_nb.experiment.pool import threads_each
-
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(int(workers))))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -114,17 +114,20 @@ def run(
         list[str] | None,
         typer.Option("-p", metavar="NAME VALUE", help="A parameter of the one notebook; may be repeated."),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Notebooks at a time.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Notebooks at a time.")] = 2,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would run, how long, and what would not fit.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Also what is done already.")] = False,
-    output: Annotated[str, typer.Option(help="Folder that receives suite/, or the notebook's.")] = "runs",
+    output: Annotated[
+        str, typer.Option(help="Folder that receives suite/, suite-01-02/ or, with -p, the notebook's.")
+    ] = "runs",
     as_json: Annotated[bool, typer.Option("--json", help="Print the runs as one JSON array.")] = False,
 ):
     """Execute notebooks, all of them as `make run` does or some; with -p, one with other parameters.
 
-    The same command again does what is not done yet or has changed since. Exit codes are those of sweep.
+    The same command again does what is not done yet, or whose notebook or package has changed since. Exit codes are
+    those of sweep.
     """
     with _progress("loading the notebook runner"):
         from glm4v_nb.experiment.sweep import plan_notebook, plan_suite
@@ -146,7 +149,7 @@ def run(
 def sweep(
     file: Annotated[str, typer.Argument(help="A sweep file, such as sweeps/fit.yaml.")],
     workers: Annotated[
-        int | None, typer.Option(help="Runs at a time on this machine; 2 if left out.")
+        int | None, typer.Option(min=1, help="Runs at a time on this machine; 2 if left out.")
     ] = None,
     scheduler: Annotated[
         str | None,
@@ -231,7 +234,9 @@ def _carry_out(
             plan, output, workers, console, force=force, retry=retry, scheduler=scheduler
         )
     except KeyboardInterrupt:
-        console.print("Interrupted. The same command goes on where it stopped; what has ended is kept.")
+        write_sweep_report(Path(output) / plan.name)
+        again = "Without --force the same command" if force else "The same command"
+        console.print(f"Interrupted. What has ended is kept. {again} goes on where it stopped.")
         raise typer.Exit(130) from None
     page = write_sweep_report(directory)
     if as_json:

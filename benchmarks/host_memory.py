@@ -192,7 +192,10 @@ def watch(number: int, directory: str) -> dict | None:
     threading.Thread(target=listen, daemon=True).start()
     while not finished.wait(0.002):
         if "before" in points and "loaded" not in points:
-            now = read_memory(process.pid)
+            try:
+                now = read_memory(process.pid)
+            except (OSError, KeyError):  # it has been killed, and has no memory any more
+                continue
             samples += 1
             peaks = {name: max(size, peaks.get(name, 0)) for name, size in now.items()}
     if process.wait() or "loaded" not in points:
@@ -350,15 +353,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("measure", "one"):
-        command = commands.add_parser(name, help="measure on this machine")
-        command.add_argument(
-            "directory", help="for the checkpoints; needs their size on a disk, not on a tmpfs"
-        )
-        command.add_argument("--output")
-        command.add_argument("--only", default="", help="cases whose name contains this")
-        command.add_argument("--full", action="store_true", help="the full size as well, 27.8 GB on disk")
-        command.add_argument("--number", type=int)
+    command = commands.add_parser("measure", help="measure on this machine")
+    command.add_argument("directory", help="for the checkpoints; needs their size on a disk, not on a tmpfs")
+    command.add_argument("--output", required=True, help="JSON file for the results")
+    command.add_argument("--only", default="", help="cases whose name contains this")
+    command.add_argument("--full", action="store_true", help="the full size as well, 27.8 GB on disk")
+    command = commands.add_parser("one", help="the process of a case, which `measure` starts")
+    command.add_argument("directory")
+    command.add_argument("--number", type=int, required=True)
     command = commands.add_parser("compare", help="hold the simulator to stored measurements")
     command.add_argument("results", nargs="+", help="files that `measure` wrote")
     arguments = parser.parse_args()

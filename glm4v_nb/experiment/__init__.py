@@ -1,1 +1,1 @@
-"""Running the suite: which notebooks there are, executing them in order, and the report of a run."""
+"""Which notebooks there are, running them with other parameters, and the report of what came of it."""

@@ -66,7 +66,11 @@ class Display:
             self._known_before = len(progress.outcomes)
             self._seen.update(progress.outcomes)
             if self._known_before:
-                hint = "; --force repeats them" if self._known_before == progress.total else ""
+                hint = (
+                    "; --force (make run: FORCE=1) repeats them"
+                    if self._known_before == progress.total
+                    else ""
+                )
                 self._console.print(
                     f"{self._known_before} of {progress.total} runs had ended before{hint}", style="dim"
                 )

@@ -107,7 +107,7 @@ class SuiteEngine(Engine):
             kernel_name=kernel_name,
             startup_timeout=start_timeout,
             timeout=None,
-            # Not papermill's own cwd: it changes this process's, and notebooks run in several threads.
+            # Not papermill's own cwd: it changes this process's.
             resources={"metadata": {"path": str(folder)}},
             # ipykernel 7.4 warns at every start that loopback traffic is not encrypted.
             extra_arguments=["--IPKernelApp.log_level=ERROR"],

@@ -68,7 +68,8 @@ class Outcome(BaseModel):
         signature: the same for errors of the same cause: type and message without numbers and addresses.
         traceback: of the error, without private paths.
         versions, platform: what it ran on.
-        cards: the machine's GPUs by name, with their driver; the figures say for themselves which were simulated.
+        cards: the machine's GPUs by name, with their driver; None where nobody could look. The figures say for
+            themselves which were simulated.
         commit: of the package's repository, "-dirty" after it where files had been changed; "" outside one.
     """
 
@@ -85,7 +86,7 @@ class Outcome(BaseModel):
     oom: OutOfMemoryCause | None = None
     versions: dict[str, str] = {}
     platform: str = ""
-    cards: list[str] = []
+    cards: list[str] | None = None
     commit: str = ""
 
 

@@ -63,8 +63,8 @@ def prepare(directory: Path, name: str, specs: Sequence[RunSpec]) -> Sweep:
     try:
         for spec in specs:
             (directory / spec.id).mkdir(parents=True, exist_ok=True)
-            if not (directory / spec.id / "spec.json").is_file():
-                write_whole(directory / spec.id / "spec.json", spec.model_dump_json(indent=2) + "\n")
+            # Also where it is already: the time limit and the title may be others, which are not part of the id.
+            write_whole(directory / spec.id / "spec.json", spec.model_dump_json(indent=2) + "\n")
         write_whole(directory / "sweep.json", sweep.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise SweepError(
@@ -120,7 +120,7 @@ def only_process(directory: Path) -> Iterator[None]:
 
 
 def to_do(directory: Path, force: bool, retry: bool) -> tuple[list[RunSpec], Progress]:
-    """The runs of a sweep that are to be done, without outcomes from now on, and the state of all of them."""
+    """The runs of a sweep that are to be done, and the state of the others. An outcome stays until its run begins."""
     runs = read_sweep(directory)[1]
     waiting: list[RunSpec] = []
     progress = Progress(len(runs))
@@ -131,7 +131,6 @@ def to_do(directory: Path, force: bool, retry: bool) -> tuple[list[RunSpec], Pro
             progress.outcomes[run.spec.id] = run.outcome
             continue
         waiting.append(run.spec)
-        (directory / run.spec.id / "outcome.json").unlink(missing_ok=True)
     return waiting, progress
 
 
@@ -216,10 +215,11 @@ class WorkerProcess:
 class _Pool:
     def __init__(self, directory, notebooks, workers, force, retry, minutes, show):
         self.directory, self.notebooks = directory, notebooks
-        self.show, self.count = show, workers
+        self.show = show
         self.said: queue.SimpleQueue = queue.SimpleQueue()
         self.workers: list[WorkerProcess] = []
         self.waiting, self.progress = to_do(directory, force, retry)
+        self.count = max(1, min(workers, len(self.waiting)))
         self.waiting.reverse()  # taken from the end
         self.waiting.sort(key=lambda spec: minutes.get(spec.notebook, 0.0))
 
@@ -249,6 +249,7 @@ class _Pool:
                 idle = WorkerProcess(self.directory, self.notebooks, self.said, threads_each(self.count))
                 self.workers.append(idle)
             run = self.waiting.pop()
+            (self.directory / run.id / "outcome.json").unlink(missing_ok=True)
             idle.give(run)
             self.progress.running[run.id] = (0, 0, idle.began)
 

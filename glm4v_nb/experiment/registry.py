@@ -46,7 +46,7 @@ class NotebookEntry(BaseModel):
 
 
 class Registry(BaseModel):
-    """All notebooks in the order they are read and run."""
+    """All notebooks in the order they are read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -80,7 +80,7 @@ def load_registry(path: Path | str = DEFAULT_REGISTRY) -> Registry:
         registry = Registry.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise RegistryError(
-            f"{path} does not exist; expected the list of notebooks. Name it with --registry"
+            f"{path} does not exist; expected the list of notebooks. Restore it from the repository"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RegistryError(f"{path} is not valid TOML: {error}. Correct that line") from None

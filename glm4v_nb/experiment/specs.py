@@ -19,7 +19,9 @@ PACKAGE = Path(glm4v_nb.__file__).parent
 def run_spec(
     notebook: Path, title: str, defaults: dict, given: dict, timeout_seconds: float, source: str = ""
 ) -> RunSpec:
-    """A run's specification; its ``id`` changes with anything that could change the result.
+    """A run's specification; its ``id`` changes with notebook, parameters, package and checkpoint.
+
+    Not with the libraries, the machine and its GPUs: the outcome has those.
 
     Args:
         notebook: the notebook's path.

@@ -139,7 +139,9 @@ def _report_table(runs: Sequence[FinishedRun], directory: Path) -> dict[str, Any
         rows.append(row)
     values = {name: [run.spec.parameters.get(name) for run in runs] for name in given}
     numbers = [name for name in given if len(set(filter(is_number, values[name]))) > 1]
-    varied = [name for name in given if len(set(map(json.dumps, values[name]))) > 1]
+    varied = [
+        name for name in given if len({json.dumps(value) for value in values[name] if value is not None}) > 1
+    ]
     frontier = {"done", "oom"} <= {status_of(run) for run in runs} and bool(numbers) and len(varied) > 1
     return {**_table(columns, rows), "failures": failures, "frontier": frontier}
 
@@ -201,8 +203,12 @@ def _versions(runs: Sequence[FinishedRun]) -> dict[str, Counter]:
                 found.setdefault(name, Counter())[version] += 1
     outcomes = [run.outcome for run in runs if run.outcome]
     found["commit"] = Counter(outcome.commit or "unknown" for outcome in outcomes)
-    found["GPUs"] = Counter("; ".join(outcome.cards) or "none" for outcome in outcomes)
+    found["GPUs"] = Counter(_gpus(outcome.cards) for outcome in outcomes)
     return found
+
+
+def _gpus(names: list[str] | None) -> str:
+    return "unknown" if names is None else "; ".join(names) or "none"
 
 
 def _scale(unit: str, values: Sequence[Value | None]) -> tuple[str, int]:
@@ -240,7 +246,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-_TEMPLATES.filters["show"], _TEMPLATES.filters["counted"] = _show, _count
+_TEMPLATES.filters |= {"show": _show, "counted": _count, "gpus": _gpus}
 
 
 def _write_page(path: Path, **content) -> Path:

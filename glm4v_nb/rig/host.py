@@ -19,7 +19,7 @@ page of every tensor, which making a view reads.
 import heapq
 import weakref
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -53,9 +53,6 @@ class HostMemory:
     peak_file_bytes: int
     file_bytes: int
     view_bytes: int
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 class _Load:

@@ -242,6 +242,7 @@ def test_a_figure_that_is_too_far_away_is_noticed(benchmark, name, change):
     assert [figure.name for figure in benchmark.compare(results) if not figure.right] == [name]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_it_watches_a_real_process(benchmark):
     """A figure of this very process: what it allocates, and what it gives back."""
     import os
@@ -251,3 +252,15 @@ def test_it_watches_a_real_process(benchmark):
     grown = benchmark.read_memory(os.getpid())
     assert grown["anonymous_bytes"] - before["anonymous_bytes"] == pytest.approx(held.nbytes, abs=4 * MIB)
     assert grown["file_bytes"] - before["file_bytes"] < 4 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_case_that_is_killed_while_it_loads_has_no_figures_and_stops_nothing(
+    benchmark, monkeypatch, tmp_path
+):
+    program = tmp_path / "dies.py"
+    program.write_text(
+        "import os, sys; print('before', flush=True); sys.stdin.readline(); os.kill(os.getpid(), 9)"
+    )
+    monkeypatch.setattr(benchmark, "__file__", str(program))
+    assert benchmark.watch(0, str(tmp_path)) is None

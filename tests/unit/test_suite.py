@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import glm4v_nb_cli
-from glm4v_nb.experiment import sweep
+from glm4v_nb.experiment import display, sweep
 from glm4v_nb.experiment.outcome import read_sweep
 from glm4v_nb.experiment.pool import threads_each
 from glm4v_nb.experiment.registry import RegistryError, load_registry
@@ -66,7 +66,9 @@ def suite(tmp_path_factory):
     """(runs by number, folder of the sweep, folder of the notebooks) after one run over NOTEBOOKS."""
     registry = write_suite(tmp_path_factory.mktemp("suite {0}") / "notebooks", NOTEBOOKS)
     plan = sweep.plan_suite(registry=registry)
-    runs, directory = sweep.carry_out(plan, registry.parents[1] / "runs", 2, Console(file=io.StringIO()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)  # which these tests may have been given themselves
+        runs, directory = sweep.carry_out(plan, registry.parents[1] / "runs", 2, Console(file=io.StringIO()))
     return {run.spec.notebook[:2]: run for run in runs}, directory, registry.parent
 
 
@@ -104,8 +106,8 @@ def test_the_kernel_is_this_python_in_the_notebooks_folder_and_offline(suite):
 
 
 def test_kernels_beside_each_other_share_the_cores(suite, monkeypatch):
-    assert printed(suite, "01")[3] == os.environ.get("OMP_NUM_THREADS", str(threads_each(2)))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    assert printed(suite, "01")[3] == str(threads_each(2))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     assert [threads_each(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
 
 
@@ -158,7 +160,7 @@ def test_the_command_runs_all_and_then_only_what_changed_failed_or_is_forced(sma
     assert small() == 0
     assert ran() == ["01_first.ipynb", "02_second.ipynb"]
     assert small() == 0
-    assert "2 of 2 runs had ended before; --force repeats them" in capsys.readouterr().out
+    assert "2 of 2 runs had ended before; --force (make run: FORCE=1) repeats them" in capsys.readouterr().out
     write_notebook(tmp_path / "notebooks" / "02_second.ipynb", ["assert size == 2"])
     assert small() == 1
     assert ran() == ["02_second.ipynb"]
@@ -180,6 +182,47 @@ def test_some_notebooks_as_json_are_one_array_on_stdout(small, tmp_path, capsys)
     assert (run["spec"]["notebook"], run["outcome"]["status"]) == ("02_second.ipynb", "done")
     assert "02_second.ipynb" in shown.err
     assert (tmp_path / "elsewhere" / "suite-02" / "report.html").is_file()
+
+
+def test_an_interrupted_command_exits_with_130_keeps_what_was_done_and_reports_it(
+    small, tmp_path, capsys, monkeypatch
+):
+    assert small() == 0
+    page = tmp_path / "runs" / "suite" / "report.html"
+    page.unlink()
+    capsys.readouterr()
+
+    def interrupt(progress):
+        if progress.running:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(display.Display, "show", lambda self, progress: interrupt(progress))
+        assert small("--force", "--workers", "1") == 130
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Interrupted. What has ended is kept. Without --force the same command goes on" in shown
+    assert page.is_file()
+    # The one that had begun has no outcome any more, the other still has its own.
+    assert [run.status for run in read_sweep(page.parent)[1]] == ["not run", "done"]
+    assert small() == 0
+    assert "1 of 2 runs had ended before" in capsys.readouterr().out
+
+
+def test_a_longer_time_limit_counts_for_a_run_that_took_too_long(tmp_path):
+    registry = write_suite(tmp_path / "notebooks", {"01_slow.ipynb": ["import time; time.sleep(4)"]})
+    text = registry.read_text()
+    statuses = []
+    for seconds in (3, 60):
+        registry.write_text(text.replace("timeout_seconds = 60", f"timeout_seconds = {seconds}"))
+        plan = sweep.plan_suite(registry=registry)
+        runs, _ = sweep.carry_out(plan, tmp_path / "runs", 1, Console(file=io.StringIO()), retry=True)
+        statuses.append(runs[0].status)
+    assert statuses == ["timeout", "done"]
+
+
+def test_no_workers_are_wrong_use_of_a_dry_run_too(small, capsys):
+    assert small("--dry-run", "--workers", "0") == 2
+    assert "Invalid value for '--workers'" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_would_run_and_how_long_and_runs_nothing(small, tmp_path, capsys):

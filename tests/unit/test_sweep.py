@@ -81,7 +81,7 @@ def test_a_sweep_is_carried_out_and_a_second_time_nothing_is_left_to_do(registry
     assert "failed  01_small.ipynb  number=9" in shown.getvalue()
     again = io.StringIO()
     sweep.carry_out(plan, tmp_path / "runs", 2, Console(file=again, width=200))
-    assert again.getvalue() == "2 of 2 runs had ended before; --force repeats them\n"
+    assert again.getvalue() == "2 of 2 runs had ended before; --force (make run: FORCE=1) repeats them\n"
     assert read_sweep(directory)[1] == runs
 
 

@@ -112,11 +112,12 @@ def test_the_head_says_when_and_with_which_package_versions_and_platform(page):
 
 
 def test_versions_that_differ_between_runs_are_counted(page):
-    other = ended(versions={"torch": "2.14.0"}, cards=[], commit="")
+    other = ended(versions={"torch": "2.14.0"}, cards=None, commit="")
     soup = page((spec_of("a", batch=1), ended()), (spec_of("b", batch=2), other))
     assert "2.13.0 in 1 run 2.14.0 in 1 run" in words(soup)
     assert "commit feed123-dirty in 1 run unknown in 1 run" in words(soup)
-    assert "GPUs NVIDIA L4, driver 570.1 in 1 run none in 1 run" in words(soup)
+    assert "GPUs NVIDIA L4, driver 570.1 in 1 run unknown in 1 run" in words(soup)
+    assert "GPUs none" in words(page((spec_of("c", batch=1), ended(cards=[]))))
 
 
 def test_the_table_stands_in_the_html_with_given_parameters_scalars_units_and_labels(page):
