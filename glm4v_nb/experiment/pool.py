@@ -219,6 +219,9 @@ class _Pool:
         self.said: queue.SimpleQueue = queue.SimpleQueue()
         self.workers: list[WorkerProcess] = []
         self.waiting, self.progress = to_do(directory, force, retry)
+        # Outcomes that count no more. One that appears later was written by a worker of a runner that was killed.
+        outdated = (directory / spec.id / "outcome.json" for spec in self.waiting)
+        self.outdated = {path for path in outdated if path.exists()}
         self.count = max(1, min(workers, len(self.waiting)))
         self.waiting.reverse()  # taken from the end
         self.waiting.sort(key=lambda spec: minutes.get(spec.notebook, 0.0))
@@ -249,7 +252,8 @@ class _Pool:
                 idle = WorkerProcess(self.directory, self.notebooks, self.said, threads_each(self.count))
                 self.workers.append(idle)
             run = self.waiting.pop()
-            (self.directory / run.id / "outcome.json").unlink(missing_ok=True)
+            if (outcome := self.directory / run.id / "outcome.json") in self.outdated:
+                outcome.unlink(missing_ok=True)
             idle.give(run)
             self.progress.running[run.id] = (0, 0, idle.began)
 
