@@ -10,7 +10,7 @@ should not wait for that.
 import json
 import shlex
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -234,7 +234,8 @@ def _carry_out(
             plan, output, workers, console, force=force, retry=retry, scheduler=scheduler
         )
     except KeyboardInterrupt:
-        write_sweep_report(Path(output) / plan.name)
+        with suppress(FileNotFoundError):  # before anything was begun
+            write_sweep_report(Path(output) / plan.name)
         again = "Without --force the same command" if force else "The same command"
         console.print(f"Interrupted. What has ended is kept. {again} goes on where it stopped.")
         raise typer.Exit(130) from None

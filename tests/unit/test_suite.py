@@ -208,6 +208,16 @@ def test_an_interrupted_command_exits_with_130_keeps_what_was_done_and_reports_i
     assert "1 of 2 runs had ended before" in capsys.readouterr().out
 
 
+def test_an_interrupt_before_anything_is_begun_exits_with_130_too(small, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "prepare", interrupt)
+    assert small() == 130
+    assert "Interrupted." in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_longer_time_limit_counts_for_a_run_that_took_too_long(tmp_path):
     registry = write_suite(tmp_path / "notebooks", {"01_slow.ipynb": ["import time; time.sleep(4)"]})
     text = registry.read_text()
