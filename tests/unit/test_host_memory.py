@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import importlib.util
 import json
 import shutil
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_program import load_benchmark
 from rig_fixtures import GOLDEN, MIB, load, write_config
 from transformers import AutoModelForCausalLM, core_model_loading
 
@@ -200,12 +200,7 @@ def test_the_real_loader_has_no_more_threads_than_the_bound_assumes():
 
 @pytest.fixture(scope="module")
 def benchmark():
-    path = ROOT / "benchmarks" / "host_memory.py"
-    spec = importlib.util.spec_from_file_location("host_memory_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("host_memory")
 
 
 def test_there_are_stored_measurements():

@@ -1,13 +1,13 @@
 """The simulator held to measurements on real GPUs, and the program that compares them: it must notice a difference."""
 
 import copy
-import importlib.util
 import json
 import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from benchmark_program import load_benchmark
 from rig_fixtures import MIB
 
 from glm4v_nb.rig import Rig
@@ -18,10 +18,7 @@ STORED = sorted((ROOT / "benchmarks" / "results").glob("memory_*.json"))
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("memory_benchmark", ROOT / "benchmarks" / "memory.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("memory")
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,17 @@
 """benchmarks/notebooks.py: what it writes down of a notebook's cards, and what it says of two such files."""
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import nbformat
 import pytest
+from benchmark_program import load_benchmark
 from rig_fixtures import MIB
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("notebook_benchmark", ROOT / "benchmarks" / "notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_benchmark("notebooks")
     monkeypatch.setattr(module, "NOTEBOOKS", tmp_path)
     return module
 
