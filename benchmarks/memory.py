@@ -14,18 +14,18 @@ import gzip
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 MIB, GIB, GB = 2**20, 2**30, 10**9
 CAP = 24 * GB
 OFFICIAL = "zai-org/glm-4v-9b"
-TRACED_RUNS = 10  # with --trace, the load and the first runs of each process
 
 
 @dataclass(frozen=True)
@@ -207,12 +207,12 @@ def write_checkpoint(directory: str):
 
 
 def perform(
-    load: Load, rig, checkpoint: str, caps: dict[str, int] | None = None, after=lambda records: None
+    load: Load, rig, checkpoint: str, caps: dict[str, int] | None = None, around=nullcontext
 ) -> list[dict]:
     """Load and run on a rig, real or simulated; one record per run, the load's own first.
 
     ``caps``: of runs at an edge, by name, when known from a measurement; otherwise taken from the run they name.
-    ``after`` is called with all records after each run.
+    ``around``: a context for each, given the name of the run.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -222,7 +222,7 @@ def perform(
     with rig:
         set_cap(rig, load.cap_bytes)
         record = {"run": "load", "cap_bytes": load.cap_bytes}
-        with recorded(rig, record, records):
+        with around("load"), recorded(rig, record, records):
             with rig.stage("load"):
                 model = AutoModelForCausalLM.from_pretrained(
                     checkpoint,
@@ -230,7 +230,6 @@ def perform(
                     attn_implementation=load.attention,
                     **placement(load),
                 )
-        after(records)
         if record["out_of_memory"]:
             return records
         for run in load.runs:
@@ -240,9 +239,8 @@ def perform(
             give_back()
             set_cap(rig, cap)
             record = {**asdict(run), "run": run.name, "cap_bytes": cap}
-            with recorded(rig, record, records):
+            with around(run.name), recorded(rig, record, records):
                 step(rig, model, run)
-            after(records)
     return records
 
 
@@ -369,24 +367,46 @@ def measure_one(arguments: argparse.Namespace):
     from glm4v_nb.rig import Rig
 
     load = plan(torch.cuda.device_count())[arguments.number]
-    if arguments.trace:
-        torch.cuda.memory._record_memory_history(max_entries=2_000_000, stacks="python")
     started = time.perf_counter()
 
-    def after(records):
-        if arguments.trace and (len(records) >= TRACED_RUNS):
-            write_trace(arguments.trace, torch.cuda.memory._snapshot()["device_traces"])
-            torch.cuda.memory._record_memory_history(enabled=None)
-            arguments.trace = ""
+    def around(run: str):
+        if arguments.trace and any(text in run for text in arguments.traced_runs):
+            name = re.sub(r"[^a-z0-9]+", "_", run)
+            return traced(f"{arguments.trace}.{arguments.number}.{name}.json.gz", arguments.trace_lines)
+        return nullcontext()
 
-    records = perform(load, Rig.here(), arguments.checkpoint, after=after)
-    after([None] * TRACED_RUNS)
+    records = perform(load, Rig.here(), arguments.checkpoint, around=around)
     result = {"load": asdict(load), "seconds": time.perf_counter() - started, "records": records}
     Path(arguments.output).write_text(json.dumps(result), encoding="utf-8")
 
 
-def write_trace(path: str, traces: list):
-    """Every allocation and release with the innermost lines of Python behind it, to find causes of a difference."""
+@contextmanager
+def traced(path: str, with_lines: bool):
+    """Write every allocation and release inside, with the innermost lines of Python behind it, to find causes.
+
+    ``with_lines``: torch 2.11 fails to look for them in a backward pass over two GPUs with gradient checkpointing.
+    ``before`` and ``after`` are the segments: [card, address, pool, [[bytes, state] of each block]].
+    """
+    import torch
+
+    def segments():
+        return [
+            [
+                segment["device"],
+                segment["address"],
+                segment["segment_type"],
+                [[block["size"], block["state"]] for block in segment["blocks"]],
+            ]
+            for segment in torch.cuda.memory._snapshot()["segments"]
+        ]
+
+    before = segments()
+    torch.cuda.memory._record_memory_history(
+        context="all" if with_lines else None, max_entries=2_000_000, stacks="python"
+    )
+    yield
+    traces = torch.cuda.memory._snapshot()["device_traces"]
+    torch.cuda.memory._record_memory_history(enabled=None)
     lines: dict[str, int] = {}
     events = []
     for card, trace in enumerate(traces):
@@ -400,7 +420,8 @@ def write_trace(path: str, traces: list):
             place = lines.setdefault(" < ".join(frames), len(lines))
             events.append([card, event["action"], event.get("addr", 0), event.get("size", 0), place])
     with gzip.open(path, "wt", encoding="utf-8") as file:
-        json.dump({"lines": list(lines), "events": events}, file)
+        content = {"before": before, "lines": list(lines), "events": events, "after": segments()}
+        json.dump(content, file)
 
 
 def provenance() -> dict:
@@ -440,7 +461,8 @@ def measure(arguments: argparse.Namespace):
         part = output.with_suffix(f".{number}.part")
         command = [sys.executable, __file__, "one", arguments.checkpoint, "--number", str(number)]
         if arguments.trace and any(text in load.name for text in arguments.traced):
-            command += ["--trace", f"{arguments.trace}.{number}.json.gz"]
+            command += ["--trace", arguments.trace, "--traced-runs", *arguments.traced_runs]
+            command += ["--trace-lines" if arguments.trace_lines else "--no-trace-lines"]
         subprocess.run([*command, "--output", str(part)], check=False)
         if not part.exists():
             print(f"error: {load.name} ended without a result", file=sys.stderr)
@@ -706,6 +728,15 @@ def main() -> int:
         command.add_argument("--trace", default="", help="also write every allocation to files of this name")
         command.add_argument(
             "--traced", nargs="+", default=[""], help="only of loads whose name has one of these"
+        )
+        command.add_argument(
+            "--traced-runs", nargs="+", default=[""], help="and only of runs whose name has one of these"
+        )
+        command.add_argument(
+            "--trace-lines",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="lines of Python in the trace",
         )
     command = commands.add_parser("compare", help="hold the simulator to stored measurements")
     command.add_argument("results", nargs="+", help="files that `measure` wrote")

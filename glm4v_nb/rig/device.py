@@ -10,7 +10,8 @@ module.
 
 Once there is such a backend, PyTorch takes a bare number (``tensor.to(0)``, as accelerate's hooks write it) for a
 device of it, also on a machine with GPUs and also when no simulated card is in use. So outside the ``with`` block of a
-simulated rig the two kernels make a tensor on the GPU of that number.
+simulated rig the two kernels make a tensor on the GPU of that number. (Libraries that compare devices still find that
+``torch.device(0)`` is not the GPU a tensor is on; ``patches`` helps the two that do.)
 """
 
 import threading
@@ -227,17 +228,17 @@ def card_device(index: int) -> torch.device:
     return torch.device(DEVICE_TYPE, index)
 
 
-def machine_device_type() -> str | None:
-    """What a bare number means outside a simulated rig: "cuda" on a machine with GPUs, otherwise None."""
-    return "cuda" if _observer is None and torch.cuda.is_available() else None
+def machine_device(index: int) -> torch.device | None:
+    """What a bare number means outside a simulated rig: a GPU on a machine that has some, otherwise None."""
+    return torch.device("cuda", index) if _observer is None and torch.cuda.is_available() else None
 
 
 def _in_fake_mode(operator):
     def kernel(*args, **kwargs):
-        real = machine_device_type()
-        if real:
-            index = kwargs["device"].index if kwargs.get("device") is not None else None
-            return operator(*args, **{**kwargs, "device": torch.device(real, index or 0)})
+        index = kwargs["device"].index if kwargs.get("device") is not None else None
+        real = machine_device(index or 0)
+        if real is not None:
+            return operator(*args, **{**kwargs, "device": real})
         with _mode:
             return operator(*args, **kwargs)
 

@@ -1,7 +1,7 @@
 """What the reader's own code meets while a simulated rig is active: torch.cuda, "cuda:0" and from_pretrained.
 
-Everything is put in place by ``simulated_world`` and taken away again when its block ends, but for one: transformers'
-loader goes on taking bare numbers for CUDA devices, which PyTorch no longer does (see ``device``).
+Everything is put in place by ``simulated_world`` and taken away again when its block ends, but for two: transformers'
+loader and accelerate's hooks go on taking bare numbers for CUDA devices, which PyTorch no longer does (see ``device``).
 """
 
 import os
@@ -31,7 +31,7 @@ from glm4v_nb.model import GLM4VForConditionalGeneration
 from glm4v_nb.model.checkpoint import weight_map
 from glm4v_nb.model.configuration import read_config
 from glm4v_nb.rig.cuda import CudaFunctions, CudaNames
-from glm4v_nb.rig.device import DEVICE_TYPE, fake_mode
+from glm4v_nb.rig.device import DEVICE_TYPE, fake_mode, machine_device
 from glm4v_nb.rig.kernels import routed_attention, routed_convolution
 
 # What a notebook may call ``from_pretrained`` of.
@@ -84,6 +84,7 @@ def simulated_world(rig):
             original = getattr(masking_utils, name)
             stack.enter_context(mock.patch.object(masking_utils, name, _unless_simulated(original, answer)))
         modeling_utils.caching_allocator_warmup = _warmup_of_cuda_cards
+        hooks.AlignDevicesHook.execution_device = _EXECUTION_DEVICE
         load = _simulated_from_pretrained(rig, _ORIGINAL_LOAD)
         for model_class in MODEL_CLASSES:
             stack.enter_context(mock.patch.object(model_class, "from_pretrained", load))
@@ -122,6 +123,16 @@ def _warmup_of_cuda_cards(model, expanded_device_map, *args, **kwargs):
         for name, device in expanded_device_map.items()
     }
     return _ORIGINAL_WARMUP(model, cards, *args, **kwargs)
+
+
+def _execution_device(hook):
+    """Where a hook of accelerate's puts weights and inputs, of which it first asks whether they are there already."""
+    place = vars(hook)["execution_device"]
+    return (machine_device(place) or place) if isinstance(place, int) else place
+
+
+# On the class, so that it holds for hooks from before the first simulation as well.
+_EXECUTION_DEVICE = property(_execution_device, lambda hook, place: vars(hook).update(execution_device=place))
 
 
 def _offload_of_numberless_weights(original):

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook
 from transformers import AutoModelForCausalLM
 
-from glm4v_nb.memory import cards
+from glm4v_nb.memory import Workload, cards, make_prompt, prefill
 from glm4v_nb.miniature import CHECKPOINT
 from glm4v_nb.rig import Rig, device, find_card, patches
 from glm4v_nb.rig.real import RealRig
@@ -202,12 +203,13 @@ def test_a_configuration_that_is_not_simulated_is_refused(text):
 
 @pytest.fixture
 def gpu_is_the_cpu(monkeypatch):
-    """A machine with GPUs, as far as bare numbers are concerned: tensors for GPU 0 are made on the CPU."""
+    """A machine with GPUs, as far as bare numbers are concerned: tensors for any GPU are made on the CPU."""
 
-    def machine_device_type():
-        return "cpu" if device._observer is None else None
+    def machine_device(index):
+        return torch.device("cpu") if device._observer is None else None
 
-    monkeypatch.setattr(device, "machine_device_type", machine_device_type)
+    monkeypatch.setattr(device, "machine_device", machine_device)
+    monkeypatch.setattr(patches, "machine_device", machine_device)
 
 
 def test_a_bare_number_is_a_gpu_again_after_cards_were_simulated(gpu_is_the_cpu):
@@ -240,3 +242,29 @@ def test_weights_loaded_by_number_after_a_simulation_are_real(gpu_is_the_cpu, mo
     assert warmed == {torch.device("cuda", 0)}, "the loader sizes its first block by what this GPU has free"
     for name, tensor in expected.items():
         assert torch.equal(loaded[name], tensor), name
+
+
+TWO_GPUS = {"vision_tower": 1, "language_model": 0, "lm_head": 1}
+
+
+def test_hooks_of_accelerate_mean_a_gpu_by_a_number_again_those_from_before_as_well(gpu_is_the_cpu):
+    early, named = AlignDevicesHook(execution_device=1), AlignDevicesHook(execution_device="disk")
+    with Rig.simulated("L4", 2):
+        assert early.execution_device == 1
+    for hook in (early, AlignDevicesHook(execution_device=1)):
+        assert hook.execution_device == torch.device("cpu")
+    assert named.execution_device == "disk"
+
+
+def test_weights_spread_by_number_after_a_simulation_are_real(gpu_is_the_cpu, monkeypatch):
+    with Rig.simulated("L4"):
+        pass
+    monkeypatch.setattr(patches, "_ORIGINAL_WARMUP", lambda *arguments: None)
+    spread, whole = (
+        AutoModelForCausalLM.from_pretrained(CHECKPOINT, device_map=where).eval()
+        for where in (TWO_GPUS, None)
+    )
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(spread.state_dict()[name], tensor), name
+    logits = [prefill(model, make_prompt(model, Workload(text_tokens=8))).logits for model in (spread, whole)]
+    assert torch.equal(*logits)
