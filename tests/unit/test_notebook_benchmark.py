@@ -68,6 +68,7 @@ def test_two_files_are_compared_where_one_is_measured(benchmark, capsys):
         "notebooks": [
             {
                 "notebook": "01",
+                "parameters": {},
                 "error": None,
                 "rigs": [{"provenance": "simulated", "stages": [stage(5 * MIB)]}] * 2,
             }
@@ -82,3 +83,16 @@ def test_two_files_are_compared_where_one_is_measured(benchmark, capsys):
     measured["notebooks"][0]["rigs"][1]["stages"] = [stage(7 * MIB, "CUDA out of memory")]
     assert benchmark.compare(measured, simulated) == 1
     assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_a_notebook_is_compared_with_a_run_of_the_same_parameters(benchmark, capsys):
+    def result(provenance, size, **parameters):
+        rig = {"provenance": provenance, "stages": [stage(size * MIB)]}
+        return {"notebook": "01", "parameters": parameters, "error": None, "rigs": [rig]}
+
+    simulated = {"notebooks": [result("simulated", 5, count=1), result("simulated", 6, count=2)]}
+    measured = {"notebooks": [result("measured", 7, count=count) for count in (1, 3)]}
+    assert benchmark.compare(measured, simulated) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("-2.0") == 2
+    assert printed.count("not simulated") == 1
