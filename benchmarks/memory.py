@@ -706,7 +706,8 @@ def plot(figures: list[Figure], origins: list[dict], path: str):
     cards = [", ".join(f"{count} x {name}" for name, count in each["cards"].items()) for each in origins]
     last = origins[-1]
     versions = f"torch {last['torch']}, transformers {last['transformers']}, driver {last['driver']}"
-    title = f"Peaks of every stage and card, measured on {' and on '.join(cards)}\n{last['date']}, {versions}"
+    dates = " and ".join(sorted({each["date"] for each in origins}))
+    title = f"Peaks of every stage and card, measured on {' and on '.join(cards)}\n{dates}, {versions}"
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.savefig(path, dpi=110)
 

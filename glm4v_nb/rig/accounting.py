@@ -2,6 +2,7 @@
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,7 +11,16 @@ import torch
 from glm4v_nb.rig import allocator as caching
 from glm4v_nb.rig.allocator import Allocator
 from glm4v_nb.rig.catalog import Card
-from glm4v_nb.rig.kernels import CUBLASLT_WORKSPACE_BYTES, MATRIX_PRODUCTS, WITH_BIAS, scratch_bytes
+from glm4v_nb.rig.kernels import (
+    CUBLAS_KERNELS,
+    CUBLASLT_WORKSPACE_BYTES,
+    DECODE_KERNELS,
+    LONG_DECODE,
+    MATRIX_PRODUCTS,
+    NORM_KERNELS,
+    WITH_BIAS,
+    scratch_bytes,
+)
 
 
 @dataclass
@@ -59,7 +69,7 @@ class Accounting:
         self._references: dict[int, weakref.ref] = {}
         # (workspace, card, whether in the backward pass)
         self._workspaces: dict[tuple[str, int, bool], Block] = {}
-        self._kernels_loaded: set[tuple[int, bool]] = set()  # card, and whether those of backward passes
+        self._kernels_loaded: set[tuple[int, str | tuple]] = set()  # card, and what they are for
         self._serials = itertools.count()
         self._recording: list[_Event] | None = None
         self._deferring = False
@@ -131,6 +141,8 @@ class Accounting:
         scratch = scratch_bytes(name, arguments, self.card)
         if scratch:
             self._charge_for_a_moment(results[0].device.index, scratch)
+        if name == "aten::rsqrt":
+            self._load_kernels(results[0].device.index, "normalisation", NORM_KERNELS, 0)
         if name in MATRIX_PRODUCTS and results:
             self._charge_workspace(
                 "cuBLAS workspace", results[0].device.index, self.card.cublas_workspace_bytes
@@ -158,6 +170,10 @@ class Accounting:
         if count <= 2:
             return
         first, second = recorded
+        if count >= LONG_DECODE:
+            for card in sorted({event.card for event in first}):
+                sizes = tuple(event.bytes for event in first if event.card == card and event.allocates)
+                self._load_kernels(card, sizes, DECODE_KERNELS, sum(DECODE_KERNELS))
         sizes = [[event.bytes for event in events if event.allocates] for events in recorded]
         if len(sizes[0]) == len(sizes[1]):
             try:
@@ -267,19 +283,22 @@ class Accounting:
         key = (name, card, self._deferring)
         if key in self._workspaces:
             return
-        self._load_kernels(card, False, self.card.kernel_bytes)
+        self._load_kernels(card, "matrix products", CUBLAS_KERNELS, self.card.kernel_bytes)
         if self._deferring:
-            self._load_kernels(card, True, self.card.backward_kernel_bytes)
+            self._load_kernels(card, "backward", (), self.card.backward_kernel_bytes)
         place = self._allocator(card).allocate(size)
         self._workspaces[key] = Block(
             card, place.size, (size,), torch.uint8, name, "workspace", next(self._serials), [place]
         )
 
-    def _load_kernels(self, card: int, backward: bool, size: int):
-        """The context grows, once."""
-        if (card, backward) not in self._kernels_loaded:
-            self._kernels_loaded.add((card, backward))
-            self._allocator(card).context_bytes += size
+    def _load_kernels(self, card: int, what: str | tuple, pieces: Sequence[int], grows_bytes: int):
+        """Once for each ``what``: pieces of memory among the segments, and in all ``grows_bytes`` for the context."""
+        if (card, what) in self._kernels_loaded:
+            return
+        self._kernels_loaded.add((card, what))
+        self._allocator(card).keep_addresses(pieces)
+        if self.card.kernel_bytes:  # of other cards all kernels are in the context from the beginning
+            self._allocator(card).context_bytes += grows_bytes
 
     def release_workspaces(self):
         """As ``torch._C._cuda_clearCublasWorkspaces``: the next matrix product takes its workspace anew."""

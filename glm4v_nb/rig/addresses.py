@@ -2,65 +2,71 @@
 
 Among free blocks of one size PyTorch takes the one with the lowest address, so which of two equal holes is filled next
 depends on the driver. The rules were read off the addresses in traces of PyTorch's allocator on an H100 (driver 580,
-torch 2.11, 2026-11-25; ``benchmarks/memory.py --trace``): a segment goes into the smallest hole that is large enough,
-the lowest of equals. Where there is none, or the segment is large, the driver maps a new region of whole 32 MiB, below
-those it has, and what the segment leaves of it is a hole.
+torch 2.11, 2026-11-25 and -26; ``benchmarks/memory.py --trace``), and give all 232 segments of ten runs their place:
+
+- The driver maps regions of whole 32 MiB, each below those it has. A segment goes into the newest region that has a
+  hole large enough, and there into the smallest such hole, the lowest of equals. Where no region has one, a new region
+  is mapped, and what the segment leaves of it is a hole.
+- A region in which nothing is left is unmapped.
+- What the driver takes for itself, kernels above all, lies in the same holes. It is never given back, and so neither is
+  the region around it.
 """
 
 import bisect
 
 MIB = 2**20
 REGION = 32 * MIB
-# The driver begins with a region of its own, at the upper end, for whatever is not large.
-FIRST_REGION, LARGE = 256 * MIB, 128 * MIB
+# The first region is the context's own and stays. In it one hole at the end is set off from the rest.
+FIRST_REGION, SET_OFF = 416 * MIB, 2 * MIB
 TOP = 2**46
 
 
 class AddressSpace:
     """Gives addresses to segments and takes them back; sizes in bytes."""
 
-    def __init__(self):
-        self._holes: list[tuple[int, int]] = [(FIRST_REGION, TOP)]  # size and address, best fit first
-        self._regions: dict[int, int] = {TOP: FIRST_REGION}  # address to size
+    def __init__(self, cards: int = 1):
+        # Newest first: (address, size, holes), the holes as (size, address), best fit first.
+        rest = FIRST_REGION - SET_OFF
+        self._regions: list[tuple[int, int, list[tuple[int, int]]]] = [
+            (start, FIRST_REGION, [(SET_OFF, start + rest), (rest, start)])
+            for start in (TOP + card * FIRST_REGION for card in range(cards))
+        ]
         self._taken: dict[int, int] = {}
 
     def take(self, size: int) -> int:
-        """The address of a new segment."""
-        place = bisect.bisect_left(self._holes, (size,))
-        if place == len(self._holes) or size > LARGE:
-            hole = self._map(-(-size // REGION) * REGION)
+        """The address of a new segment, or of what the driver takes for itself."""
+        for _, _, holes in self._regions:
+            place = bisect.bisect_left(holes, (size,))
+            if place < len(holes):
+                break
         else:
-            hole = self._holes.pop(place)
-        room, address = hole
+            holes, place = self._map(-(-size // REGION) * REGION), 0
+        room, address = holes.pop(place)
         if room > size:
-            bisect.insort(self._holes, (room - size, address + size))
+            bisect.insort(holes, (room - size, address + size))
         self._taken[address] = size
         return address
 
     def give_back(self, address: int):
-        """A segment went back to the driver; a region without any other is unmapped."""
+        """A segment went back to the driver."""
         size = self._taken.pop(address)
-        for hole in [
-            hole for hole in self._holes if hole[1] + hole[0] == address or hole[1] == address + size
-        ]:
-            if self._region(hole[1]) == self._region(address):
-                self._holes.remove(hole)
-                size, address = size + hole[0], min(address, hole[1])
-        if self._regions.get(address) == size and address != TOP:
-            del self._regions[address]
+        region = next(each for each in self._regions if each[0] <= address < each[0] + each[1])
+        start, whole, holes = region
+        for hole in [each for each in holes if sum(each) == address or each[1] == address + size]:
+            holes.remove(hole)
+            size, address = size + hole[0], min(address, hole[1])
+        if size == whole and start < TOP:
+            self._regions.remove(region)
         else:
-            bisect.insort(self._holes, (size, address))
+            bisect.insort(holes, (size, address))
 
-    def _region(self, address: int) -> int:
-        starts = sorted(self._regions)
-        return starts[bisect.bisect_right(starts, address) - 1]
-
-    def _map(self, size: int) -> tuple[int, int]:
-        """A new region in the highest gap below the first one."""
+    def _map(self, size: int) -> list[tuple[int, int]]:
+        """The one hole of a new region in the highest gap below the first one."""
         end = TOP
-        for start in sorted(self._regions, reverse=True):
-            if start < TOP and end - (start + self._regions[start]) >= size:
+        for start, whole in sorted((each[:2] for each in self._regions), reverse=True):
+            if start < TOP and end - (start + whole) >= size:
                 break
             end = start
-        self._regions[end - size] = size
-        return size, end - size
+        holes = [(size, end - size)]
+        self._regions.insert(0, (end - size, size, holes))
+        return holes

@@ -9,6 +9,7 @@ Source of the rules and constants: c10/cuda/CUDACachingAllocator.cpp of PyTorch 
 """
 
 import bisect
+from collections.abc import Iterable
 
 import torch
 
@@ -82,6 +83,7 @@ class Allocator:
         system_bytes: taken by the driver for itself, counted to no process.
         fraction: ``set_per_process_memory_fraction``; None, before it is called, means no cap.
         max_split_bytes: ``max_split_size_mb`` in bytes: larger blocks are not split, and are given back to make room.
+        addresses: those of the process, which all its cards share; None for a card by itself.
 
     Attributes:
         allocated, reserved: bytes in blocks that are handed out, and in segments, now; ``peak_`` since the last reset.
@@ -98,6 +100,7 @@ class Allocator:
         *,
         system_bytes: int = 0,
         max_split_bytes: int | None = None,
+        addresses: AddressSpace | None = None,
     ):
         if max_split_bytes is not None and max_split_bytes <= LEAST_MAX_SPLIT:
             raise ValueError(
@@ -117,7 +120,7 @@ class Allocator:
         # Free blocks of each pool in the order best fit looks at them: by size, then address.
         self._small: list[tuple[int, int, Block]] = []
         self._large: list[tuple[int, int, Block]] = []
-        self._space = AddressSpace()
+        self._space = addresses or AddressSpace()
 
     @property
     def allowed_bytes(self) -> int:
@@ -176,6 +179,11 @@ class Allocator:
                 else:
                     kept.append(entry)
             pool[:] = kept
+
+    def keep_addresses(self, sizes: Iterable[int]):
+        """The driver keeps addresses among the segments for itself, for kernels that it loads."""
+        for size in sizes:
+            self._space.take(size)
 
     def reset_peaks(self):
         """Start new peaks at the present values."""

@@ -104,11 +104,10 @@ _MEASURED_H100 = "measured on H100 80GB HBM3 · 2026-11-13 · driver 580.159.04,
 
 _HOPPER_CONTEXT = (
     "measured on H100 80GB HBM3 · 2026-11-25 · driver 580.159.04, torch 2.11, benchmarks/results/memory_h100.json: "
-    "518 MiB before the first kernel, 168 more after a prefill, 186 after some decode steps, "
-    "240 after a backward pass, and 8.8 MiB of the driver"
+    "518 MiB before the first kernel, 168 more after a prefill, 240 after a backward pass, and 8.8 MiB of the driver"
 )
-# Middle of what was measured after a prefill and after more kernels were loaded; what a backward pass adds to that.
-_HOPPER_KERNELS, _HOPPER_BACKWARD, _HOPPER_SYSTEM = 177 * MIB, 63 * MIB, round(8.81 * MIB)
+# After a prefill, and what a backward pass adds to that; long decoding adds DECODE_KERNELS.
+_HOPPER_KERNELS, _HOPPER_BACKWARD, _HOPPER_SYSTEM = 168 * MIB, 72 * MIB, round(8.81 * MIB)
 
 # key: sources of the total, of capability and multiprocessors, of the bandwidth, of the context.
 _SOURCES = {

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from glm4v_nb.rig.allocator import MIB
 from glm4v_nb.rig.catalog import Card
 from glm4v_nb.rig.device import DEVICE_TYPE
 
@@ -21,7 +22,11 @@ MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "ate
 # A product with a bias goes through cublasLt, which has a workspace of its own: _parseCUDABlasLtWorkspaceSize().
 WITH_BIAS = {"aten::addmm"}
 CUBLASLT_WORKSPACE_BYTES = 2**20
-
+# Kernels are loaded when they are first used, and some of their memory lies among PyTorch's segments: cuBLAS's with the
+# first matrix product; some by the decoder's first normalisation; some in each decoding of another size that goes on
+# for long. The last are not loaded after 7 steps and are after 63, and what they are is not known.
+CUBLAS_KERNELS, NORM_KERNELS, DECODE_KERNELS = [64 * MIB], [2 * MIB], [2 * MIB] * 3
+LONG_DECODE = 16
 
 # Threads a multiprocessor holds at a time, by compute capability; 2048 on the others (CUDA C++ Programming Guide,
 # table of technical specifications).
@@ -66,10 +71,15 @@ def _attention_backward_bytes(query, key, value) -> int:
 
 def _sum_scratch(tensor: torch.Tensor, dims, card: Card) -> list[int]:
     """Room for partial sums and their counters, where the blocks of a grid share the work on one sum."""
-    if not tensor.is_contiguous() or not tensor.numel():
+    if not tensor.numel():
         return []
     every = range(tensor.ndim)
     reduced = sorted(dim % tensor.ndim for dim in dims) if dims else list(every)
+    if tensor.ndim == 4 and reduced == [0, 2, 3] and tensor.is_contiguous(memory_format=torch.channels_last):
+        channels = tensor.shape[1]
+        return _reduction(channels, tensor.numel() // channels, False, max(4, tensor.element_size()), card)
+    if not tensor.is_contiguous():
+        return []
     inputs = math.prod(tensor.shape[dim] for dim in reduced)
     outputs = tensor.numel() // inputs
     if reduced == list(every)[len(every) - len(reduced) :]:

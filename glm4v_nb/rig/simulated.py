@@ -4,6 +4,7 @@ import os
 from contextlib import contextmanager
 
 from glm4v_nb.rig.accounting import Accounting, Block
+from glm4v_nb.rig.addresses import AddressSpace
 from glm4v_nb.rig.allocator import MIB, Allocator
 from glm4v_nb.rig.catalog import Card, find_card
 from glm4v_nb.rig.device import DEVICE_TYPE, MAX_CARDS, observe
@@ -74,6 +75,7 @@ class SimulatedRig(Stages):
         if alloc_conf is None:
             alloc_conf = next(filter(None, map(os.environ.get, _ALLOC_CONF_VARIABLES)), "")
         kind, options = read_alloc_conf(alloc_conf)
+        addresses = AddressSpace(count)
         self.allocators = [
             kind(
                 index,
@@ -81,6 +83,7 @@ class SimulatedRig(Stages):
                 each.total_bytes,
                 each.context_bytes,
                 system_bytes=each.system_bytes,
+                addresses=addresses,
                 **options,
             )
             for index, each in enumerate(self.cards)

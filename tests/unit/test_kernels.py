@@ -1,6 +1,9 @@
 """What CUDA's kernels take while they run; the figures are those of traces on an H100 with torch 2.11, 2026-11-25."""
 
+import json
 import math
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from glm4v_nb.memory import flop_counter
 from glm4v_nb.rig import Rig, device, find_card
-from glm4v_nb.rig.addresses import FIRST_REGION, LARGE, REGION, TOP, AddressSpace
-from glm4v_nb.rig.kernels import scratch_bytes
+from glm4v_nb.rig.addresses import FIRST_REGION, SET_OFF, TOP, AddressSpace
+from glm4v_nb.rig.kernels import DECODE_KERNELS, LONG_DECODE, scratch_bytes
 
 H100 = find_card("H100")
 
@@ -118,20 +121,56 @@ def test_the_backward_pass_of_silu_is_one_kernel():
     assert stage.memory[0].peak_allocated_bytes == 4 * leaf.nbytes
 
 
-def test_a_segment_goes_into_the_smallest_hole_the_lowest_of_equals_or_below():
+def test_a_segment_goes_into_the_smallest_hole_of_the_newest_region_that_has_one_or_below_all():
     space = AddressSpace()
+    assert space.take(2 * MIB) == TOP + FIRST_REGION - SET_OFF
     assert space.take(20 * MIB) == TOP
-    first, second = (space.take(214 * MIB) for _ in range(2))
-    assert first == TOP - 224 * MIB, "a region of whole 32 MiB below the first"
-    assert second == first - 224 * MIB
-    assert space.take(2 * MIB) == second + 214 * MIB, "both regions leave 10 MiB"
-    assert space.take(20 * MIB) == TOP + 20 * MIB
+    first, second = (space.take(414 * MIB) for _ in range(2))
+    assert first == TOP - 416 * MIB, "a region of whole 32 MiB below the first"
+    assert second == first - 416 * MIB
+    assert space.take(2 * MIB) == second + 414 * MIB, "the newest region's"
+    assert space.take(2 * MIB) == first + 414 * MIB
+    space.give_back(second)
+    assert space.take(100 * MIB) == second, "a region stays while anything is in it"
+    space.give_back(first + 414 * MIB)
     space.give_back(first)
-    assert space.take(214 * MIB) == first, "an unmapped region's addresses are the highest free ones"
+    assert space.take(394 * MIB) == TOP + 20 * MIB, "an empty region is unmapped"
+    assert space.take(416 * MIB) == first, "and its addresses are the highest free ones"
 
 
-def test_segments_never_overlap_and_the_first_region_stays():
-    space, taken = AddressSpace(), {}
+def test_segments_of_a_real_process_get_the_places_the_driver_gave_them():
+    """Regions lie where the driver had room; within and among them every place has to be the same."""
+    measured = json.loads(Path(__file__).with_name("segments_h100.json").read_text(encoding="utf-8"))
+    space = AddressSpace()
+    places = {
+        TOP: measured["first_region"] * MIB - TOP
+    }  # of each region, how far from its address here it really is
+    taken, right = {}, 0
+    for action, address, size in measured["events"]:
+        address, size = address * MIB, size * MIB
+        if action == "give back":
+            space.give_back(taken.pop(address))
+            continue
+        if action == "region":
+            start = TOP - (address * 2**20)  # far from all others
+            space._regions.insert(0, (start, size, [(measured["holes"][str(address // MIB)] * MIB, start)]))
+            places[start] = address - start
+            continue
+        before = {start for start, *_ in space._regions}
+        here = space.take(size)
+        if action == "driver":
+            continue
+        start = next(start for start, whole, _ in space._regions if start <= here < start + whole)
+        if start not in before:
+            places[start] = address - here
+        assert here + places[start] == address, (right, address // MIB, size // MIB)
+        right += 1
+        taken[address] = here
+    assert right > 230
+
+
+def test_segments_never_overlap_those_of_other_cards_neither_and_the_first_regions_stay():
+    space, taken = AddressSpace(cards=2), {}
     sizes = [2, 20, 32, 86, 108, 148, 214, 1184]
     for step in range(600):
         size = sizes[step * 7 % len(sizes)] * MIB
@@ -145,8 +184,43 @@ def test_segments_never_overlap_and_the_first_region_stays():
         taken[address] = size
     for address in taken:
         space.give_back(address)
-    assert space._holes == [(FIRST_REGION, TOP)]
-    assert LARGE % REGION == 0
+    assert [(start, whole) for start, whole, _ in space._regions] == [
+        (TOP, FIRST_REGION),
+        (TOP + FIRST_REGION, FIRST_REGION),
+    ]
+
+
+def test_kernels_take_addresses_among_the_segments_and_memory_of_the_card():
+    rig = Rig.simulated("H100")
+    weight = 2**20
+
+    def decode():
+        torch.empty(weight, device="cuda")
+
+    with rig:
+        free = [rig.memory()[0].free_bytes]
+        for steps in (LONG_DECODE - 1, LONG_DECODE, LONG_DECODE):
+            rig.repeat(decode, steps)
+            free.append(rig.memory()[0].free_bytes + rig.memory()[0].reserved_bytes)
+    assert [early - late for early, late in pairwise(free)] == [0, sum(DECODE_KERNELS), 0], "once for a size"
+
+
+def test_the_gradients_of_a_convolution_are_made_as_cudnn_makes_them():
+    rig = Rig.simulated("H100")
+    workspace = 205_979_648  # cuDNN's for the tower's first convolution, traced
+    with rig:
+        convolution = torch.nn.Conv2d(3, 1792, 14, 14, dtype=torch.bfloat16, device="cuda")
+        pixels = torch.empty(1, 3, 1120, 1120, dtype=torch.bfloat16, device="cuda")
+        output = convolution(pixels)
+        gradient = torch.empty_like(output)
+        before = rig.memory()[0].allocated_bytes
+        with rig.stage("backward") as stage:
+            output.backward(gradient)
+    kept = convolution.weight.nbytes
+    assert stage.memory[0].peak_allocated_bytes == pytest.approx(
+        before + kept + gradient.nbytes + workspace, abs=MIB
+    )
+    assert convolution.weight.grad.shape == convolution.weight.shape
 
 
 def test_flops_are_those_of_torchs_own_counter():
