@@ -2,7 +2,7 @@
 
 from glm4v_nb.memory.cleanup import FreedMemory, free_memory, with_smaller_batches
 from glm4v_nb.memory.log import logged_stage
-from glm4v_nb.memory.measured import MeasuredStage, measured_notebook, measured_run, printed_by_notebook
+from glm4v_nb.memory.measured import MeasuredStage, measured_notebook, measured_run
 from glm4v_nb.memory.oom import OutOfMemoryMessage, parse_out_of_memory
 from glm4v_nb.memory.probe import Workload, decode, make_prompt, prefill
 from glm4v_nb.memory.training import first_update, flop_counter, train_step, trained_parameters
@@ -22,7 +22,6 @@ __all__ = [
     "measured_run",
     "parse_out_of_memory",
     "prefill",
-    "printed_by_notebook",
     "train_step",
     "trained_parameters",
     "with_smaller_batches",

@@ -65,11 +65,6 @@ def measured_notebook(file: str, number: str) -> list[list[MeasuredStage]]:
     ]
 
 
-def printed_by_notebook(file: str, number: str) -> list[str]:
-    """What is kept of the text that a notebook printed on real GPUs, where its stages are not."""
-    return _notebook(file, number)["printed"]
-
-
 def _notebook(file: str, number: str) -> dict:
     return {each["notebook"][:2]: each for each in _read(file)["notebooks"]}[number]
 
