@@ -404,9 +404,11 @@ def traced(path: str, with_lines: bool):
     torch.cuda.memory._record_memory_history(
         context="all" if with_lines else None, max_entries=2_000_000, stacks="python"
     )
-    yield
-    traces = torch.cuda.memory._snapshot()["device_traces"]
-    torch.cuda.memory._record_memory_history(enabled=None)
+    try:
+        yield
+    finally:
+        traces = torch.cuda.memory._snapshot()["device_traces"]
+        torch.cuda.memory._record_memory_history(enabled=None)
     lines: dict[str, int] = {}
     events = []
     for card, trace in enumerate(traces):

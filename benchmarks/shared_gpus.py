@@ -37,9 +37,8 @@ def measure(taken_bytes: int) -> dict:
     rig = Rig.here()
     with rig.stage("load"):
         model, _ = load(CHECKPOINT)
-    for index in range(
-        torch.cuda.device_count()
-    ):  # a context on every card, or NVML does not list this process
+    # A context on every card: without one NVML does not list this process.
+    for index in range(torch.cuda.device_count()):
         torch.ones(1, device=index)
     prompt = make_prompt(model, Workload(images=1, text_tokens=16))
 
@@ -59,10 +58,14 @@ def measure(taken_bytes: int) -> dict:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            reserved = json.loads(other.stdout.readline())
-            answer("shared")
-            users = [finding.found for finding in examine() if finding.subject.startswith("users of GPU")]
-            other.communicate("\n")
+            try:
+                reserved = json.loads(other.stdout.readline() or "null")
+                if reserved is None:
+                    sys.exit("error: the other process ended; see what it wrote above")
+                answer("shared")
+                users = [finding.found for finding in examine() if finding.subject.startswith("users of GPU")]
+            finally:
+                other.communicate("\n")
             answer("alone again")
         samples = read_samples(path)
     others = {

@@ -2,6 +2,7 @@
 
 import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from glm4v_nb.rig.kernels import (
     CUBLAS_KERNELS,
     CUBLASLT_WORKSPACE_BYTES,
     DECODE_KERNELS,
+    DECODE_SIZES,
     LONG_DECODE,
     MATRIX_PRODUCTS,
     NORM_KERNELS,
@@ -69,7 +71,8 @@ class Accounting:
         self._references: dict[int, weakref.ref] = {}
         # (workspace, card, whether in the backward pass)
         self._workspaces: dict[tuple[str, int, bool], Block] = {}
-        self._kernels_loaded: set[tuple[int, str | tuple]] = set()  # card, and what they are for
+        self._kernels_loaded: set[tuple[int, str]] = set()  # card, and what they are for
+        self._decoded: dict[int, set[tuple[int, ...]]] = defaultdict(set)  # by card, sizes of long decodings
         self._serials = itertools.count()
         self._recording: list[_Event] | None = None
         self._deferring = False
@@ -173,7 +176,10 @@ class Accounting:
         if count >= LONG_DECODE:
             for card in sorted({event.card for event in first}):
                 sizes = tuple(event.bytes for event in first if event.card == card and event.allocates)
-                self._load_kernels(card, sizes, DECODE_KERNELS, sum(DECODE_KERNELS))
+                seen = self._decoded[card]
+                if sizes not in seen and len(seen) < DECODE_SIZES:
+                    seen.add(sizes)
+                    self._grow(card, DECODE_KERNELS, sum(DECODE_KERNELS))
         sizes = [[event.bytes for event in events if event.allocates] for events in recorded]
         if len(sizes[0]) == len(sizes[1]):
             try:
@@ -291,11 +297,14 @@ class Accounting:
             card, place.size, (size,), torch.uint8, name, "workspace", next(self._serials), [place]
         )
 
-    def _load_kernels(self, card: int, what: str | tuple, pieces: Sequence[int], grows_bytes: int):
-        """Once for each ``what``: pieces of memory among the segments, and in all ``grows_bytes`` for the context."""
-        if (card, what) in self._kernels_loaded:
-            return
-        self._kernels_loaded.add((card, what))
+    def _load_kernels(self, card: int, what: str, pieces: Sequence[int], grows_bytes: int):
+        """Once for each ``what``."""
+        if (card, what) not in self._kernels_loaded:
+            self._kernels_loaded.add((card, what))
+            self._grow(card, pieces, grows_bytes)
+
+    def _grow(self, card: int, pieces: Sequence[int], grows_bytes: int):
+        """Kernels take pieces of memory among the segments, and in all ``grows_bytes`` for the context."""
         self._allocator(card).keep_addresses(pieces)
         if self.card.kernel_bytes:  # of other cards all kernels are in the context from the beginning
             self._allocator(card).context_bytes += grows_bytes

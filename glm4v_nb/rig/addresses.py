@@ -1,12 +1,13 @@
 """Where the CUDA driver puts the segments that PyTorch asks for.
 
 Among free blocks of one size PyTorch takes the one with the lowest address, so which of two equal holes is filled next
-depends on the driver. The rules were read off the addresses in traces of PyTorch's allocator on an H100 (driver 580,
-torch 2.11, 2026-11-25 and -26; ``benchmarks/memory.py --trace``), and give all 232 segments of ten runs their place:
+depends on the driver. The rules were read off the addresses in a trace of PyTorch's allocator on an H100 (driver 580,
+torch 2.11, 2026-11-25; ``benchmarks/memory.py --trace``). Of its 232 segments 201 lie where they say, all of those that
+do not begin a region, which has to lie somewhere:
 
-- The driver maps regions of whole 32 MiB, each below those it has. A segment goes into the newest region that has a
-  hole large enough, and there into the smallest such hole, the lowest of equals. Where no region has one, a new region
-  is mapped, and what the segment leaves of it is a hole.
+- The driver maps regions of whole 32 MiB, each below those it has as far as there is room. A segment goes into the
+  newest region that has a hole large enough, and there into the smallest such hole, the lowest of equals. Where no
+  region has one, a new region is mapped, and what the segment leaves of it is a hole.
 - A region in which nothing is left is unmapped.
 - What the driver takes for itself, kernels above all, lies in the same holes. It is never given back, and so neither is
   the region around it.

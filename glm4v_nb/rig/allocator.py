@@ -83,7 +83,8 @@ class Allocator:
         system_bytes: taken by the driver for itself, counted to no process.
         fraction: ``set_per_process_memory_fraction``; None, before it is called, means no cap.
         max_split_bytes: ``max_split_size_mb`` in bytes: larger blocks are not split, and are given back to make room.
-        addresses: those of the process, which all its cards share; None for a card by itself.
+        addresses: those of the process, which all its cards share; None for a card by itself. Expandable segments have
+            a range of addresses each and take none of these.
 
     Attributes:
         allocated, reserved: bytes in blocks that are handed out, and in segments, now; ``peak_`` since the last reset.
@@ -135,7 +136,7 @@ class Allocator:
     @property
     def free_bytes(self) -> int:
         """What ``torch.cuda.mem_get_info`` reports as free."""
-        return self.total_bytes - self.system_bytes - self.context_bytes - self.reserved
+        return max(0, self.total_bytes - self.system_bytes - self.context_bytes - self.reserved)
 
     def allocate(self, size_bytes: int) -> Block:
         """Take a block, which is what ``free`` wants back. Its ``size`` may exceed the request by what was not split.

@@ -72,7 +72,7 @@ class Card:
 
     @property
     def outside_bytes(self) -> int:
-        """What inference can never have of the card: the context with its kernels loaded, and the driver's own part."""
+        """What inference never has of the card: the context with a prefill's kernels, and the driver's own part."""
         return self.context_bytes + self.kernel_bytes + self.system_bytes
 
     @property

@@ -86,6 +86,14 @@ def _convolution_backward(gradient, input, weight, bias_sizes, *settings):
     return tuple(gradients)
 
 
+def _is_known(func, arguments) -> bool:
+    """Whether an operator is rewritten for these arguments: of convolutions, plain ones over pictures on a card."""
+    if func is not torch.ops.aten.convolution_backward.default:
+        return True
+    gradient, transposed, groups = arguments[0], arguments[7], arguments[9]
+    return gradient.ndim == 4 and not transposed and groups == 1 and gradient.device.type == DEVICE_TYPE
+
+
 def _transposed_bytes(gradient, input, weight) -> int:
     """cuDNN's workspace for the gradient of a weight where channels come first: it transposes everything.
 
@@ -139,17 +147,15 @@ class _ObservedFakeMode(FakeTensorMode):
             with in_kernel_invocation_manager(self):
                 view = func(*args, **(kwargs or {}))
             return FakeTensor(self, view, args[0].fake_device)
-        if func in _REWRITTEN and isinstance(args[0], FakeTensor):
+        if func in _REWRITTEN and isinstance(args[0], FakeTensor) and _is_known(func, args):
             with self:
                 return _REWRITTEN[func](*args, **(kwargs or {}))
         # Operators that a shape rule uses internally are not the program's own.
         depth = getattr(self._nesting, "depth", 0)
         if func is torch.ops.aten.add.Tensor and depth == 0 and _added_in_place(*args):
             return args[0]
-        if func is torch.ops.aten.index_put.default and torch._C._current_graph_task_id() >= 0:
-            return args[
-                0
-            ]  # gradients of an index go into new zeros, in place unless tensors are of a class like these
+        if func is torch.ops.aten.index_put.default and depth == 0 and _put_in_place(*args):
+            return args[0]
         self._nesting.depth = depth + 1
         try:
             output = super().dispatch(func, types, args, kwargs)
@@ -212,6 +218,12 @@ def _added_in_place(sum_so_far, gradient, *others, **options) -> bool:
         and sum_so_far._use_count() == _engines_own
         and torch._C._storage_Use_Count(storage._cdata) == 2  # one is ``storage``
     )
+
+
+def _put_in_place(zeros, indices, gradient, accumulate=False) -> bool:
+    """Whether this is the gradient of an index, which PyTorch puts into new zeros in place, but for fake tensors."""
+    in_backward = torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
+    return in_backward and accumulate and isinstance(zeros, FakeTensor)
 
 
 def _try_engine():

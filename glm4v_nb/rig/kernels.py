@@ -1,8 +1,8 @@
 """What CUDA's kernels allocate beyond their results: which kernel is chosen, and what it needs while it runs.
 
-Shape rules know results only. The rest was read off traces of PyTorch's allocator on an H100 (torch 2.11, 2026-11-25;
-``benchmarks/memory.py --trace``) and in PyTorch's sources: for the choice of kernels aten/src/ATen/native/transformers/
-cuda, for sums aten/src/ATen/native/cuda/Reduce.cuh.
+Shape rules know results only. The rest was read off traces of PyTorch's allocator on H100 and H200 (torch 2.11,
+2026-11-25 and -26; ``benchmarks/memory.py --trace``) and in PyTorch's sources: for the choice of kernels aten/src/ATen/
+native/transformers/cuda, for sums aten/src/ATen/native/cuda/Reduce.cuh.
 """
 
 import math
@@ -24,9 +24,10 @@ WITH_BIAS = {"aten::addmm"}
 CUBLASLT_WORKSPACE_BYTES = 2**20
 # Kernels are loaded when they are first used, and some of their memory lies among PyTorch's segments: cuBLAS's with the
 # first matrix product; some by the decoder's first normalisation; some in each decoding of another size that goes on
-# for long. The last are not loaded after 7 steps and are after 63, and what they are is not known.
+# for long. The last are not loaded after 7 steps and are after 63; what they are is not known, and more than three
+# sizes in one process were not measured.
 CUBLAS_KERNELS, NORM_KERNELS, DECODE_KERNELS = [64 * MIB], [2 * MIB], [2 * MIB] * 3
-LONG_DECODE = 16
+LONG_DECODE, DECODE_SIZES = 16, 3
 
 # Threads a multiprocessor holds at a time, by compute capability; 2048 on the others (CUDA C++ Programming Guide,
 # table of technical specifications).

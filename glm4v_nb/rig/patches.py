@@ -1,7 +1,8 @@
 """What the reader's own code meets while a simulated rig is active: torch.cuda, "cuda:0" and from_pretrained.
 
 Everything is put in place by ``simulated_world`` and taken away again when its block ends, but for two: transformers'
-loader and accelerate's hooks go on taking bare numbers for CUDA devices, which PyTorch no longer does (see ``device``).
+loader and accelerate's AlignDevicesHook go on taking bare numbers for CUDA devices, which PyTorch no longer does (see
+``device``).
 """
 
 import os
@@ -126,8 +127,11 @@ def _warmup_of_cuda_cards(model, expanded_device_map, *args, **kwargs):
 
 
 def _execution_device(hook):
-    """Where a hook of accelerate's puts weights and inputs, of which it first asks whether they are there already."""
-    place = vars(hook)["execution_device"]
+    """Where accelerate's AlignDevicesHook puts weights and inputs; it first asks whether they are there already."""
+    try:
+        place = vars(hook)["execution_device"]
+    except KeyError:
+        raise AttributeError("execution_device") from None
     return (machine_device(place) or place) if isinstance(place, int) else place
 
 

@@ -1,5 +1,6 @@
 """``Rig`` on a machine with GPUs, which are faked here: which door it opens, and what a cap does to torch.cuda."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -254,6 +255,8 @@ def test_hooks_of_accelerate_mean_a_gpu_by_a_number_again_those_from_before_as_w
     for hook in (early, AlignDevicesHook(execution_device=1)):
         assert hook.execution_device == torch.device("cpu")
     assert named.execution_device == "disk"
+    assert copy.deepcopy(early).execution_device == torch.device("cpu")
+    assert not hasattr(AlignDevicesHook.__new__(AlignDevicesHook), "execution_device")
 
 
 def test_weights_spread_by_number_after_a_simulation_are_real(gpu_is_the_cpu, monkeypatch):
