@@ -174,12 +174,7 @@ class Accounting:
             return
         first, second = recorded
         if count >= LONG_DECODE:
-            for card in sorted({event.card for event in first}):
-                sizes = tuple(event.bytes for event in first if event.card == card and event.allocates)
-                seen = self._decoded[card]
-                if sizes not in seen and len(seen) < DECODE_SIZES:
-                    seen.add(sizes)
-                    self._grow(card, DECODE_KERNELS, sum(DECODE_KERNELS))
+            self._load_decode_kernels(first)
         sizes = [[event.bytes for event in events if event.allocates] for events in recorded]
         if len(sizes[0]) == len(sizes[1]):
             try:
@@ -302,6 +297,15 @@ class Accounting:
         if (card, what) not in self._kernels_loaded:
             self._kernels_loaded.add((card, what))
             self._grow(card, pieces, grows_bytes)
+
+    def _load_decode_kernels(self, step: list[_Event]):
+        """Once for each size of decoding, by what one step of it allocates on a card."""
+        for card in sorted({event.card for event in step}):
+            sizes = tuple(event.bytes for event in step if event.card == card and event.allocates)
+            seen = self._decoded[card]
+            if sizes not in seen and len(seen) < DECODE_SIZES:
+                seen.add(sizes)
+                self._grow(card, DECODE_KERNELS, sum(DECODE_KERNELS))
 
     def _grow(self, card: int, pieces: Sequence[int], grows_bytes: int):
         """Kernels take pieces of memory among the segments, and in all ``grows_bytes`` for the context."""

@@ -129,14 +129,19 @@ class Allocator:
         return int(self.total_bytes * (1.0 if self.fraction is None else self.fraction))
 
     @property
+    def available_bytes(self) -> int:
+        """What of the card is neither the context's nor the driver's own."""
+        return self.total_bytes - self.system_bytes - self.context_bytes
+
+    @property
     def limit_bytes(self) -> int:
         """Most bytes PyTorch can reserve: the rest of the card, or the per-process cap if that is less."""
-        return min(self.total_bytes - self.system_bytes - self.context_bytes, self.allowed_bytes)
+        return min(self.available_bytes, self.allowed_bytes)
 
     @property
     def free_bytes(self) -> int:
         """What ``torch.cuda.mem_get_info`` reports as free."""
-        return max(0, self.total_bytes - self.system_bytes - self.context_bytes - self.reserved)
+        return max(0, self.available_bytes - self.reserved)
 
     def allocate(self, size_bytes: int) -> Block:
         """Take a block, which is what ``free`` wants back. Its ``size`` may exceed the request by what was not split.

@@ -64,9 +64,17 @@ def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = No
     return output
 
 
+def channels_last_strides(shape: torch.Size) -> tuple[int, int, int, int]:
+    """Strides of a contiguous tensor of this shape (batch, channels, height, width) whose channels lie side by side."""
+    _, channels, height, width = shape
+    return (channels * height * width, 1, width * channels, channels)
+
+
 def _convolution_backward(gradient, input, weight, bias_sizes, *settings):
-    # As cuDNN goes about it, one gradient after the other.
-    of_input, of_weight, of_bias = settings[-1]
+    # As cuDNN goes about it, one gradient after the other. Only plain convolutions over pictures have been traced.
+    *_, transposed, _, groups, (of_input, of_weight, of_bias) = settings
+    if gradient.ndim != 4 or transposed or groups != 1 or gradient.device.type != DEVICE_TYPE:
+        return NotImplemented
     copied = torch.empty_like(gradient, memory_format=torch.contiguous_format)
     channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -80,18 +88,9 @@ def _convolution_backward(gradient, input, weight, bias_sizes, *settings):
     del copied
     if of_bias:
         # Positions come before channels in memory: what follows the convolutions of this model flattens them so.
-        _, channels, height, width = gradient.shape
-        strides = (channels * height * width, 1, width * channels, channels)
-        gradients[2] = gradient.as_strided(gradient.shape, strides).sum((0, 2, 3))
+        by_position = gradient.as_strided(gradient.shape, channels_last_strides(gradient.shape))
+        gradients[2] = by_position.sum((0, 2, 3))
     return tuple(gradients)
-
-
-def _is_known(func, arguments) -> bool:
-    """Whether an operator is rewritten for these arguments: of convolutions, plain ones over pictures on a card."""
-    if func is not torch.ops.aten.convolution_backward.default:
-        return True
-    gradient, transposed, groups = arguments[0], arguments[7], arguments[9]
-    return gradient.ndim == 4 and not transposed and groups == 1 and gradient.device.type == DEVICE_TYPE
 
 
 def _transposed_bytes(gradient, input, weight) -> int:
@@ -107,7 +106,7 @@ def _transposed_bytes(gradient, input, weight) -> int:
     return moved * weight.element_size() + 14 * elements * 4
 
 
-# Operators whose shape rule allocates otherwise than their CUDA kernel.
+# Operators whose shape rule allocates otherwise than their CUDA kernel. NotImplemented leaves a call to the shape rule.
 _REWRITTEN = {
     torch.ops.aten._safe_softmax.default: _safe_softmax,
     torch.ops.aten.convolution_backward.default: _convolution_backward,
@@ -147,9 +146,11 @@ class _ObservedFakeMode(FakeTensorMode):
             with in_kernel_invocation_manager(self):
                 view = func(*args, **(kwargs or {}))
             return FakeTensor(self, view, args[0].fake_device)
-        if func in _REWRITTEN and isinstance(args[0], FakeTensor) and _is_known(func, args):
+        if func in _REWRITTEN and isinstance(args[0], FakeTensor):
             with self:
-                return _REWRITTEN[func](*args, **(kwargs or {}))
+                output = _REWRITTEN[func](*args, **(kwargs or {}))
+            if output is not NotImplemented:
+                return output
         # Operators that a shape rule uses internally are not the program's own.
         depth = getattr(self._nesting, "depth", 0)
         if func is torch.ops.aten.add.Tensor and depth == 0 and _added_in_place(*args):
@@ -195,6 +196,11 @@ _engines_own: int | None = None
 _trying = False
 
 
+def _in_backward_pass() -> bool:
+    """Whether the autograd engine runs, and records no graph of what it does."""
+    return torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
+
+
 def _added_in_place(sum_so_far, gradient, *others, **options) -> bool:
     """Whether the autograd engine would add this gradient to the sum in place, which it never does with fake tensors.
 
@@ -202,7 +208,7 @@ def _added_in_place(sum_so_far, gradient, *others, **options) -> bool:
     nothing else refers to the sum so far.
     """
     global _engines_own
-    if not _COUNTS or torch._C._current_graph_task_id() < 0 or torch.is_grad_enabled():
+    if not _COUNTS or not _in_backward_pass():
         return False
     if not isinstance(gradient, FakeTensor) or not isinstance(sum_so_far, FakeTensor):
         return False
@@ -222,8 +228,7 @@ def _added_in_place(sum_so_far, gradient, *others, **options) -> bool:
 
 def _put_in_place(zeros, indices, gradient, accumulate=False) -> bool:
     """Whether this is the gradient of an index, which PyTorch puts into new zeros in place, but for fake tensors."""
-    in_backward = torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
-    return in_backward and accumulate and isinstance(zeros, FakeTensor)
+    return accumulate and isinstance(zeros, FakeTensor) and _in_backward_pass()
 
 
 def _try_engine():

@@ -89,7 +89,7 @@ class ExpandableAllocator(Allocator):
     def _map(self, block: Block, size: int) -> bool:
         """Put memory behind the first ``size`` addresses of an unmapped block; False when the card has none left."""
         mapped = round_up(size, SMALL_SEGMENT if block.small else LARGE_SEGMENT)
-        if self.reserved + mapped > self.total_bytes - self.system_bytes - self.context_bytes:
+        if self.reserved + mapped > self.available_bytes:
             return False
         unmapped = self._unmapped[block.small]
         del unmapped[bisect.bisect_left(unmapped, (block.address,))]

@@ -11,7 +11,7 @@ import torch
 
 from glm4v_nb.rig.allocator import MIB
 from glm4v_nb.rig.catalog import Card
-from glm4v_nb.rig.device import DEVICE_TYPE
+from glm4v_nb.rig.device import DEVICE_TYPE, channels_last_strides
 
 # cuDNN's attention keeps this much for itself while it runs, besides a seed and an offset of its random numbers.
 _CUDNN_ATTENTION_BYTES = 256
@@ -76,16 +76,15 @@ def _sum_scratch(tensor: torch.Tensor, dims, card: Card) -> list[int]:
         return []
     every = range(tensor.ndim)
     reduced = sorted(dim % tensor.ndim for dim in dims) if dims else list(every)
-    if tensor.ndim == 4 and reduced == [0, 2, 3] and tensor.is_contiguous(memory_format=torch.channels_last):
-        channels = tensor.shape[1]
-        return _reduction(channels, tensor.numel() // channels, False, max(4, tensor.element_size()), card)
-    if not tensor.is_contiguous():
+    over_positions = tensor.ndim == 4 and reduced == [0, 2, 3]
+    layout = torch.channels_last if over_positions else torch.contiguous_format
+    if not tensor.is_contiguous(memory_format=layout):
         return []
     inputs = math.prod(tensor.shape[dim] for dim in reduced)
     outputs = tensor.numel() // inputs
     if reduced == list(every)[len(every) - len(reduced) :]:
         along_rows = True
-    elif reduced == list(every)[: len(reduced)]:
+    elif over_positions or reduced == list(every)[: len(reduced)]:
         along_rows = False
     else:
         return []  # dimensions in the middle: does not happen in this model
@@ -205,7 +204,7 @@ def routed_convolution(original, rig):
         output = original(input, weight, bias, stride, padding, dilation, groups)
         if channels_last and not output.requires_grad:
             # The shape rule does not know that the result is channels-last too; nothing else refers to it yet.
-            output = output.as_strided_(output.shape, _channels_last_strides(output.shape))
+            output = output.as_strided_(output.shape, channels_last_strides(output.shape))
         transposed = weight.detach().contiguous(memory_format=torch.channels_last) if channels_last else None
         if input.dtype is torch.float32:
             copies = (input, weight) if channels_last else (input, weight, output)
@@ -214,8 +213,3 @@ def routed_convolution(original, rig):
         return output
 
     return conv2d
-
-
-def _channels_last_strides(shape: torch.Size) -> tuple[int, int, int, int]:
-    _, channels, height, width = shape
-    return (channels * height * width, 1, width * channels, channels)

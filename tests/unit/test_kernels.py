@@ -143,9 +143,8 @@ def test_segments_of_a_real_process_get_the_places_the_driver_gave_them():
     """Regions lie where the driver had room; within and among them every place has to be the same."""
     measured = json.loads(Path(__file__).with_name("segments_h100.json").read_text(encoding="utf-8"))
     space = AddressSpace()
-    places = {
-        TOP: measured["first_region"] * MIB - TOP
-    }  # of each region, how far from its address here it really is
+    # Of each region, how far from its address here it really is.
+    places = {TOP: measured["first_region"] * MIB - TOP}
     taken, right = {}, 0
     for action, address, size in measured["events"]:
         address, size = address * MIB, size * MIB
