@@ -39,7 +39,7 @@ help:
 	@echo '  PYTHON=python3.12     the Python that builds .venv                      (python3)'
 	@echo '  NOTEBOOKS="01 02"     run (to runs/suite-01-02/), validate: only these  (all)'
 	@echo '  OUTPUT=runs           run: where results go                             (runs)'
-	@echo '  TESTS=tests/unit      test: only these files or folders                 (all)'
+	@echo '  TESTS=tests/simgpu    test: only these files or folders                 (all)'
 	@echo '  FORCE=1               run: also the notebooks that are done              (no)'
 	@echo '  WORKERS=4             run, test, validate: files at a time              (2)'
 
@@ -53,14 +53,14 @@ setup:
 
 run: setup
 	@echo 'Starting the notebooks (importing torch takes a few seconds) ...'
-	@$(VENV)/python -m glm4v_nb_cli run $(NOTEBOOKS) --workers '$(WORKERS)' --output '$(OUTPUT)' $(if $(filter-out 0 no,$(FORCE)),--force)
+	@$(VENV)/python -m glm4v_nb run $(NOTEBOOKS) --workers '$(WORKERS)' --output '$(OUTPUT)' $(if $(filter-out 0 no,$(FORCE)),--force)
 
 test: setup
 	@HF_HUB_OFFLINE=1 $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 # `make test` has both parts too: the rules as a test, and the notebooks among its files.
 validate: setup
-	@$(VENV)/python -m glm4v_nb.experiment.validate --execute --workers '$(WORKERS)' $(NOTEBOOKS)
+	@$(VENV)/python -m nbsweep.validate --execute --workers '$(WORKERS)' $(NOTEBOOKS)
 
 # Containers often have only root, which Jupyter refuses unless told.
 lab: setup

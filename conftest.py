@@ -1,7 +1,8 @@
-"""pytest, for the notebooks that nbval executes: what a cell puts out must keep the rules of the stored outputs.
+"""pytest, for the notebooks that nbval executes: what a cell puts out must keep the rules of the
+stored outputs.
 
-nbval compares the cells that are marked for it, and of the others notices errors only. Whatever a cell prints while the
-tests run is looked at here, so that nothing has to be executed twice.
+nbval compares the cells that are marked for it, and of the others notices errors only. Whatever a
+cell prints while the tests run is looked at here, so that nothing has to be executed twice.
 """
 
 import os
@@ -10,7 +11,8 @@ import pytest
 
 
 def pytest_configure(config):
-    # Tests and kernels that run beside each other share the cores. Before anything imports torch, which reads it then.
+    # Tests and kernels that run beside each other share the cores. Before anything imports torch,
+    # which reads it then.
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
@@ -21,7 +23,7 @@ def pytest_runtest_call(item):
     # nbval keeps here what the cell has put out; other tests have no such attribute.
     if outputs := getattr(item, "test_outputs", None):
         # Here, because it imports torch, which not every test needs.
-        from glm4v_nb.experiment.output_rules import check_outputs
+        from nbsweep.output_rules import check_outputs
 
         if problems := check_outputs(item.cell, outputs):
             item.raise_cell_error(

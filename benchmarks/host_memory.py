@@ -1,13 +1,15 @@
-"""Host memory (RAM) of loading the model, measured on this machine and simulated: one program, two worlds.
+"""Host memory (RAM) of loading the model, measured on this machine and simulated: one program, two
+worlds.
 
     python benchmarks/host_memory.py measure DIR --output FILE [--full]  # writes its checkpoints to DIR, deletes them
     python benchmarks/host_memory.py compare FILE...                     # the simulator on the same cases, beside it
 
-The checkpoints have random weights in the official layout: 4.0 GB, which is the full size in width with two layers of
-forty and two of sixty-three, in one file and in shards, and with ``--full`` the whole 27.8 GB. Every case is a process
-of its own, which another one watches: ``RssAnon`` and ``RssFile`` of /proc/PID/status, every two milliseconds.
-Figures are what the load added to the process as it was before, with everything imported. On a machine with GPUs the
-cases with weights on a card run, too. Linux only.
+The checkpoints have random weights in the official layout: 4.0 GB, which is the full size in width
+with two layers of forty and two of sixty-three, in one file and in shards, and with ``--full`` the
+whole 27.8 GB. Every case is a process of its own, which another one watches: ``RssAnon`` and
+``RssFile`` of /proc/PID/status, every two milliseconds. Figures are what the load added to the
+process as it was before, with everything imported. On a machine with GPUs the cases with weights on
+a card run, too. Linux only.
 """
 
 import argparse
@@ -26,22 +28,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 MIB = 2**20
-# What the simulator promises: figures as close as SLACK_BYTES, but for what it does not count. Per parameter that is
-# whole pages of malloc and Python's own objects, 8 KiB with its share of the modules; in a file the first page of every
-# tensor, which making a view reads, with those around it that Linux maps along (fault_around_bytes). A first forward
-# pass also reads its code. What malloc keeps is next.
+# What the simulator promises: figures as close as SLACK_BYTES, but for what it does not count. Per
+# parameter that is whole pages of malloc and Python's own objects, 8 KiB with its share of the
+# modules; in a file the first page of every tensor, which making a view reads, with those around it
+# that Linux maps along (fault_around_bytes). A first forward pass also reads its code. What malloc
+# keeps is next.
 SLACK_BYTES = 4 * MIB
 OBJECT_BYTES, TOUCHED_BYTES = 12 * 2**10, 64 * 2**10
 CODE_BYTES = 64 * MIB
-# Of tensors that were converted on the host and freed malloc keeps some: once one of up to 32 MiB has been freed, such
-# come from the heap of their thread, which is trimmed only where 64 MiB lie free at its end (mallopt(3):
-# M_MMAP_THRESHOLD and M_TRIM_THRESHOLD grow).
+# Of tensors that were converted on the host and freed malloc keeps some: once one of up to 32 MiB
+# has been freed, such come from the heap of their thread, which is trimmed only where 64 MiB lie
+# free at its end (mallopt(3): M_MMAP_THRESHOLD and M_TRIM_THRESHOLD grow).
 HEAP_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True)
 class Case:
-    """One process: which checkpoint is loaded, in what type and where to. ``cards``: GPUs that it needs."""
+    """One process: which checkpoint is loaded, in what type and where to. ``cards``: GPUs that it
+    needs."""
 
     checkpoint: str
     dtype: str
@@ -50,8 +54,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        places = {self.device_map} if isinstance(self.device_map, str) else {*self.device_map.values()}
-        where = " and ".join(sorted(f"card {place}" if isinstance(place, int) else place for place in places))
+        places = (
+            {self.device_map} if isinstance(self.device_map, str) else {*self.device_map.values()}
+        )
+        where = " and ".join(
+            sorted(f"card {place}" if isinstance(place, int) else place for place in places)
+        )
         return f"{self.checkpoint}, {self.dtype}, {where}"
 
 
@@ -84,7 +92,8 @@ def config_of(layout: str):
 
 
 def write_checkpoint(directory: Path, layout: str, weights: bool = True):
-    """Random weights in the official layout, a shard in memory at a time; or configuration and index alone.
+    """Random weights in the official layout, a shard in memory at a time; or configuration and
+    index alone.
 
     Raises:
         OSError: the disk is full.
@@ -111,7 +120,9 @@ def write_checkpoint(directory: Path, layout: str, weights: bool = True):
     places, noise = {}, (torch.randn(2**20) * 0.02).to(torch.bfloat16)
     for number, shapes in enumerate(shards, 1):
         file = (
-            f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            if len(shards) > 1
+            else "model.safetensors"
         )
         places |= dict.fromkeys(shapes, file)
         if weights:
@@ -136,11 +147,12 @@ def load(case: Case, checkpoint: str, **options):
 
 
 def run_one(arguments: argparse.Namespace):
-    """The process that is watched: says a word on stdout when it gets to a point, and waits for one to go on."""
+    """The process that is watched: says a word on stdout when it gets to a point, and waits for one
+    to go on."""
     import torch
 
-    from glm4v_nb.memory import Workload, make_prompt, prefill
     from glm4v_nb.miniature import CHECKPOINT
+    from glm4v_nb.workload import Workload, make_prompt, prefill
 
     def at(point: str):
         print(point, flush=True)
@@ -149,8 +161,8 @@ def run_one(arguments: argparse.Namespace):
     case = CASES[arguments.number]
     folder = Path(arguments.directory)
     options = {"offload_folder": folder / "offload"} if "disk" in case.name else {}
-    # Code that is imported and threads that are started at first use are the process's own. What this first model
-    # leaves in malloc's heap would be used again by the next.
+    # Code that is imported and threads that are started at first use are the process's own. What
+    # this first model leaves in malloc's heap would be used again by the next.
     load(case, CHECKPOINT, **options)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -179,7 +191,8 @@ def read_memory(process: int) -> dict[str, int]:
 
 
 def watch(number: int, directory: str) -> dict | None:
-    """What a case added to its process, in bytes: highest in the load and at its end, and after a forward pass."""
+    """What a case added to its process, in bytes: highest in the load and at its end, and after a
+    forward pass."""
     command = [sys.executable, __file__, "one", directory, "--number", str(number)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     points: dict[str, dict[str, int]] = {}
@@ -206,10 +219,13 @@ def watch(number: int, directory: str) -> dict | None:
         return None
     before = points["before"]
     figures = {
-        f"peak_{name}": max(points["loaded"][name], peaks.get(name, 0)) - before[name] for name in before
+        f"peak_{name}": max(points["loaded"][name], peaks.get(name, 0)) - before[name]
+        for name in before
     }
     for point, sizes in points.items():
-        figures |= {f"{point}_{name}": sizes[name] - before[name] for name in before if point != "before"}
+        figures |= {
+            f"{point}_{name}": sizes[name] - before[name] for name in before if point != "before"
+        }
     return figures | {"samples": samples}
 
 
@@ -229,7 +245,9 @@ def provenance() -> dict:
         "swap_bytes": psutil.swap_memory().total,
         "cards": dict(cards),
         "loader_threads": GLOBAL_WORKERS,
-        "system": f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
+        "system": (
+            f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}"
+        ),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
@@ -265,9 +283,14 @@ def measure(arguments: argparse.Namespace):
                 if figures is None:
                     print(f"error: {CASES[number].name} ended without a result", file=sys.stderr)
                     continue
-                case = asdict(CASES[number]) | {"checkpoint_bytes": size, "largest_file_bytes": largest}
+                case = asdict(CASES[number]) | {
+                    "checkpoint_bytes": size,
+                    "largest_file_bytes": largest,
+                }
                 results["cases"].append({"case": case, "measured": figures})
-                Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                Path(arguments.output).write_text(
+                    json.dumps(results, indent=1) + "\n", encoding="utf-8"
+                )
         finally:
             shutil.rmtree(directory, ignore_errors=True)
             shutil.rmtree(Path(arguments.directory) / "offload", ignore_errors=True)
@@ -275,7 +298,8 @@ def measure(arguments: argparse.Namespace):
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure in bytes: measured, the least and the most it is by the simulator, and how far outside is allowed."""
+    """One figure in bytes: measured, the least and the most it is by the simulator, and how far
+    outside is allowed."""
 
     case: str
     name: str
@@ -290,21 +314,30 @@ class Figure:
 
 
 def simulate(case: Case) -> tuple:
-    """The ``HostMemory`` of a case, its parameters, and those that a forward pass as measured does not read."""
+    """The ``HostMemory`` of a case, its parameters, and those that a forward pass as measured does
+    not read."""
     from glm4v_nb.placement import meta_model
-    from glm4v_nb.rig import Rig
+    from simgpu import Rig
 
-    with tempfile.TemporaryDirectory() as folder, Rig.simulated("H100", max(case.cards, 1), "") as rig:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Rig.simulated("H100", max(case.cards, 1), "") as rig,
+    ):
         write_checkpoint(Path(folder), case.checkpoint, weights=False)
         load(case, folder)
         parameters = dict(meta_model(checkpoint=folder).named_parameters())
     # Of the embedding a CPU reads no more than the rows of the prompt.
     unread = ("language_model.embed_tokens", *(() if images_of(case) else ("vision_tower",)))
-    return rig.host.memory, parameters, [size for name, size in parameters.items() if name.startswith(unread)]
+    return (
+        rig.host.memory,
+        parameters,
+        [size for name, size in parameters.items() if name.startswith(unread)],
+    )
 
 
 def compare(results: dict) -> list[Figure]:
-    """All figures of a file of measurements beside the simulated ones; without those of cases on disk."""
+    """All figures of a file of measurements beside the simulated ones; without those of cases on
+    disk."""
     found = []
     for each in results["cases"]:
         case, measured = read_case(each["case"]), each["measured"]
@@ -312,7 +345,10 @@ def compare(results: dict) -> list[Figure]:
             continue
         host, parameters, unread = simulate(case)
         bounds = {
-            "peak_anonymous_bytes": (host.sequential_peak_anonymous_bytes, host.peak_anonymous_bytes),
+            "peak_anonymous_bytes": (
+                host.sequential_peak_anonymous_bytes,
+                host.peak_anonymous_bytes,
+            ),
             "loaded_anonymous_bytes": (host.anonymous_bytes,) * 2,
             "peak_file_bytes": (host.peak_file_bytes,) * 2,
             "loaded_file_bytes": (host.file_bytes,) * 2,
@@ -324,7 +360,11 @@ def compare(results: dict) -> list[Figure]:
             each_takes = TOUCHED_BYTES if "file" in name else OBJECT_BYTES
             allowed = SLACK_BYTES + each_takes * len(parameters)
             allowed += CODE_BYTES if "forward" in name else 0
-            if "anonymous" in name and case.cards and host.peak_anonymous_bytes > host.anonymous_bytes:
+            if (
+                "anonymous" in name
+                and case.cards
+                and host.peak_anonymous_bytes > host.anonymous_bytes
+            ):
                 allowed += HEAP_BYTES * results["provenance"]["loader_threads"]
             found.append(Figure(case.name, name, measured[name], least, most, allowed))
     return found
@@ -360,10 +400,14 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("measure", help="measure on this machine")
-    command.add_argument("directory", help="for the checkpoints; needs their size on a disk, not on a tmpfs")
+    command.add_argument(
+        "directory", help="for the checkpoints; needs their size on a disk, not on a tmpfs"
+    )
     command.add_argument("--output", required=True, help="JSON file for the results")
     command.add_argument("--only", default="", help="cases whose name contains this")
-    command.add_argument("--full", action="store_true", help="the full size as well, 27.8 GB on disk")
+    command.add_argument(
+        "--full", action="store_true", help="the full size as well, 27.8 GB on disk"
+    )
     command = commands.add_parser("one", help="the process of a case, which `measure` starts")
     command.add_argument("directory")
     command.add_argument("--number", type=int, required=True)

@@ -4,8 +4,9 @@
     python benchmarks/memory.py measure DIR --output FILE # on this machine's GPUs; every load in its own process
     python benchmarks/memory.py compare FILE...           # the simulator on the same cases, beside the stored figures
 
-A *load* is one process: the model is loaded once, then its *runs* follow, each from an emptied cache. A cap is set
-with ``set_per_process_memory_fraction``; runs at the edge of a cap take theirs from the peak of an earlier run.
+A *load* is one process: the model is loaded once, then its *runs* follow, each from an emptied
+cache. A cap is set with ``set_per_process_memory_fraction``; runs at the edge of a cap take theirs
+from the peak of an earlier run.
 """
 
 import argparse
@@ -30,7 +31,8 @@ OFFICIAL = "zai-org/glm-4v-9b"
 
 @dataclass(frozen=True)
 class Run:
-    """One workload. ``cap_bytes`` holds for every card; ``edge`` is (earlier run, MiB above its reserved peak)."""
+    """One workload. ``cap_bytes`` holds for every card; ``edge`` is (earlier run, MiB above its
+    reserved peak)."""
 
     name: str
     batch_size: int = 1
@@ -60,7 +62,9 @@ class Load:
 
 def edges(of: str, *offsets_mib: int, **workload) -> tuple[Run, ...]:
     """Runs of one workload under caps a little above and below its own reserved peak."""
-    return tuple(Run(f"{of}, cap {offset:+d} MiB", edge=(of, offset), **workload) for offset in offsets_mib)
+    return tuple(
+        Run(f"{of}, cap {offset:+d} MiB", edge=(of, offset), **workload) for offset in offsets_mib
+    )
 
 
 TOWER_ON_CPU = {"vision_tower": "cpu", "language_model": 0, "lm_head": 0}
@@ -139,7 +143,8 @@ TWO_AUTO = Load(
         Run("batch 4, 64 new", batch_size=4, text_tokens=100, new_tokens=64),
         *edges("image", -24, 64),
         *edges("batch 4, 64 new", -500, -24, 64, batch_size=4, text_tokens=100, new_tokens=64),
-        # Last: on two H100 with torch 2.11 this one ended in a launch failure, which takes the process with it.
+        # Last: on two H100 with torch 2.11 this one ended in a launch failure, which takes the
+        # process with it.
         Run("batch 4, text 6000", batch_size=4, images=0, text_tokens=6000),
     ),
 )
@@ -211,8 +216,8 @@ def perform(
 ) -> list[dict]:
     """Load and run on a rig, real or simulated; one record per run, the load's own first.
 
-    ``caps``: of runs at an edge, by name, when known from a measurement; otherwise taken from the run they name.
-    ``around``: a context for each, given the name of the run.
+    ``caps``: of runs at an edge, by name, when known from a measurement; otherwise taken from the
+    run they name. ``around``: a context for each, given the name of the run.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -248,13 +253,15 @@ def placement(load: Load) -> dict:
     """The arguments of ``from_pretrained`` that say where the model goes."""
     arguments: dict = {"device_map": load.device_map}
     if load.max_memory_gib:
-        arguments["max_memory"] = {index: f"{size}GiB" for index, size in enumerate(load.max_memory_gib)}
+        arguments["max_memory"] = {
+            index: f"{size}GiB" for index, size in enumerate(load.max_memory_gib)
+        }
     return arguments
 
 
 def step(rig, model, run: Run):
     """The workload itself, in named stages."""
-    from glm4v_nb.memory import Workload, decode, make_prompt, prefill
+    from glm4v_nb.workload import Workload, decode, make_prompt, prefill
 
     workload = Workload(run.batch_size, run.images, run.text_tokens, run.new_tokens)
     if run.train:
@@ -270,7 +277,8 @@ def step(rig, model, run: Run):
 
 def train(rig, model, run: Run, workload):
     """One training step: forward and backward, then the optimiser's first update if asked for."""
-    from glm4v_nb.memory import first_update, make_prompt, train_step, trained_parameters
+    from glm4v_nb.training import first_update, train_step, trained_parameters
+    from glm4v_nb.workload import make_prompt
 
     parameters = trained_parameters(model, run.train)
     with rig.stage("backward"):
@@ -305,7 +313,8 @@ def recorded(rig, record: dict, records: list[dict]):
 
 
 def card_figures(memory) -> dict[str, int]:
-    """What is compared of one card, and what the driver counts outside PyTorch's allocator, others included."""
+    """What is compared of one card, and what the driver counts outside PyTorch's allocator, others
+    included."""
     return {
         "allocated_bytes": memory.allocated_bytes,
         "reserved_bytes": memory.reserved_bytes,
@@ -335,11 +344,15 @@ def edge_cap(records: list[dict], run: Run) -> int:
     """The reserved peak of the run it names, on the card where it is highest, plus its distance."""
     name, offset = run.edge
     stages = next(record for record in records if record["run"] == name)["stages"]
-    return max(card["peak_reserved_bytes"] for stage in stages for card in stage["memory"]) + offset * MIB
+    return (
+        max(card["peak_reserved_bytes"] for stage in stages for card in stage["memory"])
+        + offset * MIB
+    )
 
 
 def set_cap(rig, cap_bytes: int | None):
-    """Cap this process on every card, or take the cap away; the message then still says what is allowed."""
+    """Cap this process on every card, or take the cap away; the message then still says what is
+    allowed."""
     import torch
 
     for index, memory in enumerate(rig.memory()):
@@ -361,10 +374,11 @@ def plan(cards: int, only: str = "") -> list[Load]:
 
 
 def measure_one(arguments: argparse.Namespace):
-    """One load of the plan, in this process; prints nothing but progress and writes one JSON file."""
+    """One load of the plan, in this process; prints nothing but progress and writes one JSON
+    file."""
     import torch
 
-    from glm4v_nb.rig import Rig
+    from simgpu import Rig
 
     load = plan(torch.cuda.device_count())[arguments.number]
     started = time.perf_counter()
@@ -372,7 +386,9 @@ def measure_one(arguments: argparse.Namespace):
     def around(run: str):
         if arguments.trace and any(text in run for text in arguments.traced_runs):
             name = re.sub(r"[^a-z0-9]+", "_", run)
-            return traced(f"{arguments.trace}.{arguments.number}.{name}.json.gz", arguments.trace_lines)
+            return traced(
+                f"{arguments.trace}.{arguments.number}.{name}.json.gz", arguments.trace_lines
+            )
         return nullcontext()
 
     records = perform(load, Rig.here(), arguments.checkpoint, around=around)
@@ -382,10 +398,12 @@ def measure_one(arguments: argparse.Namespace):
 
 @contextmanager
 def traced(path: str, with_lines: bool):
-    """Write every allocation and release inside, with the innermost lines of Python behind it, to find causes.
+    """Write every allocation and release inside, with the innermost lines of Python behind it, to
+    find causes.
 
-    ``with_lines``: torch 2.11 fails to look for them in a backward pass over two GPUs with gradient checkpointing.
-    ``before`` and ``after`` are the segments: [card, address, pool, [[bytes, state] of each block]].
+    ``with_lines``: torch 2.11 fails to look for them in a backward pass over two GPUs with gradient
+    checkpointing. ``before`` and ``after`` are the segments: [card, address, pool, [[bytes, state]
+    of each block]].
     """
     import torch
 
@@ -420,7 +438,9 @@ def traced(path: str, with_lines: bool):
                 for frame in event.get("frames", ())[:12]
             ]
             place = lines.setdefault(" < ".join(frames), len(lines))
-            events.append([card, event["action"], event.get("addr", 0), event.get("size", 0), place])
+            events.append(
+                [card, event["action"], event.get("addr", 0), event.get("size", 0), place]
+            )
     with gzip.open(path, "wt", encoding="utf-8") as file:
         content = {"before": before, "lines": list(lines), "events": events, "after": segments()}
         json.dump(content, file)
@@ -476,7 +496,8 @@ def measure(arguments: argparse.Namespace):
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure measured and simulated, in bytes; ``allowed_bytes`` is how far apart they may be."""
+    """One figure measured and simulated, in bytes; ``allowed_bytes`` is how far apart they may
+    be."""
 
     load: str
     run: str
@@ -492,17 +513,19 @@ class Figure:
         return abs(self.simulated - self.measured) <= self.allowed_bytes
 
 
-# What the simulator promises. A message rounds to two decimals, and another process or driver takes some MiB.
+# What the simulator promises. A message rounds to two decimals, and another process or driver takes
+# some MiB.
 ALLOCATED_BYTES, RESERVED_SHARE, MESSAGE_BYTES = 4 * MIB, 0.01, 16 * MIB
 
 
 def simulate(results: dict) -> list[tuple[Load, list[dict], list[dict]]]:
     """The loads of a file of measurements, with the measured and the simulated records of each.
 
-    Of the two orders in which a real loader puts the last weights on a card (``head_first``) a load is simulated in the
-    one its own reserved bytes show; the figures of all its runs then have to fit that order.
+    Of the two orders in which a real loader puts the last weights on a card (``head_first``) a load
+    is simulated in the one its own reserved bytes show; the figures of all its runs then have to
+    fit that order.
     """
-    from glm4v_nb.rig import Rig
+    from simgpu import Rig
 
     found = []
     (card,) = results["provenance"]["cards"]
@@ -517,7 +540,10 @@ def simulate(results: dict) -> list[tuple[Load, list[dict], list[dict]]]:
         if load.cards > 1 and not same_reserved(measured["records"][0], records[0]):
             with head_first():
                 if same_reserved(measured["records"][0], simulated(replace(load, runs=()))[0]):
-                    print("  the head was loaded before the last layer: once more in this order", flush=True)
+                    print(
+                        "  the head was loaded before the last layer: once more in this order",
+                        flush=True,
+                    )
                     records = simulated(load)
         found.append((load, measured["records"], records))
     return found
@@ -526,7 +552,8 @@ def simulate(results: dict) -> list[tuple[Load, list[dict], list[dict]]]:
 def same_reserved(measured: dict, simulated: dict) -> bool:
     """Whether two loads ended with the same reserved bytes on every card, within 1 %."""
     ends = (
-        [card["reserved_bytes"] for card in each["stages"][-1]["memory"]] for each in (measured, simulated)
+        [card["reserved_bytes"] for card in each["stages"][-1]["memory"]]
+        for each in (measured, simulated)
     )
     return all(abs(two - one) <= RESERVED_SHARE * one for one, two in zip(*ends, strict=True))
 
@@ -535,9 +562,10 @@ def same_reserved(measured: dict, simulated: dict) -> bool:
 def head_first():
     """The loader's other order: the output head just before the last weight of the decoder.
 
-    transformers loads with several threads, so which of the last weights gets its memory first is a race: of three
-    measured loads with one map on two cards the head was last in two and next to last in one. It decides whether the
-    head finds room in the block that the loader has reserved ahead, and so about 1.1 GiB of reserved memory.
+    transformers loads with several threads, so which of the last weights gets its memory first is a
+    race: of three measured loads with one map on two cards the head was last in two and next to
+    last in one. It decides whether the head finds room in the block that the loader has reserved
+    ahead, and so about 1.1 GiB of reserved memory.
     """
     from unittest import mock
 
@@ -556,12 +584,16 @@ def head_first():
 
 def read_load(stored: dict) -> Load:
     """A ``Load`` from its JSON."""
-    runs = tuple(Run(**run | {"edge": run["edge"] and tuple(run["edge"])}) for run in stored["runs"])
+    runs = tuple(
+        Run(**run | {"edge": run["edge"] and tuple(run["edge"])}) for run in stored["runs"]
+    )
     limits = stored["max_memory_gib"] and tuple(stored["max_memory_gib"])
     return Load(**stored | {"runs": runs, "max_memory_gib": limits})
 
 
-def compare(load: Load, measured: list[dict], simulated: list[dict]) -> tuple[list[Figure], list[str]]:
+def compare(
+    load: Load, measured: list[dict], simulated: list[dict]
+) -> tuple[list[Figure], list[str]]:
     """All figures of a load side by side, and in words where runs ended differently."""
     figures, differences = [], []
     if [record["run"] for record in measured] != [record["run"] for record in simulated]:
@@ -596,28 +628,39 @@ def compare(load: Load, measured: list[dict], simulated: list[dict]) -> tuple[li
 
 
 def rows(load: Load, measured: list[dict], simulated: list[dict]) -> list[str]:
-    """A table in Markdown, a row per run: MiB measured on each card, and how far the simulated figure is from it."""
+    """A table in Markdown, a row per run: MiB measured on each card, and how far the simulated
+    figure is from it."""
     lines = []
     for real, ours in zip(measured, simulated, strict=True):
         cells = []
         for name in ("peak_allocated_bytes", "peak_reserved_bytes"):
             peaks = [
-                [max(stage["memory"][card][name] for stage in each["stages"]) for card in range(load.cards)]
+                [
+                    max(stage["memory"][card][name] for stage in each["stages"])
+                    for card in range(load.cards)
+                ]
                 for each in (real, ours)
             ]
             cells.append(
                 ", ".join(
-                    f"{one / MIB:,.0f} ({(two - one) / MIB:+.0f})" for one, two in zip(*peaks, strict=True)
+                    f"{one / MIB:,.0f} ({(two - one) / MIB:+.0f})"
+                    for one, two in zip(*peaks, strict=True)
                 )
             )
-        end = end_of(real) if end_of(real) == end_of(ours) else f"{end_of(real)}; simulated {end_of(ours)}"
-        lines.append(f"| {load.name} | {real['run']} | {' | '.join(cells)} | {end} |".replace("-0)", "+0)"))
+        end = (
+            end_of(real)
+            if end_of(real) == end_of(ours)
+            else f"{end_of(real)}; simulated {end_of(ours)}"
+        )
+        lines.append(
+            f"| {load.name} | {real['run']} | {' | '.join(cells)} | {end} |".replace("-0)", "+0)")
+        )
     return lines
 
 
 def end_of(record: dict) -> str:
     """How a run ended: "fits", or the phase, the card and the request that failed."""
-    from glm4v_nb.memory import parse_out_of_memory
+    from simgpu.oom import parse_out_of_memory
 
     if not record["out_of_memory"]:
         return "fits"
@@ -627,8 +670,9 @@ def end_of(record: dict) -> str:
 
 
 def message_figures(load: Load, real: dict, ours: dict) -> list[Figure]:
-    """The other figures of two out-of-memory messages; what other processes held is theirs, not this program's."""
-    from glm4v_nb.memory import parse_out_of_memory
+    """The other figures of two out-of-memory messages; what other processes held is theirs, not
+    this program's."""
+    from simgpu.oom import parse_out_of_memory
 
     messages = [parse_out_of_memory(record["out_of_memory"]) for record in (real, ours)]
     others = sum(real.get("others_bytes") or [0])
@@ -640,12 +684,15 @@ def message_figures(load: Load, real: dict, ours: dict) -> list[Figure]:
         # A size above 1 GiB is printed to a hundredth of a GiB.
         allowed = MESSAGE_BYTES + (0.005 * GIB if one > GIB else 0)
         stage = real["stages"][-1]["name"]
-        figures.append(Figure(load.name, real["run"], stage, messages[0].device, name, one, two, allowed))
+        figures.append(
+            Figure(load.name, real["run"], stage, messages[0].device, name, one, two, allowed)
+        )
     return figures
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Print where the simulator and the measurements differ, and a summary; 1 if anything is out of bounds."""
+    """Print where the simulator and the measurements differ, and a summary; 1 if anything is out of
+    bounds."""
     wrong, everything, origins = 0, [], []
     for path in arguments.results:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -660,14 +707,18 @@ def report(arguments: argparse.Namespace) -> int:
         print(f"\n{path}: {results['provenance']}")
         for name in ("peak_allocated_bytes", "peak_reserved_bytes"):
             apart = [abs(f.simulated - f.measured) / MIB for f in figures if f.name == name]
-            print(f"  {name:21s}{len(apart):4d} figures, {max(apart, default=0):8.1f} MiB apart at most")
+            print(
+                f"  {name:21s}{len(apart):4d} figures, {max(apart, default=0):8.1f} MiB apart at"
+                " most"
+            )
         for text in differences:
             print("  DIFFERENT", text)
         for figure in outside:
             apart = (figure.simulated - figure.measured) / MIB
             place = f"{figure.load} · {figure.run} · {figure.stage} · card {figure.card}"
             print(
-                f"  OUTSIDE   {place}: {figure.name} {figure.measured / MIB:,.1f} MiB, simulated {apart:+,.1f}"
+                f"  OUTSIDE   {place}: {figure.name} {figure.measured / MIB:,.1f} MiB, simulated"
+                f" {apart:+,.1f}"
             )
         if arguments.table:
             print("\n".join(lines))
@@ -679,7 +730,8 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def plot(figures: list[Figure], origins: list[dict], path: str):
-    """Simulated against measured peaks, and how far apart they are. ``origins``: of the files they come from."""
+    """Simulated against measured peaks, and how far apart they are. ``origins``: of the files they
+    come from."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -694,7 +746,12 @@ def plot(figures: list[Figure], origins: list[dict], path: str):
         chosen = [each for each in figures if each.name == name]
         measured = [each.measured / GIB for each in chosen]
         both.plot(
-            measured, [each.simulated / GIB for each in chosen], marker, color=colour, label=label, alpha=0.6
+            measured,
+            [each.simulated / GIB for each in chosen],
+            marker,
+            color=colour,
+            label=label,
+            alpha=0.6,
         )
         distances = [(each.simulated - each.measured) / MIB for each in chosen]
         apart.plot(measured, distances, marker, color=colour, label=label, alpha=0.6)
@@ -705,11 +762,17 @@ def plot(figures: list[Figure], origins: list[dict], path: str):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     both.legend(frameon=False)
-    cards = [", ".join(f"{count} x {name}" for name, count in each["cards"].items()) for each in origins]
+    cards = [
+        ", ".join(f"{count} x {name}" for name, count in each["cards"].items()) for each in origins
+    ]
     last = origins[-1]
-    versions = f"torch {last['torch']}, transformers {last['transformers']}, driver {last['driver']}"
+    versions = (
+        f"torch {last['torch']}, transformers {last['transformers']}, driver {last['driver']}"
+    )
     dates = " and ".join(sorted({each["date"] for each in origins}))
-    title = f"Peaks of every stage and card, measured on {' and on '.join(cards)}\n{dates}, {versions}"
+    title = (
+        f"Peaks of every stage and card, measured on {' and on '.join(cards)}\n{dates}, {versions}"
+    )
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.savefig(path, dpi=110)
 
@@ -728,12 +791,17 @@ def main() -> int:
         command.add_argument("--output", required=True)
         command.add_argument("--only", default="", help="loads whose name contains this")
         command.add_argument("--number", type=int)
-        command.add_argument("--trace", default="", help="also write every allocation to files of this name")
+        command.add_argument(
+            "--trace", default="", help="also write every allocation to files of this name"
+        )
         command.add_argument(
             "--traced", nargs="+", default=[""], help="only of loads whose name has one of these"
         )
         command.add_argument(
-            "--traced-runs", nargs="+", default=[""], help="and only of runs whose name has one of these"
+            "--traced-runs",
+            nargs="+",
+            default=[""],
+            help="and only of runs whose name has one of these",
         )
         command.add_argument(
             "--trace-lines",
@@ -743,8 +811,12 @@ def main() -> int:
         )
     command = commands.add_parser("compare", help="hold the simulator to stored measurements")
     command.add_argument("results", nargs="+", help="files that `measure` wrote")
-    command.add_argument("--table", action="store_true", help="print every run as a row of Markdown")
-    command.add_argument("--picture", default="", help="draw simulated against measured into this file")
+    command.add_argument(
+        "--table", action="store_true", help="print every run as a row of Markdown"
+    )
+    command.add_argument(
+        "--picture", default="", help="draw simulated against measured into this file"
+    )
     arguments = parser.parse_args()
     if arguments.command == "compare":
         return report(arguments)

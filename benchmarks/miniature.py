@@ -2,9 +2,9 @@
 
     python benchmarks/miniature.py [--json]
 
-Seconds of wall clock after import; the first question of a process, and the median of ten. The limits are what the
-project promises on two cores. Where other programs keep these busy, PyTorch's threads wait for each other, and a
-one-word answer can take more than a second.
+Seconds of wall clock after import; the first question of a process, and the median of ten. The
+limits are what the project promises on two cores. Where other programs keep these busy, PyTorch's
+threads wait for each other, and a one-word answer can take more than a second.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from glm4v_nb.inference import generate, load
 from glm4v_nb.miniature import CHECKPOINT
 from glm4v_nb.miniature.scenes import sample_pictures
-from glm4v_nb.rig import Rig
+from simgpu import Rig
 
 LIMITS = {"load_seconds": 2.0, "first_token_seconds": 0.5, "one_word_answer_seconds": 1.0}
 
@@ -36,7 +36,9 @@ def measure() -> dict:
     figures["median_first_token_seconds"] = statistics.median(
         answer.first_token_seconds for answer in answers
     )
-    figures["median_one_word_answer_seconds"] = statistics.median(answer.seconds for answer in answers)
+    figures["median_one_word_answer_seconds"] = statistics.median(
+        answer.seconds for answer in answers
+    )
     figures = {name: round(value, 3) for name, value in figures.items()}
     return {
         **figures,

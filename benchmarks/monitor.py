@@ -2,10 +2,11 @@
 
     python benchmarks/monitor.py [--json] [--tokens 200] [--pairs 15]
 
-The miniature decodes with and without a monitor in turn, on this machine's GPU or its CPU. ``slowdown`` is the median
-over pairs of the ratio of the two times, less 1; ``sampling_share`` is the time inside samples by the time of the
-monitored loops, an upper bound of what they can cost where the sampler waits for the driver or for Python's lock.
-The miniature's steps are shorter than the full-size model's, and so is the time Python leaves idle.
+The miniature decodes with and without a monitor in turn, on this machine's GPU or its CPU.
+``slowdown`` is the median over pairs of the ratio of the two times, less 1; ``sampling_share`` is
+the time inside samples by the time of the monitored loops, an upper bound of what they can cost
+where the sampler waits for the driver or for Python's lock. The miniature's steps are shorter than
+the full-size model's, and so is the time Python leaves idle.
 """
 
 import argparse
@@ -18,10 +19,10 @@ from pathlib import Path
 import torch
 
 from glm4v_nb.inference import load
-from glm4v_nb.memory import Workload, decode, make_prompt, prefill
-from glm4v_nb.memory.monitor import Monitor, read_samples
 from glm4v_nb.miniature import CHECKPOINT
-from glm4v_nb.rig import Rig
+from glm4v_nb.workload import Workload, decode, make_prompt, prefill
+from simgpu import Rig
+from simgpu.monitor import Monitor, read_samples
 
 LIMITS = {"slowdown": 0.01, "sampling_share": 0.01}
 
@@ -77,7 +78,9 @@ def measure(tokens: int, pairs: int, interval_seconds: float) -> dict:
         "samples": samples,
         "interval_seconds": interval_seconds,
         "plain_milliseconds_per_token": round(1e3 * statistics.median(plain) / (tokens - 1), 3),
-        "monitored_milliseconds_per_token": round(1e3 * statistics.median(monitored) / (tokens - 1), 3),
+        "monitored_milliseconds_per_token": round(
+            1e3 * statistics.median(monitored) / (tokens - 1), 3
+        ),
         "tokens": tokens,
         "pairs": pairs,
         "threads": torch.get_num_threads(),

@@ -1,10 +1,12 @@
-"""What the notebooks' cards hold, stage by stage: on this machine's GPUs where it has enough, else simulated.
+"""What the notebooks' cards hold, stage by stage: on this machine's GPUs where it has enough, else
+simulated.
 
     python benchmarks/notebooks.py cache    # random weights where zai-org/glm-4v-9b is looked for, 27.8 GB
     python benchmarks/notebooks.py run FILE 01 02 03 [-p NAME VALUE ...] [--executed DIR]
     python benchmarks/notebooks.py compare MEASURED SIMULATED
 
-The notebooks run unchanged: a cell before the first notes every rig, a cell after the last writes their stages down.
+The notebooks run unchanged: a cell before the first notes every rig, a cell after the last writes
+their stages down.
 """
 
 import argparse
@@ -20,13 +22,13 @@ from nbclient.exceptions import CellExecutionError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from glm4v_nb.experiment.parameters import parse_value, read_parameters
+from nbsweep.parameters import parse_value, read_parameters
 
 MIB = 2**20
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 REPOSITORY, COMMIT = "models--zai-org--glm-4v-9b", "0" * 40
 BEFORE = """
-from glm4v_nb.rig.stages import Stages as _Stages
+from simgpu.base import Stages as _Stages
 _rigs, _init = [], _Stages.__init__
 def _noted(self):
     _init(self)
@@ -55,7 +57,8 @@ print(_json.dumps([
 
 
 def cache():
-    """Write random weights into the hub's cache on this machine, under a commit that does not exist."""
+    """Write random weights into the hub's cache on this machine, under a commit that does not
+    exist."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from memory import write_checkpoint
 
@@ -71,19 +74,26 @@ def cache():
 def run(number: str, parameters: dict[str, str], executed: str) -> dict:
     """Execute one notebook; its rigs' stages, or the error that ended it.
 
-    ``parameters``: text by name, as on the command line; what the notebook does not have is left out.
+    ``parameters``: text by name, as on the command line; what the notebook does not have is left
+    out.
     """
     path = next(NOTEBOOKS.glob(f"{number}_*.ipynb"))
     notebook = load_notebook_node(str(path))
     defaults = read_parameters(path)
-    known = {name: parse_value(text, defaults[name]) for name, text in parameters.items() if name in defaults}
+    known = {
+        name: parse_value(text, defaults[name])
+        for name, text in parameters.items()
+        if name in defaults
+    }
     if known:
         notebook = parameterize_notebook(notebook, known)
     before, after = nbformat.v4.new_code_cell(BEFORE), nbformat.v4.new_code_cell(AFTER)
     notebook.cells = [before, *notebook.cells, after]
     begin, error = time.perf_counter(), None
     try:
-        NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+        NotebookClient(
+            notebook, timeout=500, resources={"metadata": {"path": str(NOTEBOOKS)}}
+        ).execute()
     except CellExecutionError as failure:
         error = str(failure)
     if executed:
@@ -91,21 +101,38 @@ def run(number: str, parameters: dict[str, str], executed: str) -> dict:
         nbformat.write(notebook, Path(executed) / path.name)
     rigs = [] if error else json.loads(after.outputs[0].text)
     seconds = round(time.perf_counter() - begin, 1)
-    return {"notebook": path.name, "parameters": known, "seconds": seconds, "rigs": rigs, "error": error}
+    return {
+        "notebook": path.name,
+        "parameters": known,
+        "seconds": seconds,
+        "rigs": rigs,
+        "error": error,
+    }
 
 
 def compare(measured: dict, simulated: dict) -> int:
-    """Print both worlds' peaks of every stage that was measured; returns how many stages ended differently."""
+    """Print both worlds' peaks of every stage that was measured; returns how many stages ended
+    differently."""
     different = 0
     for result in measured["notebooks"]:
         alike = ("notebook", "parameters")
-        other = [each for each in simulated["notebooks"] if all(each[key] == result[key] for key in alike)]
-        print(result["notebook"], "ERROR" if result.get("error") else "" if other else "not simulated")
+        other = [
+            each
+            for each in simulated["notebooks"]
+            if all(each[key] == result[key] for key in alike)
+        ]
+        print(
+            result["notebook"], "ERROR" if result.get("error") else "" if other else "not simulated"
+        )
         for real, ours in zip_longest(result["rigs"], other[-1]["rigs"] if other else []):
             if real is None or ours is None or not real["provenance"].startswith("measured"):
                 continue
             for one, two in zip_longest(real["stages"], ours["stages"]):
-                if one is None or two is None or bool(one["out_of_memory"]) != bool(two["out_of_memory"]):
+                if (
+                    one is None
+                    or two is None
+                    or bool(one["out_of_memory"]) != bool(two["out_of_memory"])
+                ):
                     different += 1
                     print("   DIFFERENT", one, two)
                     continue
@@ -114,7 +141,8 @@ def compare(measured: dict, simulated: dict) -> int:
                 for name in ("peak_allocated_bytes", "peak_reserved_bytes"):
                     apart = [(b - a) / MIB for a, b in zip(one[name], two[name], strict=True)]
                     shown = ", ".join(
-                        f"{a / MIB:10.1f} {by:+8.1f}" for a, by in zip(one[name], apart, strict=True)
+                        f"{a / MIB:10.1f} {by:+8.1f}"
+                        for a, by in zip(one[name], apart, strict=True)
                     )
                     print(f"   {one['stage'][:24]:24s} {name:21s} {shown}")
     return different
@@ -131,19 +159,29 @@ def main() -> int:
     runs.add_argument("output")
     runs.add_argument("numbers", nargs="+")
     runs.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    runs.add_argument("--executed", default="", help="also keep the executed notebooks in this folder")
+    runs.add_argument(
+        "--executed", default="", help="also keep the executed notebooks in this folder"
+    )
     both = commands.add_parser("compare", help="two files that `run` wrote")
     both.add_argument("files", nargs=2)
     arguments = parser.parse_args()
     if arguments.command == "cache":
         cache()
     elif arguments.command == "compare":
-        return min(1, compare(*(json.loads(Path(file).read_text("utf-8")) for file in arguments.files)))
+        return min(
+            1, compare(*(json.loads(Path(file).read_text("utf-8")) for file in arguments.files))
+        )
     else:
         results = []
         for number in arguments.numbers:
             results.append(run(number, dict(arguments.p), arguments.executed))
-            print(number, results[-1]["seconds"], "s", (results[-1]["error"] or "done")[-400:], flush=True)
+            print(
+                number,
+                results[-1]["seconds"],
+                "s",
+                (results[-1]["error"] or "done")[-400:],
+                flush=True,
+            )
             content = {"date": time.strftime("%Y-%m-%d"), "notebooks": results}
             Path(arguments.output).write_text(json.dumps(content, indent=1), encoding="utf-8")
         return int(any(result["error"] for result in results))

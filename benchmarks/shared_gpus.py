@@ -2,8 +2,9 @@
 
     python benchmarks/shared_gpus.py > FILE
 
-Another process takes some memory of every GPU, and lets it go at its end. Meanwhile the miniature is loaded and
-answers, watched by a monitor; then the samples from before, during and after are compared with what was taken.
+Another process takes some memory of every GPU, and lets it go at its end. Meanwhile the miniature
+is loaded and answers, watched by a monitor; then the samples from before, during and after are
+compared with what was taken.
 """
 
 import argparse
@@ -17,10 +18,10 @@ import torch
 
 from glm4v_nb.doctor import examine
 from glm4v_nb.inference import load
-from glm4v_nb.memory import Workload, decode, make_prompt, prefill
-from glm4v_nb.memory.monitor import Monitor, read_samples
 from glm4v_nb.miniature import CHECKPOINT
-from glm4v_nb.rig import Rig
+from glm4v_nb.workload import Workload, decode, make_prompt, prefill
+from simgpu import Rig
+from simgpu.monitor import Monitor, read_samples
 
 MIB = 2**20
 OTHER = """
@@ -63,14 +64,22 @@ def measure(taken_bytes: int) -> dict:
                 if reserved is None:
                     sys.exit("error: the other process ended; see what it wrote above")
                 answer("shared")
-                users = [finding.found for finding in examine() if finding.subject.startswith("users of GPU")]
+                users = [
+                    finding.found
+                    for finding in examine()
+                    if finding.subject.startswith("users of GPU")
+                ]
             finally:
                 other.communicate("\n")
             answer("alone again")
         samples = read_samples(path)
     others = {
         stage: [
-            [sample["cards"][index]["others_bytes"] for sample in samples if stage in sample["stages"]]
+            [
+                sample["cards"][index]["others_bytes"]
+                for sample in samples
+                if stage in sample["stages"]
+            ]
             for index in range(len(reserved))
         ]
         for stage in ("alone", "shared", "alone again")
@@ -80,7 +89,9 @@ def measure(taken_bytes: int) -> dict:
         "taken_bytes": taken_bytes,
         "reserved_by_other_bytes": reserved,
         "samples": {stage: len(cards[0]) for stage, cards in others.items()},
-        "others_bytes": {stage: [sorted(set(card)) for card in cards] for stage, cards in others.items()},
+        "others_bytes": {
+            stage: [sorted(set(card)) for card in cards] for stage, cards in others.items()
+        },
         "doctor": users,
     }
 
@@ -88,7 +99,9 @@ def measure(taken_bytes: int) -> dict:
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mib", type=int, default=3000, help="what the other process takes of every GPU")
+    parser.add_argument(
+        "--mib", type=int, default=3000, help="what the other process takes of every GPU"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: no GPU here; this measures how real ones are shared")

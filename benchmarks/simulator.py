@@ -1,4 +1,5 @@
-"""How long the simulator takes for the full-size model on two L4, and how much memory: run it on an idle machine.
+"""How long the simulator takes for the full-size model on two L4, and how much memory: run it on an
+idle machine.
 
     python benchmarks/simulator.py [--json]
 
@@ -17,14 +18,15 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import glm4v_nb  # noqa: E402, F401
-from glm4v_nb.memory import Workload, decode, make_prompt, prefill  # noqa: E402
-from glm4v_nb.rig import Rig  # noqa: E402
+from glm4v_nb.workload import Workload, decode, make_prompt, prefill  # noqa: E402
+from simgpu import Rig  # noqa: E402
 
 LIMITS = {"load_and_prefill_seconds": 4.0, "with_32_tokens_seconds": 5.0, "resident_megabytes": 600}
 
 
 def measure() -> dict:
-    """Load, one prefill with an image, 32 new tokens, then a second answer of 1,000; seconds since the load began."""
+    """Load, one prefill with an image, 32 new tokens, then a second answer of 1,000; seconds since
+    the load began."""
     figures = {"import_seconds": time.perf_counter() - started}
     begin = time.perf_counter()
     rig = Rig("L4", 2)

@@ -1,7 +1,16 @@
-"""glm4v_nb: run GLM-4V-9B on several GPUs, real or simulated. Importing it registers the model with transformers."""
+"""Run GLM-4V-9B on several GPUs, real or simulated.
 
-from glm4v_nb.model import register
+Importing it registers the model with transformers: at once where transformers is loaded already,
+else when it is. So the command line can say --help without waiting for torch.
+"""
+
+from wrapt import when_imported
 
 __version__ = "0.1.0"
 
-register()
+
+@when_imported("transformers")
+def _register(_transformers):
+    from glm4v_nb.model import register
+
+    register()

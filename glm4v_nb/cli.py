@@ -1,10 +1,593 @@
-"""The command line from inside the package; it lives in ``glm4v_nb_cli``, where --help imports no torch."""
+"""The command line, ``glm4v-nb``: it parses and prints, and calls the functions the notebooks call.
 
+Exit codes: 0 done, 1 failed, 2 wrong use, 3 does not fit, 130 interrupted. Results go to stdout;
+progress and errors (one line, also with --json) to stderr, so after code 1 or 2 stdout is empty.
+
+torch is imported by the commands that need it, so that --help does not wait for it.
+"""
+
+import json
+import shlex
 import sys
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Annotated
 
-from glm4v_nb_cli import app, main
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-__all__ = ["app", "main"]
+GIB = 2**30
+# The base of typer's errors of wrong use; typer itself gives it no public name.
+UsageError = typer.BadParameter.__base__
+
+app = typer.Typer(
+    help="GLM-4V-9B on several GPUs, simulated or real.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands():
+    """Makes typer keep the commands' names even while there is only one."""
+
+
+@app.command()
+def fit(
+    context: typer.Context,
+    card: Annotated[
+        str, typer.Option(help='Kind of GPU card, such as L4, "RTX 4090", A100-80, H100.')
+    ],
+    count: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device_map: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "auto, balanced, balanced_low_0 or sequential; or modules and cards as JSON, or a"
+                " JSON file."
+            )
+        ),
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 1,
+    images: Annotated[int, typer.Option(help="Images per sample, 0 or 1.")] = 1,
+    text_tokens: Annotated[
+        int, typer.Option(help="Prompt tokens, the image's 1602 positions not counted.")
+    ] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    train: Annotated[
+        bool, typer.Option("--train", help="One training step instead of generation.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="With --train: recompute activations.")
+    ] = False,
+    trained: Annotated[
+        str,
+        typer.Option(help="With --train: everything, decoder (the image tower frozen) or lora."),
+    ] = "everything",
+    optimizer: Annotated[
+        str, typer.Option(help="With --train: adamw adds its states and first update.")
+    ] = "",
+    alloc_conf: Annotated[
+        str | None,
+        typer.Option(
+            help="PyTorch's PYTORCH_CUDA_ALLOC_CONF, for example expandable_segments:True."
+        ),
+    ] = None,
+    limits: Annotated[
+        bool,
+        typer.Option(
+            "--limits", help="Also the largest batch, the longest context and the best device map."
+        ),
+    ] = False,
+    frontier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Draw batch x tokens that fit into this .png, .svg or .pdf."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+):
+    """Will it fit? Runs the full-size model on simulated cards; exit code 0 if it fits, 3 if not.
+
+    With --limits and --frontier it searches, for up to a minute.
+    """
+    with _progress("loading torch"):
+        from glm4v_nb import fit as fitting  # this command has the same name
+        from glm4v_nb.workload import Workload
+    workload = Workload(
+        batch_size,
+        images,
+        text_tokens,
+        new_tokens,
+        train,
+        gradient_checkpointing,
+        trained,
+        optimizer,
+    )
+    setting = (card, count, dtype, fitting.read_device_map(device_map))
+    if limits or frontier:
+        answer = _search(setting, workload, alloc_conf, limits, frontier)
+    else:
+        with _progress(f"running on {count} x {card}, simulated"):
+            answer = (fitting.fit(*setting, workload, alloc_conf=alloc_conf), None, None)
+    result, found, points = answer
+    if as_json:
+        print(json.dumps((found or result).to_dict() | (points or {}), indent=2))
+    else:
+        _print_fit(result, _next_step(context, result))
+        if found:
+            _print_limits(found, workload)
+        if frontier:
+            print(f"Picture: {frontier}")
+    raise typer.Exit(0 if result.fits else 3)
+
+
+@app.command()
+def run(
+    notebooks: Annotated[
+        list[str] | None, typer.Argument(help="Numbers such as 01 02; all when left out.")
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p", metavar="NAME VALUE", help="A parameter of the one notebook; may be repeated."
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Notebooks at a time.")] = 2,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would run, how long, and what would not fit."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also what is done already.")] = False,
+    output: Annotated[
+        str,
+        typer.Option(help="Folder that receives suite/, suite-01-02/ or, with -p, the notebook's."),
+    ] = "runs",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the runs as one JSON array.")
+    ] = False,
+):
+    """Execute notebooks, all of them as `make run` does or some; with -p, one with other
+    parameters.
+
+    The same command again does what is not done yet, or whose notebook or package has changed
+    since. Exit codes are those of sweep.
+    """
+    with _progress("loading the notebook runner"):
+        from nbsweep.sweep import plan_notebook, plan_suite
+    if not parameter:
+        plan = plan_suite(notebooks)
+    elif notebooks and len(notebooks) == 1:
+        plan = plan_notebook(notebooks[0], dict(zip(parameter[::2], parameter[1::2], strict=True)))
+    else:
+        raise ValueError(
+            "-p is for one notebook; give exactly one number before it, as in: run 01 -p card H100"
+        )
+    if dry_run:
+        _print_plan(plan, workers, as_json)
+        return
+    _carry_out(plan, output, workers, force, True, as_json)
+
+
+@app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(help="A sweep file, such as sweeps/fit.yaml.")],
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time on this machine; 2 if left out.")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="A Dask cluster that does the runs, such as tcp://10.0.0.1:8786.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would run, how long, and what would not fit."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also what is done already.")] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Also what failed or took too long.")
+    ] = False,
+    output: Annotated[str, typer.Option(help="Folder that receives <name>/.")] = "runs",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the runs as one JSON array.")
+    ] = False,
+):
+    """Run notebooks with many parameters; the same command goes on where it was interrupted.
+
+    Exit code 0 if all are done, 3 if some ran out of memory, 1 if one failed, took too long or was
+    killed.
+    """
+    with _progress("loading the notebook runner"):
+        from nbsweep.sweep import plan_file
+    plan = plan_file(file)
+    if dry_run:
+        _print_plan(plan, workers or 2, as_json)
+        return
+    if scheduler and workers is not None:
+        print(
+            f"--workers {workers} is not used: the cluster decides how many run at a time.",
+            file=sys.stderr,
+        )
+    _carry_out(plan, output, 2 if workers is None else workers, force, retry, as_json, scheduler)
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(help="The folder of a sweep, such as runs/fit.")],
+    compare: Annotated[
+        str | None, typer.Option(help="Another sweep's folder: what changed from it to this one.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="With --compare: relative change that is no change.")
+    ] = 0.01,
+):
+    """Write a sweep's report.html, runs.csv and runs.parquet, or a comparison of two sweeps."""
+    with _progress("loading the report"):
+        from nbsweep import sweep_report
+    if compare:
+        page = Path(folder) / f"changes-from-{Path(compare).name}.html"
+        print(f"Open {sweep_report.write_comparison(compare, folder, page, tolerance)}")
+    else:
+        print(f"Open {sweep_report.write_sweep_report(folder)}")
+
+
+@app.command()
+def validate(
+    notebooks: Annotated[
+        list[str] | None,
+        typer.Argument(help="Numbers such as 01, or .ipynb files; all when left out."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+):
+    """Do the stored notebooks keep the suite's rules? Runs nothing; exit code 1 if one is broken.
+
+    `make validate` then executes them, too.
+    """
+    with _progress("loading the rules"):
+        from nbsweep import validate as validation  # this command has the same name
+    paths, findings = validation.validate(notebooks or ())
+    validation.print_findings(paths, findings, as_json)
+    raise typer.Exit(1 if findings else 0)
+
+
+def _carry_out(
+    plan,
+    output: str,
+    workers: int,
+    force: bool,
+    retry: bool,
+    as_json: bool,
+    scheduler: str | None = None,
+):
+    """Do a plan, write its report, print how it went and leave with its exit code."""
+    from nbsweep.display import print_runs
+    from nbsweep.sweep import carry_out, exit_code
+    from nbsweep.sweep_report import write_sweep_report
+
+    console = Console(stderr=as_json)
+    try:
+        runs, directory = carry_out(
+            plan, output, workers, console, force=force, retry=retry, scheduler=scheduler
+        )
+    except KeyboardInterrupt:
+        with suppress(FileNotFoundError):  # before anything was begun
+            write_sweep_report(Path(output) / plan.name)
+        again = "Without --force the same command" if force else "The same command"
+        console.print(f"Interrupted. What has ended is kept. {again} goes on where it stopped.")
+        raise typer.Exit(130) from None
+    page = write_sweep_report(directory)
+    if as_json:
+        print(json.dumps([run.model_dump() for run in runs], indent=2))
+    else:
+        print_runs(runs, console)
+        console.print(f"Open {escape(str(page))}", soft_wrap=True, highlight=False)
+    raise typer.Exit(exit_code(runs))
+
+
+def _print_plan(plan, workers: int, as_json: bool):
+    """What a sweep would do: its runs, about how long, and what the full-size model's cards say to
+    it."""
+    from nbsweep.display import parameters_in_words
+    from nbsweep.sweep import predict
+
+    with _progress("predicting what fits"):
+        predicted = predict(plan.specs)
+    if as_json:
+        runs = [spec.model_dump() | {"predicted": predicted.get(spec.id)} for spec in plan.specs]
+        print(json.dumps({"name": plan.name, "minutes": plan.minutes, "runs": runs}, indent=2))
+        return
+    table = Table(
+        "notebook", "parameters", "full-size model, simulated", title=f"sweep {plan.name}"
+    )
+    for spec in plan.specs:
+        words = predicted.get(spec.id, "")
+        style = "magenta" if words.startswith("does not") else None
+        table.add_row(
+            escape(spec.notebook), escape(parameters_in_words(spec)), escape(words), style=style
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"{len(plan.specs)} runs, about {plan.minutes / workers:.1f} minutes with {workers} at a"
+        " time, by the registry. Nothing was run; leave out --dry-run to begin."
+    )
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_report: Annotated[
+        bool, typer.Option("--report", help="Print one block of text to paste into a bug report.")
+    ] = False,
+):
+    """Is this machine ready? Checks driver, GPUs, libraries, memory, disk; exit code 1 if something
+    must be mended."""
+    with _progress("loading torch"):
+        from glm4v_nb import doctor as doctor_module  # this command has the same name
+    with _progress("examining this machine"):
+        findings = list(doctor_module.examine())
+    if as_json:
+        print(doctor_module.to_json(findings))
+    elif as_report:
+        print(doctor_module.report(findings))
+    else:
+        _print_findings(findings)
+    raise typer.Exit(1 if doctor_module.verdict(findings) == doctor_module.STOP else 0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = _with_pairs(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return app(arguments or ["--help"], prog_name="glm4v-nb", standalone_mode=False) or 0
+    except UsageError as error:
+        return _fail(error.format_message(), 2)
+    except ValueError as error:
+        return _fail(error, 2)
+    except (RuntimeError, OSError, MemoryError) as error:
+        return _fail(error, 1)
+
+
+def _with_pairs(arguments: list[str]) -> list[str]:
+    """`-p NAME VALUE`, as papermill has it, said as `-p NAME -p VALUE`: typer has no repeated
+    option of two words."""
+    words, said = [str(argument) for argument in arguments], []
+    while words:
+        word = words.pop(0)
+        said.append(word)
+        if word == "-p" and said[0] == "run":
+            if len(words) < 2:
+                raise SystemExit(
+                    _fail("-p needs a name and a value, as in: run 01 -p card H100", 2)
+                )
+            said += [words.pop(0), "-p", words.pop(0)]
+    return said
+
+
+def _fail(error: Exception | str, code: int) -> int:
+    print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+    return code
+
+
+def _progress(what: str):
+    """A spinner on stderr while something takes seconds; nothing unless a person is looking."""
+    console = Console(stderr=True)
+    return console.status(f"{escape(what)} ...") if console.is_terminal else nullcontext()
+
+
+def _search(setting, workload, alloc_conf: str | None, with_limits: bool, picture: str | None):
+    """The plain answer, the limits or None, and the frontier as JSON has it or None; draws the
+    picture."""
+    from glm4v_nb import fit as fitting
+    from glm4v_nb import limits as searching
+
+    if picture:
+        from glm4v_nb.plots import plot_frontier, plot_path
+
+        plot_path(picture)
+    fitting.check_arguments(*setting[1:], workload)
+    token_counts = searching.frontier_tokens(workload) if picture else []
+    with _SearchBar(4 * with_limits + len(token_counts)) as bar:
+        trials = searching.Trials(*setting, bar=bar, alloc_conf=alloc_conf)
+        found = searching.limits(trials, workload, bar) if with_limits else None
+        result = found.result if found else fitting.fit(*setting, workload, alloc_conf=alloc_conf)
+        if not picture:
+            return result, found, None
+        batches = searching.frontier(trials, workload, token_counts, bar)
+    name = f"{workload.images} image per sample" if workload.images else "text only"
+    title = f"What fits on {setting[1]} x {result.devices[0].card}"
+    plot_frontier({name: batches}, title, result.provenance).savefig(picture)
+    points = [{"text_tokens": tokens, "largest_batch": size} for tokens, size in batches.items()]
+    return result, found, {"frontier": {"file": picture, "points": points}}
+
+
+class _SearchBar:
+    """A progress bar on stderr, with the part of tqdm's interface that the search uses; nothing
+    unless seen."""
+
+    def __init__(self, total: int):
+        console = Console(stderr=True)
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        self._progress = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        )
+        self._task = self._progress.add_task("loading", total=total)
+
+    def __enter__(self):
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._progress.stop()
+
+    def update(self):
+        self._progress.advance(self._task)
+
+    def set_postfix_str(self, text: str):
+        self._progress.update(self._task, description=text)
+
+
+def _next_step(context: typer.Context, result) -> str:
+    """What to try, as a command line where there is one."""
+    from glm4v_nb.fit import DEVICE_MAPS, cards_for_weights
+    from simgpu import MAX_CARDS
+
+    options = context.params
+    if result.fits:
+        return "notebooks/01_will_it_fit.ipynb shows where these bytes go."
+    if result.oom.phase == "backward" and not options["gradient_checkpointing"]:
+        return _command(context, gradient_checkpointing=True)
+    if options["device_map"] not in DEVICE_MAPS:
+        return f"in the device map, move modules from card {result.oom.device} to another."
+    more = max(options["count"] + 1, cards_for_weights(options["card"], options["dtype"]))
+    if more > MAX_CARDS:
+        return "take larger cards, a smaller batch or a shorter prompt."
+    return _command(context, count=more)
+
+
+def _command(context: typer.Context, **changes) -> str:
+    """The command line just given, with some options changed; options at their default are left
+    out."""
+    words = ["glm4v-nb", context.info_name]
+    for option in context.command.params:
+        value = changes.get(option.name, context.params[option.name])
+        if value != option.default:
+            words += option.opts[:1] if value is True else [option.opts[0], str(value)]
+    return shlex.join(words)
+
+
+def _print_fit(result, next_step: str):
+    """A ``FitResult`` for people: table, verdict, what to do next."""
+    console = Console(highlight=False)
+    table = Table(title=f"{result.provenance} cards, GiB")
+    for column in (
+        "card",
+        "capacity",
+        "weights",
+        "peak allocated",
+        "peak reserved",
+        "free at peak",
+    ):
+        table.add_column(column, justify="left" if column == "card" else "right")
+    for device in result.devices:
+        figures = (
+            device.capacity_bytes,
+            device.weights_bytes,
+            device.peak_allocated_bytes,
+            device.peak_reserved_bytes,
+            device.free_at_peak_bytes,
+        )
+        full = result.oom is not None and result.oom.device == device.index
+        table.add_row(
+            escape(f"{device.index} · {device.card}"),
+            *(f"{figure / GIB:.2f}" for figure in figures),
+            style="bold red" if full else None,
+        )
+    console.print(table)
+    if result.oom is None:
+        fullest = min(result.devices, key=lambda device: device.free_at_peak_bytes)
+        free = f"{fullest.free_at_peak_bytes / GIB:.2f} GiB"
+        console.print(
+            f"[green]It fits:[/] card {fullest.index} is the fullest, with {free} free at its peak."
+        )
+    else:
+        console.print(
+            f"[bold red]It does not fit:[/] card {result.oom.device} is full, phase"
+            f" {result.oom.phase}."
+        )
+        console.print(escape(result.oom.message), soft_wrap=True)
+    if result.host is not None:
+        console.print(_host_memory(result), soft_wrap=True)
+    console.print(f"Next: {escape(next_step)}", soft_wrap=True)
+
+
+def _host_memory(result) -> str:
+    """What loading takes of the host's memory, in a sentence."""
+    host = result.host
+    least, most, stays, views = (
+        f"{size / GIB:.2f}"
+        for size in (
+            host.sequential_peak_anonymous_bytes,
+            host.peak_anonymous_bytes,
+            host.anonymous_bytes,
+            host.view_bytes,
+        )
+    )
+    span = most if least == most else f"{least} to {most}"
+    text = (
+        f"Host memory to load ({result.provenance}): {span} GiB beside Python and CUDA, {stays} GiB"
+        " stays; "
+    )
+    if host.view_bytes:
+        text += (
+            f"{views} GiB of weights remain in their files, to be read in every pass through the"
+            " page cache."
+        )
+    else:
+        text += "files are read through the page cache."
+    return text
+
+
+def _print_limits(found, workload):
+    """Largest batch, longest context, and the recommended map with its lines of Python, for
+    people."""
+    console = Console(highlight=False, soft_wrap=True)
+    reasons = {
+        "memory": "one more does not fit",
+        "model": "the model's context ends there",
+        "search": "the search ends there",
+    }
+    for label, edge, unit in (
+        ("Largest batch", found.largest_batch, "samples like this"),
+        ("Longest context", found.longest_context, "text tokens"),
+    ):
+        reason = reasons[edge.limited_by] if edge.size else "not even one fits"
+        console.print(f"[bold]{label}:[/] {edge.size} {unit} ({reason})")
+    best = found.recommendation
+    if best is None:
+        console.print(
+            "[bold]Device map:[/] none of the automatic ones fits; take more or larger cards."
+        )
+        return
+    headroom = ", ".join(f"{size / GIB:.1f}" for size in best.headroom_bytes)
+    name = best.device_map if isinstance(best.device_map, str) else "everything on the one card"
+    memory = " with max_memory" if best.max_memory else ""
+    console.print(
+        f"[bold]Device map:[/] {name}{memory}; free at peak, per card: {headroom} GiB. To paste:\n"
+    )
+    console.print(escape(best.code) + "\n")
+
+
+def _print_findings(findings):
+    """The doctor's findings as a table of traffic lights."""
+    console = Console(highlight=False)
+    lights = {"ok": "[green]● ok[/]", "look": "[yellow]▲ look[/]", "stop": "[bold red]■ stop[/]"}
+    table = Table("", "what", "found", "advice", title="glm4v-nb doctor")
+    for finding in findings:
+        texts = (finding.subject, finding.found, finding.advice)
+        table.add_row(lights[finding.status], *map(escape, texts))
+    console.print(table)
+    if any(finding.status == "stop" for finding in findings):
+        console.print(
+            "Next: mend what says stop; glm4v-nb doctor --report prints a block for a bug report."
+        )
+    else:
+        console.print(
+            "Next: glm4v-nb fit --card L4 --count 2, or open notebooks/01_will_it_fit.ipynb."
+        )
+
 
 if __name__ == "__main__":
     sys.exit(main())

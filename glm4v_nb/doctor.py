@@ -1,7 +1,8 @@
-"""Is this machine ready? Driver, torch build, every GPU exercised, libraries, memory, disk and notebook kernel.
+"""Is this machine ready? Driver, torch build, every GPU exercised, libraries, memory, disk and
+notebook kernel.
 
-Nothing is changed on the machine. A finding is "ok", "look" (works, but read the advice) or "stop" (mend it first).
-A machine without GPUs is fine: the notebooks simulate them.
+Nothing is changed on the machine. A finding is "ok", "look" (works, but read the advice) or "stop"
+(mend it first). A machine without GPUs is fine: the notebooks simulate them.
 """
 
 import json
@@ -22,7 +23,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from glm4v_nb.rig import Rig
+from simgpu import Rig
 
 OK, LOOK, STOP = "ok", "look", "stop"
 MISSING = "missing"  # in place of a version
@@ -53,7 +54,8 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Every finding in turn; a check that breaks is itself a finding, so that the others still run."""
+    """Every finding in turn; a check that breaks is itself a finding, so that the others still
+    run."""
     for check in (
         _python, _libraries, _driver, _torch_build, _gpus, _copies, _simulation, _host_memory, _disk, _kernel,
     ):  # fmt: skip
@@ -61,7 +63,9 @@ def examine() -> Iterator[Finding]:
             yield from check()
         except Exception as error:
             subject = check.__name__.strip("_").replace("_", " ")
-            yield Finding(subject, STOP, _private(f"the check failed: {type(error).__name__}: {error}"))
+            yield Finding(
+                subject, STOP, _private(f"the check failed: {type(error).__name__}: {error}")
+            )
 
 
 def verdict(findings: list[Finding]) -> str:
@@ -71,13 +75,18 @@ def verdict(findings: list[Finding]) -> str:
 
 def to_json(findings: list[Finding]) -> str:
     """{"status", "findings": [{"subject", "status", "found", "advice"}]}."""
-    return json.dumps({"status": verdict(findings), "findings": [asdict(one) for one in findings]}, indent=2)
+    return json.dumps(
+        {"status": verdict(findings), "findings": [asdict(one) for one in findings]}, indent=2
+    )
 
 
 def report(findings: list[Finding]) -> str:
-    """One block of text for a bug report; no path of the home directory, no name of user or host."""
+    """One block of text for a bug report; no path of the home directory, no name of user or
+    host."""
     lines = [f"{one.status:5s}{one.subject}: {one.found}" for one in findings]
-    return _private("\n".join([f"glm4v-nb doctor, {time.strftime('%Y-%m-%d')}: {verdict(findings)}", *lines]))
+    return _private(
+        "\n".join([f"glm4v-nb doctor, {time.strftime('%Y-%m-%d')}: {verdict(findings)}", *lines])
+    )
 
 
 def _python():
@@ -87,7 +96,10 @@ def _python():
     advice = (
         ""
         if tested
-        else f"Tested are {low[0]}.{low[1]} to {high[0]}.{high[1]}; make PYTHON=python3.13 takes another."
+        else (
+            f"Tested are {low[0]}.{low[1]} to {high[0]}.{high[1]}; make PYTHON=python3.13 takes"
+            " another."
+        )
     )
     yield Finding("Python", OK if tested else LOOK, found, advice)
 
@@ -97,26 +109,37 @@ def _libraries():
     try:
         lines = metadata.requires("glm4v-nb") or ()
     except metadata.PackageNotFoundError:
-        found = "glm4v-nb runs from its source without being installed, so what it requires is not known"
-        yield Finding("libraries", LOOK, found, "Run make setup, or pip install -e . in its folder.")
+        found = (
+            "glm4v-nb runs from its source without being installed, so what it requires is not"
+            " known"
+        )
+        yield Finding(
+            "libraries", LOOK, found, "Run make setup, or pip install -e . in its folder."
+        )
         return
     for line in lines:
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         version = _version(requirement.name)
-        if version == MISSING or not requirement.specifier.contains(Version(version), prereleases=True):
+        if version == MISSING or not requirement.specifier.contains(
+            Version(version), prereleases=True
+        ):
             wrong.append(f"{requirement.name} {version}, expected {requirement.specifier}")
     versions = ", ".join(f"{name} {_version(name)}" for name in MAIN_LIBRARIES)
     yield Finding(
-        "libraries", STOP if wrong else OK, "; ".join(wrong) or versions, "Run make setup." if wrong else ""
+        "libraries",
+        STOP if wrong else OK,
+        "; ".join(wrong) or versions,
+        "Run make setup." if wrong else "",
     )
     if _version("torchvision") != MISSING:
         yield Finding(
             "torchvision",
             LOOK,
             f"{_version('torchvision')} is installed",
-            "It is not needed, and one that does not match torch breaks importing transformers: pip uninstall it.",
+            "It is not needed, and one that does not match torch breaks importing transformers: pip"
+            " uninstall it.",
         )
 
 
@@ -131,11 +154,16 @@ def _driver():
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        yield Finding("NVIDIA driver", OK, f"none ({error})", "Cards are simulated; real ones need a driver.")
+        yield Finding(
+            "NVIDIA driver", OK, f"none ({error})", "Cards are simulated; real ones need a driver."
+        )
         return
     try:
         number = pynvml.nvmlSystemGetCudaDriverVersion()
-        found = f"{pynvml.nvmlSystemGetDriverVersion()}, up to CUDA {number // 1000}.{number % 1000 // 10}"
+        found = (
+            f"{pynvml.nvmlSystemGetDriverVersion()}, up to CUDA"
+            f" {number // 1000}.{number % 1000 // 10}"
+        )
         yield Finding("NVIDIA driver", OK, found)
         for index in range(pynvml.nvmlDeviceGetCount()):
             yield _users(index)
@@ -146,9 +174,12 @@ def _driver():
 def _users(index: int) -> Finding:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     name, memory = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle)
-    others = [one for one in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if one.pid != os.getpid()]
+    others = [
+        one for one in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if one.pid != os.getpid()
+    ]
     found = (
-        f"{name}: {memory.used / GIB:.2f} of {memory.total / GIB:.2f} GiB used, {len(others)} other processes"
+        f"{name}: {memory.used / GIB:.2f} of {memory.total / GIB:.2f} GiB used, {len(others)} other"
+        " processes"
     )
     advice = "Others use this card; what they hold, your model cannot have." if others else ""
     return Finding(f"users of GPU {index}", LOOK if others else OK, found, advice)
@@ -165,9 +196,15 @@ def _torch_build():
             "torch build",
             STOP,
             f"{built}, sees none of the driver's {hidden} GPUs",
-            "Install a build for your driver's CUDA from pytorch.org, or unset CUDA_VISIBLE_DEVICES."
-            if not torch.version.cuda or os.environ.get("CUDA_VISIBLE_DEVICES") is not None
-            else "The driver is older than this build's CUDA: update it, or install torch for an older CUDA.",
+            (
+                "Install a build for your driver's CUDA from pytorch.org, or unset"
+                " CUDA_VISIBLE_DEVICES."
+                if not torch.version.cuda or os.environ.get("CUDA_VISIBLE_DEVICES") is not None
+                else (
+                    "The driver is older than this build's CUDA: update it, or install torch for an"
+                    " older CUDA."
+                )
+            ),
         )
     else:
         yield Finding("torch build", OK, f"{built}, no GPU here")
@@ -194,8 +231,14 @@ def _gpus():
             advice = "Reset the GPU or restart the machine; look into dmesg for Xid errors."
             yield Finding(f"GPU {index}", STOP, f"{name}: {_first_line(error)}", advice)
             continue
-        advice = "" if major >= 8 else "No bfloat16 in hardware: load with dtype=torch.float16 (notebook 04)."
-        yield Finding(f"GPU {index}", OK if major >= 8 else LOOK, f"{name}: allocates and multiplies", advice)
+        advice = (
+            ""
+            if major >= 8
+            else "No bfloat16 in hardware: load with dtype=torch.float16 (notebook 04)."
+        )
+        yield Finding(
+            f"GPU {index}", OK if major >= 8 else LOOK, f"{name}: allocates and multiplies", advice
+        )
 
 
 def _multiply(device: torch.device):
@@ -241,7 +284,9 @@ def _host_memory():
     memory = psutil.virtual_memory()
     found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
     enough = memory.available > CHECKPOINT_BYTES
-    advice = "" if enough else "Enough for the notebooks; offloading GLM-4V-9B to the CPU needs 26 GiB."
+    advice = (
+        "" if enough else "Enough for the notebooks; offloading GLM-4V-9B to the CPU needs 26 GiB."
+    )
     yield Finding("host memory", OK if enough else LOOK, found, advice)
 
 
@@ -253,9 +298,14 @@ def _disk():
         place = place.parent
     free = shutil.disk_usage(place).free
     enough = free > 1.1 * CHECKPOINT_BYTES
-    advice = "" if enough else "The checkpoint takes 28 GB: free some, or set HF_HOME to another disk."
+    advice = (
+        "" if enough else "The checkpoint takes 28 GB: free some, or set HF_HOME to another disk."
+    )
     yield Finding(
-        "disk", OK if enough else LOOK, f"{free / 1e9:.0f} GB free where checkpoints are kept", advice
+        "disk",
+        OK if enough else LOOK,
+        f"{free / 1e9:.0f} GB free where checkpoints are kept",
+        advice,
     )
 
 
@@ -265,17 +315,25 @@ def _kernel():
     try:
         command = KernelSpecManager().get_kernel_spec("python3").argv[0]
     except NoSuchKernel:
-        yield Finding("notebook kernel", STOP, "there is no kernel named python3", "Run make setup.")
+        yield Finding(
+            "notebook kernel", STOP, "there is no kernel named python3", "Run make setup."
+        )
         return
     # ipykernel's own specification names no path: it starts the interpreter Jupyter runs on.
     same = not os.path.isabs(command) or Path(command).resolve() == Path(sys.executable).resolve()
     advice = (
         ""
         if same
-        else "Notebooks would run without this environment: python -m ipykernel install --sys-prefix."
+        else (
+            "Notebooks would run without this environment: python -m ipykernel install"
+            " --sys-prefix."
+        )
     )
     yield Finding(
-        "notebook kernel", OK if same else LOOK, f"python3, {'this' if same else 'another'} Python", advice
+        "notebook kernel",
+        OK if same else LOOK,
+        f"python3, {'this' if same else 'another'} Python",
+        advice,
     )
 
 
@@ -285,7 +343,11 @@ def _first_line(error: BaseException) -> str:
 
 def _private(text: str) -> str:
     """Without the home directory, the user's name and the host's."""
-    for secret, shown in ((str(Path.home()), "~"), (platform.node(), "HOST"), (Path.home().name, "USER")):
+    for secret, shown in (
+        (str(Path.home()), "~"),
+        (platform.node(), "HOST"),
+        (Path.home().name, "USER"),
+    ):
         if len(secret) > 2:
             text = re.sub(rf"(?<![\w]){re.escape(secret)}(?![\w])", shown, text)
     return text

@@ -1,4 +1,5 @@
-"""Will it fit? Load the full-size model on simulated cards, run a workload, and report every card's peak."""
+"""Will it fit? Load the full-size model on simulated cards, run a workload, and report every card's
+peak."""
 
 import json
 import math
@@ -10,18 +11,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from glm4v_nb.memory import (
-    Workload,
-    decode,
-    first_update,
-    make_prompt,
-    prefill,
-    train_step,
-    trained_parameters,
-)
 from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, GLM4VConfig, read_config
 from glm4v_nb.placement import Place, check_device_map, meta_model, plan_device_map
-from glm4v_nb.rig import HostMemory, Rig, find_card
+from glm4v_nb.training import first_update, train_step, trained_parameters
+from glm4v_nb.workload import Workload, decode, make_prompt, prefill
+from simgpu import HostMemory, Rig, find_card
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -61,8 +55,8 @@ class OutOfMemory:
 class FitResult:
     """The answer; ``to_dict`` is what ``glm4v-nb fit --json`` prints.
 
-    ``host`` is the host memory that loading takes; None where the cards did not hold the weights. The plain JSON keeps
-    to the keys it has always had; that of ``--limits`` has it.
+    ``host`` is the host memory that loading takes; None where the cards did not hold the weights.
+    The plain JSON keeps to the keys it has always had; that of ``--limits`` has it.
     """
 
     verdict: str
@@ -95,16 +89,19 @@ def fit(
 ) -> FitResult:
     """Run a workload of a checkpoint, by default the full-size model, on ``count`` simulated cards.
 
-    The question is whether the cards alone hold it. Where an automatic map would move modules to the CPU,
-    they are put on the last card instead, so that the answer is the error a user without offloading meets.
+    The question is whether the cards alone hold it. Where an automatic map would move modules to
+    the CPU, they are put on the last card instead, so that the answer is the error a user without
+    offloading meets.
 
     Args:
-        checkpoint: the official hub id, or a directory with a GLM-4V config.json. Only the configuration is read
-            and, if there is one, the index of the weights' files; never the weights.
+        checkpoint: the official hub id, or a directory with a GLM-4V config.json. Only the
+            configuration is read and, if there is one, the index of the weights' files; never the
+            weights.
         alloc_conf: PyTorch's ``PYTORCH_CUDA_ALLOC_CONF``, as of ``Rig.simulated``.
 
     Raises:
-        ValueError: unknown card, dtype, device map, checkpoint or option, or an impossible workload.
+        ValueError: unknown card, dtype, device map, checkpoint or option, or an impossible
+            workload.
     """
     workload = workload or Workload()
     rig = Rig.simulated(card, count, alloc_conf)
@@ -133,21 +130,24 @@ def check_arguments(
     """Refuse what cannot run before anything is loaded; arguments as in ``fit``.
 
     Raises:
-        ValueError: unknown dtype, device map or checkpoint, or a workload beyond the model's context.
+        ValueError: unknown dtype, device map or checkpoint, or a workload beyond the model's
+            context.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
     if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
         raise ValueError(
-            f"device_map is {device_map!r}; expected one of {', '.join(DEVICE_MAPS)}, or a dictionary of "
-            "module names and cards."
+            f"device_map is {device_map!r}; expected one of {', '.join(DEVICE_MAPS)}, or a"
+            " dictionary of module names and cards."
         )
     _check_context(workload, read_config(checkpoint))
     if isinstance(device_map, dict):
         check_device_map(device_map, count, checkpoint)
 
 
-def load(rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]):
+def load(
+    rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
+):
     """The checkpoint's model on the rig, in a stage "load".
 
     Raises:
@@ -160,8 +160,8 @@ def load(rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFI
 
 
 def run_workload(rig: Rig, model, workload: Workload):
-    """Run a workload on a loaded model, in the stages "prefill" and "decode", or for training "prefill" (the
-    inputs), "backward" and "optimizer".
+    """Run a workload on a loaded model, in the stages "prefill" and "decode", or for training
+    "prefill" (the inputs), "backward" and "optimizer".
 
     Raises:
         torch.OutOfMemoryError: a card has no room; the last of ``rig.stages`` says in which stage.
@@ -207,18 +207,23 @@ def describe(rig: Rig, weights: list[int], error: str | None, started: float) ->
                 card=rig.card.key,
                 capacity_bytes=rig.card.total_bytes,
                 weights_bytes=weights[index],
-                peak_allocated_bytes=max(stage.memory[index].peak_allocated_bytes for stage in rig.stages),
+                peak_allocated_bytes=max(
+                    stage.memory[index].peak_allocated_bytes for stage in rig.stages
+                ),
                 peak_reserved_bytes=most,
                 # What is outside PyTorch's allocator only grows.
                 free_at_peak_bytes=last.free_bytes + last.reserved_bytes - most,
             )
         )
     seconds = round(time.perf_counter() - started, 2)
-    return FitResult("oom" if oom else "fits", devices, oom, seconds, rig.provenance, rig.host.memory)
+    return FitResult(
+        "oom" if oom else "fits", devices, oom, seconds, rig.provenance, rig.host.memory
+    )
 
 
 def read_device_map(text: str) -> str | dict[str, Place]:
-    """A device map as the command line takes it: a strategy's name, a JSON object, or a JSON file's path.
+    """A device map as the command line takes it: a strategy's name, a JSON object, or a JSON file's
+    path.
 
     Raises:
         ValueError: neither of these, or not valid JSON.
@@ -228,14 +233,16 @@ def read_device_map(text: str) -> str | dict[str, Place]:
     is_object = text.lstrip().startswith("{")
     if not is_object and not Path(text).is_file():
         raise ValueError(
-            f"device_map is {text!r}; expected one of {', '.join(DEVICE_MAPS)}, a JSON object such as "
-            "'{\"\": 0}', or the path of a JSON file. There is no file of that name."
+            f"device_map is {text!r}; expected one of {', '.join(DEVICE_MAPS)}, a JSON object such"
+            " as '{\"\": 0}', or the path of a JSON file. There is no file of that name."
         )
     source = "device_map" if is_object else text
     try:
         device_map = json.loads(text if is_object else Path(text).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f'{source} is not JSON: {error}. Expected {{"module": card, ...}}.') from None
+        raise ValueError(
+            f'{source} is not JSON: {error}. Expected {{"module": card, ...}}.'
+        ) from None
     if not isinstance(device_map, dict):
         raise ValueError(f'{source} holds no JSON object. Expected {{"module": card, ...}}.')
     return device_map
@@ -244,22 +251,26 @@ def read_device_map(text: str) -> str | dict[str, Place]:
 def cards_for_weights(card: str, dtype: str) -> int:
     """How many such cards hold the weights, by division; what else a run needs is not counted."""
     usable_bytes = find_card(card).total_bytes - find_card(card).context_bytes
-    weight_bytes = sum(parameter.numel() for parameter in meta_model().parameters()) * DTYPES[dtype].itemsize
+    weight_bytes = (
+        sum(parameter.numel() for parameter in meta_model().parameters()) * DTYPES[dtype].itemsize
+    )
     return math.ceil(weight_bytes / usable_bytes)
 
 
 def _check_context(workload: Workload, config: GLM4VConfig):
     positions = workload.text_tokens + workload.images * config.vision_config.image_tokens
     if positions > config.seq_length:
-        image = f" ({config.vision_config.image_tokens} of them the image)" if workload.images else ""
+        image = (
+            f" ({config.vision_config.image_tokens} of them the image)" if workload.images else ""
+        )
         raise ValueError(
-            f"The prompt takes {positions} positions{image}, but the model's context is {config.seq_length}. "
-            "Lower text_tokens."
+            f"The prompt takes {positions} positions{image}, but the model's context is"
+            f" {config.seq_length}. Lower text_tokens."
         )
     if workload.new_tokens > config.seq_length:
         raise ValueError(
-            f"new_tokens is {workload.new_tokens}, but the model's whole context is {config.seq_length}. "
-            "Lower new_tokens."
+            f"new_tokens is {workload.new_tokens}, but the model's whole context is"
+            f" {config.seq_length}. Lower new_tokens."
         )
 
 
@@ -270,11 +281,14 @@ def map_without_offload(
     strategy: str,
     checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
 ) -> dict[str, int]:
-    """The device map transformers makes on these cards, with what it would offload put on the last card."""
+    """The device map transformers makes on these cards, with what it would offload put on the last
+    card."""
     if count == 1:
         return {"": 0}
     with Rig.simulated(card, count):
         max_memory = {index: torch.cuda.mem_get_info(index)[0] for index in range(count)}
         max_memory["cpu"] = _AMPLE_HOST_BYTES
         placement = plan_device_map(strategy, max_memory, dtype, checkpoint)
-    return {name: place if isinstance(place, int) else count - 1 for name, place in placement.items()}
+    return {
+        name: place if isinstance(place, int) else count - 1 for name, place in placement.items()
+    }

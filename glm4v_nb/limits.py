@@ -1,12 +1,15 @@
-"""How far does it go? The largest batch, the longest context and the best device map, found by running.
+"""How far does it go? The largest batch, the longest context and the best device map, found by
+running.
 
-The model is loaded once per device map and many workloads run on it. Before the first, one token warms the cards up;
-after each, everything it made is dropped. So every run starts from the same bytes, those of a server that has answered
-before. The very first run after a load, which is what ``fit`` shows, may take a sample more or less: which
-holes the allocator is left with depends on what ran before.
+The model is loaded once per device map and many workloads run on it. Before the first, one token
+warms the cards up; after each, everything it made is dropped. So every run starts from the same
+bytes, those of a server that has answered before. The very first run after a load, which is what
+``fit`` shows, may take a sample more or less: which holes the allocator is left with depends on
+what ran before.
 
-Edges are found by bisection, which assumes that what fits also fits when made smaller. The holes can break that too,
-by a little. An edge is therefore what was seen (this much ran, one more did not), and no promise for all below it.
+Edges are found by bisection, which assumes that what fits also fits when made smaller. The holes
+can break that too, by a little. An edge is therefore what was seen (this much ran, one more did
+not), and no promise for all below it.
 """
 
 import gc
@@ -29,21 +32,23 @@ from glm4v_nb.fit import (
     map_without_offload,
     run_workload,
 )
-from glm4v_nb.memory import Workload
 from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, GLM4VConfig, read_config
 from glm4v_nb.placement import Place, meta_model, place_of, plan_device_map
-from glm4v_nb.rig import Rig
+from glm4v_nb.workload import Workload
+from simgpu import Rig
 
 GIB = 2**30
 # The search for the largest batch ends here.
 MOST_SAMPLES = 4096
-# A map that needs max_memory must leave this much more room than one without to be worth the typing.
+# A map that needs max_memory must leave this much more room than one without to be worth the
+# typing.
 _WORTH_BYTES = GIB // 4
 
 
 @dataclass(frozen=True)
 class Edge:
-    """The largest size that fits, 0 if none does. ``limited_by``: "memory", "model" (its context) or "search"."""
+    """The largest size that fits, 0 if none does. ``limited_by``: "memory", "model" (its context)
+    or "search"."""
 
     size: int
     limited_by: str
@@ -117,7 +122,13 @@ class Trials:
         smallest = Workload(images=0, text_tokens=1, new_tokens=1)
         self.rig = Rig.simulated(card, count, alloc_conf)
         check_arguments(count, dtype, device_map, smallest, checkpoint)
-        self.card, self.count, self.dtype, self.checkpoint, self.bar = card, count, dtype, checkpoint, bar
+        self.card, self.count, self.dtype, self.checkpoint, self.bar = (
+            card,
+            count,
+            dtype,
+            checkpoint,
+            bar,
+        )
         self.config = read_config(checkpoint)
         self.asked_map, self.alloc_conf = device_map, alloc_conf
         if isinstance(device_map, str):
@@ -138,7 +149,8 @@ class Trials:
         self._warm: set[str] = set()
 
     def run(self, workload: Workload) -> FitResult:
-        """Run a workload from the same state as every other; one that has run already is not run again.
+        """Run a workload from the same state as every other; one that has run already is not run
+        again.
 
         Raises:
             RuntimeError: something of the run stayed on the cards.
@@ -148,19 +160,22 @@ class Trials:
         if workload not in self.runs:
             if self.bar is not None:
                 self.bar.set_postfix_str(
-                    f"{workload.batch_size} x {workload.images} images, {workload.text_tokens} tokens"
+                    f"{workload.batch_size} x {workload.images} images, {workload.text_tokens}"
+                    " tokens"
                 )
             self._warm_up(workload)
             self.runs[workload] = self._measure(workload)
             if self._held() != self.base:
                 raise RuntimeError(
-                    f"After {workload} the cards hold {self._held()} bytes (allocated, reserved); expected "
-                    f"{self.base}, as before it. Something still refers to tensors of the run."
+                    f"After {workload} the cards hold {self._held()} bytes (allocated, reserved);"
+                    f" expected {self.base}, as before it. Something still refers to tensors of the"
+                    " run."
                 )
         return self.runs[workload]
 
     def _warm_up(self, workload: Workload):
-        """What stays for good: workspaces of the first matrix products, those of a backward pass, adapters."""
+        """What stays for good: workspaces of the first matrix products, those of a backward pass,
+        adapters."""
         kind = workload.trained if workload.train else "inference"
         if kind not in self._warm:
             self._measure(replace(workload, batch_size=1, images=0, text_tokens=1, new_tokens=1))
@@ -215,7 +230,8 @@ def limits(trials: Trials, workload: Workload | None = None, bar=None) -> Limits
 
 
 def largest_batch(trials: Trials, workload: Workload, most: int = MOST_SAMPLES) -> Edge:
-    """The largest batch of these samples that fits, up to ``most``; ``workload.batch_size`` does not matter."""
+    """The largest batch of these samples that fits, up to ``most``; ``workload.batch_size`` does
+    not matter."""
 
     def sized(size: int) -> Workload:
         return replace(workload, batch_size=size)
@@ -227,8 +243,8 @@ def largest_batch(trials: Trials, workload: Workload, most: int = MOST_SAMPLES) 
 def longest_context(trials: Trials, workload: Workload) -> Edge:
     """The largest ``text_tokens`` that fit at the workload's batch size, up to the model's context.
 
-    Prompt and answer share the context: with an image of 1602 positions and 128 new tokens, whose last is never
-    read, 8192 - 1602 - 127 remain for text.
+    Prompt and answer share the context: with an image of 1602 positions and 128 new tokens, whose
+    last is never read, 8192 - 1602 - 127 remain for text.
     """
     most = _most_text_tokens(trials.config, workload)
 
@@ -243,11 +259,13 @@ def longest_context(trials: Trials, workload: Workload) -> Edge:
 def frontier(
     trials: Trials, workload: Workload, token_counts: list[int] | None = None, bar=None
 ) -> dict[int, int]:
-    """The largest batch for each number of text tokens: {text_tokens: batch size}, 0 where none fits.
+    """The largest batch for each number of text tokens: {text_tokens: batch size}, 0 where none
+    fits.
 
-    A longer prompt does not allow a larger batch, so each search ends where the one before did. Decode steps are run
-    only where the answer is longer than a quarter of the prompt: a position of the prompt takes several times more
-    in the prefill than the 40 KiB that a new token adds to the KV cache.
+    A longer prompt does not allow a larger batch, so each search ends where the one before did.
+    Decode steps are run only where the answer is longer than a quarter of the prompt: a position of
+    the prompt takes several times more in the prefill than the 40 KiB that a new token adds to the
+    KV cache.
 
     Args:
         token_counts: in any order; by default those of ``frontier_tokens``.
@@ -265,21 +283,27 @@ def frontier(
     return found
 
 
-def frontier_tokens(workload: Workload, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]) -> list[int]:
-    """Lengths of a frontier that show its shape: from 32 text tokens to the end of the model's context."""
+def frontier_tokens(
+    workload: Workload, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
+) -> list[int]:
+    """Lengths of a frontier that show its shape: from 32 text tokens to the end of the model's
+    context."""
     most = _most_text_tokens(read_config(checkpoint), workload)
     return [*(count for count in (32, 512, 1024, 2048, 4096) if count < most), most]
 
 
 def recommend(trials: Trials, workload: Workload) -> Recommendation | None:
-    """The device map that leaves the fullest card the most room under this workload; None where none fits.
+    """The device map that leaves the fullest card the most room under this workload; None where
+    none fits.
 
-    Tried are "auto" ("balanced" makes the same map), "sequential", and "auto" with ``max_memory`` set so that the
-    card with the image tower, whose activations "auto" knows nothing of, is given fewer weights. The last is
-    taken only where it gains a quarter of a GiB.
+    Tried are "auto" ("balanced" makes the same map), "sequential", and "auto" with ``max_memory``
+    set so that the card with the image tower, whose activations "auto" knows nothing of, is given
+    fewer weights. The last is taken only where it gains a quarter of a GiB.
     """
     free = _free_bytes(trials)
-    candidates = [Candidate(name, None, _plan(trials, name, free)) for name in ("auto", "sequential")]
+    candidates = [
+        Candidate(name, None, _plan(trials, name, free)) for name in ("auto", "sequential")
+    ]
     if trials.count == 1:
         candidates = [Candidate({"": 0}, None, {"": 0})]
     best = None
@@ -310,7 +334,8 @@ class Candidate:
 def _better(
     best: Recommendation | None, candidate: Candidate, trials: Trials, workload: Workload
 ) -> Recommendation | None:
-    """The candidate, if it fits without the CPU and leaves the fullest card more room than the best so far."""
+    """The candidate, if it fits without the CPU and leaves the fullest card more room than the best
+    so far."""
     if not all(isinstance(place, int) for place in candidate.placement.values()):
         return best
     worth = _WORTH_BYTES if candidate.max_memory else 0
@@ -320,7 +345,9 @@ def _better(
         if not result.fits or (best and min(headroom) <= min(best.headroom_bytes) + worth):
             return best
     code = _code(candidate, trials)
-    return Recommendation(candidate.device_map, candidate.max_memory, candidate.placement, headroom, code)
+    return Recommendation(
+        candidate.device_map, candidate.max_memory, candidate.placement, headroom, code
+    )
 
 
 def _code(candidate: Candidate, trials: Trials) -> str:
@@ -343,9 +370,11 @@ def _code(candidate: Candidate, trials: Trials) -> str:
 
 
 def _corrected(trials: Trials, workload: Workload, free: dict[int, int]) -> Candidate | None:
-    """``max_memory`` under which every card comes out equally full, given what a run beyond its weights needed.
+    """``max_memory`` under which every card comes out equally full, given what a run beyond its
+    weights needed.
 
-    None where not even one sample fits, so that nothing is known, or where no map could gain enough.
+    None where not even one sample fits, so that nothing is known, or where no map could gain
+    enough.
     """
     fitting = workload
     while not trials.run(fitting).fits:
@@ -360,13 +389,20 @@ def _corrected(trials: Trials, workload: Workload, free: dict[int, int]) -> Cand
     if max(full) - level < _WORTH_BYTES:
         return None
     found = []
-    # accelerate keeps room for the largest block on card 0 and fills the last card with what is left; how far a
-    # limit must be above what is meant is therefore tried out.
+    # accelerate keeps room for the largest block on card 0 and fills the last card with what is
+    # left; how far a limit must be above what is meant is therefore tried out.
     for above in (0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6):
-        wanted = [max(0.0, level - extra[0] + above * GIB), *(max(0.0, level - size) for size in extra[1:-1])]
-        sizes = [min(size, free[card]) for card, size in enumerate(wanted)] + [free[len(devices) - 1]]
+        wanted = [
+            max(0.0, level - extra[0] + above * GIB),
+            *(max(0.0, level - size) for size in extra[1:-1]),
+        ]
+        sizes = [min(size, free[card]) for card, size in enumerate(wanted)] + [
+            free[len(devices) - 1]
+        ]
         # Rounded down, so that nobody is promised more than a card has.
-        max_memory = {card: f"{math.floor(size / GIB * 10) / 10}GiB" for card, size in enumerate(sizes)}
+        max_memory = {
+            card: f"{math.floor(size / GIB * 10) / 10}GiB" for card, size in enumerate(sizes)
+        }
         placement = _plan(trials, "auto", max_memory)
         weights = _weights(trials, placement)
         fullest = max(weights.get(card, 0) + size for card, size in enumerate(extra))
@@ -377,7 +413,9 @@ def _corrected(trials: Trials, workload: Workload, free: dict[int, int]) -> Cand
 
 def _loaded(trials: Trials, placement: dict[str, Place]) -> Trials:
     """Trials on this map: the same ones if it is their map."""
-    if placement == trials.device_map or not all(isinstance(place, int) for place in placement.values()):
+    if placement == trials.device_map or not all(
+        isinstance(place, int) for place in placement.values()
+    ):
         return trials
     return Trials(
         trials.card,
@@ -427,20 +465,26 @@ def _estimate(trials: Trials, single: Workload) -> int:
     return min(rooms, default=1)
 
 
-def _largest_that_fits(trials: Trials, sized: Callable[[int], Workload], most: int, guess: int) -> int:
-    """The largest size from 1 to ``most`` whose workload fits, 0 if none; that it fits, and one more does not, was run.
+def _largest_that_fits(
+    trials: Trials, sized: Callable[[int], Workload], most: int, guess: int
+) -> int:
+    """The largest size from 1 to ``most`` whose workload fits, 0 if none; that it fits, and one
+    more does not, was run.
 
-    The prefill of every size is cheap, and what does not get through it cannot decode: its edge is found first and the
-    decode steps are run from there down.
+    The prefill of every size is cheap, and what does not get through it cannot decode: its edge is
+    found first and the decode steps are run from there down.
     """
     size = _bisect(lambda size: trials.run(replace(sized(size), new_tokens=0)).fits, most, guess)
     if size and sized(size).new_tokens > 1 and not sized(size).train:
-        size = _bisect(lambda size: trials.run(sized(size)).fits, size, _guess_for_cache(trials, sized, size))
+        size = _bisect(
+            lambda size: trials.run(sized(size)).fits, size, _guess_for_cache(trials, sized, size)
+        )
     return size
 
 
 def _guess_for_cache(trials: Trials, sized: Callable[[int], Workload], size: int) -> int:
-    """``size``, or the largest below it whose KV cache, at the end, is no larger than what the weights leave free."""
+    """``size``, or the largest below it whose KV cache, at the end, is no larger than what the
+    weights leave free."""
     decoder = trials.config.text_config
     bytes_per_token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
     bytes_per_token *= DTYPES[trials.dtype].itemsize
@@ -455,7 +499,8 @@ def _guess_for_cache(trials: Trials, sized: Callable[[int], Workload], size: int
 
 
 def _bisect(fits: Callable[[int], bool], most: int, guess: int) -> int:
-    """The largest number from 1 to ``most`` that fits, 0 if none; begins at the guess, in steps that double."""
+    """The largest number from 1 to ``most`` that fits, 0 if none; begins at the guess, in steps
+    that double."""
     low, high, step = 0, most + 1, max(1, guess // 16)
     probe = guess
     while high - low > 1:

@@ -1,4 +1,5 @@
-"""Device maps: what transformers plans for given cards, and what a loaded model's map means in bytes."""
+"""Device maps: what transformers plans for given cards, and what a loaded model's map means in
+bytes."""
 
 import difflib
 from collections import defaultdict
@@ -28,7 +29,8 @@ class PlacedModule:
 def meta_model(
     dtype: torch.dtype = torch.bfloat16, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
 ) -> GLM4VForConditionalGeneration:
-    """The model without memory, for planning. ``checkpoint``: as in ``read_config``; the full size by default."""
+    """The model without memory, for planning. ``checkpoint``: as in ``read_config``; the full size
+    by default."""
     with torch.device("meta"):
         return GLM4VForConditionalGeneration(read_config(checkpoint)).to(dtype)
 
@@ -39,7 +41,8 @@ def plan_device_map(
     dtype: torch.dtype = torch.bfloat16,
     checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
 ) -> dict[str, Place]:
-    """The map ``from_pretrained(device_map=strategy, max_memory=max_memory)`` would make, without loading.
+    """The map ``from_pretrained(device_map=strategy, max_memory=max_memory)`` would make, without
+    loading.
 
     Args:
         strategy: "auto", "balanced", "balanced_low_0" or "sequential".
@@ -58,21 +61,20 @@ def check_device_map(
     """Check a map written by hand for ``count`` cards.
 
     Raises:
-        ValueError: a place that is neither one of the cards nor "cpu", a name the model does not have, a
-            parameter without a place, or "" beside other names.
+        ValueError: a place that is neither one of the cards nor "cpu", a name the model does not
+            have, a parameter without a place, or "" beside other names.
     """
     for name, place in device_map.items():
         is_card = isinstance(place, int) and not isinstance(place, bool) and 0 <= place < count
         if not is_card and place != "cpu":
             raise ValueError(
-                f"device_map puts {name!r} on {place!r}; expected a card's number, 0 to {count - 1}, or "
-                '"cpu". '
-                "Correct the place, or take more cards."
+                f"device_map puts {name!r} on {place!r}; expected a card's number, 0 to"
+                f' {count - 1}, or "cpu". Correct the place, or take more cards.'
             )
     if "" in device_map and len(device_map) > 1:
         raise ValueError(
-            'device_map has "" beside other names. "" is the whole model, and accelerate would put all of it '
-            'there first. Give "" alone, or name every module.'
+            'device_map has "" beside other names. "" is the whole model, and accelerate would put'
+            ' all of it there first. Give "" alone, or name every module.'
         )
     model = meta_model(checkpoint=checkpoint)
     parameters = [name for name, _ in model.named_parameters()]
@@ -90,8 +92,8 @@ def check_device_map(
     for name in parameters:
         if "" not in device_map and not f"{name}.".startswith(prefixes):
             raise ValueError(
-                f"device_map gives no place to {name}; expected one for every parameter. Add the module it "
-                "belongs to."
+                f"device_map gives no place to {name}; expected one for every parameter. Add the"
+                " module it belongs to."
             )
 
 
@@ -101,7 +103,10 @@ def explain_device_map(model, device_map: dict[str, Place]) -> list[PlacedModule
     A block that the map cuts in two appears once per part.
     """
     blocks = [
-        *[f"vision_tower.{name}" for name in ("patch_embedding", "conv", "linear_proj", "boundary")],
+        *[
+            f"vision_tower.{name}"
+            for name in ("patch_embedding", "conv", "linear_proj", "boundary")
+        ],
         *[f"vision_tower.layers.{index}" for index in range(len(model.vision_tower.layers))],
         "language_model.embed_tokens",
         *[f"language_model.layers.{index}" for index in range(len(model.language_model.layers))],
@@ -114,13 +119,18 @@ def explain_device_map(model, device_map: dict[str, Place]) -> list[PlacedModule
         size_by_place: dict[Place, int] = defaultdict(int)
         for name, parameter in model.get_submodule(block).named_parameters():
             full_name = f"{block}.{name}"
-            size_by_place[place_of(full_name, device_map)] += parameter.numel() * parameter.element_size()
-        placed.extend(PlacedModule(block, _kind(block), place, size) for place, size in size_by_place.items())
+            size_by_place[place_of(full_name, device_map)] += (
+                parameter.numel() * parameter.element_size()
+            )
+        placed.extend(
+            PlacedModule(block, _kind(block), place, size) for place, size in size_by_place.items()
+        )
     return placed
 
 
 def place_of(name: str, device_map: dict[str, Place]) -> Place:
-    """Where a parameter or module is, by the longest prefix in the map; "cpu" when nothing matches."""
+    """Where a parameter or module is, by the longest prefix in the map; "cpu" when nothing
+    matches."""
     while name not in device_map and name:
         name = name.rpartition(".")[0]
     place = device_map.get(name, "cpu")
@@ -128,7 +138,8 @@ def place_of(name: str, device_map: dict[str, Place]) -> Place:
 
 
 def input_device(model) -> torch.device:
-    """Where token ids belong: the device the embedding computes on, also when its weights are offloaded."""
+    """Where token ids belong: the device the embedding computes on, also when its weights are
+    offloaded."""
     embedding = model.get_input_embeddings()
     device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     if device is None:

@@ -1,7 +1,8 @@
-"""Pictures of memory, in one style: colour-blind safe colours (Okabe and Ito), readable at half size.
+"""Pictures of memory, in one style: colour-blind safe colours (Okabe and Ito), readable at half
+size.
 
-Functions take plain figures, memory in bytes, return a matplotlib figure, and write its provenance ("simulated" or
-"measured on ...") under the picture.
+Functions take plain figures, memory in bytes, return a matplotlib figure, and write its provenance
+("simulated" or "measured on ...") under the picture.
 """
 
 from collections.abc import Mapping, Sequence
@@ -86,13 +87,16 @@ def plot_device_map(
     title: str = "Where every block of the model lives",
     provenance: str = "simulated",
 ) -> Figure:
-    """Layers x cards x bytes: one panel per device map, one row per card, one cell per block in the order data flows.
+    """Layers x cards x bytes: one panel per device map, one row per card, one cell per block in the
+    order data flows.
 
-    ``placements`` maps a panel's name to the blocks of ``explain_device_map``; a cell is as wide as its bytes.
+    ``placements`` maps a panel's name to the blocks of ``explain_device_map``; a cell is as wide as
+    its bytes.
     """
     with plt.rc_context(_STYLE):
         rows = {
-            name: sorted({block.place for block in blocks}, key=str) for name, blocks in placements.items()
+            name: sorted({block.place for block in blocks}, key=str)
+            for name, blocks in placements.items()
         }
         figure, panels = plt.subplots(
             len(placements),
@@ -126,7 +130,9 @@ def plot_path(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"The picture is to be {str(path)!r}; expected a name ending in .png, .svg or .pdf.")
+        raise ValueError(
+            f"The picture is to be {str(path)!r}; expected a name ending in .png, .svg or .pdf."
+        )
     if not path.parent.is_dir():
         raise ValueError(
             f"There is no folder {str(path.parent)!r} for the picture {path.name!r}. Make it first."
@@ -139,10 +145,11 @@ def plot_frontier(
     title: str = "What fits: batch size and prompt length",
     provenance: str = "simulated",
 ) -> Figure:
-    """What fits, as steps: up to which batch size at each prompt length, shaded below; one line per entry.
+    """What fits, as steps: up to which batch size at each prompt length, shaded below; one line per
+    entry.
 
-    ``frontiers``: name → {text tokens: largest batch that fits}. Between two lengths the line shows the smaller of
-    their batches, which is sure to fit.
+    ``frontiers``: name → {text tokens: largest batch that fits}. Between two lengths the line shows
+    the smaller of their batches, which is sure to fit.
     """
     colours = [COLOURS[kind] for kind in ("weights", "decoder layer", "KV cache", "activations")]
     with plt.rc_context(_STYLE | {"axes.grid.axis": "both"}):
@@ -151,18 +158,23 @@ def plot_frontier(
         for (name, found), colour in zip(frontiers.items(), colours, strict=False):
             tokens = sorted(found)
             batches = [found[count] for count in tokens]
-            # Each length stands at the right end of its step: a shorter prompt takes no more memory.
+            # Each length stands at the right end of its step: a shorter prompt takes no more
+            # memory.
             edges = [0, *tokens]
             axes.stairs(batches, edges, color=colour, linewidth=2.5, baseline=None)
             axes.stairs(batches, edges, color=colour, alpha=0.15, fill=True)
             axes.plot(tokens, batches, "o", color=colour)
             for count, batch in zip(tokens, batches, strict=True):
-                axes.annotate(f"{batch}", (count, batch), (3, 5), textcoords="offset points", color="black")
+                axes.annotate(
+                    f"{batch}", (count, batch), (3, 5), textcoords="offset points", color="black"
+                )
             used[name] = colour
         axes.set_yscale("symlog", base=2, linthresh=1)
         axes.yaxis.set_major_formatter("{x:.0f}")
         axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0, top=1.9 * max(max(found.values()) for found in frontiers.values()) + 1)
+        axes.set_ylim(
+            bottom=0, top=1.9 * max(max(found.values()) for found in frontiers.values()) + 1
+        )
         axes.set_ylabel("samples at a time")
         axes.set_title(title)
         _finish(figure, axes, used, f"text tokens of the prompt, per sample · {provenance}", False)
@@ -170,7 +182,8 @@ def plot_frontier(
 
 
 def plot_training_curve(log: Sequence[Mapping], title: str = "Training") -> Figure:
-    """Loss against time. ``log``: the lines of ``miniature.train``; the first names machine, versions and date."""
+    """Loss against time. ``log``: the lines of ``miniature.train``; the first names machine,
+    versions and date."""
     origin, *steps = log
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(6.2, 3.6))
@@ -192,13 +205,20 @@ def _draw_blocks(
     axes, row: int, blocks: Sequence[PlacedModule], used: dict[str, str], gib_per_character: float
 ):
     left = 0.0
-    for (kind, _), run in groupby(blocks, key=lambda block: (block.kind, block.name.rpartition(".")[0])):
+    for (kind, _), run in groupby(
+        blocks, key=lambda block: (block.kind, block.name.rpartition(".")[0])
+    ):
         run = list(run)
         start = left
         for block in run:
             used[kind] = COLOURS[kind]
             axes.barh(
-                row, block.bytes / GIB, left=left, color=COLOURS[kind], edgecolor="white", linewidth=0.5
+                row,
+                block.bytes / GIB,
+                left=left,
+                color=COLOURS[kind],
+                edgecolor="white",
+                linewidth=0.5,
             )
             left += block.bytes / GIB
         if kind.endswith("layer"):
@@ -216,4 +236,6 @@ def _finish(figure: Figure, axes, used: Mapping[str, str], label: str, has_capac
     if has_capacity:
         handles.append(plt.Line2D([], [], color="black", linewidth=2.5, label="capacity"))
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=11)
-    plt.close(figure)  # Returned, not shown twice: a notebook displays the figure that ends its cell.
+    plt.close(
+        figure
+    )  # Returned, not shown twice: a notebook displays the figure that ends its cell.

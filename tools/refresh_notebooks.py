@@ -1,8 +1,10 @@
-"""Execute notebooks in place, so that their stored outputs come from a real run; for whoever changes one.
+"""Execute notebooks in place, so that their stored outputs come from a real run; for whoever
+changes one.
 
     python tools/refresh_notebooks.py [01 02 ...]
 
-Nothing of this machine is stored; `make validate` then says whether a notebook keeps the other rules, too.
+Nothing of this machine is stored; `make validate` then says whether a notebook keeps the other
+rules, too.
 """
 
 import base64
@@ -12,11 +14,12 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from glm4v_nb.experiment.registry import DEFAULT_REGISTRY, load_registry
+from nbsweep.registry import DEFAULT_REGISTRY, load_registry
 
 
 def refresh(path, timeout_seconds: int):
-    """Run one notebook and store its outputs without execution times or other traces of the machine."""
+    """Run one notebook and store its outputs without execution times or other traces of the
+    machine."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook,
@@ -51,7 +54,9 @@ def _joined(outputs: list) -> list:
 def last_picture(path) -> bytes:
     """The PNG of a notebook's last plot."""
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    outputs = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    outputs = [
+        output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})
+    ]
     return base64.b64decode(outputs[-1].data["image/png"])
 
 

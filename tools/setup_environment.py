@@ -1,11 +1,12 @@
-"""Builds `.venv` from requirements.lock, or finds in milliseconds that the one present is still right.
+"""Builds `.venv` from requirements.lock, or finds in milliseconds that the one present is still
+right.
 
-Called by every target of the Makefile. Standard library only, and only syntax that Python 2.7 and 3.6 can
-parse, so that an old Python ends in one clear line instead of a SyntaxError.
+Called by every target of the Makefile. Standard library only, and only syntax that Python 2.7 and
+3.6 can parse, so that an old Python ends in one clear line instead of a SyntaxError.
 
-A stamp inside `.venv`, written last, holds hashes of what it was built from. No stamp: the environment is
-half-built and is built again. Another requirements.lock, place or (chosen) Python: built again. Another
-pyproject.toml alone: only the project itself is installed again.
+A stamp inside `.venv`, written last, holds hashes of what it was built from. No stamp: the
+environment is half-built and is built again. Another requirements.lock, place or (chosen) Python:
+built again. Another pyproject.toml alone: only the project itself is installed again.
 """
 
 import argparse
@@ -51,7 +52,8 @@ def check_version(version, interpreter, target=TARGET):
 
 
 def check_venv_module(interpreter, has_module=None):
-    """Raise SetupError when the running Python cannot create environments (Debian splits that off)."""
+    """Raise SetupError when the running Python cannot create environments (Debian splits that
+    off)."""
     if has_module is None:
         import importlib.util
 
@@ -59,8 +61,9 @@ def check_venv_module(interpreter, has_module=None):
     missing = [name for name in ("venv", "ensurepip") if not has_module(name)]
     if missing:
         raise SetupError(
-            "{} lacks the module {}, which creates .venv. On Debian or Ubuntu: apt install python3-venv "
-            "(or python{}.{}-venv); elsewhere install a complete Python and run make again".format(
+            "{} lacks the module {}, which creates .venv. On Debian or Ubuntu: apt install"
+            " python3-venv (or python{}.{}-venv); elsewhere install a complete Python and run make"
+            " again".format(
                 interpreter, " and ".join(missing), sys.version_info[0], sys.version_info[1]
             )
         )
@@ -69,7 +72,8 @@ def check_venv_module(interpreter, has_module=None):
 def newer_python(candidates=NEWER_PYTHONS, find=None):
     """The path of the first candidate on PATH that starts and is new enough, or None.
 
-    It is started, because a version manager's shim stands on PATH for versions that are switched off.
+    It is started, because a version manager's shim stands on PATH for versions that are switched
+    off.
     """
     # Python 2 has no shutil.which, and then there is only the advice to name another Python.
     find = find or getattr(shutil, "which", lambda name: None)
@@ -85,7 +89,8 @@ def newer_python(candidates=NEWER_PYTHONS, find=None):
 
 
 def fingerprint(root):
-    """What an environment depends on: contents, not times, of the two files, and the place it stands in."""
+    """What an environment depends on: contents, not times, of the two files, and the place it
+    stands in."""
 
     def digest(name):
         with open(os.path.join(root, name), "rb") as file:
@@ -95,7 +100,8 @@ def fingerprint(root):
 
 
 def read_stamp(environment):
-    """The stamp of a finished environment, or {} when it is absent or unreadable or the Python is gone."""
+    """The stamp of a finished environment, or {} when it is absent or unreadable or the Python is
+    gone."""
     if not os.path.exists(os.path.join(environment, "bin", "python")):
         return {}
     try:
@@ -109,8 +115,8 @@ def read_stamp(environment):
 def needed_work(stamp, wanted, chosen_python=None):
     """Returns "nothing", "project" (install it again) or "all" (build from scratch).
 
-    `chosen_python` is "3.12" when the user named an interpreter of that version, else None: an environment
-    built with another good Python is kept.
+    `chosen_python` is "3.12" when the user named an interpreter of that version, else None: an
+    environment built with another good Python is kept.
     """
     if any(stamp.get(key) != wanted[key] for key in ("lock", "root")):
         return "all"
@@ -120,7 +126,8 @@ def needed_work(stamp, wanted, chosen_python=None):
 
 
 def write_stamp(environment, wanted, python):
-    """Declare the environment finished, built by `python` ("3.12"); atomic, so a stamp is whole or absent."""
+    """Declare the environment finished, built by `python` ("3.12"); atomic, so a stamp is whole or
+    absent."""
     path = os.path.join(environment, STAMP)
     stamp = dict(wanted, python=python)
     with open(path + ".new", "w") as file:
@@ -136,27 +143,38 @@ def explain_pip_failure(output, log, target=TARGET):
     errors = [line.strip() for line in output if line.lstrip().lower().startswith("error:")]
     reason = errors[-1].split(":", 1)[1].strip() if errors else "see the log"
     if "No space left" in text:
-        advice = "Free some disk space (10 GB with the CUDA libraries) and run make {} again".format(target)
+        advice = (
+            "Free some disk space (10 GB with the CUDA libraries) and run make {} again".format(
+                target
+            )
+        )
     elif NETWORK_SIGNS.search(text):
         advice = "The network or the package index did not answer: check it and run make {} again".format(
             target
         )
     else:
-        advice = "Check the network and that this Python is supported, then run make {} again".format(target)
+        advice = (
+            "Check the network and that this Python is supported, then run make {} again".format(
+                target
+            )
+        )
     return "pip could not install {} ({}). {}; downloads are kept. Log: {}".format(
         package.rstrip(",:"), reason, advice, log
     )
 
 
 def run_or_explain(command, advice):
-    """Run a command in silence; if it fails, raise SetupError with the end of what it said and the advice."""
+    """Run a command in silence; if it fails, raise SetupError with the end of what it said and the
+    advice."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True
     )
     output = process.communicate()[0]
     if process.returncode != 0:
         raise SetupError(
-            "{} failed: {}. {}".format(" ".join(command[:3]), " ".join(output.split())[-300:], advice)
+            "{} failed: {}. {}".format(
+                " ".join(command[:3]), " ".join(output.split())[-300:], advice
+            )
         )
 
 
@@ -175,15 +193,21 @@ def pip_install(environment, arguments, total=None):
             file.write(line)
             output.append(line.rstrip("\n"))
             collected += line.startswith("Collecting ")
-            large = re.match(r"\s*(Downloading|Using cached) (\S+?)-\d\S* \((\d{3,}\.?\d* MB|\S+ GB)\)", line)
+            large = re.match(
+                r"\s*(Downloading|Using cached) (\S+?)-\d\S* \((\d{3,}\.?\d* MB|\S+ GB)\)", line
+            )
             if on_terminal and total and line.startswith(("Collecting ", "Installing ")):
                 what = line.split()[1] if line.startswith("Collecting ") else "installing them all"
-                sys.stdout.write("\r\033[K  {} of about {} packages: {}".format(collected, total, what[:60]))
+                sys.stdout.write(
+                    "\r\033[K  {} of about {} packages: {}".format(collected, total, what[:60])
+                )
             elif large:
                 sys.stdout.write(
                     "{}  {} {} ({})\n".format("\r\033[K" if on_terminal else "", *large.groups())
                 )
-            elif total and not on_terminal and line.startswith("Collecting ") and collected % 40 == 0:
+            elif (
+                total and not on_terminal and line.startswith("Collecting ") and collected % 40 == 0
+            ):
                 sys.stdout.write("  {} of about {} packages\n".format(collected, total))
             sys.stdout.flush()
     if on_terminal and total:
@@ -197,7 +221,8 @@ def create(root, environment):
     if os.path.isdir(environment) and os.listdir(environment):
         if not os.path.exists(os.path.join(environment, "pyvenv.cfg")):
             raise SetupError(
-                ".venv is there but no virtual environment; it is left alone. Move it away and run make again"
+                ".venv is there but no virtual environment; it is left alone. Move it away and run"
+                " make again"
             )
     with open(os.path.join(root, "requirements.lock")) as file:
         total = sum(1 for line in file if "==" in line)
@@ -214,7 +239,8 @@ def create(root, environment):
 
 
 def install_project(root, environment):
-    """Install the project itself, editable, and the Jupyter kernel `python3` of this environment."""
+    """Install the project itself, editable, and the Jupyter kernel `python3` of this
+    environment."""
     pip_install(environment, ["--no-deps", "--no-build-isolation", "--editable", root])
     kernel = "-m ipykernel install --sys-prefix --name python3 --display-name".split()
     run_or_explain(

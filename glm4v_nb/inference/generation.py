@@ -1,8 +1,8 @@
 """Answers to conversations: ``generate`` for a whole one, ``stream`` for one that comes in pieces.
 
-A conversation is the list of messages of ``model.chat``; its image stays in view for every later turn, because
-the whole conversation is the prompt each time. Nothing here depends on where the weights are: inputs go to the
-device of the embedding, hooks of accelerate carry them on.
+A conversation is the list of messages of ``model.chat``; its image stays in view for every later
+turn, because the whole conversation is the prompt each time. Nothing here depends on where the
+weights are: inputs go to the device of the embedding, hooks of accelerate carry them on.
 """
 
 import queue
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from glm4v_nb.memory.cleanup import clear_frames
+from glm4v_nb.cleanup import clear_frames
 from glm4v_nb.model.chat import is_batch
 from glm4v_nb.placement import input_device
 
@@ -53,7 +53,12 @@ class Sampling:
             # Overwrites the sampling defaults a checkpoint's generation_config.json may carry.
             chosen = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         else:
-            chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+            chosen = {
+                "do_sample": True,
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "top_k": 0,
+            }
         return {"max_new_tokens": self.max_new_tokens, **chosen}
 
 
@@ -88,11 +93,12 @@ def generate(model, processor, messages, sampling: Sampling | None = None) -> An
     """The whole answer to a conversation.
 
     Args:
-        messages: one conversation, e.g. ``[{"role": "user", "image": "cat.png", "content": "What is it?"}]``.
+        messages: one conversation, e.g. ``[{"role": "user", "image": "cat.png", "content": "What is
+            it?"}]``.
 
     Raises:
-        ValueError: the prompt and ``max_new_tokens`` together exceed the model's context, or a message is wrong.
-        torch.OutOfMemoryError: as it comes from the device.
+        ValueError: the prompt and ``max_new_tokens`` together exceed the model's context, or a
+        message is wrong. torch.OutOfMemoryError: as it comes from the device.
     """
     return _Run(model, processor, messages, sampling or Sampling()).run(streamer=None)
 
@@ -115,7 +121,12 @@ class _Run(StoppingCriteria):
     """One call of the model's ``generate``: counts tokens, and stops it when told to."""
 
     def __init__(self, model, processor, messages, sampling: Sampling):
-        self.model, self.processor, self.messages, self.sampling = model, processor, messages, sampling
+        self.model, self.processor, self.messages, self.sampling = (
+            model,
+            processor,
+            messages,
+            sampling,
+        )
         self.cancelled = threading.Event()
         self.started = time.monotonic()
         self.first: float | None = None
@@ -131,8 +142,8 @@ class _Run(StoppingCriteria):
     def run(self, streamer) -> Answer:
         if is_batch(self.messages):
             raise ValueError(
-                "The messages are a list of conversations. Expected one conversation, a list of messages. Ask them "
-                "one after the other, or call model.generate for a batch."
+                "The messages are a list of conversations. Expected one conversation, a list of"
+                " messages. Ask them one after the other, or call model.generate for a batch."
             )
         inputs = self.processor.apply_chat_template(self.messages, add_generation_prompt=True)
         prompt_tokens = self._check_context(inputs)
@@ -161,13 +172,16 @@ class _Run(StoppingCriteria):
         config = self.model.config
         images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
         # Three ids stand for each image in the prompt.
-        prompt_tokens = inputs["input_ids"].shape[1] + images * (config.vision_config.image_tokens - 3)
+        prompt_tokens = inputs["input_ids"].shape[1] + images * (
+            config.vision_config.image_tokens - 3
+        )
         wanted = prompt_tokens + self.sampling.max_new_tokens
         if wanted > config.seq_length:
             raise ValueError(
-                f"The conversation takes {prompt_tokens:,} tokens and the answer may take "
-                f"{self.sampling.max_new_tokens:,} more, but the model's context is {config.seq_length:,} "
-                "(seq_length). Lower max_new_tokens, shorten the question, or start a new conversation."
+                f"The conversation takes {prompt_tokens:,} tokens and the answer may take"
+                f" {self.sampling.max_new_tokens:,} more, but the model's context is"
+                f" {config.seq_length:,} (seq_length). Lower max_new_tokens, shorten the question,"
+                " or start a new conversation."
             )
         return prompt_tokens
 
@@ -189,13 +203,15 @@ class _Pieces(TextStreamer):
 
 
 class Stream:
-    """Iterates over the pieces of an answer; ``answer`` holds the whole once the iteration has ended.
+    """Iterates over the pieces of an answer; ``answer`` holds the whole once the iteration has
+    ended.
 
-    ``cancel()`` ends it within one token, from any thread. Leaving the ``with`` block does the same and waits for
-    the worker, so that nothing goes on running unseen.
+    ``cancel()`` ends it within one token, from any thread. Leaving the ``with`` block does the same
+    and waits for the worker, so that nothing goes on running unseen.
 
     Raises:
-        Exception: whatever ended the worker, an out-of-memory error above all, when the pieces before it are read.
+        Exception: whatever ended the worker, an out-of-memory error above all, when the pieces
+            before it are read.
         TimeoutError: no token for ``timeout_seconds``.
     """
 
@@ -229,8 +245,9 @@ class Stream:
                 self.cancel()
                 self._hung = True
                 raise TimeoutError(
-                    f"No token for {self._timeout_seconds:g} s. Expected one in that time; the answer was "
-                    "cancelled. A long prompt, offloaded weights or a busy GPU need more: raise timeout_seconds."
+                    f"No token for {self._timeout_seconds:g} s. Expected one in that time; the"
+                    " answer was cancelled. A long prompt, offloaded weights or a busy GPU need"
+                    " more: raise timeout_seconds."
                 ) from None
             if piece is not None:
                 return piece
@@ -242,7 +259,8 @@ class Stream:
 
     @property
     def running(self) -> bool:
-        """Whether the worker is still alive; after a ``TimeoutError`` it may be, until its step ends."""
+        """Whether the worker is still alive; after a ``TimeoutError`` it may be, until its step
+        ends."""
         return self._worker.is_alive()
 
     @property
@@ -266,8 +284,8 @@ class Stream:
         try:
             self.answer = run.run(_Pieces(run.processor.tokenizer, self._pieces))
         except BaseException as error:
-            # The frames of a failed forward pass hold its tensors: an out-of-memory error that is kept, or shown,
-            # would keep the memory too.
+            # The frames of a failed forward pass hold its tensors: an out-of-memory error that is
+            # kept, or shown, would keep the memory too.
             clear_frames(error)
             self._error = error
         finally:

@@ -22,9 +22,10 @@ def load(
     """Load model and processor, ready to answer.
 
     Args:
-        checkpoint: a directory in the official layout, or the id of a repository on the Hugging Face hub.
-        revision: the repository's commit, 40 hexadecimal digits; required for a hub id, as a name such as
-            "main" may stand for other weights tomorrow.
+        checkpoint: a directory in the official layout, or the id of a repository on the Hugging
+            Face hub.
+        revision: the repository's commit, 40 hexadecimal digits; required for a hub id, as a name
+            such as "main" may stand for other weights tomorrow.
         dtype: of the weights; transformers' "auto" takes what the checkpoint states.
         device_map: as in ``from_pretrained``; by default "auto" where there are GPUs, else the CPU.
         max_memory: as in ``from_pretrained``, bytes or text such as "20GiB" per GPU.
@@ -57,7 +58,8 @@ def _check_hub_id(checkpoint: str, revision: str | None):
         )
     if revision is None or not _COMMIT.fullmatch(revision):
         raise ValueError(
-            f"{checkpoint}: revision is {revision!r}, and there is no directory of this name. A repository on the "
-            "hub is loaded at one commit only (40 hexadecimal digits), so that the weights cannot change "
-            f"unnoticed. Take it from https://huggingface.co/{checkpoint}/commits/main."
+            f"{checkpoint}: revision is {revision!r}, and there is no directory of this name. A"
+            " repository on the hub is loaded at one commit only (40 hexadecimal digits), so that"
+            " the weights cannot change unnoticed. Take it from"
+            f" https://huggingface.co/{checkpoint}/commits/main."
         )

@@ -1,7 +1,8 @@
 """Held-out accuracy: ``python -m glm4v_nb.miniature.evaluate --seed N --count M --json``.
 
-Questions come from seeds that training never uses; an answer counts if it is exactly right. Pictures reach the
-model as image files, half of them as training draws them (``FORMS``), the others as people have them.
+Questions come from seeds that training never uses; an answer counts if it is exactly right.
+Pictures reach the model as image files, half of them as training draws them (``FORMS``), the others
+as people have them.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from glm4v_nb.miniature.scenes import draw, encode, is_wide, random_size
 from glm4v_nb.model import register
 
 HELD_OUT_SEED = 1_000_000
-# Share of the questions. "drawn": sizes as in training, PNG; "wide": sides from 2 : 1 to 4 : 1; "large": 700 to
-# 1400 pixels; the rest are file formats, of which "grey" and "alpha" are PNG with one and with four channels.
+# Share of the questions. "drawn": sizes as in training, PNG; "wide": sides from 2 : 1 to 4 : 1;
+# "large": 700 to 1400 pixels; the rest are file formats, of which "grey" and "alpha" are PNG with
+# one and with four channels.
 FORMS = {"drawn": 0.5, "jpeg": 0.1, "alpha": 0.1, "grey": 0.1, "wide": 0.1, "large": 0.1}
 
 
@@ -39,8 +41,8 @@ def evaluate(
     """Ask ``count`` questions, drawn from ``seed``, and compare the answers.
 
     Returns:
-        ``accuracy`` over all; ``kinds``, ``languages``, ``kinds_and_languages`` and ``forms`` as name → accuracy
-        and count; ``wrong``: at most ``examples`` wrong answers.
+        ``accuracy`` over all; ``kinds``, ``languages``, ``kinds_and_languages`` and ``forms`` as
+        name → accuracy and count; ``wrong``: at most ``examples`` wrong answers.
     """
     register()
     processor = AutoProcessor.from_pretrained(checkpoint)
@@ -48,16 +50,24 @@ def evaluate(
     rng = np.random.default_rng([HELD_OUT_SEED, seed])
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     wrong = []
-    for start in tqdm(range(0, count, batch_size), unit="batch", file=sys.stdout, disable=not progress):
+    for start in tqdm(
+        range(0, count, batch_size), unit="batch", file=sys.stdout, disable=not progress
+    ):
         asked = [held_out_question(rng) for _ in range(min(batch_size, count - start))]
-        answers = answer_all(model, processor, [(picture, question) for picture, question, *_ in asked])
-        for (_, question, expected, kind, language, form), given in zip(asked, answers, strict=True):
+        answers = answer_all(
+            model, processor, [(picture, question) for picture, question, *_ in asked]
+        )
+        for (_, question, expected, kind, language, form), given in zip(
+            asked, answers, strict=True
+        ):
             names = {"all": "", "kinds": kind, "languages": language, "forms": form}
             names["kinds_and_languages"] = f"{kind} {language}"
             for group, name in names.items():
                 right[group, name].append(given == expected)
             if given != expected and len(wrong) < examples:
-                wrong.append({"form": form, "question": question, "expected": expected, "given": given})
+                wrong.append(
+                    {"form": form, "question": question, "expected": expected, "given": given}
+                )
     report = {"seed": seed, "count": count, "accuracy": float(np.mean(right.pop(("all", ""))))}
     for (group, name), hits in sorted(right.items()):
         report.setdefault(group, {})[name] = {"accuracy": float(np.mean(hits)), "count": len(hits)}
@@ -86,14 +96,19 @@ def held_out_question(rng: np.random.Generator) -> tuple[bytes, str, str, str, s
 
 @torch.inference_mode()
 def answer_all(model, processor, questions: list[tuple], max_new_tokens: int = 72) -> list[str]:
-    """Greedy answers to (picture, question) pairs, in one batch, without the surrounding white space."""
+    """Greedy answers to (picture, question) pairs, in one batch, without the surrounding white
+    space."""
     conversations = [
         [{"role": "user", "image": picture, "content": question}] for picture, question in questions
     ]
-    inputs = processor.apply_chat_template(conversations, add_generation_prompt=True).to(model.device)
+    inputs = processor.apply_chat_template(conversations, add_generation_prompt=True).to(
+        model.device
+    )
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = output[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return [
+        text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    ]
 
 
 def main() -> None:

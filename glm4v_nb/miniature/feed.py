@@ -1,8 +1,9 @@
 """Training examples drawn by worker processes, and the ids of their conversations.
 
 One *example* is a picture with ``ROWS`` conversations about it. Every conversation begins
-``[gMASK]<sop><|user|>\\n``, then the image, then the first question, so the image stands at the same positions
-in every row. Workers write into memory shared with the trainer, which needs no /dev/shm.
+``[gMASK]<sop><|user|>\\n``, then the image, then the first question, so the image stands at the
+same positions in every row. Workers write into memory shared with the trainer, which needs no
+/dev/shm.
 """
 
 import io
@@ -32,8 +33,8 @@ GREY, JPEG = 0.06, 0.2  # share of the pictures
 
 @dataclass
 class Examples:
-    """``pixels`` uint8 [n, side, side, 3]; ``ids`` and ``labels`` int16 [n, ROWS, TEXT_LENGTH], where
-    ``labels[..., i]`` is the id that should follow ``ids[..., i]``, or -100."""
+    """``pixels`` uint8 [n, side, side, 3]; ``ids`` and ``labels`` int16 [n, ROWS, TEXT_LENGTH],
+    where ``labels[..., i]`` is the id that should follow ``ids[..., i]``, or -100."""
 
     pixels: np.ndarray
     ids: np.ndarray
@@ -59,7 +60,11 @@ class ConversationEncoder:
 
     def prefix(self) -> list[int]:
         """Ids before the image."""
-        return [*self.tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"]), self.user, *self.newline]
+        return [
+            *self.tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"]),
+            self.user,
+            *self.newline,
+        ]
 
     def turns(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """Ids after the image and, for each, the id to predict next (-100 outside answers)."""
@@ -82,7 +87,9 @@ def draw_examples(
         scene = random_scene(rng, wide=is_wide(size), grey=rng.random() < GREY)
         picture = draw(scene, size)
         if rng.random() < JPEG:
-            picture = Image.open(io.BytesIO(encode(picture, "JPEG", quality=int(rng.integers(40, 96)))))
+            picture = Image.open(
+                io.BytesIO(encode(picture, "JPEG", quality=int(rng.integers(40, 96))))
+            )
         into.pixels[index] = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
         for row in range(ROWS):
             ids, labels = _conversation(scene, encoder, rng)
@@ -115,7 +122,8 @@ def _conversation(scene, encoder: ConversationEncoder, rng) -> tuple[list[int], 
 class Feed:
     """Iterates over chunks of examples, drawn by ``workers`` processes; 0 draws in this process.
 
-    The chunks and their order depend on ``seed`` alone. Make it before CUDA is used: workers are forked.
+    The chunks and their order depend on ``seed`` alone. Make it before CUDA is used: workers are
+    forked.
     """
 
     def __init__(self, tokenizer_directory: Path, side: int, seed: int, workers: int):
@@ -144,8 +152,9 @@ class Feed:
                 while not ready.acquire(timeout=5):
                     if not process.is_alive():
                         raise RuntimeError(
-                            f"A drawing process ended with exit code {process.exitcode}; expected it to run "
-                            "as long as the training. Run with --workers 0 to see its error here."
+                            f"A drawing process ended with exit code {process.exitcode}; expected"
+                            " it to run as long as the training. Run with --workers 0 to see its"
+                            " error here."
                         )
                 yield slots[turn % SLOTS]
                 free.release()
@@ -161,7 +170,9 @@ class Feed:
         return ConversationEncoder(ChatGLM4Tokenizer.from_pretrained(self.tokenizer_directory))
 
     def _draw(self, number: int, encoder: ConversationEncoder, examples: Examples):
-        draw_examples(CHUNK, self.side, encoder, np.random.default_rng([self.seed, number]), examples)
+        draw_examples(
+            CHUNK, self.side, encoder, np.random.default_rng([self.seed, number]), examples
+        )
 
     def _work(self, first: int, step: int, slots: list[Examples], free, ready) -> None:
         encoder = self._encoder()
@@ -177,4 +188,6 @@ def _shared_examples(side: int) -> Examples:
         return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
 
     text = (CHUNK, ROWS, TEXT_LENGTH)
-    return Examples(shared((CHUNK, side, side, 3), np.uint8), shared(text, np.int16), shared(text, np.int16))
+    return Examples(
+        shared((CHUNK, side, side, 3), np.uint8), shared(text, np.int16), shared(text, np.int16)
+    )

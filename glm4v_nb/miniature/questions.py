@@ -1,20 +1,20 @@
-"""The question grammar: English and Chinese questions about a scene, each with its one exact answer.
+"""The question grammar: English and Chinese questions about a scene, each with its one exact
+answer.
 
-Kinds (the phrasings are ``QUESTIONS``; {c} is a colour, {s} a shape, {p} a place; an *object* is described by
-shape, by colour or by both, and only questions with exactly one right answer are asked):
+Kinds (the phrasings are ``QUESTIONS``; {c} is a colour, {s} a shape, {p} a place; an *object* is
+described by shape, by colour or by both, and only questions with exactly one right answer are
+asked):
 
 ========= ================================================ =====================================
-kind      question, for example                            answer
-========= ================================================ =====================================
-shape     What shape is the red object?                    circle
-colour    What colour is the circle?                       red
-count     How many objects / circles / red objects …?      3 (0 if there is none)
-where     Where is the red circle?                         top left (one of the nine cells)
-place     What is at the top left?                         red circle, or: nothing
-larger    Which is larger, the red circle or the …?        red circle (radii differ by a quarter)
-exists    Is there a red circle?                           yes / no
-absent    What colour is / where is the star? (none)       there is no star
-describe  Describe the picture.                            a red circle at the top left, a … (reading order)
+kind      question, for example                            answer =========
+================================================ ===================================== shape
+What shape is the red object?                    circle colour    What colour is the circle?
+red count     How many objects / circles / red objects …?      3 (0 if there is none) where
+Where is the red circle?                         top left (one of the nine cells) place     What is
+at the top left?                         red circle, or: nothing larger    Which is larger, the red
+circle or the …?        red circle (radii differ by a quarter) exists    Is there a red circle?
+yes / no absent    What colour is / where is the star? (none)       there is no star describe
+Describe the picture.                            a red circle at the top left, a … (reading order)
 ========= ================================================ =====================================
 """
 
@@ -25,7 +25,9 @@ import numpy as np
 from glm4v_nb.miniature.scenes import CELLS, COLOURS, SHAPES, Scene, Shape, random_scene
 
 LANGUAGES = ("en", "zh")
-SHAPES_ZH = dict(zip(SHAPES, ("圆形", "正方形", "三角形", "星形", "菱形", "十字形", "心形"), strict=True))
+SHAPES_ZH = dict(
+    zip(SHAPES, ("圆形", "正方形", "三角形", "星形", "菱形", "十字形", "心形"), strict=True)
+)
 COLOURS_ZH = dict(
     zip(
         COLOURS,
@@ -34,7 +36,11 @@ COLOURS_ZH = dict(
     )
 )
 CELLS_ZH = dict(
-    zip(CELLS, ("左上角", "上方", "右上角", "左边", "中间", "右边", "左下角", "下方", "右下角"), strict=True)
+    zip(
+        CELLS,
+        ("左上角", "上方", "右上角", "左边", "中间", "右边", "左下角", "下方", "右下角"),
+        strict=True,
+    )
 )
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 QUESTIONS = {
@@ -51,7 +57,11 @@ QUESTIONS = {
         "zh": ("这是什么形状？", "图中是什么形状？", "物体是什么形状？"),
     },
     "colour": {
-        "en": ("What colour is the {s}?", "What color is the {s}?", "Which colour does the {s} have?"),
+        "en": (
+            "What colour is the {s}?",
+            "What color is the {s}?",
+            "Which colour does the {s} have?",
+        ),
         "zh": ("{s}是什么颜色？", "{s}的颜色是什么？", "图中的{s}是什么颜色的？"),
     },
     "colour_alone": {
@@ -79,7 +89,12 @@ QUESTIONS = {
         "zh": ("有{o}吗？", "图中有没有{o}？", "图中有{o}吗？"),
     },
     "describe": {
-        "en": ("Describe the picture.", "Describe the image.", "What is in the picture?", "What do you see?"),
+        "en": (
+            "Describe the picture.",
+            "Describe the image.",
+            "What is in the picture?",
+            "What do you see?",
+        ),
         "zh": ("描述这张图片。", "请描述图片。", "图中有什么？", "你看到了什么？"),
     },
 }
@@ -90,7 +105,8 @@ Question = tuple[str, str]
 def sample(
     rng: np.random.Generator, wide: bool = False, grey: bool = False
 ) -> tuple[Scene, str, str, str, str]:
-    """A random scene and question: (scene, question, answer, kind, language). See ``random_scene``."""
+    """A random scene and question: (scene, question, answer, kind, language). See
+    ``random_scene``."""
     kind = str(rng.choice(KINDS))
     language = str(rng.choice(LANGUAGES))
     while True:
@@ -101,7 +117,8 @@ def sample(
 
 
 def ask(scene: Scene, kind: str, language: str, rng: np.random.Generator) -> Question | None:
-    """A question of this kind about this scene with its answer, or None if the scene allows none."""
+    """A question of this kind about this scene with its answer, or None if the scene allows
+    none."""
     return _ASK[kind](scene.objects, language, rng)
 
 
@@ -193,7 +210,10 @@ def _count(objects, language, rng) -> Question:
     shape = target.shape if target else str(rng.choice(SHAPES))
     colour = target.colour if target else str(rng.choice(list(COLOURS)))
     if choice == 0:
-        number, what = len(objects), {"en": _pick(("objects", "shapes"), rng), "zh": "物体"}[language]
+        number, what = (
+            len(objects),
+            {"en": _pick(("objects", "shapes"), rng), "zh": "物体"}[language],
+        )
     elif choice == 1:
         number = sum(one.shape == shape for one in objects)
         what = PLURALS[shape] if language == "en" else SHAPES_ZH[shape]
@@ -208,13 +228,17 @@ def _where(objects, language, rng) -> Question | None:
     if found is None:
         return None
     place = CELLS[found[0].cell]
-    return _phrase("where", language, rng, o=found[1]), place if language == "en" else CELLS_ZH[place]
+    return _phrase("where", language, rng, o=found[1]), (
+        place if language == "en" else CELLS_ZH[place]
+    )
 
 
 def _place(objects, language, rng) -> Question:
     cells = {one.cell: one for one in objects}
     cell = _pick(list(cells), rng) if rng.random() < 0.75 else int(rng.integers(9))
-    text = _phrase("place", language, rng, p=_at(cell) if language == "en" else CELLS_ZH[CELLS[cell]])
+    text = _phrase(
+        "place", language, rng, p=_at(cell) if language == "en" else CELLS_ZH[CELLS[cell]]
+    )
     if cell not in cells:
         return text, "nothing" if language == "en" else "什么都没有"
     return text, name(language, cells[cell].shape, cells[cell].colour)
@@ -254,9 +278,9 @@ def _exists(objects, language, rng) -> Question:
         return text, "no" if language == "en" else "没有"
     one = _pick(objects, rng)
     shape, colour = _pick(((one.shape, None), (None, one.colour), (one.shape, one.colour)), rng)
-    return _phrase(
-        "exists", language, rng, o=name(language, shape, colour)
-    ), "yes" if language == "en" else "有"
+    return _phrase("exists", language, rng, o=name(language, shape, colour)), (
+        "yes" if language == "en" else "有"
+    )
 
 
 def _absent(objects, language, rng) -> Question:

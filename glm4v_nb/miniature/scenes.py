@@ -2,16 +2,18 @@
 
 The rules, for anyone who wants to draw a picture that the miniature should understand:
 
-* One to five filled shapes of the kinds in ``SHAPES``, which do not touch, on a plain, graded or textured
-  background that contrasts with every one of them. A square stands on a side, a diamond on a corner.
-* Each has one of the colours in ``COLOURS``, within a small distance of the listed RGB values.
-* The picture is divided into 3 × 3 equal cells; a shape's centre lies well inside one, at most one shape a cell.
-* A large shape has a radius of 12 to 16.5 % of the shorter side, a small one 7 to 9 %. A shape alone in the
+* One to five filled shapes of the kinds in ``SHAPES``, which do not touch, on a plain, graded or
+  textured background that contrasts with every one of them. A square stands on a side, a diamond on
+  a corner.
+* Each has one of the colours in ``COLOURS``, within a small distance of the listed RGB values. *
+The picture is divided into 3 × 3 equal cells; a shape's centre lies well inside one, at most one
+shape a cell. * A large shape has a radius of 12 to 16.5 % of the shorter side, a small one 7 to 9
+%. A shape alone in the
   picture may be larger.
-* Any size from about 80 pixels a side, noise up to a standard deviation of about 12, any file format Pillow
-  reads, JPEG down to a quality of about 40.
-* Sides up to 4 : 1. The model sees every picture squeezed into a square, so beyond 2 : 1 every shape is large.
-* A grey picture is one whose shapes are black, white and grey.
+* Any size from about 80 pixels a side, noise up to a standard deviation of about 12, any file
+  format Pillow reads, JPEG down to a quality of about 40.
+* Sides up to 4 : 1. The model sees every picture squeezed into a square, so beyond 2 : 1 every
+shape is large. * A grey picture is one whose shapes are black, white and grey.
 """
 
 import io
@@ -43,14 +45,22 @@ LARGE, SMALL, ALONE = (0.12, 0.165), (0.07, 0.09), (0.08, 0.33)
 WIDE = 2.0  # sides from which on small shapes would lose their form
 NEUTRAL = ("black", "white", "grey")
 # Largest rotation in degrees at which a shape keeps its name.
-TILT = {"circle": 0, "square": 10, "triangle": 15, "star": 36, "diamond": 8, "cross": 12, "heart": 12}
+TILT = {
+    "circle": 0,
+    "square": 10,
+    "triangle": 15,
+    "star": 36,
+    "diamond": 8,
+    "cross": 12,
+    "heart": 12,
+}
 SUPERSAMPLING = 3
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One object. ``x``, ``y`` are fractions of width and height, ``radius`` of the shorter side; ``tilt`` is
-    in radians, ``width`` the horizontal stretch of a diamond."""
+    """One object. ``x``, ``y`` are fractions of width and height, ``radius`` of the shorter side;
+    ``tilt`` is in radians, ``width`` the horizontal stretch of a diamond."""
 
     shape: str
     colour: str
@@ -90,7 +100,9 @@ def random_scene(
     while len(objects) < count:
         cell = int(rng.integers(9))
         alone = count == 1
-        radius = float(rng.uniform(*(ALONE if alone else LARGE if wide or rng.random() < 0.5 else SMALL)))
+        radius = float(
+            rng.uniform(*(ALONE if alone else LARGE if wide or rng.random() < 0.5 else SMALL))
+        )
         x = (cell % 3 + 0.5) / 3 + rng.uniform(-0.1, 0.1)
         y = (cell // 3 + 0.5) / 3 + rng.uniform(-0.1, 0.1)
         room = min(x, y, 1 - x, 1 - y)
@@ -123,7 +135,8 @@ def random_scene(
     second = first
     for _ in range(8):
         candidate = tuple(
-            int(v) for v in np.clip(np.array(first) + rng.integers(-60, 61, 1 if grey else 3), 0, 255)
+            int(v)
+            for v in np.clip(np.array(first) + rng.integers(-60, 61, 1 if grey else 3), 0, 255)
         )
         if pattern != "plain" and _contrasts(candidate, [one.rgb for one in objects]):
             second = candidate
@@ -133,7 +146,8 @@ def random_scene(
 
 
 def random_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Width and height in pixels: 80 to 400 a side, mostly near square, one in eight beyond 2 : 1."""
+    """Width and height in pixels: 80 to 400 a side, mostly near square, one in eight beyond 2 :
+    1."""
     side = 80 * 4 ** rng.random()
     octaves = rng.choice((0.5, 1.0, 2.0), p=(0.55, 0.2, 0.25))
     ratio = 2 ** rng.uniform(-octaves, octaves)
@@ -168,14 +182,20 @@ def encode(picture: Image.Image, format: str, **options) -> bytes:
 
 def sample_pictures() -> dict[str, Image.Image]:
     """A few pictures to try, by name; the same every time."""
-    scenes = {"Five shapes": (5, 11), "Three shapes": (3, 5), "Two shapes": (2, 8), "One shape": (1, 4)}
+    scenes = {
+        "Five shapes": (5, 11),
+        "Three shapes": (3, 5),
+        "Two shapes": (2, 8),
+        "One shape": (1, 4),
+    }
     return {
         name: draw(random_scene(np.random.default_rng(seed), count), (320, 240))
         for name, (count, seed) in scenes.items()
     }
 
 
-# Normal noise is drawn once and read at random offsets, which is many times faster than drawing it anew.
+# Normal noise is drawn once and read at random offsets, which is many times faster than drawing it
+# anew.
 _NOISE = np.random.default_rng(0).standard_normal(1_500_000, dtype=np.float32)
 
 
@@ -187,7 +207,9 @@ def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     return _NOISE[offset : offset + size].reshape(shape)
 
 
-def _paint_background(scene: Scene, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+def _paint_background(
+    scene: Scene, width: int, height: int, rng: np.random.Generator
+) -> np.ndarray:
     first, second = (np.array(colour, np.float32) for colour in scene.background)
     if scene.pattern == "plain":
         return np.full((height, width, 3), first, np.uint8)
@@ -207,7 +229,10 @@ def _paint_background(scene: Scene, width: int, height: int, rng: np.random.Gene
             mix = ((columns // step + rows // step) % 2).astype(np.float32) * 0.6
         else:  # clouds
             coarse = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8))
-            mix = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+            mix = (
+                np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+                / 255
+            )
     return (first + mix[..., None] * (second - first)).clip(0, 255).astype(np.uint8)
 
 
@@ -238,7 +263,9 @@ def _paint(image: Image.Image, one: Shape) -> None:
 
 def _polar(radii: tuple[float, ...], start: float = -90) -> list[tuple[float, float]]:
     angles = [math.radians(start + 360 * index / len(radii)) for index in range(len(radii))]
-    return [(r * math.cos(angle), r * math.sin(angle)) for r, angle in zip(radii, angles, strict=True)]
+    return [
+        (r * math.cos(angle), r * math.sin(angle)) for r, angle in zip(radii, angles, strict=True)
+    ]
 
 
 def _heart() -> list[tuple[float, float]]:
@@ -281,7 +308,9 @@ def _shade(colour: str, rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def _contrasts(background, colours) -> bool:
-    return all(sum(abs(a - b) for a, b in zip(background, rgb, strict=True)) > 160 for rgb in colours)
+    return all(
+        sum(abs(a - b) for a, b in zip(background, rgb, strict=True)) > 160 for rgb in colours
+    )
 
 
 def _background(colours, rng: np.random.Generator, grey: bool) -> tuple[int, int, int]:

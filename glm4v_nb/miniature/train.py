@@ -1,8 +1,9 @@
 """Train the miniature: ``python -m glm4v_nb.miniature.train --output DIR``.
 
-The weights are kept in float32 and the forward pass runs under bfloat16 autocast; the checkpoint is saved in
-bfloat16 in the official layout, every minute and at the end. Examples are kept on the device and each is seen
-``--repeat`` times, noise added anew each time. ``train.jsonl`` logs step, seconds, loss, learning rate and pictures.
+The weights are kept in float32 and the forward pass runs under bfloat16 autocast; the checkpoint is
+saved in bfloat16 in the official layout, every minute and at the end. Examples are kept on the
+device and each is seen ``--repeat`` times, noise added anew each time. ``train.jsonl`` logs step,
+seconds, loss, learning rate and pictures.
 """
 
 import argparse
@@ -19,13 +20,13 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
-from glm4v_nb.memory.training import enable_gradient_checkpointing
 from glm4v_nb.miniature.evaluate import evaluate
 from glm4v_nb.miniature.feed import CHUNK, IGNORED, ROWS, TEXT_LENGTH, ConversationEncoder, Feed
 from glm4v_nb.miniature.vocabulary import save_vocabulary
 from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration, register
 from glm4v_nb.model.image_processing import IMAGE_MEAN, IMAGE_STD
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
+from glm4v_nb.training import enable_gradient_checkpointing
 
 IMAGE_SIZE = 168
 SAVE_SECONDS = 60.0
@@ -56,7 +57,8 @@ def miniature_config(special: dict[str, int]) -> GLM4VConfig:
             "patch_size": patch,
             "image_size": IMAGE_SIZE,
             "num_positions": (IMAGE_SIZE // patch) ** 2 + 1,
-            # The official 8.0 suits features of its own scale; here they are as large as embeddings.
+            # The official 8.0 suits features of its own scale; here they are as large as
+            # embeddings.
             "scaling_factor": 1.0,
         },
     )
@@ -68,7 +70,8 @@ def len_of_vocabulary(special: dict[str, int]) -> int:
 
 
 def initialise(model: GLM4VForConditionalGeneration) -> None:
-    """Random weights that suit the tower: scaled by fan-in, positions as waves over the two axes."""
+    """Random weights that suit the tower: scaled by fan-in, positions as waves over the two
+    axes."""
     tower = model.vision_tower
     for module in tower.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -81,14 +84,17 @@ def initialise(model: GLM4VForConditionalGeneration) -> None:
     side, features = tower.patches_per_side, positions.shape[1]
     frequencies = math.pi * 0.5 * 2 ** torch.linspace(0, 3, features // 4)
     place = (torch.arange(side) + 0.5) / side
-    waves = torch.cat(((place[:, None] * frequencies).sin(), (place[:, None] * frequencies).cos()), dim=1)
+    waves = torch.cat(
+        ((place[:, None] * frequencies).sin(), (place[:, None] * frequencies).cos()), dim=1
+    )
     rows, columns = waves.repeat_interleave(side, 0), waves.repeat(side, 1)
     with torch.no_grad():
         positions[1:] = 0.5 * torch.cat((rows, columns), dim=1)
 
 
 class Trainer(nn.Module):
-    """The loss of a batch of examples; the tower sees each picture once for all its conversations."""
+    """The loss of a batch of examples; the tower sees each picture once for all its
+    conversations."""
 
     def __init__(self, model: GLM4VForConditionalGeneration, prefix: list[int]):
         super().__init__()
@@ -96,7 +102,8 @@ class Trainer(nn.Module):
         image = model.config.vision_config.image_tokens
         before, length = len(prefix), len(prefix) + image + TEXT_LENGTH
         positions = torch.arange(length)
-        # begin-of-image, all patches at one position, end-of-image, then counting on (see splicing.py).
+        # begin-of-image, all patches at one position, end-of-image, then counting on (see
+        # splicing.py).
         positions[before + 1 : before + image - 1] = before + 1
         positions[before + image - 1 :] = torch.arange(TEXT_LENGTH + 1) + before + 2
         self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
@@ -104,12 +111,16 @@ class Trainer(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
 
-    def forward(self, pixels: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, pixels: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
         """Mean loss per answer token; the arguments as ``Examples``, on the model's device."""
         pixels = pixels.permute(0, 3, 1, 2).float()
         strength = 4 * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
         pixels = (pixels + strength * torch.randn_like(pixels)).clamp(0, 255) / 255
-        features = self.model.get_image_features((pixels - self.mean) / self.std).repeat_interleave(ROWS, 0)
+        features = self.model.get_image_features((pixels - self.mean) / self.std).repeat_interleave(
+            ROWS, 0
+        )
         ids, labels = ids.flatten(0, 1).long(), labels.flatten(0, 1).long()
         embed = self.model.get_input_embeddings()
         before = embed(self.prefix).expand(len(ids), -1, -1)
@@ -121,17 +132,22 @@ class Trainer(nn.Module):
             use_cache=False,
         ).last_hidden_state[:, -TEXT_LENGTH:]
         answers = labels != IGNORED
-        return functional.cross_entropy(self.model.lm_head(hidden[answers]).float(), labels[answers])
+        return functional.cross_entropy(
+            self.model.lm_head(hidden[answers]).float(), labels[answers]
+        )
 
 
 def learning_rate(done: float, peak: float) -> float:
-    """Warm-up over the first 3 % of the time, then a cosine to 1 % of the peak. ``done``: 0 to 1."""
+    """Warm-up over the first 3 % of the time, then a cosine to 1 % of the peak. ``done``: 0 to
+    1."""
     if done < 0.03:
         return peak * (0.02 + 0.98 * done / 0.03)
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - 0.03) / 0.97))))
 
 
-def save(model: GLM4VForConditionalGeneration, tokenizer: ChatGLM4Tokenizer, directory: Path) -> None:
+def save(
+    model: GLM4VForConditionalGeneration, tokenizer: ChatGLM4Tokenizer, directory: Path
+) -> None:
     """Write the checkpoint in bfloat16 without changing the model."""
     copy = GLM4VForConditionalGeneration(model.config).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())  # rounds, and brings them to the CPU
@@ -140,7 +156,8 @@ def save(model: GLM4VForConditionalGeneration, tokenizer: ChatGLM4Tokenizer, dir
 
 
 def _batches(feed: Feed, size: int, repeat: int, pool: int, device: torch.device, seed: int):
-    """Batches of ``size`` examples from a pool on the device; ``size / repeat`` of the pool is replaced a step."""
+    """Batches of ``size`` examples from a pool on the device; ``size / repeat`` of the pool is
+    replaced a step."""
     pixels = torch.empty(pool, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8, device=device)
     ids = torch.empty(pool, ROWS, TEXT_LENGTH, dtype=torch.int16, device=device)
     labels = torch.empty_like(ids)
@@ -150,7 +167,11 @@ def _batches(feed: Feed, size: int, repeat: int, pool: int, device: torch.device
         while owed > 0:
             chunk = next(chunks)
             place = drawn % pool
-            for target, source in ((pixels, chunk.pixels), (ids, chunk.ids), (labels, chunk.labels)):
+            for target, source in (
+                (pixels, chunk.pixels),
+                (ids, chunk.ids),
+                (labels, chunk.labels),
+            ):
                 target[place : place + CHUNK].copy_(torch.from_numpy(source))
             drawn += CHUNK
             owed -= CHUNK
@@ -219,7 +240,9 @@ def train(options: argparse.Namespace) -> None:
         report = evaluate(
             directory, seed=options.seed + 1_000_000, count=options.evaluate, device=str(device)
         )
-        (directory / "evaluation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        (directory / "evaluation.json").write_text(
+            json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        )
         print(json.dumps(report, indent=2, ensure_ascii=False))
 
 
@@ -241,7 +264,9 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="directory of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6400, help="of the optimiser: 8 minutes on an H100")
+    parser.add_argument(
+        "--steps", type=int, default=6400, help="of the optimiser: 8 minutes on an H100"
+    )
     parser.add_argument(
         "--minutes", type=float, help="instead of --steps: the learning rate follows the clock"
     )
@@ -249,7 +274,9 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1))
     parser.add_argument("--batch-size", type=int, default=512, help="pictures a step")
-    parser.add_argument("--repeat", type=float, default=2.0, help="how often a picture is seen on average")
+    parser.add_argument(
+        "--repeat", type=float, default=2.0, help="how often a picture is seen on average"
+    )
     parser.add_argument("--pool", type=int, default=100_000, help="pictures kept on the device")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--log-every", type=int, default=25)

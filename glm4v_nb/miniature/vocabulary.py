@@ -1,7 +1,8 @@
-"""The miniature's tokenizer files, in the official formats: ``tokenizer.model`` and ``tokenizer_config.json``.
+"""The miniature's tokenizer files, in the official formats: ``tokenizer.model`` and
+``tokenizer_config.json``.
 
-The 256 bytes come first, then merges learned from the words of the question grammar, so that each word of the
-grammar is one token and any other text still encodes, byte by byte.
+The 256 bytes come first, then merges learned from the words of the question grammar, so that each
+word of the grammar is one token and any other text still encodes, byte by byte.
 """
 
 import base64
@@ -22,30 +23,39 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 ANSWER_WORDS = "a an at in on the yes no nothing there is object objects shapes and or of".split()
 CHINESE_WORDS = (
-    "物体 什么 形状 颜色 图中 图片 图 的 是 有 没有 吗 几个 多少 个 数一数 在 哪里 位置 哪个 更大 和 还是 描述 "
+    "物体 什么 形状 颜色 图中 图片 图 的 是 有 没有 吗 几个 多少 个 数一数 在 哪里 位置 哪个 更大"
+    " 和 还是 描述 "
     "这张 这 请 你 看到了 一个 什么都没有 有没有"
 ).split()
 
 
 def grammar_words() -> list[str]:
-    """Every English word, with and without a leading space and a capital, and every Chinese word."""
+    """Every English word, with and without a leading space and a capital, and every Chinese
+    word."""
     english = {*ANSWER_WORDS, *SHAPES, *PLURALS.values(), *COLOURS, *" ".join(CELLS).split()}
     for forms in QUESTIONS.values():
         for form in forms["en"]:
             english.update(re.findall(r"[A-Za-z]+", re.sub(r"\{.\}", " ", form)))
     cased = {form for word in english for form in (word, word.lower(), word.capitalize())}
     words = {space + word for word in cased for space in ("", " ")}
-    words.update(CHINESE_WORDS, SHAPES_ZH.values(), COLOURS_ZH.values(), CELLS_ZH.values(), "？。，")
+    words.update(
+        CHINESE_WORDS, SHAPES_ZH.values(), COLOURS_ZH.values(), CELLS_ZH.values(), "？。，"
+    )
     return sorted(words)
 
 
 def learn_ranks(size: int = 1400) -> dict[bytes, int]:
-    """Token bytes to rank: the bytes, then at most ``size - 256`` merges learned from the grammar's words."""
+    """Token bytes to rank: the bytes, then at most ``size - 256`` merges learned from the grammar's
+    words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, min_frequency=1, initial_alphabet=alphabet, show_progress=False, special_tokens=[]
+        vocab_size=size,
+        min_frequency=1,
+        initial_alphabet=alphabet,
+        show_progress=False,
+        special_tokens=[],
     )
     tokenizer.train_from_iterator(grammar_words(), trainer)
     to_byte = _byte_of_character()
@@ -72,9 +82,17 @@ def save_vocabulary(directory: Path, image_size: int) -> dict[str, int]:
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     (directory / "tokenizer.model").write_text("".join(lines), encoding="ascii")
     ids = {token: len(ranks) + index for index, token in enumerate(SPECIAL_TOKENS)}
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    flags = {
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
     config = {
-        "added_tokens_decoder": {str(number): {"content": token, **flags} for token, number in ids.items()},
+        "added_tokens_decoder": {
+            str(number): {"content": token, **flags} for token, number in ids.items()
+        },
         "additional_special_tokens": list(SPECIAL_TOKENS),
         "clean_up_tokenization_spaces": False,
         "do_lower_case": False,
@@ -93,7 +111,11 @@ def save_vocabulary(directory: Path, image_size: int) -> dict[str, int]:
 
 def _byte_of_character() -> dict[str, int]:
     """Undo the byte-level alphabet: printable bytes stand for themselves, the rest are moved up."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    kept = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     moved = [value for value in range(256) if value not in kept]
     return {
         **{chr(value): value for value in kept},

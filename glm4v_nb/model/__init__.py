@@ -1,4 +1,5 @@
-"""GLM-4V-9B as native transformers classes; ``register`` makes the Auto classes load the official layout."""
+"""GLM-4V-9B as native transformers classes; ``register`` makes the Auto classes load the official
+layout."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -7,11 +8,18 @@ from glm4v_nb.model.configuration import GLM4VConfig, GLM4VVisionConfig, officia
 from glm4v_nb.model.modeling import GLM4VForConditionalGeneration
 from glm4v_nb.model.processing import register_processing
 
-__all__ = ["GLM4VConfig", "GLM4VForConditionalGeneration", "GLM4VVisionConfig", "official_config", "register"]
+__all__ = [
+    "GLM4VConfig",
+    "GLM4VForConditionalGeneration",
+    "GLM4VVisionConfig",
+    "official_config",
+    "register",
+]
 
 
 def register():
-    """Make transformers' Auto classes for configs, models, tokenizers and processors know GLM-4V-9B."""
+    """Make transformers' Auto classes for configs, models, tokenizers and processors know
+    GLM-4V-9B."""
     AutoConfig.register(GLM4VConfig.model_type, GLM4VConfig, exist_ok=True)
     for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
         auto_class.register(GLM4VConfig, GLM4VForConditionalGeneration, exist_ok=True)

@@ -1,8 +1,8 @@
 """From a conversation to the ids of a prompt.
 
-A prompt is ``[gMASK]<sop>``, then for each message ``<|role|>{metadata}\\n``, the image's three ids if it has
-one, and its text; then ``<|assistant|>`` if the model is to answer. Nothing closes a message: the next role
-token does.
+A prompt is ``[gMASK]<sop>``, then for each message ``<|role|>{metadata}\\n``, the image's three ids
+if it has one, and its text; then ``<|assistant|>`` if the model is to answer. Nothing closes a
+message: the next role token does.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ IMAGE_TYPES = (Image.Image, str, Path, np.ndarray, bytes, memoryview)
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """One message, whichever form it came in. ``image`` is the image, True for a placeholder, or None."""
+    """One message, whichever form it came in. ``image`` is the image, True for a placeholder, or
+    None."""
 
     role: str
     text: str
@@ -40,8 +41,9 @@ def is_batch(conversation) -> bool:
         return False
     if not isinstance(conversation, (list, tuple)):
         raise TypeError(
-            f"The conversation is a {type(conversation).__name__}. Expected a list of messages such as "
-            '[{"role": "user", "content": "Hello"}], or a list of such lists. Put the message into a list.'
+            f"The conversation is a {type(conversation).__name__}. Expected a list of messages such"
+            ' as [{"role": "user", "content": "Hello"}], or a list of such lists. Put the'
+            " message into a list."
         )
     if not conversation:
         raise ValueError(
@@ -51,17 +53,19 @@ def is_batch(conversation) -> bool:
 
 
 def parse_conversation(messages) -> list[Message]:
-    """Read messages in the original form or in transformers' form; both may stand in one conversation.
+    """Read messages in the original form or in transformers' form; both may stand in one
+    conversation.
 
-    * Original: ``{"role": "user", "image": image, "content": "text"}``, with an optional "metadata" (the text
-      after the role token, such as the name of a tool).
-    * transformers: ``{"role": "user", "content": parts}``, a part being ``{"type": "text", "text": "text"}``
-      or ``{"type": "image", "image": image}``, the image under "image", "path" or "url".
+    * Original: ``{"role": "user", "image": image, "content": "text"}``, with an optional "metadata"
+      (the text after the role token, such as the name of a tool).
+    * transformers: ``{"role": "user", "content": parts}``, a part being ``{"type": "text", "text":
+      "text"}`` or ``{"type": "image", "image": image}``, the image under "image", "path" or "url".
 
-    An image is a PIL image, a path of a local file, its bytes, or an array [height, width, 3] of uint8; True,
-    or a part without an image, makes only the placeholder. It stands before the text of its message wherever
-    the part stood, as in the model's training data. Text parts are joined without anything between. A message
-    with neither text nor image adds nothing, as in the original.
+    An image is a PIL image, a path of a local file, its bytes, or an array [height, width, 3] of
+    uint8; True, or a part without an image, makes only the placeholder. It stands before the text
+    of its message wherever the part stood, as in the model's training data. Text parts are joined
+    without anything between. A message with neither text nor image adds nothing, as in the
+    original.
 
     Raises:
         ValueError: no message with anything in it, an unknown role or part, or more than one image.
@@ -70,15 +74,15 @@ def parse_conversation(messages) -> list[Message]:
     messages = getattr(messages, "messages", messages)
     if not isinstance(messages, (list, tuple)):
         raise TypeError(
-            f"A conversation of the batch is a {type(messages).__name__}. Expected every one to be a list of "
-            "messages. Do not mix single messages and conversations in one list."
+            f"A conversation of the batch is a {type(messages).__name__}. Expected every one to be"
+            " a list of messages. Do not mix single messages and conversations in one list."
         )
     parsed = [_parse_message(number, message) for number, message in enumerate(messages, start=1)]
     parsed = [message for message in parsed if message.text or message.image is not None]
     if not parsed:
         raise ValueError(
-            "The conversation is empty: no message has text or an image. Expected at least one that has. "
-            "Give a message of role user some content."
+            "The conversation is empty: no message has text or an image. Expected at least one that"
+            " has. Give a message of role user some content."
         )
     images = sum(message.image is not None for message in parsed)
     if images > 1:
@@ -90,7 +94,9 @@ def conversation_ids(tokenizer, messages: list[Message], add_generation_prompt: 
     """The prompt's ids. Every text is encoded by itself, so no text can spell a special token."""
 
     def text_ids(text):
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
 
     ids = tokenizer.convert_tokens_to_ids(list(PREFIX))
     for message in messages:
@@ -105,7 +111,8 @@ def conversation_ids(tokenizer, messages: list[Message], add_generation_prompt: 
 
 
 def conversation_text(messages: list[Message], add_generation_prompt: bool) -> str:
-    """The prompt as text to read. Encoding it does not give the prompt's ids: special tokens stay text."""
+    """The prompt as text to read. Encoding it does not give the prompt's ids: special tokens stay
+    text."""
     pieces = list(PREFIX)
     for message in messages:
         image = "" if message.image is None else "".join(IMAGE_TOKENS)
@@ -132,15 +139,17 @@ _OPTION_ADVICE = {
     "documents": "Put the documents' text into a message.",
     "chat_template": "Leave chat_template out.",
     "truncation": "Cutting ids could cut the image's placeholder: leave messages out instead.",
-    "return_assistant_tokens_mask": "Encode the conversation up to each answer to find where it starts.",
+    "return_assistant_tokens_mask": (
+        "Encode the conversation up to each answer to find where it starts."
+    ),
 }
 
 
 def _parse_message(number, message) -> Message:
     if not isinstance(message, dict):
         raise TypeError(
-            f"Message {number} is a {type(message).__name__}. Expected a dictionary with role and content. "
-            'Write {"role": "user", "content": …}.'
+            f"Message {number} is a {type(message).__name__}. Expected a dictionary with role and"
+            ' content. Write {"role": "user", "content": …}.'
         )
     role = message.get("role")
     if role not in ROLES:
@@ -150,15 +159,15 @@ def _parse_message(number, message) -> Message:
         )
     if message.get("tools") or message.get("tool_calls"):
         raise ValueError(
-            f"Message {number} has tools or tool calls. Expected role, content, image and metadata only. "
-            "Describe the tools in a system message; a call is an assistant message with the tool's name as "
-            "metadata."
+            f"Message {number} has tools or tool calls. Expected role, content, image and metadata"
+            " only. Describe the tools in a system message; a call is an assistant message with"
+            " the tool's name as metadata."
         )
     metadata = message.get("metadata") or ""
     if not isinstance(metadata, str):
         raise TypeError(
-            f"Message {number}: metadata is a {type(metadata).__name__}. Expected text, such as the name of "
-            "a tool. Leave it out if there is none."
+            f"Message {number}: metadata is a {type(metadata).__name__}. Expected text, such as the"
+            " name of a tool. Leave it out if there is none."
         )
     content = message.get("content")
     images = [] if message.get("image") is None or message["image"] is False else [message["image"]]
@@ -171,16 +180,17 @@ def _parse_message(number, message) -> Message:
         images += part_images
     else:
         raise TypeError(
-            f"Message {number}: content is a {type(content).__name__}. Expected text, or a list of parts of "
-            "type text and image. Pass one of these."
+            f"Message {number}: content is a {type(content).__name__}. Expected text, or a list of"
+            " parts of type text and image. Pass one of these."
         )
     if len(images) > 1:
         raise ValueError(_too_many_images(len(images)))
     for image in images:
         if image is not True and not isinstance(image, IMAGE_TYPES):
             raise TypeError(
-                f"Message {number}: the image is a {type(image).__name__}. Expected a PIL image, the path of "
-                "a local file, its bytes, or an array [height, width, 3] of uint8. Pass one of these."
+                f"Message {number}: the image is a {type(image).__name__}. Expected a PIL image,"
+                " the path of a local file, its bytes, or an array [height, width, 3] of uint8."
+                " Pass one of these."
             )
     return Message(role=role, text=text, metadata=metadata, image=images[0] if images else None)
 
@@ -195,14 +205,15 @@ def _parse_parts(number, parts) -> tuple[str, list]:
             given = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
             if not given and len(part) > 1:
                 raise ValueError(
-                    f"Message {number}: an image part has only {', '.join(sorted(part))}. "
-                    'Expected the image under "image", "path" or "url". Load it and pass it under "image".'
+                    f"Message {number}: an image part has only {', '.join(sorted(part))}. Expected"
+                    ' the image under "image", "path" or "url". Load it and pass it under'
+                    ' "image".'
                 )
             images += given or [True]
         else:
             raise ValueError(
-                f"Message {number}: a content part is {_short(part)}. Expected "
-                '{"type": "text", "text": "…"} or {"type": "image", "image": …}. Rewrite the part.'
+                f'Message {number}: a content part is {_short(part)}. Expected {{"type": "text",'
+                ' "text": "…"} or {"type": "image", "image": …}. Rewrite the part.'
             )
     return "".join(texts), images
 
@@ -213,6 +224,7 @@ def _short(value) -> str:
 
 def _too_many_images(count) -> str:
     return (
-        f"The conversation has {count} images. The model sees one image in a conversation, which stays in "
-        "view in later turns. Keep one of them, or ask about each in a conversation of its own."
+        f"The conversation has {count} images. The model sees one image in a conversation, which"
+        " stays in view in later turns. Keep one of them, or ask about each in a conversation of"
+        " its own."
     )

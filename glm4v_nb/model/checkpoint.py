@@ -1,7 +1,8 @@
-"""The official checkpoint layout: how its tensor names map to the modules here, and which files are refused.
+"""The official checkpoint layout: how its tensor names map to the modules here, and which files are
+refused.
 
-Renaming and splitting happen inside transformers' own loader (and in reverse in ``save_pretrained``), through
-the mapping registered by ``register_official_layout``.
+Renaming and splitting happen inside transformers' own loader (and in reverse in
+``save_pretrained``), through the mapping registered by ``register_official_layout``.
 """
 
 import json
@@ -10,12 +11,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+)
 
 INDEX = "model.safetensors.index.json"
-# Official name -> name here. Every pattern is anchored on a part that no other tensor has, so that both
-# directions are unambiguous: the tower and the decoder share leaf names such as "query_key_value" and
-# "dense_4h_to_h".
+# Official name -> name here. Every pattern is anchored on a part that no other tensor has, so that
+# both directions are unambiguous: the tower and the decoder share leaf names such as
+# "query_key_value" and "dense_4h_to_h".
 RENAMINGS = {
     r"^transformer.embedding.word_embeddings.": "^language_model.embed_tokens.",
     r"^transformer.encoder.layers.": "^language_model.layers.",
@@ -34,7 +40,8 @@ RENAMINGS = {
 
 
 class SplitQueryKeyValue(ConversionOps):
-    """Cut the decoder's fused projection along rows: the query heads, the key groups, the value groups.
+    """Cut the decoder's fused projection along rows: the query heads, the key groups, the value
+    groups.
 
     transformers 5.23 has a generic ``Split``; 5.17, which is also supported, has only equal chunks.
     """
@@ -47,7 +54,9 @@ class SplitQueryKeyValue(ConversionOps):
         group_rows = config.multi_query_group_num * config.kv_channels
         parts = fused.split([query_rows, group_rows, group_rows], dim=0)
         # Contiguous copies, so that no part keeps the whole fused tensor alive.
-        return {target: part.contiguous() for target, part in zip(target_patterns, parts, strict=True)}
+        return {
+            target: part.contiguous() for target, part in zip(target_patterns, parts, strict=True)
+        }
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -63,7 +72,8 @@ class JoinQueryKeyValue(Concatenate):
 
 
 def official_layout() -> list:
-    """The conversions between official tensor names and the modules here, in transformers' terms."""
+    """The conversions between official tensor names and the modules here, in transformers'
+    terms."""
     renamings = [WeightRenaming(source, target) for source, target in RENAMINGS.items()]
     splits = [
         WeightConverter(
@@ -82,17 +92,19 @@ def register_official_layout(class_name: str):
 
 
 def load_checked(from_pretrained, name_or_path, *args, **kwargs):
-    """Run transformers' loader on a checkpoint that is known to be whole, and refuse a partial result.
+    """Run transformers' loader on a checkpoint that is known to be whole, and refuse a partial
+    result.
 
     Raises:
-        FileNotFoundError: a shard named in the index is missing, or there are no safetensors weights.
-        ValueError: a weights file is damaged, or the checkpoint lacks tensors of the model or has them in
-            other sizes.
+        FileNotFoundError: a shard named in the index is missing, or there are no safetensors
+            weights.
+        ValueError: a weights file is damaged, or the checkpoint lacks tensors of the model or has
+            them in other sizes.
     """
     if kwargs.get("use_safetensors") is False:
         raise ValueError(
-            "use_safetensors=False would load pickled weights, which can run any code. Only safetensors "
-            "weights are loaded; leave the argument out."
+            "use_safetensors=False would load pickled weights, which can run any code. Only"
+            " safetensors weights are loaded; leave the argument out."
         )
     kwargs["use_safetensors"] = True
     # Nothing of this model is remote code. transformers would still run a directory's
@@ -108,16 +120,16 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
     if info["mismatched_keys"] and not accepts_other_sizes:
         name, found, expected = sorted(info["mismatched_keys"])[0]
         raise ValueError(
-            f"{name_or_path}: {len(info['mismatched_keys'])} tensors have other sizes than config.json "
-            f"describes, first {name!r}: {tuple(found)}, expected {tuple(expected)}. Download config.json "
-            "and the weights again, from the same checkpoint."
+            f"{name_or_path}: {len(info['mismatched_keys'])} tensors have other sizes than"
+            f" config.json describes, first {name!r}: {tuple(found)}, expected {tuple(expected)}."
+            " Download config.json and the weights again, from the same checkpoint."
         )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
-            f"{name_or_path}: the checkpoint lacks {len(missing)} tensors of the model, first "
-            f"{missing[0]!r}; the model would answer from random weights. Download the checkpoint again, and "
-            "check that config.json belongs to it."
+            f"{name_or_path}: the checkpoint lacks {len(missing)} tensors of the model, first"
+            f" {missing[0]!r}; the model would answer from random weights. Download the checkpoint"
+            " again, and check that config.json belongs to it."
         )
     return (model, info) if wants_info else model
 
@@ -133,7 +145,8 @@ def weight_map(directory: Path) -> dict[str, str]:
 
 
 def check_weight_files(directory: Path):
-    """Compare every weights file of a local checkpoint with the index; reads headers, not weights."""
+    """Compare every weights file of a local checkpoint with the index; reads headers, not
+    weights."""
     index_file = directory / INDEX
     single_file = directory / "model.safetensors"
     if index_file.is_file():
@@ -150,8 +163,9 @@ def check_weight_files(directory: Path):
             else "no weights at all"
         )
         raise FileNotFoundError(
-            f"{directory} holds {reason}; expected model.safetensors or model.safetensors.index.json with "
-            "its shards. Download the safetensors files of the checkpoint."
+            f"{directory} holds {reason}; expected model.safetensors or"
+            " model.safetensors.index.json with its shards. Download the safetensors files of the"
+            " checkpoint."
         )
     for path, expected in files.items():
         _check_safetensors(path, expected)
@@ -162,8 +176,8 @@ def _read_index(index_file: Path) -> dict[str, str]:
         return dict(json.loads(index_file.read_text())["weight_map"].items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f'{index_file} is not a safetensors index ({error!r}): expected JSON with a "weight_map". '
-            "Download the file again."
+            f"{index_file} is not a safetensors index ({error!r}): expected JSON with a"
+            ' "weight_map". Download the file again.'
         ) from error
 
 
@@ -174,8 +188,8 @@ def _indexed_files(index_file: Path) -> dict[Path, set[str]]:
     absent = sorted(path.name for path in files if not path.is_file())
     if absent:
         raise FileNotFoundError(
-            f"{index_file.parent}: {len(absent)} of {len(files)} shards named in {index_file.name} are "
-            f"missing, first {absent[0]}. Download the missing files into this directory."
+            f"{index_file.parent}: {len(absent)} of {len(files)} shards named in {index_file.name}"
+            f" are missing, first {absent[0]}. Download the missing files into this directory."
         )
     return files
 
@@ -187,12 +201,13 @@ def _check_safetensors(path: Path, expected: set[str] | None):
             names = set(file.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is damaged ({path.stat().st_size:,} bytes; {error}). Expected a complete safetensors "
-            "file. Delete it and download it again."
+            f"{path} is damaged ({path.stat().st_size:,} bytes; {error}). Expected a complete"
+            " safetensors file. Delete it and download it again."
         ) from error
     lacking = sorted((expected or set()) - names)
     if lacking:
         raise ValueError(
-            f"{path} lacks {len(lacking)} tensors that the index places in it, first {lacking[0]!r}. The "
-            "index and the shard are of different checkpoints; download both again."
+            f"{path} lacks {len(lacking)} tensors that the index places in it, first"
+            f" {lacking[0]!r}. The index and the shard are of different checkpoints; download both"
+            " again."
         )

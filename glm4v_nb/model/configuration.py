@@ -1,8 +1,8 @@
 """Configuration of GLM-4V-9B, read from and written to the official ``config.json`` layout.
 
-The official file keeps the text decoder's sizes as flat keys ("num_layers", "ffn_hidden_size", ...) beside a
-nested "vision_config". Both are kept exactly so; the ``text_config`` that transformers' ``GlmModel`` needs is
-derived from the flat keys and never written.
+The official file keeps the text decoder's sizes as flat keys ("num_layers", "ffn_hidden_size", ...)
+beside a nested "vision_config". Both are kept exactly so; the ``text_config`` that transformers'
+``GlmModel`` needs is derived from the flat keys and never written.
 
 Source of names and values: config.json of zai-org/glm-4v-9b (formerly THUDM/glm-4v-9b).
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 from transformers import AutoConfig, GlmConfig, PreTrainedConfig
 
 CONFIG_DIRECTORY = Path(__file__).parent / "configs"
-# Hub ids of the official checkpoint; their config ships with this package (`configs/glm-4v-9b.json`).
+# Hub ids of the official checkpoint; their config ships with this package
+# (`configs/glm-4v-9b.json`).
 OFFICIAL_CHECKPOINTS = ("zai-org/glm-4v-9b", "THUDM/glm-4v-9b")
 OFFICIAL_VISION_KEYS = (
     "dropout_prob",
@@ -31,7 +32,8 @@ OFFICIAL_VISION_KEYS = (
 
 
 class GLM4VVisionConfig(PreTrainedConfig):
-    """The EVA2-CLIP-E image tower. Defaults are GLM-4V-9B's; sizes count features, pixels or positions."""
+    """The EVA2-CLIP-E image tower. Defaults are GLM-4V-9B's; sizes count features, pixels or
+    positions."""
 
     model_type = "glm4v_eva2_clip"
     base_config_key = "vision_config"
@@ -53,26 +55,26 @@ class GLM4VVisionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.image_size % (2 * self.patch_size):
             raise ValueError(
-                f"config.json, vision_config: image_size {self.image_size} is not a multiple of two patches "
-                f"of {self.patch_size} pixels. The tower halves its patch grid, so the grid must be even. "
-                f"Use a multiple of {2 * self.patch_size}."
+                f"config.json, vision_config: image_size {self.image_size} is not a multiple of two"
+                f" patches of {self.patch_size} pixels. The tower halves its patch grid, so the"
+                f" grid must be even. Use a multiple of {2 * self.patch_size}."
             )
         positions = self.patches_per_side**2 + 1
         if self.num_positions != positions:
             raise ValueError(
-                f"config.json, vision_config: num_positions is {self.num_positions}, but image_size "
-                f"{self.image_size} and patch_size {self.patch_size} make {positions} (patches and one CLS). "
-                "Correct one of the three."
+                f"config.json, vision_config: num_positions is {self.num_positions}, but image_size"
+                f" {self.image_size} and patch_size {self.patch_size} make {positions} (patches and"
+                " one CLS). Correct one of the three."
             )
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"config.json, vision_config: hidden_size {self.hidden_size} is not divisible by num_heads "
-                f"{self.num_heads}. Each head needs the same number of features."
+                f"config.json, vision_config: hidden_size {self.hidden_size} is not divisible by"
+                f" num_heads {self.num_heads}. Each head needs the same number of features."
             )
         if self.dropout_prob:
             raise ValueError(
-                f"config.json, vision_config: dropout_prob is {self.dropout_prob}. Only 0.0, the value of "
-                "every released checkpoint, is implemented. Set it to 0.0."
+                f"config.json, vision_config: dropout_prob is {self.dropout_prob}. Only 0.0, the"
+                " value of every released checkpoint, is implemented. Set it to 0.0."
             )
 
     @property
@@ -82,15 +84,16 @@ class GLM4VVisionConfig(PreTrainedConfig):
 
     @property
     def image_tokens(self) -> int:
-        """Positions one image takes in the decoder: the halved grid plus begin- and end-of-image (1602)."""
+        """Positions one image takes in the decoder: the halved grid plus begin- and end-of-image
+        (1602)."""
         return (self.patches_per_side // 2) ** 2 + 2
 
 
 class GLM4VConfig(PreTrainedConfig):
     """Configuration of the whole model; field names are the official ones.
 
-    ``text_config`` (a ``GlmConfig``) is derived from the flat fields when the object is made. To change the
-    decoder, make a new configuration instead of assigning to a field.
+    ``text_config`` (a ``GlmConfig``) is derived from the flat fields when the object is made. To
+    change the decoder, make a new configuration instead of assigning to a field.
     """
 
     model_type = "chatglm"
@@ -174,8 +177,8 @@ class GLM4VConfig(PreTrainedConfig):
         for name, value in expected.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"config.json: {name} is {getattr(self, name)}; GLM-4V-9B has {value} and nothing else "
-                    "is implemented. Load a GLM-4V-9B checkpoint."
+                    f"config.json: {name} is {getattr(self, name)}; GLM-4V-9B has {value} and"
+                    " nothing else is implemented. Load a GLM-4V-9B checkpoint."
                 )
 
     @classmethod
@@ -183,15 +186,18 @@ class GLM4VConfig(PreTrainedConfig):
         """Build from the official JSON keys; ``kwargs`` override them.
 
         Raises:
-            ValueError: the dictionary describes a text-only ChatGLM checkpoint (it has no "vision_config").
+            ValueError: the dictionary describes a text-only ChatGLM checkpoint (it has no
+                "vision_config").
         """
         if config_dict.get("vision_config") is None:
             raise ValueError(
-                'config.json has model_type "chatglm" but no "vision_config": this is a text-only ChatGLM '
-                "checkpoint (glm-4-9b-chat or chatglm3, say), and GLM-4V-9B was expected. Load "
-                "zai-org/glm-4v-9b, or use transformers' own Glm classes for text-only models."
+                'config.json has model_type "chatglm" but no "vision_config": this is a text-only'
+                " ChatGLM checkpoint (glm-4-9b-chat or chatglm3, say), and GLM-4V-9B was expected."
+                " Load zai-org/glm-4v-9b, or use transformers' own Glm classes for text-only"
+                " models."
             )
-        # transformers assigns overrides to the finished object, too late for the derived text_config.
+        # transformers assigns overrides to the finished object, too late for the derived
+        # text_config.
         config_dict = dict(config_dict)
         for key in list(kwargs):
             name = cls.attribute_map.get(key, key)
@@ -221,7 +227,8 @@ def read_config(checkpoint: str | Path) -> GLM4VConfig:
     """The configuration of a checkpoint, without a download.
 
     Args:
-        checkpoint: the official hub id, whose config ships with this package, or a directory with a config.json.
+        checkpoint: the official hub id, whose config ships with this package, or a directory with a
+            config.json.
 
     Raises:
         ValueError: neither of these, or the configuration of another model.
@@ -230,14 +237,14 @@ def read_config(checkpoint: str | Path) -> GLM4VConfig:
         return official_config()
     if not Path(checkpoint).is_dir():
         raise ValueError(
-            f"checkpoint is {str(checkpoint)!r}; expected {OFFICIAL_CHECKPOINTS[0]!r}, whose config ships with "
-            "glm4v_nb, or a directory with a GLM-4V-9B config.json. Download other checkpoints and give the "
-            "directory."
+            f"checkpoint is {str(checkpoint)!r}; expected {OFFICIAL_CHECKPOINTS[0]!r}, whose config"
+            " ships with glm4v_nb, or a directory with a GLM-4V-9B config.json. Download other"
+            " checkpoints and give the directory."
         )
     config = AutoConfig.from_pretrained(checkpoint)
     if not isinstance(config, GLM4VConfig):
         raise ValueError(
-            f"{checkpoint}/config.json has model_type {config.model_type!r}; expected {GLM4VConfig.model_type!r}, "
-            "a GLM-4V-9B. Give the directory of such a checkpoint."
+            f"{checkpoint}/config.json has model_type {config.model_type!r}; expected"
+            f" {GLM4VConfig.model_type!r}, a GLM-4V-9B. Give the directory of such a checkpoint."
         )
     return config

@@ -1,6 +1,7 @@
 """From image files and PIL images to the pixel values the image tower takes, with Pillow only.
 
-The steps are the original's: RGB, bicubic resize to a square (the aspect ratio is lost), 0..1, normalise.
+The steps are the original's: RGB, bicubic resize to a square (the aspect ratio is lost), 0..1,
+normalise.
 """
 
 import io
@@ -25,13 +26,14 @@ def load_image(image) -> Image.Image:
             [height, width, 3] or [height, width, 4].
 
     Returns:
-        RGB image. Transparency is dropped, orientation tags are not applied, an animation gives its first
+        RGB image. Transparency is dropped, orientation tags are not applied, an animation gives its
+        first
         frame: all as in the original.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a URL; a file that is no image, is damaged or has too many pixels; more than 8 bits a
-            channel.
+        ValueError: a URL; a file that is no image, is damaged or has too many pixels; more than 8
+            bits a channel.
         TypeError: something else.
     """
     if isinstance(image, Image.Image):
@@ -43,16 +45,18 @@ def load_image(image) -> Image.Image:
     if isinstance(image, (str, Path)):
         if str(image).startswith(("http://", "https://", "data:")):
             raise ValueError(
-                f"{str(image)[:200]} is a URL. Expected a local file: nothing is downloaded on its own. "
-                "Download it first and give its path."
+                f"{str(image)[:200]} is a URL. Expected a local file: nothing is downloaded on its"
+                " own. Download it first and give its path."
             )
         if not Path(image).is_file():
-            raise FileNotFoundError(f"{image} is not a file. Expected the path of an image. Check the path.")
+            raise FileNotFoundError(
+                f"{image} is not a file. Expected the path of an image. Check the path."
+            )
         with open(image, "rb") as file:
             return _decode(str(image), file)
     raise TypeError(
-        f"The image is a {type(image).__name__}. Expected a PIL image, the path of a local file, its bytes, "
-        "or an array [height, width, 3] of uint8. Convert it to one of these."
+        f"The image is a {type(image).__name__}. Expected a PIL image, the path of a local file,"
+        " its bytes, or an array [height, width, 3] of uint8. Convert it to one of these."
     )
 
 
@@ -60,7 +64,8 @@ class GLM4VImageProcessor(BaseImageProcessor):
     """Makes the ``pixel_values`` of GLM-4V.
 
     Args:
-        size: side of the square in pixels, or ``{"height": side, "width": side}``. 1120 for GLM-4V-9B.
+        size: side of the square in pixels, or ``{"height": side, "width": side}``. 1120 for
+            GLM-4V-9B.
         image_mean, image_std: per channel, red, green, blue; of values 0..1.
 
     Raises:
@@ -76,8 +81,8 @@ class GLM4VImageProcessor(BaseImageProcessor):
             side = size.get("height")
         if not isinstance(side, int) or side < 1:
             raise ValueError(
-                f"The image size is {size}. Expected one whole number of pixels, the same for height and "
-                "width. Use vision_config.image_size of config.json."
+                f"The image size is {size}. Expected one whole number of pixels, the same for"
+                " height and width. Use vision_config.image_size of config.json."
             )
         self.size = {"height": side, "width": side}
         self.image_mean = list(image_mean)
@@ -89,26 +94,32 @@ class GLM4VImageProcessor(BaseImageProcessor):
         return self.size["height"]
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """RGB image of any size → RGB image of ``image_size`` × ``image_size``, Pillow's bicubic filter."""
+        """RGB image of any size → RGB image of ``image_size`` × ``image_size``, Pillow's bicubic
+        filter."""
         return image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
 
     def preprocess(self, images, return_tensors="pt") -> BatchFeature:
-        """Load, resize and normalise one image or a list of images (see ``load_image`` for what one may be).
+        """Load, resize and normalise one image or a list of images (see ``load_image`` for what one
+        may be).
 
         Returns:
-            ``BatchFeature`` with ``pixel_values``, float32 [number of images, 3, image_size, image_size].
+            ``BatchFeature`` with ``pixel_values``, float32 [number of images, 3, image_size,
+            image_size].
 
         Raises:
             ValueError, TypeError, FileNotFoundError: as ``load_image``; an empty list.
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if not images:
-            raise ValueError("There are no images. Expected at least one. For text alone leave images out.")
+            raise ValueError(
+                "There are no images. Expected at least one. For text alone leave images out."
+            )
         mean = np.array(self.image_mean, np.float32).reshape(3, 1, 1)
         std = np.array(self.image_std, np.float32).reshape(3, 1, 1)
         pixel_values = np.empty((len(images), 3, self.image_size, self.image_size), np.float32)
         for row, image in zip(pixel_values, images, strict=True):
-            # Divide, subtract, divide in float32: torchvision's steps in the original, to the last bit.
+            # Divide, subtract, divide in float32: torchvision's steps in the original, to the last
+            # bit.
             row[:] = np.moveaxis(np.asarray(self.resize(load_image(image))), -1, 0)
             row /= 255
             row -= mean
@@ -119,7 +130,8 @@ class GLM4VImageProcessor(BaseImageProcessor):
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """Read the saved settings, or the size from config.json: the official files have no settings."""
+        """Read the saved settings, or the size from config.json: the official files have no
+        settings."""
         try:
             return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         except OSError:
@@ -130,7 +142,8 @@ class GLM4VImageProcessor(BaseImageProcessor):
 
 
 def checkpoint_image_size(pretrained_model_name_or_path, **kwargs) -> int | None:
-    """``vision_config.image_size`` of the checkpoint's config.json in pixels, None if there is no such file.
+    """``vision_config.image_size`` of the checkpoint's config.json in pixels, None if there is no
+    such file.
 
     Raises:
         ValueError: config.json has no vision_config.
@@ -144,8 +157,9 @@ def checkpoint_image_size(pretrained_model_name_or_path, **kwargs) -> int | None
     size = (config.get("vision_config") or {}).get("image_size")
     if size is None:
         raise ValueError(
-            f"config.json of {pretrained_model_name_or_path} has no vision_config.image_size: this is not a "
-            "GLM-4V checkpoint (a text-only ChatGLM one, perhaps). Load zai-org/glm-4v-9b."
+            f"config.json of {pretrained_model_name_or_path} has no vision_config.image_size: this"
+            " is not a GLM-4V checkpoint (a text-only ChatGLM one, perhaps). Load"
+            " zai-org/glm-4v-9b."
         )
     return size
 
@@ -154,23 +168,25 @@ def _decode(name, source) -> Image.Image:
     """RGB copy of an opened PIL image, or of what ``Image.open`` takes."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", "Palette images with Transparency")  # dropped, as in the original
+        warnings.filterwarnings(
+            "ignore", "Palette images with Transparency"
+        )  # dropped, as in the original
         try:
             image = source if isinstance(source, Image.Image) else Image.open(source)
             _refuse_unusable(image, name)
             return image.convert("RGB")
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(
-                f"{name} has too many pixels: more than {Image.MAX_IMAGE_PIXELS:,}, where a small file can "
-                "fill the memory. Expected a photograph or a screenshot. Scale it down first, or raise "
-                "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+                f"{name} has too many pixels: more than {Image.MAX_IMAGE_PIXELS:,}, where a small"
+                " file can fill the memory. Expected a photograph or a screenshot. Scale it down"
+                " first, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
             ) from error
         except (_UnusableImage, MemoryError):
             raise
         except Exception as error:  # decoders meet damaged files with errors of many types
             raise ValueError(
-                f"{name} cannot be read as an image ({error}). Expected a complete PNG, JPEG, GIF, WebP or "
-                "other file that Pillow opens. Save or download it again."
+                f"{name} cannot be read as an image ({error}). Expected a complete PNG, JPEG, GIF,"
+                " WebP or other file that Pillow opens. Save or download it again."
             ) from error
 
 
@@ -181,8 +197,9 @@ class _UnusableImage(ValueError):
 def _refuse_unusable(image, name):
     if image.mode.startswith(("I", "F")):
         raise _UnusableImage(
-            f"{name} has pixels of mode {image.mode}, more than 8 bits. Expected 8 bits a channel: Pillow "
-            "would turn everything above 255 white. Scale the values to 0..255 and convert to mode L or RGB."
+            f"{name} has pixels of mode {image.mode}, more than 8 bits. Expected 8 bits a channel:"
+            " Pillow would turn everything above 255 white. Scale the values to 0..255 and convert"
+            " to mode L or RGB."
         )
     if 0 in image.size:
         raise _UnusableImage(
@@ -191,9 +208,11 @@ def _refuse_unusable(image, name):
 
 
 def _from_array(array) -> Image.Image:
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+    if array.dtype != np.uint8 or not (
+        array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    ):
         raise ValueError(
-            f"The array is {array.dtype} of shape {array.shape}. Expected uint8 of shape [height, width, 3]. "
-            "Convert it: channels last, values 0..255."
+            f"The array is {array.dtype} of shape {array.shape}. Expected uint8 of shape [height,"
+            " width, 3]. Convert it: channels last, values 0..255."
         )
     return Image.fromarray(array)

@@ -1,7 +1,9 @@
-"""GLM-4V-9B on current transformers: the image tower in front of transformers' own ``GlmModel`` decoder.
+"""GLM-4V-9B on current transformers: the image tower in front of transformers' own ``GlmModel``
+decoder.
 
-Modules are registered in the order data flows (tower, decoder, head), so an automatic device map puts the
-tower on the first GPU, where the images arrive. The official implementation registers it last.
+Modules are registered in the order data flows (tower, decoder, head), so an automatic device map
+puts the tower on the first GPU, where the images arrive. The official implementation registers it
+last.
 """
 
 import torch
@@ -22,15 +24,17 @@ from glm4v_nb.model.vision import GLM4VVisionTower
 class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Answers questions about one image per prompt; loads and saves the official checkpoint layout.
 
-    Prompts may be given as the processor makes them (three placeholder ids per image) or already expanded by
-    ``expand_image_positions``, in which case ``image_mask`` says where the image features go.
+    Prompts may be given as the processor makes them (three placeholder ids per image) or already
+    expanded by ``expand_image_positions``, in which case ``image_mask`` says where the image
+    features go.
     """
 
     config_class = GLM4VConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
-    # Blocks whose parts must share a device: each holds a residual connection or parameters it uses directly.
+    # Blocks whose parts must share a device: each holds a residual connection or parameters it uses
+    # directly.
     _no_split_modules = [
         "GLM4VPatchEmbedding",
         "GLM4VVisionLayer",
@@ -56,8 +60,11 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As transformers' own, but refuses damaged or incomplete checkpoints and pickled weights."""
-        return load_checked(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+        """As transformers' own, but refuses damaged or incomplete checkpoints and pickled
+        weights."""
+        return load_checked(
+            super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs
+        )
 
     def get_input_embeddings(self):
         return self.language_model.embed_tokens
@@ -97,14 +104,16 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: (batch, length).
             pixel_values: (images, 3, side, side), in the order of the prompts that have an image.
             attention_mask: (batch, length), or (batch, cached + length) with a cache.
-            position_ids: (batch, length); numbering of the unexpanded prompt. Give them in a decode step
-                after an image (``generate`` does): without them the cache's length counts, which has 1602 per
-                image.
+            position_ids: (batch, length); numbering of the unexpanded prompt. Give them in a decode
+                step after an image (``generate`` does): without them the cache's length counts,
+                which has 1602 per image.
             labels: (batch, length); image positions are ignored by the loss.
             logits_to_keep: logits of only the last so many positions (0: all).
             image_mask: (batch, length); given when the prompt is already expanded.
         """
-        is_prompt = input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling()
+        is_prompt = (
+            input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling()
+        )
         if image_mask is None and (is_prompt or pixel_values is not None):
             images = self._count_images(pixel_values)
             if images or (input_ids == self.config.boi_token_id).any():
@@ -123,12 +132,16 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(input_ids)
         if pixel_values is not None:
-            features = self.get_image_features(pixel_values).to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = merge_image_features(inputs_embeds, features, image_mask.to(inputs_embeds.device))
+            features = self.get_image_features(pixel_values).to(
+                inputs_embeds.device, inputs_embeds.dtype
+            )
+            inputs_embeds = merge_image_features(
+                inputs_embeds, features, image_mask.to(inputs_embeds.device)
+            )
 
         if image_mask is not None and attention_mask is None and past_key_values is None:
-            # Without a mask or a cache, transformers takes the repeated position of the patches for the start
-            # of another packed sequence and cuts the attention there.
+            # Without a mask or a cache, transformers takes the repeated position of the patches for
+            # the start of another packed sequence and cuts the attention there.
             attention_mask = torch.ones_like(image_mask, dtype=torch.long)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -154,7 +167,8 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def generate(self, inputs=None, generation_config=None, streamer=None, **kwargs):
-        """As transformers' own; returns the prompt as given (images unexpanded) followed by the new tokens.
+        """As transformers' own; returns the prompt as given (images unexpanded) followed by the new
+        tokens.
 
         ``max_length`` counts an image as its 1602 positions, as the model's context does.
         """
@@ -188,11 +202,14 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         outputs.sequences = sequences
         return outputs
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, image_mask=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, is_first_iteration=False, image_mask=None, **kwargs
+    ):
         inputs = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
-        # The image is in the cache after the first step; without a cache the whole prompt runs again.
+        # The image is in the cache after the first step; without a cache the whole prompt runs
+        # again.
         if image_mask is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
             image_mask = functional.pad(image_mask, (0, input_ids.shape[1] - image_mask.shape[1]))
             image_mask = image_mask[:, -inputs["input_ids"].shape[1] :]
@@ -208,9 +225,9 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         expected = (vision.in_channels, vision.image_size, vision.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
-                f"pixel_values has the shape {tuple(pixel_values.shape)}; expected (images, "
-                f"{', '.join(map(str, expected))}), the image_size of config.json. Make them with the "
-                "checkpoint's own processor (AutoProcessor)."
+                f"pixel_values has the shape {tuple(pixel_values.shape)}; expected (images,"
+                f" {', '.join(map(str, expected))}), the image_size of config.json. Make them with"
+                " the checkpoint's own processor (AutoProcessor)."
             )
         return len(pixel_values)
 

@@ -12,8 +12,8 @@ from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
 class GLM4VProcessor(ProcessorMixin):
     """Tokenizer and image processor of GLM-4V behind one call.
 
-    Usually ``processor.apply_chat_template(messages, add_generation_prompt=True)``; ``processor(images,
-    text)`` is short for a conversation of one question.
+    Usually ``processor.apply_chat_template(messages, add_generation_prompt=True)``;
+    ``processor(images, text)`` is short for a conversation of one question.
 
     Args:
         image_processor: a ``GLM4VImageProcessor``.
@@ -28,36 +28,41 @@ class GLM4VProcessor(ProcessorMixin):
         stated = getattr(tokenizer, "image_size", None)
         if stated is not None and stated != image_processor.image_size:
             raise ValueError(
-                f"tokenizer_config.json has image_size {stated}, but config.json or the image processor has "
-                f"{image_processor.image_size}. Both must be the side the image tower was built for. Take "
-                "all files from the same checkpoint."
+                f"tokenizer_config.json has image_size {stated}, but config.json or the image"
+                f" processor has {image_processor.image_size}. Both must be the side the image"
+                " tower was built for. Take all files from the same checkpoint."
             )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load from the official files (config.json, tokenizer_config.json, tokenizer.model) or saved ones.
+        """Load from the official files (config.json, tokenizer_config.json, tokenizer.model) or
+        saved ones.
 
-        No remote code runs, whatever the files name. The image size is that of the saved processor or else of
-        config.json, or else of tokenizer_config.json.
+        No remote code runs, whatever the files name. The image size is that of the saved processor
+        or else of config.json, or else of tokenizer_config.json.
 
         Raises:
-            ValueError: the files disagree about the image size, or describe a checkpoint without images.
+            ValueError: the files disagree about the image size, or describe a checkpoint without
+                images.
         """
         for not_ours in ("_from_auto", "trust_remote_code"):
             kwargs.pop(not_ours, None)
         tokenizer = ChatGLM4Tokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         built_for = checkpoint_image_size(pretrained_model_name_or_path, **kwargs)
         try:
-            image_processor = GLM4VImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            image_processor = GLM4VImageProcessor.from_pretrained(
+                pretrained_model_name_or_path, **kwargs
+            )
         except OSError:
             if tokenizer.image_size is None:
                 raise
             image_processor = GLM4VImageProcessor(tokenizer.image_size)
         if built_for is not None and built_for != image_processor.image_size:
             raise ValueError(
-                f"{pretrained_model_name_or_path}: config.json has vision_config.image_size {built_for}, but "
-                f"the saved processor has {image_processor.image_size}. Both must be the side the image "
-                "tower was built for. Take all files from the same checkpoint."
+                f"{pretrained_model_name_or_path}: config.json has vision_config.image_size"
+                f" {built_for}, but the saved processor has {image_processor.image_size}. Both must"
+                " be the side the image tower was built for. Take all files from the same"
+                " checkpoint."
             )
         return cls(image_processor, tokenizer)
 
@@ -84,17 +89,17 @@ class GLM4VProcessor(ProcessorMixin):
         """Turn one conversation, or a list of conversations, into the model's inputs.
 
         The forms of a message are described in ``chat.parse_conversation``; the other arguments in
-        ``ChatGLM4Tokenizer.apply_chat_template``. Unlike in most processors ``tokenize`` is on by default,
-        since the rendered text is only for reading.
+        ``ChatGLM4Tokenizer.apply_chat_template``. Unlike in most processors ``tokenize`` is on by
+        default, since the rendered text is only for reading.
 
         Args:
-            processor_kwargs: padding, max_length, pad_to_multiple_of or return_tensors, as transformers'
-                pipelines pass them.
+            processor_kwargs: padding, max_length, pad_to_multiple_of or return_tensors, as
+                transformers' pipelines pass them.
 
         Returns:
-            ``BatchFeature`` with ``input_ids`` and ``attention_mask`` [n, L], padded on the left, and, if any
-            conversation has an image, ``pixel_values`` float32 [images, 3, size, size], in the order of the
-            rows that have one. The model derives position ids from the mask.
+            ``BatchFeature`` with ``input_ids`` and ``attention_mask`` [n, L], padded on the left,
+            and, if any conversation has an image, ``pixel_values`` float32 [images, 3, size, size],
+            in the order of the rows that have one. The model derives position ids from the mask.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: as the tokenizer's method and
@@ -117,7 +122,9 @@ class GLM4VProcessor(ProcessorMixin):
         if options["return_tensors"] == "auto":
             options["return_tensors"] = "pt"
         batched = is_batch(conversation)
-        images = [image for one in (conversation if batched else [conversation]) for image in _images(one)]
+        images = [
+            image for one in (conversation if batched else [conversation]) for image in _images(one)
+        ]
         encoded = self.tokenizer.apply_chat_template(
             conversation,
             add_generation_prompt=add_generation_prompt,
@@ -137,8 +144,8 @@ class GLM4VProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, **options):
         """One question, or a list of questions, each with at most one image.
 
-        Each text becomes a conversation of one user message, ready for the answer; it is never read as a
-        rendered prompt. Images alone give only ``pixel_values``.
+        Each text becomes a conversation of one user message, ready for the answer; it is never read
+        as a rendered prompt. Images alone give only ``pixel_values``.
 
         Args:
             images: None, an image for the one text, or a list with an image or None for each text.
@@ -157,14 +164,14 @@ class GLM4VProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
             raise TypeError(
-                "The text is neither str nor a list of str. Expected one question or a list of questions. "
-                "For messages call apply_chat_template."
+                "The text is neither str nor a list of str. Expected one question or a list of"
+                " questions. For messages call apply_chat_template."
             )
         if any(one.startswith("[gMASK]<sop><|") for one in texts):
             raise ValueError(
-                "The text is a rendered prompt. Expected a plain question: special tokens in text stay "
-                "ordinary text here. Pass the messages to apply_chat_template(messages, "
-                "add_generation_prompt=True)."
+                "The text is a rendered prompt. Expected a plain question: special tokens in text"
+                " stay ordinary text here. Pass the messages to apply_chat_template(messages,"
+                " add_generation_prompt=True)."
             )
         if images is None:
             images = [None] * len(texts)
@@ -173,8 +180,8 @@ class GLM4VProcessor(ProcessorMixin):
         images = [_only_image(image) for image in images]
         if len(images) != len(texts):
             raise ValueError(
-                f"There are {len(images)} images for {len(texts)} texts. Expected one image or None for each "
-                "text. Put None where a question has no image."
+                f"There are {len(images)} images for {len(texts)} texts. Expected one image or None"
+                " for each text. Put None where a question has no image."
             )
         conversations = [
             [{"role": "user", "content": one, "image": image}]
@@ -189,13 +196,13 @@ def register_processing(config_class):
     Args:
         config_class: the configuration class registered for the checkpoint's model_type.
     """
-    # Registered for the tower's configuration: transformers prefers a repository's own tokenizer code, where the
-    # caller allows remote code, over a class registered for the checkpoint's configuration itself. It finds this
-    # class by the name in tokenizer_config.json.
+    # Registered for the tower's configuration: transformers prefers a repository's own tokenizer
+    # code, where the caller allows remote code, over a class registered for the checkpoint's
+    # configuration itself. It finds this class by the name in tokenizer_config.json.
     AutoTokenizer.register(GLM4VVisionConfig, ChatGLM4Tokenizer, exist_ok=True)
     AutoProcessor.register(config_class, GLM4VProcessor, exist_ok=True)
-    # The mapping behind AutoImageProcessor, because transformers 5.17 exports that class only beside
-    # torchvision.
+    # The mapping behind AutoImageProcessor, because transformers 5.17 exports that class only
+    # beside torchvision.
     image_processing_auto.IMAGE_PROCESSOR_MAPPING.register(
         config_class, {"pil": GLM4VImageProcessor}, exist_ok=True
     )
@@ -209,10 +216,12 @@ def _only_image(image):
 
 
 def _images(conversation) -> list:
-    images = [message.image for message in parse_conversation(conversation) if message.image is not None]
+    images = [
+        message.image for message in parse_conversation(conversation) if message.image is not None
+    ]
     if any(image is True for image in images):
         raise ValueError(
-            "A message has an image placeholder but no image. Expected the image itself beside it. Pass as "
-            '"image" of the message or of its part of type image.'
+            "A message has an image placeholder but no image. Expected the image itself beside it."
+            ' Pass as "image" of the message or of its part of type image.'
         )
     return images

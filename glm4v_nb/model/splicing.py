@@ -1,10 +1,10 @@
 """Where an image goes in a prompt: the three placeholder ids become the image's 1602 positions.
 
-A prompt holds ``[boi, pad, eoi]``. Before the model runs, the pad is repeated until the three ids take as
-many positions as the image has features. All patches share the *one* position number of the placeholder, and
-the text after the image goes on from there, so decoding continues the unexpanded numbering. This follows the
-original implementation of zai-org/glm-4v-9b; vLLM's port numbers the patches 0..N, which is known to hurt
-accuracy (vllm-project/vllm#14790).
+A prompt holds ``[boi, pad, eoi]``. Before the model runs, the pad is repeated until the three ids
+take as many positions as the image has features. All patches share the *one* position number of the
+placeholder, and the text after the image goes on from there, so decoding continues the unexpanded
+numbering. This follows the original implementation of zai-org/glm-4v-9b; vLLM's port numbers the
+patches 0..N, which is known to hurt accuracy (vllm-project/vllm#14790).
 """
 
 from dataclasses import dataclass
@@ -43,22 +43,23 @@ def expand_image_positions(
     Args:
         input_ids: (batch, length) token ids; a row holds no image or one ``[boi, pad, eoi]``.
         attention_mask: (batch, length), 0 for padding. None: nothing is padding.
-        position_ids: (batch, length) of the *unexpanded* prompt. None: counted from the attention mask.
+        position_ids: (batch, length) of the *unexpanded* prompt. None: counted from the attention
+            mask.
         labels: (batch, length) targets; image positions become -100, which the loss ignores.
         image_count: how many images come with the batch.
 
     Rows without an image in a batch that has some are padded on the left to the common length.
 
     Raises:
-        ValueError: images and placeholders do not match, the mask is of another shape than the ids, or a
-            prompt exceeds ``config.seq_length``.
+        ValueError: images and placeholders do not match, the mask is of another shape than the ids,
+            or a prompt exceeds ``config.seq_length``.
     """
     batch, length = input_ids.shape
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask has the shape {tuple(attention_mask.shape)}, but input_ids "
-            f"{tuple(input_ids.shape)}; they must be equal. In a later turn pass the whole conversation "
-            "again: what the cache holds is not computed twice."
+            f"attention_mask has the shape {tuple(attention_mask.shape)}, but input_ids"
+            f" {tuple(input_ids.shape)}; they must be equal. In a later turn pass the whole"
+            " conversation again: what the cache holds is not computed twice."
         )
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -73,10 +74,15 @@ def expand_image_positions(
     _check_length(config, attention_mask, starts, extra)
     if not has_image:
         return ExpandedPrompt(
-            input_ids, attention_mask, position_ids, torch.zeros_like(input_ids, dtype=torch.bool), labels
+            input_ids,
+            attention_mask,
+            position_ids,
+            torch.zeros_like(input_ids, dtype=torch.bool),
+            labels,
         )
 
-    # For each expanded position, the unexpanded position it is a copy of. -1 marks new padding on the left.
+    # For each expanded position, the unexpanded position it is a copy of. -1 marks new padding on
+    # the left.
     source = torch.empty(batch, length + extra, dtype=torch.long)
     image_mask = torch.zeros(batch, length + extra, dtype=torch.bool)
     for row, start in enumerate(starts):
@@ -84,7 +90,9 @@ def expand_image_positions(
             source[row] = torch.cat((torch.full((extra,), -1), torch.arange(length)))
         else:
             placeholder = torch.full((extra,), start + 1)
-            source[row] = torch.cat((torch.arange(start + 2), placeholder, torch.arange(start + 2, length)))
+            source[row] = torch.cat(
+                (torch.arange(start + 2), placeholder, torch.arange(start + 2, length))
+            )
             image_mask[row, start : start + extra + 3] = True
     source, image_mask = source.to(input_ids.device), image_mask.to(input_ids.device)
     new_padding = source < 0
@@ -126,15 +134,15 @@ def _image_start(config: GLM4VConfig, ids: list[int], row: int) -> int | None:
         return None
     if count > 1:
         raise ValueError(
-            f"Prompt {row} holds {count} image placeholders; GLM-4V-9B takes one image per prompt. Ask about "
-            "one image at a time, or paste the images into one picture."
+            f"Prompt {row} holds {count} image placeholders; GLM-4V-9B takes one image per prompt."
+            " Ask about one image at a time, or paste the images into one picture."
         )
     start = ids.index(config.boi_token_id) if count else None
     if start is None or start + 2 >= len(ids) or ids[start + 2] != config.eoi_token_id:
         raise ValueError(
-            f"Prompt {row}: begin-of-image ({config.boi_token_id}) and end-of-image ({config.eoi_token_id}) "
-            f"must stand around exactly one placeholder id. Build prompts with the processor's "
-            "apply_chat_template."
+            f"Prompt {row}: begin-of-image ({config.boi_token_id}) and end-of-image"
+            f" ({config.eoi_token_id}) must stand around exactly one placeholder id. Build prompts"
+            " with the processor's apply_chat_template."
         )
     return start
 
@@ -142,23 +150,32 @@ def _image_start(config: GLM4VConfig, ids: list[int], row: int) -> int | None:
 def _check_image_count(placeholders: int, images: int):
     if placeholders and not images:
         raise ValueError(
-            f"{placeholders} prompt(s) hold an image placeholder, but no pixel_values were given. Pass the "
-            "images, or build the prompt without one."
+            f"{placeholders} prompt(s) hold an image placeholder, but no pixel_values were given."
+            " Pass the images, or build the prompt without one."
         )
     if placeholders != images:
         raise ValueError(
-            f"{images} image(s) were given for {placeholders} image placeholder(s) in the prompts; the "
-            "numbers must be equal. Build ids and pixel_values together with the processor's "
-            "apply_chat_template."
+            f"{images} image(s) were given for {placeholders} image placeholder(s) in the prompts;"
+            " the numbers must be equal. Build ids and pixel_values together with the processor's"
+            " apply_chat_template."
         )
 
 
-def _check_length(config: GLM4VConfig, attention_mask: torch.Tensor, starts: list[int | None], extra: int):
-    for row, (tokens, start) in enumerate(zip(attention_mask.sum(dim=1).tolist(), starts, strict=True)):
+def _check_length(
+    config: GLM4VConfig, attention_mask: torch.Tensor, starts: list[int | None], extra: int
+):
+    for row, (tokens, start) in enumerate(
+        zip(attention_mask.sum(dim=1).tolist(), starts, strict=True)
+    ):
         positions = tokens + (extra if start is not None else 0)
         if positions > config.seq_length:
             raise ValueError(
                 f"Prompt {row} takes {positions} positions"
-                + (f" ({config.vision_config.image_tokens} of them the image)" if start is not None else "")
-                + f", but the model's context is {config.seq_length} (seq_length). Shorten the text."
+                + (
+                    f" ({config.vision_config.image_tokens} of them the image)"
+                    if start is not None
+                    else ""
+                )
+                + f", but the model's context is {config.seq_length} (seq_length). Shorten the"
+                " text."
             )

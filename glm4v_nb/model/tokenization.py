@@ -1,7 +1,8 @@
 """Tokenizer of GLM-4V-9B, built from the official tiktoken-format ``tokenizer.model``.
 
-The split pattern and the rebuilding of merges from ranks are transformers' own ``TikTokenConverter``; the
-result is a fast tokenizer whose ids equal those of tiktoken, the library the original code uses.
+The split pattern and the rebuilding of merges from ranks are transformers' own
+``TikTokenConverter``; the result is a fast tokenizer whose ids equal those of tiktoken, the library
+the original code uses.
 """
 
 import base64
@@ -40,18 +41,19 @@ def read_ranks(vocab_file) -> dict[bytes, int]:
         Token bytes to rank, ranks being 0..n-1 in file order.
 
     Raises:
-        ValueError: the file is missing, is a Git LFS pointer, or is not a complete tiktoken vocabulary.
+        ValueError: the file is missing, is a Git LFS pointer, or is not a complete tiktoken
+            vocabulary.
     """
     if vocab_file is None or not Path(vocab_file).is_file():
         raise ValueError(
-            f"tokenizer.model was not found ({vocab_file}). The tokenizer is built from this file of the "
-            "checkpoint. Download it into the checkpoint's directory."
+            f"tokenizer.model was not found ({vocab_file}). The tokenizer is built from this file"
+            " of the checkpoint. Download it into the checkpoint's directory."
         )
     content = Path(vocab_file).read_bytes()
     if content.startswith(b"version https://git-lfs"):
         raise ValueError(
-            f"{vocab_file} is a Git LFS pointer, not the vocabulary itself. Run `git lfs pull` in the "
-            "checkpoint's directory, or download the file again."
+            f"{vocab_file} is a Git LFS pointer, not the vocabulary itself. Run `git lfs pull` in"
+            " the checkpoint's directory, or download the file again."
         )
     ranks = {}
     for number, line in enumerate(filter(None, content.splitlines())):
@@ -62,8 +64,9 @@ def read_ranks(vocab_file) -> dict[bytes, int]:
             token, rank = b"", -1
         if not token or rank != number or token in ranks:
             raise ValueError(
-                f"{vocab_file}, entry {number + 1}: {line[:60]!r} is not a new base64 token followed by its "
-                f"rank {number}. Expected tiktoken's format. Download the file again."
+                f"{vocab_file}, entry {number + 1}: {line[:60]!r} is not a new base64 token"
+                f" followed by its rank {number}. Expected tiktoken's format. Download the file"
+                " again."
             )
         ranks[token] = rank
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
@@ -76,8 +79,8 @@ def read_ranks(vocab_file) -> dict[bytes, int]:
 
 
 class _RanksConverter(TikTokenConverter):
-    # tiktoken's own reader keeps a copy of every file it reads in a temporary directory, found again by path
-    # alone, so a changed tokenizer.model would be ignored. Hence our reader.
+    # tiktoken's own reader keeps a copy of every file it reads in a temporary directory, found
+    # again by path alone, so a changed tokenizer.model would be ignored. Hence our reader.
     load_tiktoken_bpe = staticmethod(read_ranks)
 
 
@@ -85,14 +88,15 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     """The tokenizer that the official tokenizer_config.json names as its ``tokenizer_class``.
 
     ``tokenizer(text)`` puts ``[gMASK]<sop>`` in front, as the original does; with
-    ``add_special_tokens=False`` it adds nothing. Text that spells a special token stays ordinary text,
-    whoever typed it. Padding goes to the left.
+    ``add_special_tokens=False`` it adds nothing. Text that spells a special token stays ordinary
+    text, whoever typed it. Padding goes to the left.
 
     Args:
         vocab_file: path of ``tokenizer.model``.
-        added_tokens_decoder: id → special token, as in tokenizer_config.json. The ids follow the vocabulary's
-            last rank without a gap.
-        image_size: side of the square the model sees, in pixels (1120 for GLM-4V-9B), or None if not stated.
+        added_tokens_decoder: id → special token, as in tokenizer_config.json. The ids follow the
+            vocabulary's last rank without a gap.
+        image_size: side of the square the model sees, in pixels (1120 for GLM-4V-9B), or None if
+            not stated.
 
     Raises:
         ValueError: the vocabulary is damaged, a special token is missing or cannot have its id.
@@ -109,9 +113,10 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         for token_id, token in special_tokens.items():
             if backend.token_to_id(token.content) != token_id:
                 raise ValueError(
-                    f"tokenizer_config.json gives {token.content} the id {token_id}, but with this "
-                    f"tokenizer.model it is {backend.token_to_id(token.content)}. Special tokens follow the "
-                    "vocabulary's last rank without a gap. Take both files from the same checkpoint."
+                    f"tokenizer_config.json gives {token.content} the id {token_id}, but with this"
+                    f" tokenizer.model it is {backend.token_to_id(token.content)}. Special tokens"
+                    " follow the vocabulary's last rank without a gap. Take both files from the"
+                    " same checkpoint."
                 )
         special_ids = {token.content: token_id for token_id, token in special_tokens.items()}
         backend.post_processor = processors.TemplateProcessing(
@@ -127,21 +132,26 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         kwargs.setdefault("pad_token", END_OF_TEXT)
         kwargs.setdefault("eos_token", END_OF_TEXT)
         super().__init__(
-            vocab_file=vocab_file, added_tokens_decoder=special_tokens, image_size=image_size, **kwargs
+            vocab_file=vocab_file,
+            added_tokens_decoder=special_tokens,
+            image_size=image_size,
+            **kwargs,
         )
         self.image_size = image_size
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):
-        """Leave the files to ``__init__``: tokenizer.model is neither SentencePiece nor a tokenizer.json."""
+        """Leave the files to ``__init__``: tokenizer.model is neither SentencePiece nor a
+        tokenizer.json."""
         kwargs.pop("tokenizer_file", None)
         kwargs.pop("trust_remote_code", None)
         return kwargs
 
     @classmethod
     def _patch_mistral_regex(cls, tokenizer, *args, **kwargs):
-        # For vocabularies above 100,000 tokens the base class asks whether this is a Mistral model, over the
-        # network for a hub id, and 5.17 takes a config.json without transformers_version for one.
+        # For vocabularies above 100,000 tokens the base class asks whether this is a Mistral model,
+        # over the network for a hub id, and 5.17 takes a config.json without transformers_version
+        # for one.
         return tokenizer
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
@@ -170,29 +180,32 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     ):
         """Turn one conversation, or a list of conversations, into ids.
 
-        The ids are put together piece by piece, never through rendered text, so special-token text in a
-        message stays ordinary text (``sanitize_control_tokens`` is accepted and always true). An image takes
-        the three ids begin-of-image, placeholder, end-of-image; its pixels come from
+        The ids are put together piece by piece, never through rendered text, so special-token text
+        in a message stays ordinary text (``sanitize_control_tokens`` is accepted and always true).
+        An image takes the three ids begin-of-image, placeholder, end-of-image; its pixels come from
         ``GLM4VProcessor.apply_chat_template``. The forms of a message are described in
         ``chat.parse_conversation``.
 
         Args:
             conversation: list of messages, or list of such lists.
             add_generation_prompt: end with ``<|assistant|>``.
-            continue_final_message: leave the last message open for the model to continue. Nothing is added
-                after a message in this format, so this only excludes ``add_generation_prompt``.
-            tokenize: False gives readable text instead. It cannot be turned back into a prompt: special
-                tokens in text stay text.
-            padding, max_length, pad_to_multiple_of, return_tensors, return_dict: as in transformers.
+            continue_final_message: leave the last message open for the model to continue. Nothing
+                is added after a message in this format, so this only excludes
+                ``add_generation_prompt``.
+            tokenize: False gives readable text instead. It cannot be turned back into a prompt:
+                special tokens in text stay text.
+            padding, max_length, pad_to_multiple_of, return_tensors, return_dict: as in
+                transformers.
 
         Returns:
-            ``BatchEncoding`` with ``input_ids`` and ``attention_mask``, each a list of length L for one
-            conversation, a list of lists for several, or a tensor [n, L] with ``return_tensors``. Only the
-            ids with ``return_dict=False``; str or list[str] with ``tokenize=False``.
+            ``BatchEncoding`` with ``input_ids`` and ``attention_mask``, each a list of length L for
+            one conversation, a list of lists for several, or a tensor [n, L] with
+            ``return_tensors``. Only the ids with ``return_dict=False``; str or list[str] with
+            ``tokenize=False``.
 
         Raises:
-            ValueError: empty conversation, unknown role, second image, or an option this format does not
-                have.
+            ValueError: empty conversation, unknown role, second image, or an option this format
+                does not have.
             TypeError: a message, its content or its image is of another type.
         """
         refuse_options(
@@ -204,11 +217,13 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         )
         if add_generation_prompt and continue_final_message:
             raise ValueError(
-                "add_generation_prompt and continue_final_message are both set. The model either starts a "
-                "new message or continues the last one. Set one of them."
+                "add_generation_prompt and continue_final_message are both set. The model either"
+                " starts a new message or continues the last one. Set one of them."
             )
         batched = is_batch(conversation)
-        conversations = [parse_conversation(one) for one in (conversation if batched else [conversation])]
+        conversations = [
+            parse_conversation(one) for one in (conversation if batched else [conversation])
+        ]
         if not tokenize:
             texts = [conversation_text(one, add_generation_prompt) for one in conversations]
             return texts if batched else texts[0]
@@ -222,9 +237,11 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         )
         return encoded if return_dict else encoded["input_ids"]
 
-    def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
-        # The base class would write a tokenizer.json and leave the special tokens' ids to it. The official
-        # layout is tokenizer.model, copied as it is, and the ids in tokenizer_config.json.
+    def _save_pretrained(
+        self, save_directory, file_names, legacy_format=None, filename_prefix=None
+    ):
+        # The base class would write a tokenizer.json and leave the special tokens' ids to it. The
+        # official layout is tokenizer.model, copied as it is, and the ids in tokenizer_config.json.
         config_file = Path(file_names[0])
         config = json.loads(config_file.read_text(encoding="utf-8"))
         for not_official in ("backend", "is_local", "local_files_only"):
@@ -241,13 +258,17 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
             }
             for token_id, token in self.added_tokens_decoder.items()
         }
-        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        config_file.write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         return (*file_names, *self.save_vocabulary(str(save_directory), filename_prefix))
 
 
 def _special_tokens(added_tokens_decoder) -> dict[int, AddedToken]:
     tokens = {}
-    for token_id, token in sorted((added_tokens_decoder or {}).items(), key=lambda item: int(item[0])):
+    for token_id, token in sorted(
+        (added_tokens_decoder or {}).items(), key=lambda item: int(item[0])
+    ):
         content = token["content"] if isinstance(token, dict) else str(token)
         # Special, or typed text that spells it would become the token.
         tokens[int(token_id)] = AddedToken(content, special=True, normalized=False)
@@ -255,8 +276,9 @@ def _special_tokens(added_tokens_decoder) -> dict[int, AddedToken]:
     missing = [name for name in REQUIRED_SPECIAL_TOKENS if name not in contents]
     if missing:
         raise ValueError(
-            f"tokenizer_config.json: added_tokens_decoder has no {', '.join(missing)}. A conversation with "
-            "this model needs them. Put the official tokenizer_config.json beside tokenizer.model."
+            f"tokenizer_config.json: added_tokens_decoder has no {', '.join(missing)}. A"
+            " conversation with this model needs them. Put the official tokenizer_config.json"
+            " beside tokenizer.model."
         )
     return tokens
 

@@ -1,8 +1,9 @@
-"""The image tower of GLM-4V-9B: an EVA2-CLIP-E encoder, a convolution that halves its grid, a projector.
+"""The image tower of GLM-4V-9B: an EVA2-CLIP-E encoder, a convolution that halves its grid, a
+projector.
 
-Every parameter belongs to a module whose ``forward`` uses it, and every module with a residual connection is
-listed as unsplittable in ``modeling.py``. accelerate moves weights per module, so this is what lets the tower
-run with parts of it on the CPU or on disk.
+Every parameter belongs to a module whose ``forward`` uses it, and every module with a residual
+connection is listed as unsplittable in ``modeling.py``. accelerate moves weights per module, so
+this is what lets the tower run with parts of it on the CPU or on disk.
 """
 
 import torch
@@ -16,17 +17,25 @@ from glm4v_nb.model.configuration import GLM4VConfig, GLM4VVisionConfig
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out: query, key, value are (batch, heads, length, features); no mask is used."""
-    weights = (query @ key.transpose(-1, -2) * scaling).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    """Attention written out: query, key, value are (batch, heads, length, features); no mask is
+    used."""
+    weights = (
+        (query @ key.transpose(-1, -2) * scaling)
+        .softmax(dim=-1, dtype=torch.float32)
+        .to(query.dtype)
+    )
     return (weights @ value).transpose(1, 2), weights
 
 
 class GLM4VPatchEmbedding(nn.Module):
-    """Image (batch, channels, side, side) to (batch, 1 + patches, hidden): CLS first, positions added."""
+    """Image (batch, channels, side, side) to (batch, 1 + patches, hidden): CLS first, positions
+    added."""
 
     def __init__(self, config: GLM4VVisionConfig):
         super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv2d(
+            config.in_channels, config.hidden_size, config.patch_size, config.patch_size
+        )
         self.cls_embedding = nn.Parameter(torch.zeros(1, config.hidden_size))
         self.position_embedding = nn.Embedding(config.num_positions, config.hidden_size)
 
@@ -34,18 +43,22 @@ class GLM4VPatchEmbedding(nn.Module):
         patches = self.proj(pixel_values).flatten(2).transpose(1, 2)
         cls = self.cls_embedding.expand(patches.shape[0], 1, -1)
         embeddings = torch.cat((cls, patches), dim=1)
-        # The module is called, not its weight read: an offloaded weight is only there during the call.
+        # The module is called, not its weight read: an offloaded weight is only there during the
+        # call.
         positions = torch.arange(embeddings.shape[1], device=embeddings.device)
         return embeddings + self.position_embedding(positions)
 
 
 class GLM4VVisionAttention(nn.Module):
-    """Full (not causal) attention over all patches, query, key and value fused in one projection."""
+    """Full (not causal) attention over all patches, query, key and value fused in one
+    projection."""
 
     def __init__(self, config: GLM4VConfig):
         super().__init__()
         vision = config.vision_config
-        self.config = config  # the whole model's: it names the attention implementation, also after a change
+        self.config = (
+            config  # the whole model's: it names the attention implementation, also after a change
+        )
         self.head_size = vision.hidden_size // vision.num_heads
         self.scaling = self.head_size**-0.5
         self.is_causal = False
@@ -56,9 +69,18 @@ class GLM4VVisionAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         fused = self.query_key_value(hidden_states).view(batch, length, 3, -1, self.head_size)
         query, key, value = fused.permute(2, 0, 3, 1, 4)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
         output, _ = attention(
-            self, query, key, value, attention_mask=None, scaling=self.scaling, dropout=0.0, is_causal=False
+            self,
+            query,
+            key,
+            value,
+            attention_mask=None,
+            scaling=self.scaling,
+            dropout=0.0,
+            is_causal=False,
         )
         return self.dense(output.reshape(batch, length, -1))
 
@@ -91,7 +113,8 @@ class GLM4VVisionLayer(GradientCheckpointingLayer):
 
 
 class GLM4VProjector(nn.Module):
-    """Gated projection of (batch, patches, decoder hidden) into the decoder's embedding space, same shape."""
+    """Gated projection of (batch, patches, decoder hidden) into the decoder's embedding space, same
+    shape."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -108,7 +131,8 @@ class GLM4VProjector(nn.Module):
 
 
 class GLM4VImageBoundary(nn.Module):
-    """Puts the learned begin- and end-of-image vectors around the patches, then divides all by a constant."""
+    """Puts the learned begin- and end-of-image vectors around the patches, then divides all by a
+    constant."""
 
     def __init__(self, hidden_size: int, scaling_factor: float):
         super().__init__()
@@ -118,19 +142,24 @@ class GLM4VImageBoundary(nn.Module):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         batch = patches.shape[0]
-        features = torch.cat((self.boi.expand(batch, -1, -1), patches, self.eoi.expand(batch, -1, -1)), dim=1)
+        features = torch.cat(
+            (self.boi.expand(batch, -1, -1), patches, self.eoi.expand(batch, -1, -1)), dim=1
+        )
         return features / self.scaling_factor
 
 
 class GLM4VVisionTower(nn.Module):
-    """Images (batch, 3, side, side) to features (batch, image_tokens, decoder hidden): 1602 at full size."""
+    """Images (batch, 3, side, side) to features (batch, image_tokens, decoder hidden): 1602 at full
+    size."""
 
     def __init__(self, config: GLM4VConfig):
         super().__init__()
         vision = config.vision_config
         self.patches_per_side = vision.patches_per_side
         self.patch_embedding = GLM4VPatchEmbedding(vision)
-        self.layers = nn.ModuleList(GLM4VVisionLayer(config) for _ in range(vision.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            GLM4VVisionLayer(config) for _ in range(vision.num_hidden_layers)
+        )
         self.conv = nn.Conv2d(vision.hidden_size, config.hidden_size, kernel_size=2, stride=2)
         self.linear_proj = GLM4VProjector(config.hidden_size, config.ffn_hidden_size)
         self.boundary = GLM4VImageBoundary(config.hidden_size, vision.scaling_factor)
@@ -141,6 +170,8 @@ class GLM4VVisionTower(nn.Module):
             hidden_states = layer(hidden_states)
         patches = hidden_states[:, 1:]
         batch, _, features = patches.shape
-        grid = patches.view(batch, self.patches_per_side, self.patches_per_side, features).permute(0, 3, 1, 2)
+        grid = patches.view(batch, self.patches_per_side, self.patches_per_side, features).permute(
+            0, 3, 1, 2
+        )
         halved = self.conv(grid).flatten(2).transpose(1, 2)
         return self.boundary(self.linear_proj(halved))

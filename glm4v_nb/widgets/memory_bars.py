@@ -5,8 +5,8 @@ from dataclasses import fields
 
 import ipywidgets as widgets
 
-from glm4v_nb.rig import CardMemory
 from glm4v_nb.widgets import parts
+from simgpu import CardMemory
 
 REFRESH_SECONDS = 0.1
 _FIELDS = [field.name for field in fields(CardMemory)]
@@ -15,8 +15,9 @@ _FIELDS = [field.name for field in fields(CardMemory)]
 class MemoryBars(widgets.VBox):
     """Dark what PyTorch has reserved, light its peak in this stage; the stage's name above.
 
-    Give ``update`` to ``Monitor(..., on_sample=...)`` and show the object as the last line of a cell. Only the value
-    of a widget is changed, which is safe from the monitor's thread. ``close()`` takes the bars off the page.
+    Give ``update`` to ``Monitor(..., on_sample=...)`` and show the object as the last line of a
+    cell. Only the value of a widget is changed, which is safe from the monitor's thread.
+    ``close()`` takes the bars off the page.
     """
 
     def __init__(self, rig):
@@ -26,11 +27,14 @@ class MemoryBars(widgets.VBox):
         self._waiting: dict | None = None
         super().__init__([widgets.HTML(parts.STYLE), self._stage, self._bars])
 
-    def __repr__(self):  # what is stored in a notebook instead of the widget; the default lists every trait
+    def __repr__(
+        self,
+    ):  # what is stored in a notebook instead of the widget; the default lists every trait
         return "MemoryBars()"
 
     def update(self, sample: dict):
-        """Show a monitor's sample, unless the last one was shown less than 0.1 s ago and has the same stages."""
+        """Show a monitor's sample, unless the last one was shown less than 0.1 s ago and has the
+        same stages."""
         again = self._waiting is not None and self._waiting["stages"] == sample["stages"]
         self._waiting = sample
         if not again or time.monotonic() - self._shown >= REFRESH_SECONDS:
@@ -41,6 +45,8 @@ class MemoryBars(widgets.VBox):
         if self._waiting is None:
             return
         self._shown = time.monotonic()
-        memory = [CardMemory(**{name: card[name] for name in _FIELDS}) for card in self._waiting["cards"]]
+        memory = [
+            CardMemory(**{name: card[name] for name in _FIELDS}) for card in self._waiting["cards"]
+        ]
         self._stage.value = parts.note(" › ".join(self._waiting["stages"]) or "between stages")
         self._bars.value = parts.memory_bars(memory, self._waiting["provenance"])

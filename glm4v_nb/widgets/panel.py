@@ -1,4 +1,5 @@
-"""``PromptPanel``: ask a model about a picture, with streaming, Stop, and the memory of every card."""
+"""``PromptPanel``: ask a model about a picture, with streaming, Stop, and the memory of every
+card."""
 
 import contextlib
 import threading
@@ -9,12 +10,12 @@ import ipywidgets as widgets
 import torch
 from PIL import Image
 
+from glm4v_nb.cleanup import clear_frames, empty_caches
 from glm4v_nb.inference import Sampling, Stream, load, stream
-from glm4v_nb.memory.cleanup import clear_frames, empty_caches
 from glm4v_nb.miniature.scenes import sample_pictures
 from glm4v_nb.model.image_processing import load_image
-from glm4v_nb.rig import Rig
 from glm4v_nb.widgets import parts
+from simgpu import Rig
 
 STATES = ("idle", "loading", "running", "stopping", "error")
 REFRESH_SECONDS = 0.1
@@ -24,15 +25,16 @@ NO_PICTURE = "(no picture)"
 class PromptPanel(widgets.VBox):
     """A picture, a question, a streamed answer; show it as the last line of a cell.
 
-    One of the ``STATES`` says what can be pressed. The work happens in a thread, so the kernel stays free; only
-    traits of widgets are changed from it. A question that fails leaves the conversation as it was.
+    One of the ``STATES`` says what can be pressed. The work happens in a thread, so the kernel
+    stays free; only traits of widgets are changed from it. A question that fails leaves the
+    conversation as it was.
 
     Args:
         model, processor: as ``inference.load`` returns them.
         rig: whose memory the bars show; this machine's by default.
-        rehearse: called in the worker as ``rehearse(messages, sampling)`` inside ``with rig:`` before the model
-            answers, for example to run a prompt of the same size on simulated cards. An error of it is an error of
-            the question.
+        rehearse: called in the worker as ``rehearse(messages, sampling)`` inside ``with rig:``
+            before the model answers, for example to run a prompt of the same size on simulated
+            cards. An error of it is an error of the question.
         samples: pictures to choose from, name to PIL image; drawn scenes by default.
         timeout_seconds: see ``inference.stream``.
     """
@@ -71,14 +73,17 @@ class PromptPanel(widgets.VBox):
         self._enter("idle", "Ready: ask about the picture, or without one.")
         self._refresh_memory()
 
-    def __repr__(self):  # what is stored in a notebook instead of the widget; the default lists every trait
+    def __repr__(
+        self,
+    ):  # what is stored in a notebook instead of the widget; the default lists every trait
         return f"PromptPanel({self.state})"
 
     @classmethod
     def from_checkpoint(
         cls, checkpoint, *, panel_options: dict | None = None, **load_options
     ) -> "PromptPanel":
-        """A panel that shows at once and loads the checkpoint meanwhile; arguments as ``inference.load``."""
+        """A panel that shows at once and loads the checkpoint meanwhile; arguments as
+        ``inference.load``."""
         panel = cls(**(panel_options or {}))
         panel._enter("loading", f"Loading {checkpoint} ...")
         panel._start(panel._load, checkpoint, load_options)
@@ -98,11 +103,14 @@ class PromptPanel(widgets.VBox):
         if self.state not in ("idle", "error"):  # a second click on its way
             return
         if self.model is None:
-            self._enter("error", "No model is loaded. Make the panel with a model, or with from_checkpoint.")
+            self._enter(
+                "error", "No model is loaded. Make the panel with a model, or with from_checkpoint."
+            )
             return
         if self._hung is not None and self._hung.running:
             self._enter(
-                "error", "The answer that was given up still runs: wait for its end, or restart the kernel."
+                "error",
+                "The answer that was given up still runs: wait for its end, or restart the kernel.",
             )
             return
         if not question:
@@ -134,7 +142,9 @@ class PromptPanel(widgets.VBox):
     # The worker
 
     def _start(self, work: Callable, *arguments):
-        self._worker = threading.Thread(target=work, args=arguments, name="glm4v-nb panel", daemon=True)
+        self._worker = threading.Thread(
+            target=work, args=arguments, name="glm4v-nb panel", daemon=True
+        )
         self._worker.start()
 
     def _load(self, checkpoint, options: dict):
@@ -154,7 +164,9 @@ class PromptPanel(widgets.VBox):
                     answer = self._streamed(messages, sampling)
                 else:
                     self.rehearse(messages, sampling)
-            if self.rehearse is not None:  # outside the rig: the model that answers is not on its cards
+            if (
+                self.rehearse is not None
+            ):  # outside the rig: the model that answers is not on its cards
                 answer = self._streamed(messages, sampling)
         except Exception as error:
             self._fail(error, sampling)
@@ -169,7 +181,9 @@ class PromptPanel(widgets.VBox):
         self._show_history()
         if self.question.value.strip() == messages[-1]["content"]:
             self.question.value = ""  # unless the next one is being written
-        ending = {"cancelled": "Stopped.", "length": "Reached max tokens."}.get(answer.finish, "Done.")
+        ending = {"cancelled": "Stopped.", "length": "Reached max tokens."}.get(
+            answer.finish, "Done."
+        )
         self._finish("idle", f"{ending} {note} · first token {answer.first_token_seconds:.2f} s")
 
     def _streamed(self, messages, sampling):
@@ -187,7 +201,9 @@ class PromptPanel(widgets.VBox):
                 if time.monotonic() - shown > REFRESH_SECONDS:
                     shown = time.monotonic()
                     self._show_history(asked + parts.turn("Model", text + " ▌"))
-                    self._progress(f"{pieces.new_tokens} tokens · {pieces.tokens_per_second:.1f} tokens/s")
+                    self._progress(
+                        f"{pieces.new_tokens} tokens · {pieces.tokens_per_second:.1f} tokens/s"
+                    )
         return pieces.answer
 
     def _watch(self, finished: threading.Event):
@@ -199,8 +215,8 @@ class PromptPanel(widgets.VBox):
             self._hung = self._stream
         if isinstance(error, torch.OutOfMemoryError):
             message = (
-                "Out of memory while loading: spread the model over more GPUs (device_map='auto'), or take fewer "
-                f"bytes a parameter. {error}"
+                "Out of memory while loading: spread the model over more GPUs (device_map='auto'),"
+                f" or take fewer bytes a parameter. {error}"
                 if sampling is None
                 else parts.out_of_memory_advice(error, sampling.max_new_tokens)
             )
@@ -274,14 +290,18 @@ class PromptPanel(widgets.VBox):
         name, content = file["name"], bytes(file["content"])
         try:
             if len(content) != file["size"]:
-                raise ValueError(f"only {len(content):,} of {file['size']:,} bytes arrived; upload it again.")
+                raise ValueError(
+                    f"only {len(content):,} of {file['size']:,} bytes arrived; upload it again."
+                )
             image = load_image(content)
         except (ValueError, OSError) as error:
             self._enter("error", f"{name}: {error} The picture before it is still chosen.")
             return
         label = f"Uploaded: {name}"
         self.samples[label] = image
-        self.sample.unobserve(self._sample_chosen, "value")  # new options choose the first for a moment
+        self.sample.unobserve(
+            self._sample_chosen, "value"
+        )  # new options choose the first for a moment
         self.sample.options = [NO_PICTURE, *self.samples]
         self.sample.value = label
         self.sample.observe(self._sample_chosen, "value")
@@ -291,7 +311,9 @@ class PromptPanel(widgets.VBox):
         self.image = image
         self.picture.value = parts.picture(image, name)
         if self.history:
-            self._forget("New picture, new conversation: the model sees one picture in a conversation.")
+            self._forget(
+                "New picture, new conversation: the model sees one picture in a conversation."
+            )
         else:
             self._enter("idle", "Ready: ask about the picture, or without one.")
 
@@ -316,21 +338,43 @@ class PromptPanel(widgets.VBox):
         )
         label = {"description_width": "initial"}
         self.max_tokens = widgets.BoundedIntText(
-            value=128, min=1, max=8192, description="Max tokens", style=label, layout={"width": "150px"}
+            value=128,
+            min=1,
+            max=8192,
+            description="Max tokens",
+            style=label,
+            layout={"width": "150px"},
         )
-        slider = {"step": 0.05, "readout_format": ".2f", "layout": {"width": "250px"}, "style": label}
-        self.temperature = widgets.FloatSlider(value=0.0, min=0, max=2, description="Temperature", **slider)
+        slider = {
+            "step": 0.05,
+            "readout_format": ".2f",
+            "layout": {"width": "250px"},
+            "style": label,
+        }
+        self.temperature = widgets.FloatSlider(
+            value=0.0, min=0, max=2, description="Temperature", **slider
+        )
         self.top_p = widgets.FloatSlider(value=1.0, min=0.05, max=1, description="Top-p", **slider)
         self.ask_button = widgets.Button(
             description="Ask", button_style="primary", tooltip="Send the question (Ctrl+Enter)"
         )
         self.ask_button.add_class("glm4v-ask")
-        self.stop_button = widgets.Button(description="Stop", button_style="danger", tooltip="End the answer")
+        self.stop_button = widgets.Button(
+            description="Stop", button_style="danger", tooltip="End the answer"
+        )
         self.stop_button.add_class("glm4v-stop")
-        self.clear_button = widgets.Button(description="New conversation", tooltip="Forget the conversation")
+        self.clear_button = widgets.Button(
+            description="New conversation", tooltip="Forget the conversation"
+        )
         self.status, self.memory = widgets.HTML(), widgets.HTML()
         self._settings = (self.max_tokens, self.temperature, self.top_p)
-        self._controls = (self.sample, self.upload, *self._settings, self.ask_button, self.clear_button)
+        self._controls = (
+            self.sample,
+            self.upload,
+            *self._settings,
+            self.ask_button,
+            self.clear_button,
+        )
         self._show_history()
         self.sample.observe(self._sample_chosen, "value")
         self.upload.observe(self._uploaded, "value")
@@ -353,5 +397,7 @@ class PromptPanel(widgets.VBox):
             ],
             layout={"flex": "1 1 24rem", "min_width": "0"},
         )
-        columns = widgets.HBox([picture, talk], layout={"flex_flow": "row wrap", "grid_gap": "16px"})
+        columns = widgets.HBox(
+            [picture, talk], layout={"flex_flow": "row wrap", "grid_gap": "16px"}
+        )
         return [widgets.HTML(parts.STYLE + parts.CONTROL_ENTER), columns]

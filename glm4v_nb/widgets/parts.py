@@ -7,9 +7,9 @@ from html import escape
 from PIL import Image
 
 from glm4v_nb.inference import Answer
-from glm4v_nb.memory import parse_out_of_memory
 from glm4v_nb.miniature.scenes import encode
-from glm4v_nb.rig import CardMemory
+from simgpu import CardMemory
+from simgpu.oom import parse_out_of_memory
 
 GIB = 2**30
 THUMBNAIL_PIXELS = 240
@@ -36,7 +36,8 @@ STYLE = """<style>
 .glm4v-bar div { position: absolute; top: 0; bottom: 0; left: 0; }
 </style>"""
 
-# ipywidgets has no key events: one listener for the page presses Ask of the panel that has the focus.
+# ipywidgets has no key events: one listener for the page presses Ask of the panel that has the
+# focus.
 CONTROL_ENTER = (
     "<img alt='' src='data:,' style='display:none' onerror=\""
     "if (!window.glm4vControlEnter) { window.glm4vControlEnter = true;"
@@ -53,7 +54,9 @@ CONTROL_ENTER = (
 
 def gib(size_bytes: int) -> str:
     """ "1.25 GiB", or MiB below a tenth of one."""
-    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB / 10 else f"{size_bytes / 2**20:.0f} MiB"
+    return (
+        f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB / 10 else f"{size_bytes / 2**20:.0f} MiB"
+    )
 
 
 def note(text: str) -> str:
@@ -93,17 +96,19 @@ def memory_bars(memory: Sequence[CardMemory], provenance: str) -> str:
     for card in memory:
         label = "Host memory" if card.card == "host" else f"GPU {card.index} · {card.card}"
         used, peak = (
-            100 * size / card.capacity_bytes for size in (card.reserved_bytes, card.peak_reserved_bytes)
+            100 * size / card.capacity_bytes
+            for size in (card.reserved_bytes, card.peak_reserved_bytes)
         )
         text = (
             f"{label}: {gib(card.reserved_bytes)} of {gib(card.capacity_bytes)}, "
             f"peak {gib(card.peak_reserved_bytes)}"
         )
         rows.append(
-            f"{note(text)}<div class='glm4v-bar' role='meter' aria-label='{escape(label)}' aria-valuemin='0' "
-            f"aria-valuemax='100' aria-valuenow='{used:.0f}' aria-valuetext='{escape(text)}'>"
-            f"<div style='width:{peak:.1f}%;background:#56B4E9'></div>"
-            f"<div style='width:{used:.1f}%;background:#0072B2'></div></div>"
+            f"{note(text)}<div class='glm4v-bar' role='meter' aria-label='{escape(label)}'"
+            f" aria-valuemin='0' aria-valuemax='100' aria-valuenow='{used:.0f}'"
+            f" aria-valuetext='{escape(text)}'><div"
+            f" style='width:{peak:.1f}%;background:#56B4E9'></div><div"
+            f" style='width:{used:.1f}%;background:#0072B2'></div></div>"
         )
     return "".join(rows) + note(provenance)
 
@@ -117,20 +122,22 @@ def out_of_memory_advice(error: BaseException, max_new_tokens: int) -> str:
     except ValueError:
         where = str(error).splitlines()[0][:200]
     return (
-        f"Out of memory: {where}. Try fewer tokens (max tokens is {max_new_tokens}), a shorter question, "
-        "or a new conversation; for good, spread the model over more GPUs. Memory has been given back, your "
-        "question is still in the box."
+        f"Out of memory: {where}. Try fewer tokens (max tokens is {max_new_tokens}), a shorter"
+        " question, or a new conversation; for good, spread the model over more GPUs. Memory has"
+        " been given back, your question is still in the box."
     )
 
 
 def picture(image: Image.Image | None, name: str) -> str:
-    """A thumbnail of at most 240 pixels a side with its name and size; the name alone without an image."""
+    """A thumbnail of at most 240 pixels a side with its name and size; the name alone without an
+    image."""
     if image is None:
         return note(name)
     small = image.copy()
     small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     data = base64.b64encode(encode(small, "PNG")).decode()
     return (
-        f"<img class='glm4v-picture' alt='Picture in question: {escape(name)}' src='data:image/png;base64,{data}'>"
+        f"<img class='glm4v-picture' alt='Picture in question: {escape(name)}'"
+        f" src='data:image/png;base64,{data}'>"
         f"{note(f'{name} · {image.width} × {image.height} pixels')}"
     )

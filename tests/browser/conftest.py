@@ -1,4 +1,5 @@
-"""JupyterLab with notebook 08 in a headless Chromium; without a Chromium these tests are not run, and say so."""
+"""JupyterLab with notebook 08 in a headless Chromium; without a Chromium these tests are not run,
+and say so."""
 
 import json
 import os
@@ -18,11 +19,19 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOK = "08_prompt_the_model.ipynb"
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # Nothing but the page under test: Chromium would look for updates and its maker's services.
-QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+QUIET = [
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 
 
 # The brackets before every code cell: [ ] not run, [*] running, [3] done.
-PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent)"
+PROMPTS = (
+    "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt =>"
+    " prompt.textContent)"
+)
 # Whether JupyterLab has started the kernel of the open notebook and is connected to it.
 READY = """() => {
     const session = window.jupyterapp?.shell.currentWidget?.sessionContext;
@@ -40,8 +49,8 @@ def find_chromium() -> str | None:
 def pytest_collection_modifyitems(items):
     if find_chromium() is None:
         reason = (
-            f"not run: none of {', '.join(CHROMIUMS)} is on PATH; install Chromium (Debian: apt-get install chromium) "
-            "or name one in GLM4V_NB_CHROMIUM"
+            f"not run: none of {', '.join(CHROMIUMS)} is on PATH; install Chromium (Debian: apt-get"
+            " install chromium) or name one in GLM4V_NB_CHROMIUM"
         )
         here = Path(__file__).parent
         for item in items:
@@ -127,7 +136,9 @@ def page(browser, server):
     page.wait_for_function(READY, timeout=120_000)
     page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells') }")
     # The last cell prints what was found.
-    page.wait_for_function(f"() => ({PROMPTS}).every(prompt => /\\[\\d+\\]/.test(prompt))", timeout=240_000)
+    page.wait_for_function(
+        f"() => ({PROMPTS}).every(prompt => /\\[\\d+\\]/.test(prompt))", timeout=240_000
+    )
     yield page
     page.close()
 

@@ -89,7 +89,9 @@ def panel(page):
 @pytest.fixture
 def endless(kernel):
     """Answers of thousands of tokens: the miniature's never end by themselves."""
-    kernel("ending = model.generation_config.eos_token_id; model.generation_config.eos_token_id = None")
+    kernel(
+        "ending = model.generation_config.eos_token_id; model.generation_config.eos_token_id = None"
+    )
     yield
     kernel("model.generation_config.eos_token_id = ending")
 
@@ -110,12 +112,17 @@ def black_png(side: int) -> bytes:
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
         )
 
     rows = zlib.compress(bytes((side // 8 + 1) * side), 9)
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
 
 
 def test_an_uploaded_picture_is_shown_and_its_colour_told(panel):
@@ -166,7 +173,9 @@ def test_an_answer_grows_while_it_is_made_and_stop_ends_it_within_a_second(panel
     assert panel.ask_button.is_disabled() and panel.stop_button.is_enabled()
     panel.screenshot("streaming")
     took = [stopped_after(panel)]
-    while min(took) >= 1.0 and len(took) < 3:  # something else may have had the machine for a moment
+    while (
+        min(took) >= 1.0 and len(took) < 3
+    ):  # something else may have had the machine for a moment
         panel.ask("Describe the picture.")
         panel.wait_for("Running")
         panel.page.wait_for_timeout(1000)
@@ -230,7 +239,9 @@ def test_a_bad_file_gets_a_clear_error_and_the_panel_lives_on(panel, name, conte
 
 def test_an_animation_gives_its_first_picture(panel):
     first, second = picture_of(), picture_of("circle", "red", (255, 0, 0))
-    panel.upload("moving.gif", file_of(first, "GIF", save_all=True, append_images=[second], duration=100))
+    panel.upload(
+        "moving.gif", file_of(first, "GIF", save_all=True, append_images=[second], duration=100)
+    )
     panel.root.get_by_text("moving.gif · ").wait_for()
     assert panel.answer("What colour is the object?") == "purple"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from glm4v_nb.experiment.outcome import Outcome, OutOfMemoryCause, Record, RunSpec, Sweep
-from glm4v_nb.experiment.sweep_report import write_comparison, write_sweep_report
+from nbsweep.outcome import Outcome, OutOfMemoryCause, Record, RunSpec, Sweep
+from nbsweep.sweep_report import write_comparison, write_sweep_report
 
 GIB = 2**30
 SCREENSHOTS = os.environ.get("GLM4V_NB_SCREENSHOTS")
@@ -20,14 +20,17 @@ CARDS = {"L4": 22, "T4": 15}
 def write_grid(
     directory: Path, cards=CARDS, batches=(1, 2, 4, 8), tokens=(512, 1024, 2048), attack=""
 ) -> Path:
-    """A sweep over cards, batches and tokens, where what does not fit a card runs out of memory; then its report.
+    """A sweep over cards, batches and tokens, where what does not fit a card runs out of memory;
+    then its report.
 
     ``attack`` adds a run whose every text it is.
     """
     directory.mkdir()
     specs = []
 
-    def add(outcome: Outcome, *records: Record, notebook="03_memory.ipynb", title="Memory", **parameters):
+    def add(
+        outcome: Outcome, *records: Record, notebook="03_memory.ipynb", title="Memory", **parameters
+    ):
         spec = RunSpec(
             id=f"{len(specs):04x}{'0' * 12}", notebook=notebook, title=title, parameters=parameters,
             given=list(parameters), source="c0ffee", package="facade", version="0.1.0", checkpoint="",
@@ -37,9 +40,15 @@ def write_grid(
         folder = directory / spec.id
         folder.mkdir()
         (folder / "outcome.json").write_text(outcome.model_dump_json())
-        (folder / "records.jsonl").write_text("".join(one.model_dump_json() + "\n" for one in records))
+        (folder / "records.jsonl").write_text(
+            "".join(one.model_dump_json() + "\n" for one in records)
+        )
 
-    common = {"started": "2026-10-18T19:02:11+02:00", "platform": "Linux", "versions": {"torch": "2.13.0"}}
+    common = {
+        "started": "2026-10-18T19:02:11+02:00",
+        "platform": "Linux",
+        "versions": {"torch": "2.13.0"},
+    }
     for card, size in cards.items():
         for batch in batches:
             for count in tokens:
@@ -50,16 +59,25 @@ def write_grid(
                     cause = OutOfMemoryCause(device=0, phase="prefill", short_bytes=short)
                     error = f"OutOfMemoryError: tried to allocate {short} bytes"
                     trace = "Traceback\n" + "  a line of a traceback, as long as they are\n" * 30
-                    more = {"error": error, "signature": "OutOfMemoryError", "traceback": trace, "oom": cause}
+                    more = {
+                        "error": error,
+                        "signature": "OutOfMemoryError",
+                        "traceback": trace,
+                        "oom": cause,
+                    }
                     add(Outcome(status="oom", seconds=1.0, **common, **more), **parameters)
                 else:
                     peak = Record(name="peak", value=need, unit="bytes", label="simulated")
-                    rate = Record(name="speed", value=100 / batch, unit="tokens/s", label="measured on L4")
+                    rate = Record(
+                        name="speed", value=100 / batch, unit="tokens/s", label="measured on L4"
+                    )
                     done = Outcome(status="done", seconds=batch * count / 1000, **common)
                     add(done, peak, rate, **parameters)
     if attack:
         texts = dict.fromkeys(("error", "signature", "traceback", "platform"), attack)
-        failed = Outcome(**{**common, **texts, "versions": {attack: attack}}, status="failed", seconds=1.0)
+        failed = Outcome(
+            **{**common, **texts, "versions": {attack: attack}}, status="failed", seconds=1.0
+        )
         figure = Record(name=attack, value=1.5, unit=attack, label=attack)
         add(
             failed,
@@ -78,7 +96,8 @@ def write_grid(
 
 @pytest.fixture
 def open_page(browser):
-    """Opens a file; fails the test if the page says anything on the console or asks for anything but itself."""
+    """Opens a file; fails the test if the page says anything on the console or asks for anything
+    but itself."""
     context = browser.new_context(viewport={"width": 1400, "height": 1000})
     said, asked, opened = [], [], []
 
@@ -188,7 +207,14 @@ def test_a_scalar_is_drawn_against_a_parameter_with_axes_units_and_label(page):
     fitting = [text for text in column(page, "peak") if text != "–"]
     assert picture.locator(".point").count() == len(fitting)
     texts = picture.locator("> text").all_text_contents()
-    assert {"peak [GiB]", "tokens", "512", "1024", "2048", f"simulated · {len(fitting)} runs"} <= set(texts)
+    assert {
+        "peak [GiB]",
+        "tokens",
+        "512",
+        "1024",
+        "2048",
+        f"simulated · {len(fitting)} runs",
+    } <= set(texts)
     assert picture.locator("polyline").count() > 0
     expect(page.locator("#scalars .legend li")).to_have_text(["card = L4", "card = T4"])
     # More tokens take more memory: each point of a line is right of and above the one before.
@@ -221,7 +247,9 @@ def test_the_frontier_shows_what_fits_for_each_card_and_names_the_shortage(page)
     said = figures.last.get_by_role("img").get_attribute("aria-label")
     assert "tokens 512: fits up to 8; tokens 1024: fits up to 4; tokens 2048: fits up to 2." in said
     title = figures.last.locator("a:has(.short) title").last.text_content()
-    assert re.search(r"card = T4, batch = \d, tokens = \d+: oom. GPU 0, prefill: [\d.]+ [GM]iB short", title)
+    assert re.search(
+        r"card = T4, batch = \d, tokens = \d+: oom. GPU 0, prefill: [\d.]+ [GM]iB short", title
+    )
     expect(page.locator("#frontier .provenance")).to_contain_text("simulated (")
 
 
@@ -229,7 +257,9 @@ def test_words_stand_beside_the_numbers_of_the_frontier(page):
     assert page.locator("#frontier-x option").all_text_contents() == ["batch", "tokens"]
     page.locator("#frontier-y").select_option(label="card")
     figures = page.locator("#frontier figure")
-    expect(figures.locator("figcaption")).to_have_text([f"tokens = {count}" for count in (512, 1024, 2048)])
+    expect(figures.locator("figcaption")).to_have_text(
+        [f"tokens = {count}" for count in (512, 1024, 2048)]
+    )
     said = figures.last.get_by_role("img").get_attribute("aria-label")
     assert "card L4: fits up to 8; card T4: fits up to 2." in said
     # Between cards there is no edge; each row that has both has one.
@@ -286,7 +316,9 @@ def test_markup_from_a_notebook_does_nothing_and_is_shown_as_text(open_page, tmp
 
 def test_the_policy_of_the_page_stops_a_script_that_is_not_its_own(browser, tmp_path):
     path = write_grid(tmp_path / "grid")
-    path.write_text(path.read_text().replace("</main>", "<script>window.attacked = 1</script></main>"))
+    path.write_text(
+        path.read_text().replace("</main>", "<script>window.attacked = 1</script></main>")
+    )
     page = browser.new_page()
     page.goto(path.as_uri())
     assert page.locator("#shown").inner_text() == "24 of 24 shown"
@@ -326,10 +358,15 @@ def test_a_comparison_sorts_and_filters(open_page, tmp_path):
 
 
 def test_a_thousand_runs_open_and_sort_in_less_than_three_seconds(open_page, tmp_path):
-    cards = {f"card {number}": size for number, size in enumerate((15, 22, 24, 32, 40, 48, 64, 80, 96, 141))}
+    cards = {
+        f"card {number}": size
+        for number, size in enumerate((15, 22, 24, 32, 40, 48, 64, 80, 96, 141))
+    }
     path = write_grid(tmp_path / "grid", cards, range(1, 11), range(512, 5632, 512))
     took = []
-    while len(took) < 5 and min(took, default=9) >= 3:  # something else may have had the machine for a moment
+    while (
+        len(took) < 5 and min(took, default=9) >= 3
+    ):  # something else may have had the machine for a moment
         start = time.monotonic()
         page = open_page(path)
         head(page, "seconds").get_by_role("button").click()

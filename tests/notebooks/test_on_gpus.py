@@ -1,4 +1,5 @@
-"""Notebooks 01 to 03 on a machine with two GPUs. The machine is simulated here, and ``Rig`` takes it for a real one."""
+"""Notebooks 01 to 03 on a machine with two GPUs. The machine is simulated here, and ``Rig`` takes
+it for a real one."""
 
 import io
 from contextlib import contextmanager, redirect_stdout
@@ -9,8 +10,8 @@ import nbformat
 import pytest
 import torch
 
-from glm4v_nb.rig.simulated import SimulatedRig
-from glm4v_nb.rig.stages import Stages
+from simgpu.base import Stages
+from simgpu.simulated import SimulatedRig
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
@@ -28,7 +29,8 @@ def machine(card: str, count: int):
 
 
 def run(name: str, monkeypatch) -> tuple[str, dict]:
-    """What a notebook prints, and its variables at the end; its pictures are drawn and thrown away."""
+    """What a notebook prints, and its variables at the end; its pictures are drawn and thrown
+    away."""
     monkeypatch.setattr(matplotlib, "get_backend", lambda: "agg")
     notebook = nbformat.read(next(NOTEBOOKS.glob(f"{name}_*.ipynb")), as_version=4)
     variables: dict = {"__name__": "__main__"}
@@ -41,7 +43,9 @@ def run(name: str, monkeypatch) -> tuple[str, dict]:
 
 
 @pytest.mark.parametrize("name", ["01", "02", "03"])
-def test_a_notebook_runs_unchanged_on_two_larger_gpus_and_says_that_they_are_capped(name, monkeypatch):
+def test_a_notebook_runs_unchanged_on_two_larger_gpus_and_says_that_they_are_capped(
+    name, monkeypatch
+):
     with machine("H100", 2) as gpus:
         printed, variables = run(name, monkeypatch)
         assert torch.cuda.device_count() == 2
@@ -50,12 +54,11 @@ def test_a_notebook_runs_unchanged_on_two_larger_gpus_and_says_that_they_are_cap
         )
     assert "H100 80GB HBM3 capped to 21.79 GiB, as an NVIDIA L4" in printed
     if name == "02":
-        # The same three deaths: the cards are capped to what an L4, an RTX 5090 and an A100-40 have.
-        assert [stage.name for rig in variables["deaths"].values() for stage in rig.stages[-1:]] == [
-            "load",
-            "prefill",
-            "backward",
-        ]
+        # The same three deaths: the cards are capped to what an L4, an RTX 5090 and an A100-40
+        # have.
+        assert [
+            stage.name for rig in variables["deaths"].values() for stage in rig.stages[-1:]
+        ] == ["load", "prefill", "backward"]
         assert "total capacity of 79.18 GiB" in printed
         assert "21.79 GiB allowed" in printed
         assert "30.76 GiB allowed" in printed

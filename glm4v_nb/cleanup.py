@@ -1,0 +1,212 @@
+"""Giving memory back after an error or a finished experiment, and trying again with less."""
+
+import gc
+import re
+import sys
+import traceback
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from inspect import currentframe
+
+import torch
+from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
+from IPython import get_ipython
+
+from glm4v_nb.holders import Holder, find_holders, in_words, tensors_in
+from simgpu import Rig
+from simgpu.base import CardMemory, Stages
+
+
+def clear_frames(error: BaseException | None):
+    """Let go of everything the frames of an error hold, and of those it came from.
+
+    The local variables of a failed forward pass are its tensors, and they live as long as the error
+    does. The text of the traceback stays.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            # Before Python 3.13 a frame whose locals were once looked at, by IPython's own
+            # traceback for one, keeps a copy of them; looking again brings it up to date, that is,
+            # empties it.
+            _ = frame.f_locals
+        error = error.__cause__ or error.__context__
+
+
+def empty_caches():
+    """Collect garbage, then hand PyTorch's cached memory back to the driver."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass(repr=False)
+class FreedMemory:
+    """What ``free_memory`` did.
+
+    Attributes:
+        before, after: every card's memory, in bytes.
+        cleared: the hiding places that were emptied, in words.
+        holders: the names that still lead to tensors on cards, most bytes first.
+    """
+
+    before: list[CardMemory]
+    after: list[CardMemory]
+    cleared: list[str] = field(default_factory=list)
+    holders: list[Holder] = field(default_factory=list)
+
+    def __repr__(self):
+        lines = [
+            f"card {late.index} ({late.card}): allocated {in_words(early.allocated_bytes)} -> "
+            f"{in_words(late.allocated_bytes)}, reserved {in_words(early.reserved_bytes)} -> "
+            f"{in_words(late.reserved_bytes)}"
+            for early, late in zip(self.before, self.after, strict=True)
+        ]
+        lines.append(f"let go: {', '.join(self.cleared) or 'nothing was hidden'}")
+        lines.append("still held by:" if self.holders else "still held by: no variable")
+        lines += [f"  {holder}" for holder in self.holders]
+        return "\n".join(lines)
+
+
+def free_memory(rig=None) -> FreedMemory:
+    """Give back all memory on cards that no variable of yours holds, and name the variables that
+    hold the rest.
+
+    Lets go of the frames of errors (``sys.last_value`` and what IPython keeps beside it, and the
+    error being handled, when called in an ``except`` block), of entries of the output history that
+    hold tensors on cards, of reference cycles and of cached memory. Your variables stay: the report
+    says which to ``del``. After it ``%debug`` has no traceback to look at.
+
+    Args:
+        rig: whose cards are meant; simulated cards are known inside their ``with`` block, and by
+            this argument outside of it. Default: the cards ``torch.cuda`` shows.
+    """
+    outside = rig is not None and Stages.active is None
+    with rig if outside else nullcontext():
+        cards = rig or Rig.here()
+        before = cards.memory()
+        shell = get_ipython()
+        cleared = _forget_errors(shell)
+        cleared += _forget_outputs(shell) if shell is not None else []
+        torch.clear_autocast_cache()
+        # A workspace of cuBLAS of 8 MiB can lie in a segment of many GiB, which then cannot be
+        # handed back. Builds without CUDA do not have the function; the next matrix product makes
+        # the workspace anew.
+        getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
+        empty_caches()
+        if shell is not None:
+            namespace, hidden = shell.user_ns, shell.user_ns_hidden
+        else:
+            namespace, hidden = vars(sys.modules["__main__"]), {}
+        holders = find_holders(namespace, hidden, currentframe().f_back)
+        return FreedMemory(before, cards.memory(), cleared, holders)
+
+
+def with_smaller_batches(function, starting_batch_size: int) -> tuple[object, int]:
+    """Call ``function(batch_size)``, with half the batch after every out-of-memory error until it
+    fits.
+
+    accelerate's ``find_executable_batch_size``, and the frames of each failed try are emptied
+    before the next: the error would keep their tensors on the card.
+
+    Returns:
+        What the function returned, and the batch size it returned it for.
+
+    Raises:
+        ValueError: ``starting_batch_size`` is not a whole number of at least 1.
+        torch.OutOfMemoryError: a batch of one does not fit either.
+    """
+    if not isinstance(starting_batch_size, int) or starting_batch_size < 1:
+        raise ValueError(
+            f"starting_batch_size is {starting_batch_size!r}; expected a whole number of at least"
+            " 1. Start with the largest batch you would like to have."
+        )
+    tried, last_message = [starting_batch_size], ""
+
+    def attempt(batch_size):
+        nonlocal last_message
+        try:
+            return function(batch_size)
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                last_message = str(error)
+                clear_frames(error)
+            raise
+
+    def halved():
+        tried.append(tried[-1] // 2)
+        return tried[-1]
+
+    try:
+        result = find_executable_batch_size(attempt, starting_batch_size, halved)()
+    except RuntimeError:
+        if tried[-1] > 0:
+            raise
+    else:
+        return result, tried[-1]
+    raise torch.OutOfMemoryError(
+        f"no batch fits: tried {', '.join(map(str, tried[:-1]))}. A batch of one has to fit: see"
+        " what free_memory() says is still held, then shorten the prompt, use a smaller data type"
+        f" or more cards. The last error was: {last_message}"
+    )
+
+
+def _forget_errors(shell) -> list[str]:
+    """Empty the frames of every error that Python or IPython keeps, and drop what keeps it."""
+    kept = {
+        "the error being handled": sys.exc_info()[1],
+        "sys.last_value": getattr(sys, "last_value", None),
+    }
+    kept["sys.last_exc"] = getattr(sys, "last_exc", None)
+    formatter = getattr(shell, "InteractiveTB", None)
+    kept["InteractiveTB.evalue"] = getattr(formatter, "evalue", None)
+    last = getattr(shell, "last_execution_result", None)
+    kept["last_execution_result.error_in_exec"] = getattr(last, "error_in_exec", None)
+    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+        if hasattr(sys, name):
+            delattr(sys, name)
+    for name in ("tb", "etype", "evalue"):
+        if hasattr(formatter, name):
+            setattr(formatter, name, None)
+    for error in kept.values():
+        clear_frames(error)
+    return [
+        f"{place} ({type(error).__name__})" for place, error in kept.items() if error is not None
+    ]
+
+
+def _forget_outputs(shell) -> list[str]:
+    """Drop what leads to tensors on cards from Out, _1, _2, ..., _, __, ___ and the results of the
+    last cells."""
+    cleared = {}
+    outputs, hook = shell.user_ns.get("_oh", {}), shell.displayhook
+    for number in [number for number, value in outputs.items() if tensors_in(value)]:
+        cleared[f"Out[{number}]"] = outputs.pop(number)
+    # IPython remembers in user_ns_hidden which variables are its own and what their values are, and
+    # its own displayhook.flush() leaves _, __ and ___ there. A variable with another value is the
+    # user's.
+    own = {
+        name: value
+        for name, value in shell.user_ns_hidden.items()
+        if re.fullmatch(r"_{1,3}|_\d+", name)
+    }
+    for name in [name for name, value in own.items() if tensors_in(value)]:
+        cleared[name] = own[name]
+        instead = {} if name[-1].isdigit() else {name: ""}
+        for variables in (shell.user_ns, shell.user_ns_hidden):
+            if variables.get(name) is own[name]:
+                del variables[name]
+                variables.update(instead)
+    for name in ("_", "__", "___"):
+        if tensors_in(getattr(hook, name, None)):
+            cleared[name] = getattr(hook, name)
+            setattr(hook, name, "")
+    for place, result in (
+        ("last_execution_result", shell.last_execution_result),
+        ("displayhook.exec_result", getattr(hook, "exec_result", None)),
+    ):
+        if result is not None and tensors_in(result.result):
+            cleared[place] = result.result
+            result.result = None
+    return [f"{place} ({type(value).__name__})" for place, value in cleared.items()]

@@ -1,1 +1,0 @@
-"""Which notebooks there are, running them with other parameters, and the report of what came of it."""

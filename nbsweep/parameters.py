@@ -1,0 +1,309 @@
+"""A notebook's parameters: what they are, and whether a value given to one of them can reach the
+code.
+
+The parameters cell holds nothing but ``name = literal`` lines, so that papermill can put other
+values below it. What papermill lets pass silently (an unknown name, another type, a value nothing
+reads) is an error here, before the run.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import nbformat
+from IPython.core.inputtransformer2 import TransformerManager
+
+from .outcome import Value
+from .reach import Reach
+
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+class ParameterError(ValueError):
+    """A parameters cell is not what it should be, or a value cannot be given to a parameter."""
+
+
+@dataclass(frozen=True)
+class ParsedNotebook:
+    """A notebook's file name, its parameters with their defaults, and the code cells after the
+    parameters cell.
+
+    Code cells are counted from 1, as ``Outcome.failed_cell`` does.
+    """
+
+    file: str
+    parameters: dict[str, Value]
+    later_cells: tuple[tuple[int, str], ...]
+
+    @cached_property
+    def out_of_reach(self) -> dict[str, str]:
+        """For every parameter whose value cannot reach the code: why, as the end of a sentence.
+
+        Raises ParameterError for a cell that is not Python even after IPython's own rewriting of
+        magics.
+        """
+        reach = Reach(self.parameters, parse_cell)
+        for number, source in self.later_cells:
+            try:
+                reach.follow(parse_cell(source), number)
+            except SyntaxError as error:
+                raise ParameterError(
+                    f"{self.file}: code cell {number} is not valid Python ({error.msg}, line"
+                    f" {error.lineno}); correct it, or write a magic with its %"
+                ) from None
+        reasons = {}
+        for name in self.parameters.keys() - reach.reached:
+            if name in reach.pending:
+                reasons[name] = "nothing reads it; read it in a later cell or remove it"
+            else:
+                reasons[name] = (
+                    f"code cell {reach.rebound[name]} gives the name another value before anything"
+                    " reads it; use another name there"
+                )
+        return reasons
+
+
+def parse_notebook(path: Path | str) -> ParsedNotebook:
+    """Read a notebook once for many ``check_override`` calls.
+
+    Raises ParameterError as ``read_parameters`` does.
+    """
+    path = Path(path)
+    cells = _read_cells(path)
+    tagged = [cell for cell in cells if "parameters" in _tags(cell)]
+    if any("injected-parameters" in _tags(cell) for cell in cells):
+        raise ParameterError(
+            f"{path} is an executed copy, with injected parameters; name the notebook it came from"
+        )
+    if len(tagged) != 1 or tagged[0]["cell_type"] != "code":
+        found = (
+            f"{len(tagged)} of them"
+            if len(tagged) > 1
+            else "a cell that is no code"
+            if tagged
+            else "none"
+        )
+        raise ParameterError(
+            f'{path} needs exactly one code cell tagged "parameters", but has {found}; '
+            "put the tag on the one cell of name = literal lines"
+        )
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]) for cell in code]
+    position = next(index for index, cell in enumerate(code) if cell is tagged[0])
+    later = tuple(enumerate(sources, start=1))[position + 1 :]
+    return ParsedNotebook(path.name, _read_assignments(sources[position], path), later)
+
+
+def read_parameters(path: Path | str) -> dict[str, Value]:
+    """The parameters of a notebook with their defaults, in the order of its parameters cell.
+
+    Raises:
+        ParameterError: the file is no notebook, it has no parameters cell or several, or that cell
+            holds anything but ``name = literal`` lines (bool, int, finite float, str, or a list of
+            one of int, float and str).
+    """
+    return parse_notebook(path).parameters
+
+
+def check_override(notebook: Path | str | ParsedNotebook, name: str, value: Value) -> Value:
+    """`value` as it is to be given to parameter `name`: an int for a float parameter becomes a
+    float.
+
+    The value reaches the code if some module-level path through the later cells reads the name
+    before binding it; see ``Reach`` for what counts.
+
+    Raises:
+        ParameterError: there is no such parameter, the value has another type than the default, or
+            it would never reach the code.
+    """
+    parsed = notebook if isinstance(notebook, ParsedNotebook) else parse_notebook(notebook)
+    if name not in parsed.parameters:
+        close = difflib.get_close_matches(str(name), parsed.parameters, n=1)
+        guess = f"did you mean {close[0]}? It" if close else "it"
+        raise ParameterError(
+            f"{parsed.file} has no parameter {name}; {guess} has"
+            f" {', '.join(parsed.parameters) or 'none'}"
+        )
+    default = parsed.parameters[name]
+    try:
+        converted = _converted(value, default)
+    except TypeError:
+        raise ParameterError(
+            f"{value!r} is {_described(value)}; expected {_described(default)}, as the default of"
+            f" {name} in {parsed.file} is ({default!r})"
+        ) from None
+    if name in parsed.out_of_reach:
+        raise ParameterError(
+            f"parameter {name} of {parsed.file} cannot be set to any effect:"
+            f" {parsed.out_of_reach[name]}"
+        )
+    return converted
+
+
+def parse_value(text: str, default: Value) -> Value:
+    """Text from the command line as a value of the default's type.
+
+    A bool is true or false, a list is JSON, a str is taken as it stands.
+
+    Raises ParameterError for text that is no such value; the caller names the parameter.
+    """
+    expected = {
+        bool: "true or false",
+        int: "a whole number such as 12",
+        float: "a finite number such as 0.5",
+    }
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text]
+        if isinstance(default, int):
+            return int(_matching(_INTEGER, text))
+        if isinstance(default, float):
+            return _converted(float(_matching(_NUMBER, text)), default)
+        if isinstance(default, list):
+            return _converted(json.loads(text), default)
+        return text
+    except (KeyError, TypeError, ValueError, RecursionError):
+        wanted = expected.get(
+            type(default), f"{_described(default)} in JSON, such as {json.dumps(default)}"
+        )
+        raise ParameterError(
+            f"{text!r} cannot be read as {_described(default)}; write {wanted}"
+        ) from None
+
+
+def _matching(pattern: re.Pattern, text: str) -> str:
+    # int() and float() alone would also take "1_000", " 1" and digits of other scripts.
+    if not pattern.fullmatch(text):
+        raise ValueError(text)
+    return text
+
+
+def _read_cells(path: Path) -> list[dict]:
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ParameterError(
+            f"{path} cannot be read ({error.strerror}); expected a notebook"
+        ) from None
+    except (ValueError, RecursionError):
+        raise ParameterError(f"{path} is not JSON, as a notebook is; name an .ipynb file") from None
+    if not isinstance(notebook, dict) or notebook.get("nbformat") != 4 or "cells" not in notebook:
+        raise ParameterError(
+            f"{path} is not a notebook of format 4; open it in Jupyter and save it there"
+        )
+    try:
+        with warnings.catch_warnings():
+            # A cell without an id is complained about; it does not matter here.
+            warnings.simplefilter("ignore")
+            nbformat.validate(notebook)
+    except Exception as error:
+        # Before it validates nbformat repairs, and takes for granted there what it is to validate.
+        problem = str(error).partition("\n")[0] or type(error).__name__
+        raise ParameterError(
+            f"{path} is not a valid notebook: {problem}; save it in Jupyter again"
+        ) from None
+    return notebook["cells"]
+
+
+def _tags(cell: dict) -> list[str]:
+    return cell["metadata"].get("tags", [])
+
+
+def _read_assignments(source: str, path: Path) -> dict[str, Value]:
+    parameters: dict[str, Value] = {}
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise ParameterError(
+            f"{path}: the parameters cell is not valid Python ({error.msg}, line {error.lineno}); "
+            "expected only name = literal lines"
+        ) from None
+    for statement in statements:
+        try:
+            (target,) = (
+                statement.targets
+            )  # AttributeError for another statement, ValueError for a = b = 1
+            name, value = target.id, ast.literal_eval(statement.value)
+            _converted(value, value)
+        except (AttributeError, TypeError, ValueError):
+            raise ParameterError(
+                f"{path}: line {statement.lineno} of the parameters cell is"
+                f" {ast.unparse(statement)!r}; expected name = a plain bool, int, finite float,"
+                " str, or list of one of the last three; move it to another cell"
+            ) from None
+        if name in parameters:
+            raise ParameterError(
+                f"{path} assigns {name} twice in its parameters cell; remove one of the lines"
+            )
+        parameters[name] = value
+    return parameters
+
+
+def parse_cell(source: str) -> ast.Module:
+    """The code of a cell as a tree, its magics and shell commands as the calls that IPython makes
+    of them.
+
+    Raises SyntaxError.
+    """
+    with warnings.catch_warnings():
+        # An invalid escape in a lesson's string is that lesson's matter.
+        warnings.simplefilter("ignore")
+        return ast.parse(TransformerManager().transform_cell(source))
+
+
+def _converted(value: Value, default: Value) -> Value:
+    """`value` in the default's type. Raises TypeError for another type, and for a float that is not
+    finite."""
+    if not isinstance(default, list):
+        return _plain(value, type(default))
+    if not isinstance(value, list):
+        raise TypeError
+    kind = _item_type(default) or _item_type(value)
+    return [_plain(item, kind) for item in value]
+
+
+def _plain(value: Value, kind: type) -> Value:
+    # type(), not isinstance(): to isinstance True is an int.
+    if kind is float and type(value) is int and abs(value) < 2**1023:
+        value = float(value)
+    if (
+        type(value) is not kind
+        or kind not in (bool, int, float, str)
+        or (kind is float and not math.isfinite(value))
+    ):
+        raise TypeError
+    return value
+
+
+def _item_type(items: list) -> type | None:
+    """int, float (ints among them included) or str; None for an empty list. Raises TypeError for
+    other items."""
+    found = {type(item) for item in items}
+    for kind, allowed in ((int, {int}), (float, {int, float}), (str, {str})):
+        if found and found <= allowed:
+            return kind
+    if found:
+        raise TypeError
+    return None
+
+
+def _described(value: Value) -> str:
+    if isinstance(value, list):
+        try:
+            kind = _item_type(value)
+        except TypeError:
+            return "a list of other things than one of int, float and str"
+        return f"a list of {kind.__name__}" if kind else "a list"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "no finite float"
+    name = type(value).__name__
+    return f"an {name}" if name == "int" else f"a {name}"

@@ -1,0 +1,336 @@
+"""PyTorch's CUDA caching allocator for one simulated card: pools, segments, best fit, splitting,
+merging.
+
+PyTorch asks the driver for *segments* and hands out *blocks* of them. A freed block stays in the
+allocator's cache and merges with free neighbours of its segment; a segment goes back to the driver
+only when all of it is free and the cache is emptied, or when a request finds no room otherwise.
+What fails for want of one piece large enough, with enough free bytes in small pieces, is called
+fragmentation.
+
+Source of the rules and constants: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.11 to 2.13, for
+one stream.
+"""
+
+import bisect
+from collections.abc import Iterable
+
+import torch
+
+from simgpu.addresses import AddressSpace
+
+MIB = 2**20
+BLOCK_ROUNDING = 512
+SMALL_REQUEST = 1 * MIB
+SMALL_SEGMENT = 2 * MIB
+LARGE_REQUEST = 10 * MIB
+LARGE_SEGMENT = 20 * MIB
+SEGMENT_ROUNDING = 2 * MIB
+LEAST_MAX_SPLIT = LARGE_SEGMENT  # PyTorch refuses a max_split_size_mb below this
+DOCUMENTATION = (
+    "https://docs.pytorch.org/docs/stable/notes/cuda.html"
+    "#optimizing-memory-usage-with-pytorch-cuda-alloc-conf"
+)
+
+
+def round_up(size_bytes: int, multiple: int) -> int:
+    """``size_bytes`` rounded up to a multiple."""
+    return -(-size_bytes // multiple) * multiple
+
+
+def block_bytes(size_bytes: int) -> int:
+    """Bytes looked for when a request comes in: a multiple of 512, at least one."""
+    return round_up(size_bytes, BLOCK_ROUNDING) or BLOCK_ROUNDING
+
+
+def segment_bytes(size_bytes: int) -> int:
+    """Bytes asked of the driver when nothing cached fits; the "Tried to allocate" of the
+    message."""
+    if size_bytes <= SMALL_REQUEST:
+        return SMALL_SEGMENT
+    if size_bytes < LARGE_REQUEST:
+        return LARGE_SEGMENT
+    return round_up(size_bytes, SEGMENT_ROUNDING)
+
+
+def format_size(size_bytes: int) -> str:
+    """As ``format_size`` in CUDACachingAllocator.cpp: two decimals and a binary unit."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size_bytes > unit:
+            return f"{size_bytes / unit:.2f} {name}"
+    return f"{size_bytes} bytes"
+
+
+class Block:
+    """A piece of a segment. ``before`` and ``after`` are its neighbours in the same segment.
+
+    ``mapped`` is False where an expandable segment has addresses but no memory.
+    """
+
+    __slots__ = ("address", "after", "before", "free", "mapped", "size", "small")
+
+    def __init__(self, address: int, size: int, small: bool, mapped: bool = True):
+        self.address, self.size, self.small = address, size, small
+        self.mapped = mapped
+        self.before: Block | None = None
+        self.after: Block | None = None
+        self.free = False
+
+
+class Allocator:
+    """One card's memory as PyTorch's allocator manages it, and the error when a request finds no
+    room.
+
+    Args:
+        index: number of the card, as in "GPU 0".
+        device_name: for example "NVIDIA L4"; the message says which card was simulated.
+        total_bytes: what the driver reports as the card's capacity.
+        context_bytes: taken by this process outside PyTorch's allocator: the CUDA context, and
+            later its kernels.
+        system_bytes: taken by the driver for itself, counted to no process.
+        fraction: ``set_per_process_memory_fraction``; None, before it is called, means no cap.
+        max_split_bytes: ``max_split_size_mb`` in bytes: larger blocks are not split, and are given
+            back to make room.
+        addresses: those of the process, which all its cards share; None for a card by itself.
+            Expandable segments have a range of addresses each and take none of these.
+
+    Attributes:
+        allocated, reserved: bytes in blocks that are handed out, and in segments, now; ``peak_``
+            since the last reset.
+        retries: how often a request had to give cached memory back to find room
+            (``num_alloc_retries``).
+    """
+
+    def __init__(
+        self,
+        index: int,
+        device_name: str,
+        total_bytes: int,
+        context_bytes: int = 0,
+        fraction: float | None = None,
+        *,
+        system_bytes: int = 0,
+        max_split_bytes: int | None = None,
+        addresses: AddressSpace | None = None,
+    ):
+        if max_split_bytes is not None and max_split_bytes <= LEAST_MAX_SPLIT:
+            raise ValueError(
+                f"max_split_size_mb is {max_split_bytes / MIB:g}; PyTorch takes only more than "
+                f"{LEAST_MAX_SPLIT // MIB}. Raise it, or leave it out."
+            )
+        self.index = index
+        self.device_name = device_name
+        self.total_bytes = total_bytes
+        self.context_bytes = context_bytes
+        self.system_bytes = system_bytes
+        self.fraction = fraction
+        self.max_split_bytes = max_split_bytes or 2**63
+        self.allocated = self.reserved = 0
+        self.peak_allocated = self.peak_reserved = 0
+        self.retries = 0
+        # Free blocks of each pool in the order best fit looks at them: by size, then address.
+        self._small: list[tuple[int, int, Block]] = []
+        self._large: list[tuple[int, int, Block]] = []
+        self._space = addresses or AddressSpace()
+
+    @property
+    def allowed_bytes(self) -> int:
+        """The cap on reserved bytes set by ``set_per_process_memory_fraction``."""
+        return int(self.total_bytes * (1.0 if self.fraction is None else self.fraction))
+
+    @property
+    def available_bytes(self) -> int:
+        """What of the card is neither the context's nor the driver's own."""
+        return self.total_bytes - self.system_bytes - self.context_bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        """Most bytes PyTorch can reserve: the rest of the card, or the per-process cap if that is
+        less."""
+        return min(self.available_bytes, self.allowed_bytes)
+
+    @property
+    def free_bytes(self) -> int:
+        """What ``torch.cuda.mem_get_info`` reports as free."""
+        return max(0, self.available_bytes - self.reserved)
+
+    def allocate(self, size_bytes: int) -> Block:
+        """Take a block, which is what ``free`` wants back. Its ``size`` may exceed the request by
+        what was not split.
+
+        Raises:
+            torch.OutOfMemoryError: the card has no room, with PyTorch's own text.
+        """
+        size = block_bytes(size_bytes)
+        small = size <= SMALL_REQUEST
+        block = self._cached(size, small)
+        if block is None:
+            block = self._new(size, small)
+            if block is None and self._release_oversize(size, small):
+                block = self._new(size, small)
+            if block is None:
+                self.empty_cache()
+                self.retries += 1
+                block = self._new(size, small)
+            if block is None:
+                raise torch.OutOfMemoryError(self._message(segment_bytes(size)))
+        if self._splits(size, block.size - size, small):
+            self._insert(self._split(block, size))
+        self.allocated += block.size
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
+        return block
+
+    def free(self, block: Block):
+        """Give a block back. It stays reserved, as in PyTorch, until ``empty_cache`` or until room
+        is needed."""
+        self.allocated -= block.size
+        self._merge(block)
+        self._insert(block)
+
+    def empty_cache(self):
+        """Give every segment without a block in use back to the driver."""
+        for pool in (self._large, self._small):
+            kept = []
+            for entry in pool:
+                if entry[2].before is None and entry[2].after is None:
+                    self._give_back(entry[2])
+                else:
+                    kept.append(entry)
+            pool[:] = kept
+
+    def keep_addresses(self, sizes: Iterable[int]):
+        """The driver keeps addresses among the segments for itself, for kernels that it loads."""
+        for size in sizes:
+            self._space.take(size)
+
+    def reset_peaks(self):
+        """Start new peaks at the present values."""
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
+    def _pool(self, small: bool) -> list[tuple[int, int, Block]]:
+        return self._small if small else self._large
+
+    def _insert(self, block: Block):
+        block.free = True
+        bisect.insort(
+            self._small if block.small else self._large, (block.size, block.address, block)
+        )
+
+    def _remove(self, block: Block):
+        block.free = False
+        pool = self._small if block.small else self._large
+        del pool[bisect.bisect_left(pool, (block.size, block.address))]
+
+    @staticmethod
+    def _split(block: Block, size: int) -> Block:
+        """Cut a block to ``size``; returns the rest, which is in no pool yet."""
+        rest = Block(block.address + size, block.size - size, block.small)
+        rest.before, rest.after = block, block.after
+        if block.after is not None:
+            block.after.before = rest
+        block.after, block.size = rest, size
+        return rest
+
+    def _merge(self, block: Block):
+        """Take the free neighbours of a block out of their pool and into the block."""
+        for neighbour in (block.before, block.after):
+            if neighbour is not None and neighbour.free and neighbour.mapped:
+                self._remove(neighbour)
+                self._absorb(block, neighbour)
+
+    @staticmethod
+    def _absorb(block: Block, neighbour: Block):
+        block.size += neighbour.size
+        if neighbour is block.before:
+            block.address = neighbour.address
+            block.before = neighbour.before
+            if block.before is not None:
+                block.before.after = block
+        else:
+            block.after = neighbour.after
+            if block.after is not None:
+                block.after.before = block
+
+    def _splits(self, size: int, rest: int, small: bool) -> bool:
+        """Whether ``rest`` bytes behind a request become a block of their own."""
+        if small:
+            return rest >= BLOCK_ROUNDING
+        return rest > SMALL_REQUEST and size < self.max_split_bytes
+
+    def _best(self, pool: list[tuple[int, int, Block]], place: int) -> int:
+        """Which of the blocks from ``place`` on, all large enough, is taken."""
+        return place
+
+    def _cached(self, size: int, small: bool) -> Block | None:
+        """Best fit: the smallest free block that is large enough, the lowest address among
+        equals."""
+        pool = self._small if small else self._large
+        place = bisect.bisect_left(pool, (size,))
+        if place == len(pool):
+            return None
+        place = self._best(pool, place)
+        found = pool[place][2]
+        if size < self.max_split_bytes <= found.size:
+            return None  # an oversize block is kept for oversize requests
+        if size >= self.max_split_bytes and found.size >= size + LARGE_SEGMENT:
+            return None
+        del pool[place]
+        found.free = False
+        return found
+
+    def _new(self, size: int, small: bool) -> Block | None:
+        """A block of memory new to PyTorch, or None when the card or the cap has no room for it."""
+        wanted = segment_bytes(size)
+        if self.reserved + wanted > self.limit_bytes:
+            return None
+        self._reserve(wanted)
+        return Block(self._space.take(wanted), wanted, small)
+
+    def _reserve(self, size: int):
+        self.reserved += size
+        if self.reserved > self.peak_reserved:
+            self.peak_reserved = self.reserved
+
+    def _give_back(self, segment: Block):
+        self.reserved -= segment.size
+        self._space.give_back(segment.address)
+
+    def _release_oversize(self, size: int, small: bool) -> bool:
+        """With max_split_size_mb: give back one cached block large enough, or several of the
+        largest."""
+        if self.max_split_bytes == 2**63:
+            return False
+        pool = self._pool(small)
+        key = max(size, self.max_split_bytes)
+        place = bisect.bisect_left(pool, (key,))
+        if place < len(pool):
+            chosen = [pool[place]]
+        else:
+            chosen, released = [], 0
+            for entry in reversed(pool):
+                if released >= key or entry[0] < self.max_split_bytes:
+                    break
+                chosen.append(entry)
+                released += entry[0]
+            if released < key:
+                return False
+        for entry in chosen:
+            self._remove(entry[2])
+            self._give_back(entry[2])
+        return True
+
+    def _message(self, tried_bytes: int) -> str:
+        in_use = self.reserved + self.context_bytes
+        allowed = "" if self.fraction is None else f"{format_size(self.allowed_bytes)} allowed; "
+        return (
+            f"CUDA out of memory. Tried to allocate {format_size(tried_bytes)}. GPU {self.index}"
+            f" has a total capacity of {format_size(self.total_bytes)} of which"
+            f" {format_size(self.free_bytes)} is free. Including non-PyTorch memory, this process"
+            f" has {format_size(in_use)} memory in use. {allowed}Of the allocated memory"
+            f" {format_size(self.allocated)} is allocated by PyTorch, and"
+            f" {format_size(self.reserved - self.allocated)} is reserved by PyTorch but"
+            " unallocated. If reserved but unallocated memory is large try setting"
+            " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See"
+            f" documentation for Memory Management  ({DOCUMENTATION}) [simulated"
+            f" {self.device_name}]"
+        )

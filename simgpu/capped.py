@@ -1,0 +1,148 @@
+"""``RealRig``: this machine's GPUs standing for cards of the catalogue, capped to their capacity
+where larger."""
+
+import gc
+from contextlib import ExitStack
+from unittest import mock
+
+import torch
+
+from simgpu.base import Stages
+from simgpu.catalog import Card, find_card
+from simgpu.loading import MODEL_CLASSES
+from simgpu.machine import LocalRig, measured_on
+
+
+def refused_by(card: Card, count: int) -> str | None:
+    """Why this machine's GPUs cannot stand for ``count`` such cards; None if they can."""
+    found = torch.cuda.device_count()
+    if found < count:
+        return f"this machine has {found} GPU{'s' * (found != 1)}, not {count}"
+    for index in range(count):
+        name = torch.cuda.get_device_name(index)
+        total = torch.cuda.get_device_properties(index).total_memory
+        if not _is(card, name) and total < card.total_bytes:
+            return (
+                f"GPU {index} of this machine, {name}, is smaller than"
+                f" {_with_article(card.device_name)}"
+            )
+    return None
+
+
+class RealRig(LocalRig):
+    """The first ``count`` GPUs of this machine as cards of one kind.
+
+    In its ``with`` block ``torch.cuda.device_count`` and ``mem_get_info`` answer as on a machine
+    with these cards, so that ``device_map="auto"`` makes the same map, and PyTorch may reserve no
+    more than it could there (``set_per_process_memory_fraction``). A GPU that *is* such a card is
+    used as it is. The out-of-memory message is PyTorch's own and names the real capacity beside
+    what is allowed. The first block of a rig begins with an empty cache. Two rigs share the GPUs:
+    what one has loaded takes room from the other until it is deleted.
+
+    Args:
+        card, count: as of ``Rig``; ``refused_by`` must have nothing against them.
+    """
+
+    def __init__(self, card: str, count: int):
+        super().__init__()
+        self.card = find_card(card)
+        self.cards = [self.card] * count
+        self._totals = [
+            torch.cuda.get_device_properties(index).total_memory for index in range(count)
+        ]
+        self._capped = [
+            not _is(self.card, torch.cuda.get_device_name(index))
+            and self.card.total_bytes < self._totals[index]
+            for index in range(count)
+        ]
+        self._mem_get_info = torch.cuda.mem_get_info
+        self._world: ExitStack | None = None
+        self._entered = False
+
+    @property
+    def cap_bytes(self) -> int:
+        """What PyTorch can reserve on such a card: the context and the driver take their part
+        first."""
+        return self.card.total_bytes - self.card.outside_bytes
+
+    @property
+    def provenance(self) -> str:
+        """ "measured on ...", with devices, cap, date and versions."""
+        capped = ""
+        if any(self._capped):
+            capped = (
+                f" capped to {self.cap_bytes / 2**30:.2f} GiB, as"
+                f" {_with_article(self.card.device_name)}"
+            )
+        return measured_on(len(self.cards), capped)
+
+    def __repr__(self):
+        return f"Rig({len(self.cards)} x {self.card.device_name}, {self.provenance})"
+
+    def __enter__(self):
+        self._activate()
+        with ExitStack() as stack:
+            stack.callback(setattr, Stages, "active", None)
+            count = len(self.cards)
+            if not self._entered:
+                self._entered = True
+                gc.collect()
+                torch.cuda.empty_cache()
+            for model_class in MODEL_CLASSES:
+                load = self._staged(model_class.from_pretrained)
+                stack.enter_context(mock.patch.object(model_class, "from_pretrained", load))
+            stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: count))
+            stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", self._shown_memory))
+            for index in range(count):
+                if self._capped[index]:
+                    torch.cuda.set_per_process_memory_fraction(
+                        self.cap_bytes / self._totals[index], index
+                    )
+                    stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, index)
+            self._world = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception):
+        world, self._world = self._world, None
+        world.__exit__(*exception)
+
+    @property
+    def devices(self) -> list[tuple[str, int]]:
+        """Name and capacity in bytes of every card the GPUs stand for."""
+        return [
+            (self.card.key, self.card.total_bytes if capped else total)
+            for capped, total in zip(self._capped, self._totals, strict=True)
+        ]
+
+    def _free_bytes(self, index: int) -> int:
+        return self._shown_memory(index)[0]
+
+    def _staged(self, original):
+        """``from_pretrained`` as a stage of its own, as on simulated cards."""
+
+        def from_pretrained(*args, **kwargs):
+            with self.loading():
+                return original(*args, **kwargs)
+
+        return from_pretrained
+
+    def _shown_memory(self, device=None) -> tuple[int, int]:
+        """``torch.cuda.mem_get_info`` of the card the GPU stands for."""
+        index = torch.cuda._utils._get_device_index(device, optional=True)
+        free, total = self._mem_get_info(index)
+        if index >= len(self.cards) or not self._capped[index]:
+            return free, total
+        room = self.card.total_bytes - self.card.context_bytes - self.card.system_bytes
+        return max(0, min(free, room - torch.cuda.memory_reserved(index))), self.card.total_bytes
+
+
+def _is(card: Card, device_name: str) -> bool:
+    try:
+        return find_card(device_name) is card
+    except ValueError:  # not in the catalogue
+        return False
+
+
+def _with_article(name: str) -> str:
+    # "NVIDIA" and "RTX" are said letter by letter.
+    return f"{'an' if name[0] in 'AEFHILMNORSX' else 'a'} {name}"

@@ -1,0 +1,134 @@
+"""The allocator with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: segments that grow and
+shrink.
+
+A pool then has one long run of addresses, and memory is mapped behind them in units where it is
+needed, so that free pieces that touch can serve one large request. Source: as in ``allocator``; the
+driver's virtual memory functions.
+"""
+
+import bisect
+
+from simgpu.allocator import (
+    BLOCK_ROUNDING,
+    LARGE_SEGMENT,
+    SMALL_SEGMENT,
+    Allocator,
+    Block,
+    round_up,
+    segment_bytes,
+)
+
+# Segments lie far apart, at multiples of every mapping unit, so that blocks of two never touch.
+ADDRESS_GAP = LARGE_SEGMENT * 2**20
+
+
+class ExpandableAllocator(Allocator):
+    """As ``Allocator``, with expandable segments."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        if options.get("max_split_bytes") is not None:
+            raise ValueError(
+                "expandable_segments and max_split_size_mb are not simulated together; with"
+                " expandable segments splitting does no harm. Leave max_split_size_mb out."
+            )
+        self._next_address = 0
+        # Addresses without memory behind them, by whether they are of the small pool, lowest first.
+        self._unmapped: dict[bool, list[tuple[int, Block]]] = {True: [], False: []}
+
+    def empty_cache(self):
+        """Give the memory behind all free blocks back to the driver, as far as it is whole mapping
+        units."""
+        for pool in (self._large, self._small):
+            for *_, block in list(pool):
+                self._unmap(block)
+
+    def _splits(self, size: int, rest: int, small: bool) -> bool:
+        return rest >= BLOCK_ROUNDING
+
+    def _best(self, pool, place: int) -> int:
+        # The free end of a segment counts with what it could grow to, so that inner blocks are used
+        # first.
+        def growth(entry):
+            after = entry[2].after
+            return entry[0] + (after.size if after is not None and not after.mapped else 0)
+
+        while place + 1 < len(pool) and growth(pool[place + 1]) < growth(pool[place]):
+            place += 1
+        return place
+
+    def _new(self, size: int, small: bool) -> Block | None:
+        """A free block of an expandable segment, with memory mapped where it had only addresses."""
+        # PyTorch checks the cap with what a new segment would take, before it looks at what is
+        # there.
+        if self.reserved + segment_bytes(size) > self.allowed_bytes:
+            return None
+        block = self._addresses(size, small)
+        if not block.mapped and not self._map(block, min(block.size, size)):
+            return None
+        while block.size < size:
+            following = block.after
+            if not self._map(following, min(size - block.size, following.size)):
+                return None
+            block = following
+        self._remove(block)
+        return block
+
+    def _addresses(self, size: int, small: bool) -> Block:
+        """The lowest run of free and unmapped blocks with ``size`` addresses; a new segment where
+        there is none."""
+        for _, block in self._unmapped[small]:
+            if block.before is not None and block.before.free:
+                block = block.before
+            room, following = 0, block
+            while room < size and following is not None and following.free:
+                room, following = room + following.size, following.after
+            if room >= size:
+                return block
+        # As many addresses as the card could ever need; they cost nothing.
+        block = Block(self._next_address, ADDRESS_GAP, small, mapped=False)
+        block.free = True
+        self._next_address += 2 * ADDRESS_GAP
+        bisect.insort(self._unmapped[small], (block.address, block))
+        return block
+
+    def _map(self, block: Block, size: int) -> bool:
+        """Put memory behind the first ``size`` addresses of an unmapped block; False when the card
+        has none left."""
+        mapped = round_up(size, SMALL_SEGMENT if block.small else LARGE_SEGMENT)
+        if self.reserved + mapped > self.available_bytes:
+            return False
+        unmapped = self._unmapped[block.small]
+        del unmapped[bisect.bisect_left(unmapped, (block.address,))]
+        if block.size > mapped:
+            rest = self._split(block, mapped)
+            rest.free, rest.mapped = True, False
+            bisect.insort(unmapped, (rest.address, rest))
+        block.mapped = True
+        self._reserve(mapped)
+        self._merge(block)
+        self._insert(block)
+        return True
+
+    def _unmap(self, block: Block):
+        """Give the memory of whole mapping units inside a free block back; its addresses stay."""
+        unit = SMALL_SEGMENT if block.small else LARGE_SEGMENT
+        begin = round_up(block.address, unit)
+        end = (block.address + block.size) // unit * unit
+        if end <= begin:
+            return
+        self._remove(block)
+        if end < block.address + block.size:
+            self._insert(self._split(block, end - block.address))
+        if begin > block.address:
+            middle = self._split(block, begin - block.address)
+            self._insert(block)
+            block = middle
+        self.reserved -= block.size
+        block.free, block.mapped = True, False
+        unmapped = self._unmapped[block.small]
+        for neighbour in (block.before, block.after):
+            if neighbour is not None and not neighbour.mapped:
+                del unmapped[bisect.bisect_left(unmapped, (neighbour.address,))]
+                self._absorb(block, neighbour)
+        bisect.insort(unmapped, (block.address, block))

@@ -1,0 +1,135 @@
+"""What ``torch.cuda`` is while a simulated rig is active, and what "cuda:0" names."""
+
+from types import SimpleNamespace
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from simgpu.device import DEVICE_TYPE, card_device
+
+
+class CudaFunctions:
+    """Stand-ins for functions of ``torch.cuda``, of the same names and meanings."""
+
+    def __init__(self, rig):
+        self._rig = rig
+        self._current = 0
+
+    def _index(self, device=None) -> int:
+        if device is None:
+            return self._current
+        if not isinstance(device, int):
+            device = torch.device(device)
+            if device.type not in ("cuda", DEVICE_TYPE):
+                raise ValueError(f"Expected a cuda device, but got: {device}")
+            device = device.index
+        index = self._current if device is None else device
+        if not 0 <= index < len(self._rig.cards):
+            raise RuntimeError(
+                f"CUDA error: invalid device ordinal (asked for cuda:{index}, there are"
+                f" {len(self._rig.cards)} simulated cards). Use a lower index, or make the rig with"
+                " a larger count."
+            )
+        return index
+
+    def _allocator(self, device=None):
+        return self._rig.allocators[self._index(device)]
+
+    def is_available(self):
+        return True
+
+    def is_initialized(self):
+        return True
+
+    def is_bf16_supported(self, including_emulation=True):
+        return including_emulation or self._rig.cards[self._current].bf16_supported
+
+    def is_current_stream_capturing(self):
+        return False
+
+    def device_count(self):
+        return len(self._rig.cards)
+
+    def current_device(self):
+        return self._current
+
+    def set_device(self, device):
+        self._current = self._index(device)
+
+    def synchronize(self, device=None):
+        self._index(device)
+
+    def get_device_name(self, device=None):
+        return self._rig.cards[self._index(device)].device_name
+
+    def get_device_capability(self, device=None):
+        return self._rig.cards[self._index(device)].compute_capability
+
+    def get_device_properties(self, device=None):
+        card = self._rig.cards[self._index(device)]
+        return SimpleNamespace(
+            name=card.device_name,
+            total_memory=card.total_bytes,
+            major=card.compute_capability[0],
+            minor=card.compute_capability[1],
+            multi_processor_count=card.multiprocessors,
+        )
+
+    def memory_allocated(self, device=None):
+        return self._allocator(device).allocated
+
+    def max_memory_allocated(self, device=None):
+        return self._allocator(device).peak_allocated
+
+    def memory_reserved(self, device=None):
+        return self._allocator(device).reserved
+
+    def max_memory_reserved(self, device=None):
+        return self._allocator(device).peak_reserved
+
+    def mem_get_info(self, device=None):
+        allocator = self._allocator(device)
+        return allocator.free_bytes, allocator.total_bytes
+
+    def reset_peak_memory_stats(self, device=None):
+        self._allocator(device).reset_peaks()
+
+    def empty_cache(self):
+        for allocator in self._rig.allocators:
+            allocator.empty_cache()
+
+    def set_per_process_memory_fraction(self, fraction, device=None):
+        self._allocator(device).fraction = fraction
+
+
+class CudaNames(TorchFunctionMode):
+    """Takes "cuda", "cuda:1" and ``torch.device("cuda")`` in calls for the simulated cards."""
+
+    def __init__(self, cuda: CudaFunctions):
+        super().__init__()
+        self._cuda = cuda
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.device:
+            return func(*args, **kwargs)
+        if func in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
+            with self._cuda._rig.deferring_errors():
+                return func(*args, **kwargs)
+        if func is torch.Tensor.cuda:
+            device = args[1] if len(args) > 1 else kwargs.get("device")
+            return args[0].to(card_device(self._cuda._index(device)))
+        args = tuple(self._translate(value) for value in args)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": self._translate(kwargs["device"])}
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
+            # These fill the new tensor below the level at which a simulated device can step in.
+            device = kwargs.pop("device")
+            return func(*args, **kwargs).to(device)
+        return func(*args, **kwargs)
+
+    def _translate(self, value):
+        is_cuda = (isinstance(value, torch.device) and value.type == "cuda") or (
+            isinstance(value, str) and value.partition(":")[0] == "cuda"
+        )
+        return card_device(self._cuda._index(value)) if is_cuda else value

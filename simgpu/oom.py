@@ -1,0 +1,84 @@
+"""Reads PyTorch's out-of-memory message, the same text from a real and a simulated card."""
+
+import re
+from dataclasses import dataclass
+
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_FIELDS = {
+    "tried_bytes": r"Tried to allocate (?P<size>[\d.]+ \w+)\.",
+    "capacity_bytes": r"total capacity of (?P<size>[\d.]+ \w+) ",
+    "free_bytes": r"of which (?P<size>[\d.]+ \w+) is free",
+    "process_bytes": r"this process has (?P<size>[\d.]+ \w+) memory in use",
+    "allocated_bytes": r"(?P<size>[\d.]+ \w+) is allocated by PyTorch",
+    "unallocated_bytes": r"(?P<size>[\d.]+ \w+) is reserved by PyTorch but unallocated",
+}
+
+
+@dataclass(frozen=True)
+class OutOfMemoryMessage:
+    """The figures of the message in bytes, as exact as its two decimals.
+
+    Attributes:
+        device: index of the card.
+        tried_bytes: what PyTorch asked the driver for: the tensor, rounded up to the allocator's
+            segment size.
+        capacity_bytes: the card's memory as the driver reports it.
+        free_bytes: not in use by any process.
+        process_bytes: in use by this process, the CUDA context included.
+        allocated_bytes: in tensors.
+        unallocated_bytes: kept by PyTorch's allocator for later tensors.
+        allowed_bytes: what PyTorch may reserve, if ``set_per_process_memory_fraction`` was called;
+            otherwise None.
+    """
+
+    device: int
+    tried_bytes: int
+    capacity_bytes: int
+    free_bytes: int
+    process_bytes: int
+    allocated_bytes: int
+    unallocated_bytes: int
+    allowed_bytes: int | None = None
+
+    @property
+    def short_bytes(self) -> int:
+        """How much more memory the request needed: free on the card, and allowed to this
+        process."""
+        room = self.free_bytes
+        if self.allowed_bytes is not None:
+            room = min(room, self.allowed_bytes - self.allocated_bytes - self.unallocated_bytes)
+        return max(0, self.tried_bytes - max(0, room))
+
+    @property
+    def outside_bytes(self) -> int:
+        """In use by this process, but not by PyTorch's allocator: the CUDA context, mostly."""
+        return self.process_bytes - self.allocated_bytes - self.unallocated_bytes
+
+
+def parse_out_of_memory(message: str | BaseException) -> OutOfMemoryMessage:
+    """Take the message of a ``torch.OutOfMemoryError`` apart.
+
+    Raises:
+        ValueError: the text is not such a message.
+    """
+    text = str(message)
+    device = re.search(r"GPU (\d+) has", text)
+    found = {name: re.search(pattern, text) for name, pattern in _FIELDS.items()}
+    missing = [name for name, match in found.items() if match is None]
+    if device is None or missing:
+        raise ValueError(
+            "not an out-of-memory message of PyTorch's CUDA allocator (no"
+            f" {(missing or ['device'])[0]}): {text[:80]!r}. Pass the exception that"
+            " torch.OutOfMemoryError caught, or its text."
+        )
+    allowed = re.search(r"([\d.]+ \w+) allowed;", text)
+    return OutOfMemoryMessage(
+        int(device[1]),
+        **{name: _bytes(match["size"]) for name, match in found.items()},
+        allowed_bytes=_bytes(allowed[1]) if allowed else None,
+    )
+
+
+def _bytes(size: str) -> int:
+    number, unit = size.split()
+    return round(float(number) * _UNITS[unit])

@@ -1,0 +1,262 @@
+"""What CUDA's kernels allocate beyond their results: which kernel is chosen, and what it needs
+while it runs.
+
+Shape rules know results only. The rest was read off traces of PyTorch's allocator on H100 and H200
+(torch 2.11, 2026-11-25 and -26; ``benchmarks/memory.py --trace``) and in PyTorch's sources: for the
+choice of kernels aten/src/ATen/ native/transformers/cuda, for sums
+aten/src/ATen/native/cuda/Reduce.cuh.
+"""
+
+import math
+
+import torch
+
+from simgpu.allocator import MIB
+from simgpu.catalog import Card
+from simgpu.device import DEVICE_TYPE, channels_last_strides
+
+# cuDNN's attention keeps this much for itself while it runs, besides a seed and an offset of its
+# random numbers.
+_CUDNN_ATTENTION_BYTES = 256
+# With one query position it divides the keys among so many blocks, each with its own sums.
+_DECODE_SPLITS = 8
+# Operators that call cuBLAS, whose workspace PyTorch allocates once per device and thread, and
+# keeps.
+MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"}
+# A product with a bias goes through cublasLt, which has a workspace of its own:
+# _parseCUDABlasLtWorkspaceSize().
+WITH_BIAS = {"aten::addmm"}
+CUBLASLT_WORKSPACE_BYTES = 2**20
+# Kernels are loaded when they are first used, and some of their memory lies among PyTorch's
+# segments: cuBLAS's with the first matrix product; some by the decoder's first normalisation; some
+# in each decoding of another size that goes on for long. The last are not loaded after 7 steps and
+# are after 63; what they are is not known, and more than three sizes in one process were not
+# measured.
+CUBLAS_KERNELS, NORM_KERNELS, DECODE_KERNELS = [64 * MIB], [2 * MIB], [2 * MIB] * 3
+LONG_DECODE, DECODE_SIZES = 16, 3
+
+# Threads a multiprocessor holds at a time, by compute capability; 2048 on the others (CUDA C++
+# Programming Guide, table of technical specifications).
+_RESIDENT_THREADS = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
+_REDUCTION_THREADS, _WARP, _VECTOR = 512, 32, 4
+
+
+def scratch_bytes(name: str, arguments: tuple, card: Card) -> list[int]:
+    """What the kernel of an operator takes besides its result and gives back when it ends, in this
+    order.
+
+    Args:
+        name: of the operator, as "aten::sum".
+        arguments: it was called with.
+        card: the kernel runs on.
+    """
+    if name == "aten::sum":
+        return _sum_scratch(arguments[0], arguments[1] if len(arguments) > 1 else None, card)
+    if name == "aten::_scaled_dot_product_cudnn_attention_backward":
+        return [_attention_backward_bytes(*arguments[1:4])]
+    if name == "aten::embedding_dense_backward":
+        return _embedding_backward_scratch(*arguments[:3])
+    return []
+
+
+def _embedding_backward_scratch(
+    gradient: torch.Tensor, indices: torch.Tensor, rows: int
+) -> list[int]:
+    """Many indices are sorted first, and their gradients added up in pieces of ten
+    (EmbeddingBackwardKernel.cu)."""
+    count = indices.numel()
+    if count <= 3072:
+        return []
+    pieces = count // 10 + min(count, rows)
+    return [*[8 * count] * 4, 8 * pieces, 4 * pieces * gradient.shape[-1]]
+
+
+def _attention_backward_bytes(query, key, value) -> int:
+    """The query's gradient and a sum per row in float32; gradients of key and value for each head
+    that shares them."""
+    batch, heads, positions, features = query.shape
+    size = batch * heads * positions * (features + 1) * 4 + _CUDNN_ATTENTION_BYTES
+    if key.shape[1] != heads:
+        size += batch * heads * key.shape[2] * (features + value.shape[3]) * query.element_size()
+    return size
+
+
+def _sum_scratch(tensor: torch.Tensor, dims, card: Card) -> list[int]:
+    """Room for partial sums and their counters, where the blocks of a grid share the work on one
+    sum."""
+    if not tensor.numel():
+        return []
+    every = range(tensor.ndim)
+    reduced = sorted(dim % tensor.ndim for dim in dims) if dims else list(every)
+    over_positions = tensor.ndim == 4 and reduced == [0, 2, 3]
+    layout = torch.channels_last if over_positions else torch.contiguous_format
+    if not tensor.is_contiguous(memory_format=layout):
+        return []
+    inputs = math.prod(tensor.shape[dim] for dim in reduced)
+    outputs = tensor.numel() // inputs
+    if reduced == list(every)[len(every) - len(reduced) :]:
+        along_rows = True
+    elif over_positions or reduced == list(every)[: len(reduced)]:
+        along_rows = False
+    else:
+        return []  # dimensions in the middle: does not happen in this model
+    return _reduction(outputs, inputs, along_rows, max(4, tensor.element_size()), card)
+
+
+def _reduction(
+    outputs: int, inputs: int, along_rows: bool, accumulated: int, card: Card
+) -> list[int]:
+    """Bytes of partial sums and counters of a reduction, as ``setReduceConfig`` of Reduce.cuh
+    divides the work.
+
+    ``along_rows``: the summed numbers lie side by side. ``accumulated``: bytes of one partial sum.
+    """
+    vector = 1
+    if along_rows:
+        width, height = (inputs // _VECTOR if outputs == 1 and inputs > 128 else inputs), outputs
+    else:
+        while outputs % (2 * vector) == 0 and vector < _VECTOR:
+            vector *= 2
+        width, height = outputs // vector, inputs
+    threads = _REDUCTION_THREADS // vector
+    width, height = (min(1 << (size.bit_length() - 1), threads) for size in (width, height))
+    block_width = min(width, _WARP)
+    block_height = min(height, threads // block_width)
+    block_width = min(width, threads // block_height)
+    step_input, step_output = (block_width, 1) if along_rows else (1, block_width)
+    if math.ceil(inputs / step_input) < min(16 * block_height, 256):
+        return []  # one block does it alone
+    step_input *= block_height
+    values = math.ceil(inputs / step_input)
+    resident = _RESIDENT_THREADS.get(card.compute_capability, 2048)
+    target = card.multiprocessors * (resident // (block_width * block_height))
+    grid = math.ceil(outputs // vector / step_output)
+    if values < 256 or grid > target:
+        return []
+    blocks = max(min(math.ceil(target / grid), math.ceil(values / 16)), math.ceil(values / 256))
+    if blocks == 1:
+        return []
+    partial = accumulated * outputs * blocks * (1 if along_rows else block_width * vector)
+    return [partial, 4 * grid]
+
+
+def _scratch(size_bytes: int, device: torch.device):
+    """Taken and given back at once, as a kernel's workspace is."""
+    torch.empty(size_bytes, dtype=torch.uint8, device=device)
+
+
+def routed_attention(original, rig):
+    """``scaled_dot_product_attention`` with the kernel CUDA picks; without a GPU torch picks the
+    slowest."""
+
+    def scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+    ):
+        if query.device.type != DEVICE_TYPE:
+            return original(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+        capability = rig.cards[query.device.index].compute_capability
+        has_flash = capability >= (8, 0)
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        needs_gradient = torch.is_grad_enabled() and query.requires_grad
+        if attn_mask is None and half and capability[0] in (9, 10):
+            return _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, scale)
+        if attn_mask is None and half and has_flash:
+            return torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, scale=scale
+            )[0]
+        grouped = query.shape[1] != key.shape[1]
+        if grouped or (query.dtype is torch.bfloat16 and not has_flash):
+            # Neither the flash nor the memory-efficient kernel takes these: CUDA uses the plain one
+            # too.
+            return original(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+        if attn_mask is not None:
+            if attn_mask.dtype is torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+            attn_mask = attn_mask.expand(
+                query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+            )
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
+        )[0]
+
+    return scaled_dot_product_attention
+
+
+def _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, scale):
+    """The kernel of Hopper cards; it keeps the sums of the softmax only for a backward pass.
+
+    Its output lies in memory as the query does: behind the image tower's fused projection by
+    position, so that the next product takes it as it is; behind the decoder's rotation by head, so
+    that transformers copies it.
+    """
+    batch, heads, positions, features = query.shape
+    random = []
+    if needs_gradient:
+        output = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, dropout_p, is_causal, False, scale=scale
+        )[0]
+    else:
+        random = [
+            torch.empty((), dtype=torch.int64, device=query.device) for _ in ("seed", "offset")
+        ]
+        output = torch.empty_like(query)
+    size = _CUDNN_ATTENTION_BYTES
+    if positions == 1 and key.shape[2] > 1:
+        # Per split: the weighted values, the largest score and the sum, in float32.
+        size = batch * heads * _DECODE_SPLITS * (features + 2) * 4 + _CUDNN_ATTENTION_BYTES // 2
+    _scratch(size, query.device)
+    del random
+    return output
+
+
+def routed_convolution(original, rig):
+    """``conv2d`` as cuDNN runs it: on channels-last data everything is, in float32 on copies it
+    transposes itself."""
+
+    def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        if input.device.type != DEVICE_TYPE:
+            return original(input, weight, bias, stride, padding, dilation, groups)
+        strides = input.stride()
+        channels_last = strides[1] == 1 and input.shape[1] > 1
+        if channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        output = original(input, weight, bias, stride, padding, dilation, groups)
+        if channels_last and not output.requires_grad:
+            # The shape rule does not know that the result is channels-last too; nothing else refers
+            # to it yet.
+            output = output.as_strided_(output.shape, channels_last_strides(output.shape))
+        transposed = (
+            weight.detach().contiguous(memory_format=torch.channels_last) if channels_last else None
+        )
+        if input.dtype is torch.float32:
+            copies = (input, weight) if channels_last else (input, weight, output)
+            _scratch(sum(tensor.nbytes for tensor in copies) + 16, input.device)
+        del transposed
+        return output
+
+    return conv2d

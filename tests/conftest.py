@@ -1,0 +1,136 @@
+"""What the model's tests share: the recorded original, and a checkpoint that fits the tiny
+tokenizer."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Matrices this small gain nothing from threads, and on a busy machine threads that wait cost
+    minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """A tiny random checkpoint in the official layout. Read only: copy it to change it."""
+    return GOLDEN / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def golden(checkpoint) -> dict[str, torch.Tensor]:
+    """What the original implementation computed with that checkpoint, in fp32 on a CPU."""
+    return load_file(checkpoint / "expected.safetensors")
+
+
+@pytest.fixture
+def damaged(checkpoint, tmp_path) -> Path:
+    """A copy of the checkpoint for a test to damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def load(checkpoint):
+    """Load the checkpoint through the Auto class, ready for inference."""
+    return lambda **options: AutoModelForCausalLM.from_pretrained(checkpoint, **options).eval()
+
+
+@pytest.fixture(scope="session")
+def model(load):
+    """The loaded checkpoint, shared by all tests: none may change it."""
+    return load().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def questions(golden) -> list[dict]:
+    """Prompts of unequal length: a short one with an image, a longer one without, one with another
+    image."""
+    first, second = golden["image.input_ids"]
+    images = golden["vision.pixel_values"]
+    return [
+        {"input_ids": first[None, :9], "pixel_values": images[:1]},
+        {"input_ids": golden["text.input_ids"]},
+        {"input_ids": second[None], "pixel_values": images[1:]},
+    ]
+
+
+@pytest.fixture(scope="session")
+def left_padded(model):
+    """Put prompts into one batch as the tokenizer does: padding on the left, masked."""
+
+    def batch(prompts):
+        length = max(prompt["input_ids"].shape[1] for prompt in prompts)
+        padding = [length - prompt["input_ids"].shape[1] for prompt in prompts]
+        inputs = {
+            name: torch.cat(
+                [
+                    torch.nn.functional.pad(values, (missing, 0), value=fill)
+                    for values, missing in zip(rows, padding, strict=True)
+                ]
+            )
+            for name, rows, fill in (
+                (
+                    "input_ids",
+                    [prompt["input_ids"] for prompt in prompts],
+                    model.config.pad_token_id,
+                ),
+                ("attention_mask", [torch.ones_like(prompt["input_ids"]) for prompt in prompts], 0),
+            )
+        }
+        images = [prompt["pixel_values"] for prompt in prompts if "pixel_values" in prompt]
+        return inputs | ({"pixel_values": torch.cat(images)} if images else {})
+
+    return batch
+
+
+@pytest.fixture(scope="session")
+def chat_checkpoint(model, tmp_path_factory) -> Path:
+    """A tiny checkpoint whose vocabulary fits the golden tokenizer, with all the files of an
+    official one."""
+    directory = tmp_path_factory.mktemp("chat") / "checkpoint"
+    config = GLM4VConfig.from_dict(
+        model.config.to_dict(),
+        padded_vocab_size=528,
+        boi_token_id=522,
+        eoi_token_id=523,
+        pad_token_id=512,
+        eos_token_id=[512, 519, 521],
+    )
+    torch.manual_seed(0)
+    larger = GLM4VForConditionalGeneration(config)
+    # The recorded model's layers, so that an image matters as much as there; a wider vocabulary
+    # around them.
+    vocabulary = ("language_model.embed_tokens.weight", "lm_head.weight")
+    weights = {
+        name: tensor for name, tensor in model.state_dict().items() if name not in vocabulary
+    }
+    larger.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        larger.language_model.embed_tokens.weight.normal_(
+            std=model.language_model.embed_tokens.weight.std()
+        )
+        larger.lm_head.weight.normal_(std=model.lm_head.weight.std())
+    larger.save_pretrained(directory)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(GOLDEN / "tokenizer" / name, directory / name)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def chat(chat_checkpoint):
+    """The model and the processor of ``chat_checkpoint``."""
+    chat_model = AutoModelForCausalLM.from_pretrained(chat_checkpoint).eval().requires_grad_(False)
+    return chat_model, AutoProcessor.from_pretrained(chat_checkpoint)

@@ -1,0 +1,46 @@
+"""What errors hold is given back."""
+
+import traceback
+import weakref
+
+import pytest
+
+from glm4v_nb.cleanup import clear_frames
+
+
+class Tensor:
+    """Stands for one; a weak reference tells whether it is still there."""
+
+
+def failing(held: list, cause: Exception | None = None):
+    tensor = Tensor()
+    held.append(weakref.ref(tensor))
+    raise ValueError("no room") from cause
+
+
+@pytest.mark.parametrize(
+    "looked_at", [False, True], ids=["as raised", "after its locals were shown"]
+)
+def test_a_kept_error_holds_nothing_of_its_frames_and_keeps_its_text(looked_at):
+    held = []
+    with pytest.raises(ValueError) as kept:
+        failing(held)
+    if looked_at:  # as IPython does to print its traceback
+        locals_shown = [
+            str(frame.f_locals) for frame, _ in traceback.walk_tb(kept.value.__traceback__)
+        ]
+        assert "Tensor" in locals_shown[-1]
+    assert held[0]() is not None
+    clear_frames(kept.value)
+    assert held[0]() is None
+    assert "failing(held)" in "".join(traceback.format_exception(kept.value))
+
+
+def test_the_errors_it_came_from_are_cleared_too():
+    held = []
+    with pytest.raises(ValueError) as first:
+        failing(held)
+    with pytest.raises(ValueError) as second:
+        failing(held, cause=first.value)
+    clear_frames(second.value)
+    assert [reference() for reference in held] == [None, None]

@@ -1,0 +1,252 @@
+"""Will it fit? Verdicts of the full-size model on simulated cards."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from rig_fixtures import GIB
+
+from glm4v_nb.fit import cards_for_weights, fit, read_device_map
+from glm4v_nb.workload import Workload
+from simgpu import find_card
+from simgpu.oom import parse_out_of_memory
+
+SHORT = Workload(images=0, text_tokens=8, new_tokens=1)
+WEIGHT_BYTES = 27_812_641_792
+# 0.0625 % for rounding to 512 bytes and the few buffers.
+ROUNDING = 1.000625
+
+
+def assert_consistent(result):
+    """What holds for every answer."""
+    for index, device in enumerate(result.devices):
+        assert device.index == index
+        card = find_card(device.card)
+        assert device.capacity_bytes == card.total_bytes
+        assert (
+            0 <= device.weights_bytes <= device.peak_allocated_bytes <= device.peak_reserved_bytes
+        )
+        assert device.peak_reserved_bytes <= device.capacity_bytes - card.context_bytes
+        assert device.free_at_peak_bytes >= 0
+    assert result.fits == (result.verdict == "fits") == (result.oom is None)
+    assert result.provenance == "simulated"
+    assert result.seconds > 0
+    if result.oom:
+        assert (
+            parse_out_of_memory(result.oom.message).device
+            == result.oom.device
+            < len(result.devices)
+        )
+
+
+def test_one_l4_runs_out_of_memory_while_loading_in_bfloat16():
+    result = fit("L4", 1)
+    assert_consistent(result)
+    assert (result.verdict, result.oom.device, result.oom.phase) == ("oom", 0, "load")
+    device = result.devices[0]
+    assert 21 * GIB < device.weights_bytes == device.peak_allocated_bytes, "what had been loaded"
+
+
+def test_two_l4_fit_with_the_standard_workload_and_the_json_has_exactly_its_keys():
+    result = fit("L4", 2)
+    assert_consistent(result)
+    answer = json.loads(json.dumps(result.to_dict()))
+    assert list(answer) == ["verdict", "devices", "oom", "seconds", "provenance"]
+    keys = [
+        "index",
+        "card",
+        "capacity_bytes",
+        "weights_bytes",
+        "peak_allocated_bytes",
+        "peak_reserved_bytes",
+    ]
+    assert [list(device) for device in answer["devices"]] == [keys, keys]
+    assert (answer["verdict"], answer["oom"], answer["provenance"]) == ("fits", None, "simulated")
+    assert [device["card"] for device in answer["devices"]] == ["L4", "L4"]
+    assert (
+        WEIGHT_BYTES
+        <= sum(device["weights_bytes"] for device in answer["devices"])
+        < WEIGHT_BYTES * ROUNDING
+    )
+
+
+def test_the_json_of_a_failure_has_exactly_its_keys():
+    answer = json.loads(json.dumps(fit("T4", 1).to_dict()))
+    assert list(answer["oom"]) == ["device", "phase", "message"]
+    assert answer["verdict"] == "oom"
+
+
+def test_float16_takes_what_bfloat16_takes():
+    result = fit("L4", 2, "float16", workload=SHORT)
+    assert_consistent(result)
+    assert result.fits
+    assert (
+        WEIGHT_BYTES
+        <= sum(device.weights_bytes for device in result.devices)
+        < WEIGHT_BYTES * ROUNDING
+    )
+
+
+def test_float32_needs_twice_as_much_and_two_l4_no_longer_do():
+    result = fit("L4", 2, "float32", workload=SHORT)
+    assert_consistent(result)
+    assert result.oom.phase == "load"
+    larger = fit("A100-40", 2, "float32", workload=SHORT)
+    assert_consistent(larger)
+    assert larger.fits
+    loaded = sum(device.weights_bytes for device in larger.devices)
+    assert 2 * WEIGHT_BYTES <= loaded < 2 * WEIGHT_BYTES * ROUNDING
+
+
+def test_one_large_card_holds_it_all():
+    result = fit("h100", workload=SHORT)
+    assert_consistent(result)
+    assert result.fits
+    assert result.devices[0].card == "H100", "the catalogue's own name"
+
+
+def test_another_strategy_gives_another_answer():
+    result = fit("L4", 3, device_map="sequential", workload=SHORT)
+    assert_consistent(result)
+    assert result.fits
+    assert result.devices[0].weights_bytes > 18 * GIB, "the first card is filled first"
+    assert result.devices[2].weights_bytes == 0
+
+
+def test_a_map_of_ones_own_is_followed():
+    result = fit(
+        "L4", 2, device_map={"vision_tower": 1, "language_model": 0, "lm_head": 1}, workload=SHORT
+    )
+    assert_consistent(result)
+    assert result.fits
+    assert result.devices[1].weights_bytes == pytest.approx(
+        2 * (4_506_369_536 + 620_756_992), rel=1e-4
+    )
+
+
+def test_what_a_map_leaves_on_the_cpu_takes_no_room_on_the_cards():
+    result = fit(
+        "L4",
+        1,
+        device_map={"vision_tower": "cpu", "language_model": 0, "lm_head": 0},
+        workload=SHORT,
+    )
+    assert_consistent(result)
+    assert result.fits
+    assert result.devices[0].weights_bytes == pytest.approx(2 * 9_399_951_360, rel=1e-4)
+
+
+def test_a_large_batch_runs_out_of_memory_in_prefill():
+    result = fit(
+        "L4", 2, workload=Workload(batch_size=256, images=0, text_tokens=1000, new_tokens=1)
+    )
+    assert_consistent(result)
+    assert result.oom.phase == "prefill"
+
+
+def test_a_growing_cache_runs_out_of_memory_in_decode():
+    # 40 KiB a token: 200 samples of 2500 tokens take 19 GiB, and 17.6 GiB are free.
+    result = fit(
+        "L4", 2, workload=Workload(batch_size=200, images=0, text_tokens=100, new_tokens=2400)
+    )
+    assert_consistent(result)
+    assert result.oom.phase == "decode"
+
+
+def test_a_training_step_needs_gradients_and_runs_out_of_memory_in_backward():
+    workload = Workload(text_tokens=2000, train=True)
+    result = fit("L4", 3, workload=workload)
+    assert_consistent(result)
+    assert result.oom.phase == "backward"
+    checkpointed = fit(
+        "L4", 3, workload=Workload(**{**asdict(workload), "gradient_checkpointing": True})
+    )
+    assert_consistent(checkpointed)
+    assert checkpointed.fits
+
+
+def test_a_prompt_of_the_whole_context_is_taken_and_one_more_token_refused():
+    assert fit("H200", workload=Workload(images=0, text_tokens=8192, new_tokens=1)).fits
+    with pytest.raises(
+        ValueError, match="The prompt takes 8193 positions, but the model's context is 8192"
+    ):
+        fit("H200", workload=Workload(images=0, text_tokens=8193, new_tokens=1))
+    with pytest.raises(ValueError, match=r"takes 8193 positions \(1602 of them the image\)"):
+        fit("L4", workload=Workload(images=1, text_tokens=6591))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; expected a whole number of at least 1"),
+        ({"text_tokens": 0}, "text_tokens is 0"),
+        ({"text_tokens": 1.5}, "text_tokens is 1.5"),
+        ({"new_tokens": -1}, "new_tokens is -1; expected a whole number of at least 0"),
+        ({"images": -1}, "images is -1"),
+        ({"images": 2}, "at most one image per sample"),
+        ({"gradient_checkpointing": True}, "Set train as well"),
+    ],
+)
+def test_an_impossible_workload_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        Workload(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"card": "L5"}, "'L5' is not in the catalogue"),
+        ({"count": 0}, "a rig has 1 to 16 cards"),
+        ({"dtype": "int8"}, "dtype is 'int8'; expected one of bfloat16, float16, float32"),
+        ({"device_map": "fair"}, "device_map is 'fair'; expected one of auto"),
+        ({"device_map": {"": 1}}, "puts '' on 1; expected a card's number, 0 to 0"),
+        ({"device_map": {"": True}}, "puts '' on True"),
+        ({"device_map": {"": "disk"}}, "puts '' on 'disk'"),
+        ({"device_map": {"vision": 0}}, "names 'vision', which the model does not have"),
+        (
+            {"device_map": {"vision_tower": 0}},
+            "gives no place to language_model.embed_tokens.weight",
+        ),
+        ({"device_map": {}}, "gives no place to vision_tower"),
+        ({"device_map": {"": 0, "lm_head": 0}}, 'Give "" alone'),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_runs(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fit(**arguments)
+
+
+def test_a_device_map_is_read_from_a_name_an_object_or_a_file(tmp_path):
+    path = tmp_path / "map.json"
+    path.write_text('{"": 0}')
+    assert read_device_map("auto") == "auto"
+    assert read_device_map(' {"": 0}') == read_device_map(str(path)) == {"": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[0]", "There is no file of that name"),
+        ("{0}", "device_map is not JSON"),
+        ("", "There is no file"),
+    ],
+)
+def test_a_text_that_is_no_device_map_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        read_device_map(text)
+
+
+@pytest.mark.parametrize("content", ["[0]", "0", '"auto"'])
+def test_a_file_without_an_object_is_refused_and_named(tmp_path, content):
+    path = tmp_path / "map.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="map.json holds no JSON object"):
+        read_device_map(str(path))
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "count"),
+    [("L4", "bfloat16", 2), ("L4", "float32", 3), ("T4", "bfloat16", 2), ("H100", "float16", 1)],
+)
+def test_the_least_number_of_cards_is_the_weights_divided_by_what_a_card_has(card, dtype, count):
+    assert cards_for_weights(card, dtype) == count

@@ -1,0 +1,113 @@
+"""Plots show the figures they are given; how they look is for people to judge."""
+
+import pytest
+
+from glm4v_nb import plots, timeline
+from glm4v_nb.placement import PlacedModule
+from glm4v_nb.plots import (
+    COLOURS,
+    plot_device_map,
+    plot_frontier,
+    plot_memory_bars,
+    plot_path,
+    plot_training_curve,
+)
+
+GIB = 2**30
+BLOCKS = [
+    PlacedModule("vision_tower.layers.0", "tower layer", 0, 3 * GIB),
+    PlacedModule("vision_tower.layers.1", "tower layer", 0, 3 * GIB),
+    PlacedModule("language_model.layers.0", "decoder layer", 1, 5 * GIB),
+    PlacedModule("lm_head", "embedding and head", "cpu", 1 * GIB),
+]
+
+
+def texts(axes):
+    return [text.get_text().strip() for text in axes.texts]
+
+
+def test_bars_are_stacked_to_their_sum_and_the_sum_is_written():
+    figure = plot_memory_bars({"card 0": {"weights": 2 * GIB, "activations": GIB}}, 4 * GIB)
+    axes = figure.axes[0]
+    assert [patch.get_width() for patch in axes.patches] == [2, 1]
+    assert axes.patches[1].get_x() == 2
+    assert texts(axes) == ["3.0"]
+
+
+def test_every_picture_says_where_its_figures_come_from():
+    bars = plot_memory_bars({"a": {"weights": GIB}}, provenance="measured on H100")
+    assert bars.axes[0].get_xlabel() == "GiB · measured on H100"
+    device_map = plot_device_map({"auto": BLOCKS}, 22 * GIB)
+    assert device_map.axes[-1].get_xlabel() == "GiB of weights · simulated"
+
+
+def test_no_plot_is_without_a_test_of_its_label():
+    """A notebook's picture counts as labelled if one of these draws it; test_monitor.py tests the
+    timeline's."""
+    plots_here = {
+        name for module in (plots, timeline) for name in vars(module) if name.startswith("plot_")
+    }
+    assert plots_here == {
+        *(
+            "plot_memory_bars",
+            "plot_device_map",
+            "plot_frontier",
+            "plot_training_curve",
+            "plot_timeline",
+        ),
+        "plot_path",  # which draws nothing
+    }
+
+
+def test_a_device_map_has_a_row_per_card_and_a_cell_per_block():
+    axes = plot_device_map({"auto": BLOCKS}, 22 * GIB).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["card 0", "card 1", "cpu"]
+    assert [patch.get_width() for patch in axes.patches] == [3, 3, 5, 1]
+    assert {"6.0", "5.0", "1.0", "tower layers 0–1"} <= set(texts(axes))
+
+
+def test_capacity_may_differ_per_bar():
+    figure = plot_memory_bars(
+        {"a": {"weights": GIB}, "b": {"weights": GIB}}, {"a": 2 * GIB, "b": 3 * GIB}
+    )
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [2, 3]
+
+
+def test_colours_of_a_picture_differ():
+    kinds = ["tower layer", "tower other", "decoder layer", "embedding and head"]
+    assert len({COLOURS[kind] for kind in kinds}) == len(kinds)
+
+
+def test_a_training_curve_says_what_it_was_measured_on():
+    origin = {
+        "device": "NVIDIA H100",
+        "torch": "2.11.0",
+        "transformers": "5.17.0",
+        "date": "2026-11-23",
+    }
+    steps = [{"step": 1, "seconds": 60, "loss": 2.0}, {"step": 2, "seconds": 120, "loss": 1.0}]
+    (axes,) = plot_training_curve([origin, *steps]).axes
+    assert list(axes.lines[0].get_xdata()) == [1, 2] and list(axes.lines[0].get_ydata()) == [
+        2.0,
+        1.0,
+    ]
+    assert axes.get_xlabel() == (
+        "minutes · measured on NVIDIA H100\ntorch 2.11.0, transformers 5.17.0, 2026-11-23"
+    )
+
+
+def test_a_frontier_promises_between_two_lengths_only_what_the_longer_one_allows():
+    axes = plot_frontier({"text": {512: 20, 32: 40}, "image": {32: 8, 512: 0}}).axes[0]
+    line, shade = axes.patches[:2]
+    assert line.get_data().values.tolist() == shade.get_data().values.tolist() == [40, 20]
+    assert line.get_data().edges.tolist() == [0, 32, 512]
+    assert texts(axes) == ["40", "20", "8", "0"]
+    assert axes.get_xlabel() == "text tokens of the prompt, per sample · simulated"
+
+
+def test_a_picture_that_could_not_be_written_is_refused_before_the_work(tmp_path):
+    assert plot_path(str(tmp_path / "a.svg")) == tmp_path / "a.svg"
+    with pytest.raises(ValueError, match="expected a name ending in .png, .svg or .pdf"):
+        plot_path(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="There is no folder"):
+        plot_path(tmp_path / "missing" / "a.png")

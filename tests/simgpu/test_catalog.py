@@ -1,0 +1,157 @@
+"""The catalogue of cards: complete, plausible, with a source for every figure, forgiving about
+spelling."""
+
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from simgpu.catalog import CARDS, FIGURES, GIB, find_card
+
+# The size on the box. "GB" there means 2**30 bytes: an "80 GB" H100 shows 85e9 bytes, a "141 GB"
+# H200 150e9.
+MARKETING_GIB = {
+    "T4": 16,
+    "L4": 24,
+    "A10": 24,
+    "RTX 3090": 24,
+    "RTX 4090": 24,
+    "RTX 5090": 32,
+    "V100-32": 32,
+    "A100-40": 40,
+    "A100-80": 80,
+    "L40S": 48,
+    "H100": 80,
+    "H200": 141,
+}
+
+# What out-of-memory messages of these cards print as "total capacity", two decimals.
+PRINTED_GIB = {
+    "T4": "14.56",
+    "L4": "22.03",
+    "A10": "22.07",
+    "RTX 3090": "23.56",
+    "RTX 4090": "23.52",
+    "RTX 5090": "31.36",
+    "V100-32": "31.73",
+    "A100-40": "39.49",
+    "A100-80": "79.25",
+    "L40S": "44.40",
+    "H100": "79.18",
+    "H200": "139.80",
+}
+
+every_card = pytest.mark.parametrize("card", CARDS.values(), ids=CARDS.keys())
+
+
+def test_every_listed_card_is_in_the_catalogue_under_its_own_key():
+    assert list(CARDS) == list(MARKETING_GIB)
+    assert all(key == card.key for key, card in CARDS.items())
+
+
+@every_card
+def test_every_figure_of_a_card_has_a_source_and_nothing_else_has(card):
+    assert set(card.sources) == set(FIGURES)
+    assert all(source.strip() for source in card.sources.values())
+
+
+def test_the_figures_are_all_fields_that_are_not_names():
+    assert {field.name for field in fields(CARDS["L4"])} - {"key", "device_name", "sources"} == set(
+        FIGURES
+    )
+
+
+@every_card
+def test_capacity_is_below_the_size_on_the_box_and_above_nine_tenths_of_it(card):
+    marketing_bytes = MARKETING_GIB[card.key] * GIB
+    # Error correction on GDDR6 takes the most, 1/16; with firmware and driver the T4 ends lowest,
+    # at 91 %.
+    assert 0.9 * marketing_bytes < card.total_bytes < marketing_bytes
+    assert isinstance(card.total_bytes, int)
+
+
+@every_card
+def test_capacity_prints_as_the_cards_own_error_messages_print_it(card):
+    assert f"{card.total_bytes / GIB:.2f}" == PRINTED_GIB[card.key]
+
+
+def test_the_h100_has_the_exact_bytes_that_were_measured():
+    assert CARDS["H100"].total_bytes == 85_017_493_504
+
+
+@every_card
+def test_context_takes_between_a_tenth_and_seven_tenths_of_a_gibibyte(card):
+    assert 0.1 * GIB < card.context_bytes < 0.7 * GIB
+    assert isinstance(card.context_bytes, int)
+
+
+@every_card
+def test_cublas_takes_32_mebibytes_on_hopper_and_blackwell_and_8_on_older_cards(card):
+    expected = {9: 32 * 2**20, 12: 32 * 2**20}.get(card.compute_capability[0], 8_519_680)
+    assert card.cublas_workspace_bytes == expected
+
+
+def test_only_the_t4_and_the_v100_lack_native_bfloat16():
+    assert [card.key for card in CARDS.values() if not card.bf16_supported] == ["T4", "V100-32"]
+
+
+def test_a_card_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        CARDS["L4"].total_bytes = 24 * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("L4", "L4"),
+        ("l4", "L4"),
+        (" NVIDIA L4 ", "L4"),
+        ("nvidia-l4", "L4"),
+        ("A10", "A10"),
+        ("rtx4090", "RTX 4090"),
+        ("RTX-4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("GeForce RTX 5090", "RTX 5090"),
+        ("a100-80gb", "A100-80"),
+        ("A100 40GB", "A100-40"),
+        ("V100-32GB", "V100-32"),
+        ("H100", "H100"),
+        ("Tesla T4", "T4"),
+    ],
+)
+def test_a_card_is_found_whatever_its_case_spaces_hyphens_and_brand(name, key):
+    assert find_card(name) is CARDS[key]
+
+
+@every_card
+def test_a_card_is_found_by_its_key_and_by_the_name_torch_prints(card):
+    assert find_card(card.key) is card
+    assert find_card(card.device_name) is card
+
+
+@pytest.mark.parametrize(
+    ("name", "candidates"), [("A100", "A100-40, A100-80"), ("RTX", "RTX 3090, RTX 4090, RTX 5090")]
+)
+def test_a_name_that_fits_several_cards_is_refused_and_the_cards_are_named(name, candidates):
+    with pytest.raises(ValueError) as error:
+        find_card(name)
+    assert f"card '{name}' fits several cards: {candidates}." in str(error.value)
+    assert ", ".join(CARDS) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [("RTX 4091", "RTX 4090"), ("L40", "L40S"), ("A10G", "A10"), ("V100", "V100-32")],
+)
+def test_an_unknown_name_is_refused_with_the_accepted_names_and_the_closest_one(name, suggestion):
+    with pytest.raises(ValueError) as error:
+        find_card(name)
+    assert str(error.value) == (
+        f"card '{name}' is not in the catalogue. Accepted names: {', '.join(CARDS)}. "
+        f'Did you mean "{suggestion}"?'
+    )
+
+
+@pytest.mark.parametrize("name", ["", "NVIDIA", "Radeon Pro VII", None, 4])
+def test_a_name_like_no_card_is_refused_without_a_far_fetched_suggestion(name):
+    with pytest.raises(ValueError, match="is not in the catalogue.*Choose one of these"):
+        find_card(name)
