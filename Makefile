@@ -19,9 +19,11 @@ ifneq ($(strip $(VARIABLES_UNKNOWN)),)
 $(error unknown variable $(VARIABLES_UNKNOWN): the variables are $(VARIABLES_KNOWN); see `make help`)
 endif
 
-INTERPRETER := $(if $(strip $(PYTHON)),$(strip $(PYTHON)),python3)
-# A Python that was named is used or refused; the default may give way to a newer one on PATH.
+# A Python that was named is used or refused; the default gives way to a newer one on PATH.
+IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+FOUND := $(shell for name in python3 python3.13 python3.12 python3.11; do $$name $(IS_NEW_ENOUGH) && echo $$name && break; done)
 CHOSEN := $(if $(filter file,$(origin PYTHON)),,$(if $(strip $(PYTHON)),--chosen))
+INTERPRETER := $(if $(CHOSEN),$(strip $(PYTHON)),$(or $(FOUND),python3))
 VENV := .venv/bin
 
 help:
@@ -43,13 +45,10 @@ help:
 	@echo '  FORCE=1               run: also the notebooks that are done              (no)'
 	@echo '  WORKERS=4             run, test, validate: files at a time              (2)'
 
+setup: export MAKE_TARGET := $(or $(firstword $(MAKECMDGOALS)),run)
 setup:
-	@command -v $(INTERPRETER) >/dev/null 2>&1 || { \
-	  for newer in python3.13 python3.12 python3.11; do \
-	    $$newer -c pass >/dev/null 2>&1 && { echo "error: $(INTERPRETER) is not on PATH, $$newer is. Run: make $(or $(firstword $(MAKECMDGOALS)),run) PYTHON=$$newer" >&2; exit 1; }; \
-	  done; \
-	  echo "error: $(INTERPRETER) is not on PATH. Install Python 3.11 or newer, or name yours: make $(or $(firstword $(MAKECMDGOALS)),run) PYTHON=/path/to/python3" >&2; exit 1; }
-	@MAKE_TARGET="$(or $(firstword $(MAKECMDGOALS)),run)" $(INTERPRETER) tools/setup_environment.py $(CHOSEN)
+	@command -v $(INTERPRETER) >/dev/null 2>&1 || { echo "error: $(INTERPRETER) is not on PATH. Install Python 3.11 or newer, or name yours: make $(MAKE_TARGET) PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(INTERPRETER) -u tools/setup_environment.py $(CHOSEN)
 
 run: setup
 	@echo 'Starting the notebooks (importing torch takes a few seconds) ...'
