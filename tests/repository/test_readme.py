@@ -1,4 +1,4 @@
-"""The README's commands and code do what the README says."""
+"""The commands and the code of the README and of docs/ do what these say."""
 
 import json
 import os
@@ -12,132 +12,186 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [
-    line
-    for _, block in BLOCKS
-    for line in block.splitlines()
-    if line.startswith(".venv/bin/glm4v-nb")
+README = ROOT / "README.md"
+DOCUMENTS = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(ROOT.glob("*/README.md")),
 ]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+BLOCKS = [
+    (name, language, block)
+    for name, text in TEXTS.items()
+    for language, block in re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)
+]
+# In the order they stand in, each once.
+COMMANDS = list(
+    dict.fromkeys(
+        line
+        for _, _, block in BLOCKS
+        for line in block.splitlines()
+        if line.startswith(".venv/bin/glm4v-nb ")
+    )
+)
+PYTHON = [(name, block) for name, language, block in BLOCKS if language == "python"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
+def run(words: list[str]) -> subprocess.CompletedProcess:
+    """Run a command of the README with this environment's programs; it has to end with 0."""
+    program = Path(sys.executable).with_name(Path(words[0]).name)
+    done = subprocess.run(
+        [program, *words[1:]],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_the_readme_is_one_page_and_success_comes_before_what_takes_minutes():
+    text = TEXTS["README.md"]
+    assert len(text.encode()) <= 9000
+    assert text.index("glm4v-nb fit --card L4 --count 2") < text.index("make run")
+    assert text.count("\n![") == 2, "one picture, besides the row of badges"
+    questions = text.partition("\n## Questions\n")[2].partition("\n## ")[0]
+    assert len(re.findall(r"^\*\*[^*]+\?\*\*", questions, flags=re.MULTILINE)) == 5
+
+
+def test_every_command_of_the_documents_is_tested_here():
+    assert {shlex.split(command)[1] for command in COMMANDS} == {
+        "fit",
+        "doctor",
+        "run",
+        "sweep",
+        "report",
+    }
+
+
 @pytest.mark.parametrize("command", [command for command in COMMANDS if " fit " in command])
-def test_a_fit_command_of_the_readme_fits(command):
-    program, *arguments = shlex.split(command)
-    executable = Path(sys.executable).with_name(Path(program).name)
-    done = subprocess.run(
-        [executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "fits" in done.stdout
+def test_a_fit_command_of_the_documents_fits(command):
+    assert "fits" in run(shlex.split(command)).stdout
 
 
-def test_the_doctor_of_the_readme_finds_nothing_to_mend():
-    (command,) = [command for command in COMMANDS if command.endswith(" doctor")]
-    executable = Path(sys.executable).with_name(Path(command.split()[0]).name)
-    done = subprocess.run(
-        [executable, "doctor"], capture_output=True, text=True, env=ENVIRONMENT, check=False
-    )
-    assert done.returncode == 0, done.stdout
+@pytest.mark.parametrize("command", [command for command in COMMANDS if " doctor" in command])
+def test_the_doctor_of_the_documents_finds_nothing_to_mend(command):
+    run(shlex.split(command))
 
 
-def test_the_experiments_of_the_readme_run_and_report(tmp_path):
-    runs = [
+def test_the_experiments_of_the_documents_run_and_report(tmp_path):
+    experiments = [
         shlex.split(command)
         for command in COMMANDS
         if re.search(r"glm4v-nb (run|sweep|report) ", command)
     ]
-    assert [words[1] for words in runs] == ["run", "sweep", "sweep", "report", "sweep"]
-    for words in runs:
-        if words[1] == "report":  # of what the first command ran
-            words[2] = str(tmp_path / "15_one_fit")
-        elif words[1] == "sweep" and "--dry-run" not in words:
-            words.append("--dry-run")  # the runs themselves take minutes
+    assert {words[1] for words in experiments} == {"run", "sweep", "report"}
+    for words in sorted(experiments, key=lambda words: words[1] == "report"):
         if words[1] == "run":
-            words += ["--output", str(tmp_path)]
-        executable = Path(sys.executable).with_name("glm4v-nb")
-        done = subprocess.run(
-            [executable, *words[1:]],
-            capture_output=True,
-            text=True,
-            env=ENVIRONMENT,
-            check=False,
-            cwd=ROOT,
-        )
-        assert done.returncode == 0, done.stderr
-    assert (tmp_path / "15_one_fit" / "report.html").is_file()
+            run([*words, "--output", str(tmp_path)])
+        elif words[1] == "sweep":  # the runs themselves take minutes
+            run([*words, *(["--dry-run"] if "--dry-run" not in words else [])])
+        else:  # of what the first command ran
+            (folder,) = tmp_path.iterdir()
+            run([*words[:2], str(folder), *words[3:]])
+            assert (folder / "report.html").is_file()
 
 
-def test_the_dask_commands_of_the_readme_have_options_and_settings_that_dask_knows():
+def test_the_dask_commands_of_the_documents_have_options_and_settings_that_dask_knows():
     import dask.config
     import distributed  # noqa: F401
 
     lines = [
-        line for _, block in BLOCKS for line in block.splitlines() if ".venv/bin/dask " in line
+        line
+        for name, _, block in BLOCKS
+        for line in block.splitlines()
+        if ".venv/bin/dask " in line and name == "docs/cluster.md"
     ]
-    assert [line.partition("/dask ")[2].split()[0] for line in lines] == [
-        "scheduler",
-        "worker",
-        "worker",
-    ]
-    executable = Path(sys.executable).with_name("dask")
-    for line in lines[:2]:
-        part = line.partition("/dask ")[2].split()[0]
-        shown = subprocess.run(
-            [executable, part, "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        known = set(re.findall(r"--[a-z-]+", shown))
+    parts = [line.partition("/dask ")[2].split()[0] for line in lines]
+    assert parts == ["scheduler", "worker", "worker"]
+    for part, line in zip(parts[:2], lines, strict=False):
+        known = set(re.findall(r"--[a-z-]+", run(["dask", part, "--help"]).stdout))
         assert set(re.findall(r" (--[a-z-]+)", line)) <= known, line
-    for name in re.findall(r"DASK_(\w+)", README):
+    for name in re.findall(r"DASK_(\w+)", TEXTS["docs/cluster.md"]):
         assert dask.config.get(name.lower().replace("__", "."), "unknown") != "unknown", name
 
 
-def run_python(marker: str) -> subprocess.CompletedProcess:
-    """Run the README's Python block that contains the marker."""
-    (code,) = [block for language, block in BLOCKS if language == "python" and marker in block]
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+@pytest.mark.parametrize(
+    ("name", "code"), PYTHON, ids=[f"{name}-{number}" for number, (name, _) in enumerate(PYTHON)]
+)
+def test_the_python_of_the_documents_prints_what_they_say(name, code):
+    lines = run(["python", "-c", code]).stdout.splitlines()
+    if "stream(" in code:
+        assert lines == ["4"], "the crosses"
+    elif "memory_allocated(index)" in code or "card.allocated_bytes" in code:
+        if "rig.provenance" in code:
+            assert "simulated" in lines.pop(0) or "NVIDIA" in lines[0]
+            sizes = [int(line.split()[0]) for line in lines]
+        else:
+            assert all(line.startswith("NVIDIA L4 ") for line in lines)
+            sizes = [int(line.split()[-1]) for line in lines]
+        # Both cards' weights: 27.8 GB and the rounding of about a thousand tensors to 512 bytes.
+        assert len(sizes) == 2
+        assert sum(sizes) == pytest.approx(27_812_641_792, abs=512 * 1100)
+    else:
+        assert lines, "it shows something"
 
 
-def test_the_python_of_the_readme_that_asks_a_question_prints_the_answer():
-    assert run_python("stream(").stdout == "4"
+def test_the_python_of_the_readme_and_of_the_guide_is_there_to_be_tested():
+    assert [name for name, _ in PYTHON if name in ("README.md", "docs/using.md")] == [
+        "README.md",
+        "docs/using.md",
+        "docs/using.md",
+    ]
 
 
-def test_the_python_of_the_readme_prints_both_cards():
-    done = run_python("Rig(")
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2 and all(line.startswith("NVIDIA L4 ") for line in lines)
-    # Both cards' weights: 27.8 GB and the rounding of about a thousand tensors to 512 bytes.
-    assert sum(int(line.rpartition(" ")[2]) for line in lines) == pytest.approx(
-        27_812_641_792, abs=512 * 1100
-    )
-
-
-def test_the_readmes_accuracies_are_the_stored_ones():
+def test_the_accuracy_that_the_guide_tells_is_the_stored_one():
     report = json.loads((ROOT / "benchmarks" / "results" / "miniature_evaluation.json").read_text())
-    section = README.partition("## The miniature")[2].partition("\n## ")[0]
-    told = [float(number) for number in re.findall(r"([\d.]+) %", section)]
-    forms = [report["forms"][name]["accuracy"] for name in ("jpeg", "alpha", "grey", "wide")]
-    worst = min(kind["accuracy"] for kind in report["kinds"].values())
-    assert told == pytest.approx(
-        [100 * share for share in (report["accuracy"], worst, *forms)], abs=0.051
-    )
+    (told,) = re.findall(r"([\d.]+) % exactly", " ".join(TEXTS["docs/using.md"].split()))
+    assert float(told) == pytest.approx(100 * report["accuracy"], abs=0.0051)
 
 
-def test_every_make_target_of_the_readme_exists():
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_make_target_of_a_document_exists(name):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"`?make (\w+)", README):
+    for target in re.findall(r"(?:^|`|&& )make (\w+)", TEXTS[name], flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_the_readme_links_every_registered_notebook_and_no_missing_file():
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_link_of_a_document_leads_nowhere(name):
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", TEXTS[name]):
+        file, _, heading = link.partition("#")
+        if file.startswith("../../actions/"):  # of the page that shows the repository
+            continue
+        target = ((ROOT / name).parent / file).resolve() if file else ROOT / name
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
+            assert heading in [
+                re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles
+            ], link
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_file_that_a_document_names_exists(name):
+    folders = "benchmarks|docs|glm4v_nb|nbsweep|notebooks|simgpu|sweeps|tests|tools"
+    for path in re.findall(rf"`(?:python )?((?:{folders})/[\w./*-]+)", TEXTS[name]):
+        assert list(ROOT.glob(path.rstrip("."))), path
+
+
+def test_the_readme_links_every_lesson_and_every_document_is_linked():
     registry = tomllib.loads((ROOT / "notebooks" / "registry.toml").read_text(encoding="utf-8"))
-    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
-    assert {f"notebooks/{entry['file']}" for entry in registry["notebook"]} <= set(links)
-    for link in links:
-        assert (ROOT / link).exists(), link
+    links = {
+        ((ROOT / name).parent / link.partition("#")[0]).resolve()
+        for name, text in TEXTS.items()
+        for link in re.findall(r"\]\(((?!http)[^)]+)\)", text)
+    }
+    for entry in registry["notebook"]:
+        assert f"](notebooks/{entry['file']})" in TEXTS["README.md"], entry["file"]
+    for path in (*sorted((ROOT / "docs").glob("*.*")), ROOT / "CITATION.cff"):
+        assert path in links, path

@@ -596,9 +596,9 @@ def test_lint_pre_commit_and_the_rules_clean_notebooks_with_the_same_options():
     assert entries["nb-clean"] == f"nb-clean clean {options}"
 
 
-def test_the_readme_lists_every_rule_and_each_has_a_notebook_here_that_breaks_it():
+def test_the_guide_for_contributors_lists_every_rule_and_each_has_a_notebook_here_that_breaks_it():
     table = (
-        (ROOT / "README.md")
+        (ROOT / "CONTRIBUTING.md")
         .read_text(encoding="utf-8")
         .partition("| rule |")[2]
         .partition("\n\n")[0]
