@@ -23,7 +23,7 @@ PAGE = ROOT / "docs" / "accuracy.md"
 PICTURE = ROOT / "docs" / "measured_memory.png"
 MIB = 2**20
 
-sys.path.insert(0, str(ROOT / "benchmarks"))  # programs, no package
+sys.path.append(str(ROOT / "benchmarks"))  # programs, no package
 
 import host_memory  # noqa: E402
 import memory  # noqa: E402
