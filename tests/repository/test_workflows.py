@@ -72,6 +72,12 @@ def test_the_weekly_run_takes_the_newest_libraries_and_every_test():
     assert [len(each["cron"].split()) for each in trigger["schedule"]] == [5]
 
 
+def test_the_files_that_are_tested_first_exist():
+    (listed,) = re.findall(r"LONGEST = \((.*?)\)", (ROOT / "conftest.py").read_text(), re.DOTALL)
+    files = re.findall(r'"(.+)"', listed)
+    assert files and all((ROOT / name).is_file() for name in files)
+
+
 def test_the_run_on_gpus_starts_by_hand_only():
     trigger = yaml.safe_load((ROOT / ".github" / "workflows" / "gpu.yml").read_text())[True]
     assert list(trigger) == ["workflow_dispatch"]
