@@ -21,7 +21,8 @@ endif
 
 # A Python that was named is used or refused; the default gives way to a newer one on PATH.
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
-FOUND := $(shell for name in python3 python3.13 python3.12 python3.11; do $$name $(IS_NEW_ENOUGH) && echo $$name && break; done)
+FOUND := $(shell for name in python3 python3.13 python3.12 python3.11; do \
+  $$name $(IS_NEW_ENOUGH) && echo $$name && break; done)
 CHOSEN := $(if $(filter file,$(origin PYTHON)),,$(if $(strip $(PYTHON)),--chosen))
 INTERPRETER := $(if $(CHOSEN),$(strip $(PYTHON)),$(or $(FOUND),python3))
 VENV := .venv/bin
@@ -47,7 +48,9 @@ help:
 
 setup: export MAKE_TARGET := $(or $(firstword $(MAKECMDGOALS)),run)
 setup:
-	@command -v $(INTERPRETER) >/dev/null 2>&1 || { echo "error: $(INTERPRETER) is not on PATH. Install Python 3.11 or newer, or name yours: make $(MAKE_TARGET) PYTHON=/path/to/python3" >&2; exit 1; }
+	@command -v $(INTERPRETER) >/dev/null 2>&1 || { \
+	  echo "error: $(INTERPRETER) is not on PATH. Install Python 3.11 or newer, or name yours:" \
+	    "make $(MAKE_TARGET) PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(INTERPRETER) -u tools/setup_environment.py $(CHOSEN)
 
 run: setup
