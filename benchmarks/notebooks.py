@@ -28,12 +28,12 @@ MIB = 2**20
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 REPOSITORY, COMMIT = "models--zai-org--glm-4v-9b", "0" * 40
 BEFORE = """
-from simgpu.base import Stages as _Stages
-_rigs, _init = [], _Stages.__init__
+from simgpu import Rig as _Rig
+_rigs, _init = [], _Rig.__init__
 def _noted(self):
     _init(self)
     _rigs.append(self)
-_Stages.__init__ = _noted
+_Rig.__init__ = _noted
 """
 AFTER = """
 import json as _json

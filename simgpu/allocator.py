@@ -12,13 +12,13 @@ one stream.
 """
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from simgpu.addresses import AddressSpace
+from simgpu.units import MIB, as_pytorch_writes
 
-MIB = 2**20
 BLOCK_ROUNDING = 512
 SMALL_REQUEST = 1 * MIB
 SMALL_SEGMENT = 2 * MIB
@@ -50,14 +50,6 @@ def segment_bytes(size_bytes: int) -> int:
     if size_bytes < LARGE_REQUEST:
         return LARGE_SEGMENT
     return round_up(size_bytes, SEGMENT_ROUNDING)
-
-
-def format_size(size_bytes: int) -> str:
-    """As ``format_size`` in CUDACachingAllocator.cpp: two decimals and a binary unit."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size_bytes > unit:
-            return f"{size_bytes / unit:.2f} {name}"
-    return f"{size_bytes} bytes"
 
 
 class Block:
@@ -98,6 +90,8 @@ class Allocator:
             since the last reset.
         retries: how often a request had to give cached memory back to find room
             (``num_alloc_retries``).
+        listeners: called before every allocation and release, with this allocator and whether
+            memory is to be released.
     """
 
     def __init__(
@@ -127,6 +121,7 @@ class Allocator:
         self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
         self.retries = 0
+        self.listeners: list[Callable[[Allocator, bool], None]] = []
         # Free blocks of each pool in the order best fit looks at them: by size, then address.
         self._small: list[tuple[int, int, Block]] = []
         self._large: list[tuple[int, int, Block]] = []
@@ -160,6 +155,8 @@ class Allocator:
         Raises:
             torch.OutOfMemoryError: the card has no room, with PyTorch's own text.
         """
+        for listener in self.listeners:
+            listener(self, False)
         size = block_bytes(size_bytes)
         small = size <= SMALL_REQUEST
         block = self._cached(size, small)
@@ -183,6 +180,8 @@ class Allocator:
     def free(self, block: Block):
         """Give a block back. It stays reserved, as in PyTorch, until ``empty_cache`` or until room
         is needed."""
+        for listener in self.listeners:
+            listener(self, True)
         self.allocated -= block.size
         self._merge(block)
         self._insert(block)
@@ -320,15 +319,15 @@ class Allocator:
         return True
 
     def _message(self, tried_bytes: int) -> str:
-        in_use = self.reserved + self.context_bytes
-        allowed = "" if self.fraction is None else f"{format_size(self.allowed_bytes)} allowed; "
+        size = as_pytorch_writes
+        allowed = "" if self.fraction is None else f"{size(self.allowed_bytes)} allowed; "
         return (
-            f"CUDA out of memory. Tried to allocate {format_size(tried_bytes)}. GPU {self.index}"
-            f" has a total capacity of {format_size(self.total_bytes)} of which"
-            f" {format_size(self.free_bytes)} is free. Including non-PyTorch memory, this process"
-            f" has {format_size(in_use)} memory in use. {allowed}Of the allocated memory"
-            f" {format_size(self.allocated)} is allocated by PyTorch, and"
-            f" {format_size(self.reserved - self.allocated)} is reserved by PyTorch but"
+            f"CUDA out of memory. Tried to allocate {size(tried_bytes)}. GPU {self.index}"
+            f" has a total capacity of {size(self.total_bytes)} of which"
+            f" {size(self.free_bytes)} is free. Including non-PyTorch memory, this process"
+            f" has {size(self.reserved + self.context_bytes)} memory in use. {allowed}Of the"
+            f" allocated memory {size(self.allocated)} is allocated by PyTorch, and"
+            f" {size(self.reserved - self.allocated)} is reserved by PyTorch but"
             " unallocated. If reserved but unallocated memory is large try setting"
             " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See"
             f" documentation for Memory Management  ({DOCUMENTATION}) [simulated"

@@ -1,4 +1,4 @@
-"""``RealRig``: this machine's GPUs standing for cards of the catalogue, capped to their capacity
+"""``CappedRig``: this machine's GPUs standing for cards of the catalogue, capped to their capacity
 where larger."""
 
 import gc
@@ -7,10 +7,11 @@ from unittest import mock
 
 import torch
 
-from simgpu.base import Stages
 from simgpu.catalog import Card, find_card
-from simgpu.loading import MODEL_CLASSES
-from simgpu.machine import LocalRig, measured_on
+from simgpu.loading import from_pretrained_replaced
+from simgpu.machine import MachineRig, measured_on
+from simgpu.rig import Rig
+from simgpu.units import GIB
 
 
 def refused_by(card: Card, count: int) -> str | None:
@@ -29,7 +30,7 @@ def refused_by(card: Card, count: int) -> str | None:
     return None
 
 
-class RealRig(LocalRig):
+class CappedRig(MachineRig):
     """The first ``count`` GPUs of this machine as cards of one kind.
 
     In its ``with`` block ``torch.cuda.device_count`` and ``mem_get_info`` answer as on a machine
@@ -43,7 +44,7 @@ class RealRig(LocalRig):
         card, count: as of ``Rig``; ``refused_by`` must have nothing against them.
     """
 
-    def __init__(self, card: str, count: int):
+    def __init__(self, card: str = "L4", count: int = 1):
         super().__init__()
         self.card = find_card(card)
         self.cards = [self.card] * count
@@ -71,7 +72,7 @@ class RealRig(LocalRig):
         capped = ""
         if any(self._capped):
             capped = (
-                f" capped to {self.cap_bytes / 2**30:.2f} GiB, as"
+                f" capped to {self.cap_bytes / GIB:.2f} GiB, as"
                 f" {_with_article(self.card.device_name)}"
             )
         return measured_on(len(self.cards), capped)
@@ -82,15 +83,13 @@ class RealRig(LocalRig):
     def __enter__(self):
         self._activate()
         with ExitStack() as stack:
-            stack.callback(setattr, Stages, "active", None)
+            stack.callback(setattr, Rig, "active", None)
             count = len(self.cards)
             if not self._entered:
                 self._entered = True
                 gc.collect()
                 torch.cuda.empty_cache()
-            for model_class in MODEL_CLASSES:
-                load = self._staged(model_class.from_pretrained)
-                stack.enter_context(mock.patch.object(model_class, "from_pretrained", load))
+            stack.enter_context(from_pretrained_replaced(self._staged))
             stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: count))
             stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", self._shown_memory))
             for index in range(count):
@@ -120,9 +119,9 @@ class RealRig(LocalRig):
     def _staged(self, original):
         """``from_pretrained`` as a stage of its own, as on simulated cards."""
 
-        def from_pretrained(*args, **kwargs):
+        def from_pretrained(cls, *args, **kwargs):
             with self.loading():
-                return original(*args, **kwargs)
+                return original(cls, *args, **kwargs)
 
         return from_pretrained
 

@@ -12,7 +12,7 @@ Once there is such a backend, PyTorch takes a bare number (``tensor.to(0)``, as 
 write it) for a device of it, also on a machine with GPUs and also when no simulated card is in use.
 So outside the ``with`` block of a simulated rig the two kernels make a tensor on the GPU of that
 number. (Libraries that compare devices still find that ``torch.device(0)`` is not the GPU a tensor
-is on; ``patches`` helps the two that do.)
+is on; ``loading`` helps the two that do.)
 """
 
 import threading
@@ -33,8 +33,9 @@ except ImportError:  # torch 2.11 has no error of its own for this
     FakeTensorDeviceMismatchError = ()
 from torch.utils import _pytree, backend_registration
 
+from simgpu.catalog import MAX_CARDS
+
 DEVICE_TYPE = "simcuda"
-MAX_CARDS = 16
 # Called after every operator with its overload, its results on simulated cards and on the CPU, and
 # its arguments; set by a rig.
 Observer = Callable[[object, list[FakeTensor], tuple], None]
@@ -156,24 +157,37 @@ class _ObservedFakeMode(FakeTensorMode):
         return self
 
     def dispatch(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func in _VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
             with in_kernel_invocation_manager(self):
-                view = func(*args, **(kwargs or {}))
+                view = func(*args, **kwargs)
             return FakeTensor(self, view, args[0].fake_device)
         if func in _REWRITTEN and isinstance(args[0], FakeTensor):
             with self:
-                output = _REWRITTEN[func](*args, **(kwargs or {}))
+                output = _REWRITTEN[func](*args, **kwargs)
             if output is not NotImplemented:
                 return output
         # Operators that a shape rule uses internally are not the program's own.
         depth = getattr(self._nesting, "depth", 0)
-        if func is torch.ops.aten.add.Tensor and depth == 0 and _added_in_place(*args):
-            return args[0]
-        if func is torch.ops.aten.index_put.default and depth == 0 and _put_in_place(*args):
+        if depth == 0 and func in _IN_PLACE and _IN_PLACE[func](*args):
             return args[0]
         self._nesting.depth = depth + 1
         try:
-            output = super().dispatch(func, types, args, kwargs)
+            output = self._by_shape_rule(func, types, args, kwargs)
+        finally:
+            self._nesting.depth = depth
+        if _observer is not None and depth == 0 and (results := _tensors_made(output)):
+            try:
+                _observer(func, results, args)
+            except torch.OutOfMemoryError as error:
+                # A real card never made this tensor: no frame of the error may lead to it.
+                output = results = None
+                raise error.with_traceback(None) from None
+        return output
+
+    def _by_shape_rule(self, func, types, args, kwargs):
+        try:
+            return super().dispatch(func, types, args, kwargs)
         except FakeTensorDeviceMismatchError as error:
             raise RuntimeError(str(error).replace(DEVICE_TYPE, "cuda")) from None
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -183,25 +197,12 @@ class _ObservedFakeMode(FakeTensorMode):
                 " (.item(), .tolist(), `if` on a tensor, indexing by a mask), or run this on a"
                 " real device."
             ) from None
-        finally:
-            self._nesting.depth = depth
-        if _observer is not None and depth == 0:
-            if isinstance(output, FakeTensor):
-                results = [output] if output.device.type != "meta" else []
-            else:
-                results = [
-                    leaf
-                    for leaf in _pytree.tree_leaves(output)
-                    if isinstance(leaf, FakeTensor) and leaf.device.type != "meta"
-                ]
-            if results:
-                try:
-                    _observer(func, results, args)
-                except torch.OutOfMemoryError as error:
-                    # A real card never made this tensor: no frame of the error may lead to it.
-                    output = results = None
-                    raise error.with_traceback(None) from None
-        return output
+
+
+def _tensors_made(output) -> list[FakeTensor]:
+    """What an operator gave that is on a card or on the CPU."""
+    leaves = [output] if isinstance(output, FakeTensor) else _pytree.tree_leaves(output)
+    return [each for each in leaves if isinstance(each, FakeTensor) and each.device.type != "meta"]
 
 
 # Private functions; a torch without them adds gradients into new tensors, as fake tensors do by
@@ -248,6 +249,14 @@ def _put_in_place(zeros, indices, gradient, accumulate=False) -> bool:
     """Whether this is the gradient of an index, which PyTorch puts into new zeros in place, but for
     fake tensors."""
     return accumulate and isinstance(zeros, FakeTensor) and _in_backward_pass()
+
+
+# Operators that the autograd engine carries out in place, which it never does with fake tensors;
+# whether it would here.
+_IN_PLACE = {
+    torch.ops.aten.add.Tensor: _added_in_place,
+    torch.ops.aten.index_put.default: _put_in_place,
+}
 
 
 def _try_engine():

@@ -3,17 +3,18 @@ mapped from files.
 
 Read in the sources of torch 2.13, transformers 5.23, safetensors 0.8 and accelerate 1.15:
 
-- safetensors maps a whole file (``UntypedStorage.from_file``, a private mapping), and a tensor is a view of it. Its
-  pages come from the file when something reads them. They stay until the last view of that file is
-  gone; the loader keeps all files until it ends.
-- ``tensor.to("cpu", dtype)`` with the dtype it has gives the view itself. Such a weight takes no memory of its own, and
-  loading does not even read it. accelerate's hooks keep that view for a module offloaded to the
-  CPU.
+- safetensors maps a whole file (``UntypedStorage.from_file``, a private mapping), and a tensor is a
+  view of it. Its pages come from the file when something reads them. They stay until the last view
+  of that file is gone; the loader keeps all files until it ends.
+- ``tensor.to("cpu", dtype)`` with the dtype it has gives the view itself. Such a weight takes no
+  memory of its own, and loading does not even read it. accelerate's hooks keep that view for a
+  module offloaded to the CPU.
 - ``.to("cpu", another dtype)`` makes a copy in anonymous memory, which stays.
-- ``.to("cuda", the same dtype)`` copies out of the mapped pages. With another dtype PyTorch converts on the host first
-  (``copy_kernel_cuda`` in aten/src/ATen/native/cuda/Copy.cu): a copy in anonymous memory that is
-  gone when it returns.
-- A pool of threads does this, each one tensor at a time (``GLOBAL_WORKERS`` in transformers/core_model_loading.py).
+- ``.to("cuda", the same dtype)`` copies out of the mapped pages. With another dtype PyTorch
+  converts on the host first (``copy_kernel_cuda`` in aten/src/ATen/native/cuda/Copy.cu): a copy in
+  anonymous memory that is gone when it returns.
+- A pool of threads does this, each one tensor at a time (``GLOBAL_WORKERS`` in
+  transformers/core_model_loading.py).
 
 Not counted: Python with its objects, the libraries and the CUDA context, the driver's staging
 buffers, and the first page of every tensor, which making a view reads.

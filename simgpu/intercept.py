@@ -1,11 +1,69 @@
-"""What ``torch.cuda`` is while a simulated rig is active, and what "cuda:0" names."""
+"""What ``torch`` is while a simulated rig is active: ``torch.cuda``, and what "cuda:0" names."""
 
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
+from torch.optim import optimizer
 from torch.overrides import TorchFunctionMode
 
-from simgpu.device import DEVICE_TYPE, card_device
+from simgpu.device import DEVICE_TYPE, card_device, fake_mode
+from simgpu.operators import routed_attention, routed_convolution
+
+# Taken here and not when a block begins: the machine itself may be simulated, in tests.
+_ROUTES = {
+    "scaled_dot_product_attention": (routed_attention, functional.scaled_dot_product_attention),
+    "conv2d": (routed_convolution, functional.conv2d),
+}
+
+
+@contextmanager
+def simulated_torch(rig):
+    """Let torch see ``rig``'s cards as CUDA devices until the block ends.
+
+    ``rig`` has ``cards``, ``allocators``, ``release_workspaces()`` and the context manager
+    ``backward_pass()``.
+    """
+    fake_mode()
+    cuda = CudaFunctions(rig)
+    with ExitStack() as stack:
+
+        def replace(owner, name, value):
+            stack.enter_context(mock.patch.object(owner, name, value, create=True))
+
+        for name in (name for name in dir(cuda) if not name.startswith("_")):
+            replace(torch.cuda, name, getattr(cuda, name))
+        replace(torch._C, "_cuda_clearCublasWorkspaces", rig.release_workspaces)
+        for name, (route, original) in _ROUTES.items():
+            replace(functional, name, route(original, rig))
+        # Optimisers take their default way, many tensors at a time, only for types of tensor on
+        # this list.
+        types = [*optimizer._foreach_supported_types, FakeTensor]
+        replace(optimizer, "_foreach_supported_types", types)
+        replace(torch.autocast, "__init__", _refused_autocast(torch.autocast.__init__))
+        # torch's autograd would start a thread per card, and knows of one simulated card only.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(CudaNames(cuda))
+        yield
+
+
+def _refused_autocast(original):
+    """torch casts only for devices it knows: on simulated cards autocast would do nothing, without
+    a word."""
+
+    def __init__(self, device_type, dtype=None, enabled=True, cache_enabled=None):
+        if enabled and device_type in ("cuda", DEVICE_TYPE):
+            raise NotImplementedError(
+                "autocast is not simulated: the weights would be computed in their own type and the"
+                " bytes would be wrong. Load the model in the type you want (dtype=torch.bfloat16),"
+                " or use autocast on a real device."
+            )
+        original(self, device_type, dtype, enabled, cache_enabled)
+
+    return __init__
 
 
 class CudaFunctions:
@@ -114,7 +172,7 @@ class CudaNames(TorchFunctionMode):
         if func is torch.device:
             return func(*args, **kwargs)
         if func in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
-            with self._cuda._rig.deferring_errors():
+            with self._cuda._rig.backward_pass():
                 return func(*args, **kwargs)
         if func is torch.Tensor.cuda:
             device = args[1] if len(args) > 1 else kwargs.get("device")

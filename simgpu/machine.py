@@ -1,4 +1,4 @@
-"""``LocalRig``: this machine's own devices behind the interface of ``Rig``."""
+"""``MachineRig``: this machine's own devices behind the interface of ``Rig``."""
 
 import platform
 import time
@@ -8,8 +8,8 @@ import psutil
 import torch
 import transformers
 
-from simgpu.accounting import Block
-from simgpu.base import CardMemory, Stages
+from simgpu.accounting import Allocation
+from simgpu.rig import CardMemory, Rig
 
 
 def measured_on(gpus: int, remark: str = "") -> str:
@@ -24,11 +24,11 @@ def measured_on(gpus: int, remark: str = "") -> str:
     return f"measured on {where}{remark}, {time.strftime('%Y-%m-%d')}, {versions}"
 
 
-class LocalRig(Stages):
+class MachineRig(Rig):
     """This machine's GPUs as they are, or its CPU and host memory where there are none.
 
-    The interface is that of ``Rig``; a ``with`` block changes nothing. Host memory has no peak
-    counter that can be reset: a stage's peak is the larger of its begin and its end.
+    A ``with`` block changes nothing. Host memory has no peak counter that can be reset: a stage's
+    peak is the larger of its begin and its end.
     """
 
     def __init__(self):
@@ -41,7 +41,7 @@ class LocalRig(Stages):
         return measured_on(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
     def __repr__(self):
-        return f"LocalRig({self.provenance})"
+        return f"{type(self).__name__}({self.provenance})"
 
     def __enter__(self):
         return self
@@ -80,7 +80,7 @@ class LocalRig(Stages):
     def _free_bytes(self, index: int) -> int:
         return torch.cuda.mem_get_info(index)[0]
 
-    def blocks(self, card: int = 0) -> list[Block]:
+    def blocks(self, card: int = 0) -> list[Allocation]:
         """Empty: PyTorch does not tell what a real card's blocks are for."""
         return []
 

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from simgpu.purposes import LocalCards, SimulatedCards
+from simgpu.readings import MachineReadings, SimulatedReadings
+from simgpu.units import MIB
 
 # On simulated cards: a sample when a card has changed by this much, when it falls from a peak that
 # is this much above the last one sampled, and at the latest after so many events.
-STEP_BYTES = 16 * 2**20
-PEAK_BYTES = 2**20
+STEP_BYTES = 16 * MIB
+PEAK_BYTES = MIB
 STEP_EVENTS = 2000
 
 
@@ -28,8 +29,9 @@ class Monitor:
 
     A line holds ``time`` (seconds since 1970), ``event`` (allocations and releases since the
     monitor began; null on real devices), ``process`` (its id), ``provenance``, ``stages`` (names of
-    those that are running, outermost first) and ``cards``, as ``memory.cards`` describes them,
-    sizes in bytes. Several processes may append to one file.
+    those that are running, outermost first) and ``cards``, as ``readings`` describes
+    them, sizes in bytes. Several processes may append to one file, and several monitors may watch
+    one rig.
 
     Args:
         rig: any, simulated or real.
@@ -82,11 +84,11 @@ class Monitor:
         # Only simulated cards have an allocator that can be listened to.
         allocators = getattr(self.rig, "allocators", None)
         if allocators is None:
-            self._cards = LocalCards(self.rig, self._cache)
+            self._cards = MachineReadings(self.rig, self._cache)
             self._listener = None
-            self._thread = threading.Thread(target=self._run, name="glm4v-nb monitor", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="simgpu monitor", daemon=True)
         else:
-            self._cards = SimulatedCards(self.rig)
+            self._cards = SimulatedReadings(self.rig)
             self._listener = _Listener(allocators, self.stages, self._try_sample)
             self._thread = None
         self._cache = None
@@ -107,8 +109,7 @@ class Monitor:
             self._thread.join()
         if self._error is None:
             self._try_sample()
-        if self._thread:
-            self._cards.close()
+        self._cards.close()
         self._file.close()
         if self._error is None:
             return
@@ -185,42 +186,32 @@ class _Listener:
 
     def start(self):
         for allocator in self.allocators:
-            allocator.allocate = self._before(allocator, allocator.allocate)
-            allocator.free = self._before(allocator, allocator.free)
+            allocator.listeners.append(self._before)
 
     def stop(self):
         for allocator in self.allocators:
-            del allocator.allocate, allocator.free  # the class's own methods show again
+            allocator.listeners.remove(self._before)
 
-    def _before(self, allocator, method):
-        index = allocator.index
-
-        def observed(argument):
-            now = allocator.allocated
-            stages = self.stages()
-            if method.__name__ == "free":
-                # Only where it ends a peak: what is being released is no longer among the blocks.
-                wanted = (
-                    now == allocator.peak_allocated
-                    and now - self._sampled_peaks[index] >= PEAK_BYTES
-                )
-            else:
-                wanted = (
-                    abs(now - self._sampled_bytes[index]) >= STEP_BYTES
-                    or self.events - self._sampled_event >= STEP_EVENTS
-                    or stages != self._sampled_stages
-                )
-            if wanted:
-                if stages != self._sampled_stages:  # whose peaks begin anew
-                    self._sampled_peaks = [each.allocated for each in self.allocators]
-                self._sampled_event, self._sampled_stages = self.events, stages
-                self._sampled_bytes = [each.allocated for each in self.allocators]
-                self._sampled_peaks[index] = max(self._sampled_peaks[index], now)
-                self.sample()
-            self.events += 1
-            return method(argument)
-
-        return observed
+    def _before(self, allocator, releases: bool):
+        index, now, stages = allocator.index, allocator.allocated, self.stages()
+        if releases:
+            # Only where it ends a peak: what is being released is no longer among the blocks.
+            above = now - self._sampled_peaks[index]
+            wanted = now == allocator.peak_allocated and above >= PEAK_BYTES
+        else:
+            wanted = (
+                abs(now - self._sampled_bytes[index]) >= STEP_BYTES
+                or self.events - self._sampled_event >= STEP_EVENTS
+                or stages != self._sampled_stages
+            )
+        if wanted:
+            if stages != self._sampled_stages:  # whose peaks begin anew
+                self._sampled_peaks = [each.allocated for each in self.allocators]
+            self._sampled_event, self._sampled_stages = self.events, stages
+            self._sampled_bytes = [each.allocated for each in self.allocators]
+            self._sampled_peaks[index] = max(self._sampled_peaks[index], now)
+            self.sample()
+        self.events += 1
 
 
 def read_samples(path: str | Path) -> list[dict]:

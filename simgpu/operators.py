@@ -11,9 +11,9 @@ import math
 
 import torch
 
-from simgpu.allocator import MIB
 from simgpu.catalog import Card
 from simgpu.device import DEVICE_TYPE, channels_last_strides
+from simgpu.units import MIB
 
 # cuDNN's attention keeps this much for itself while it runs, besides a seed and an offset of its
 # random numbers.

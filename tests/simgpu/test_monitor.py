@@ -9,6 +9,7 @@ import time
 import weakref
 from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 from rig_fixtures import MIB, load
@@ -18,7 +19,7 @@ from glm4v_nb.timeline import parts_of, plot_timeline
 from glm4v_nb.widgets.memory_bars import MemoryBars
 from glm4v_nb.workload import Workload, decode, make_prompt, prefill
 from simgpu import Rig, monitor
-from simgpu import purposes as cards
+from simgpu import readings as cards
 from simgpu.monitor import Monitor, read_samples
 
 PARTS = ("weights_bytes", "kv_cache_bytes", "workspace_bytes", "activations_bytes")
@@ -137,7 +138,7 @@ def test_a_simulated_card_is_the_same_with_and_without_a_monitor(path):
             else:
                 model = load()
                 prefill(model, make_prompt(model, Workload(images=0, text_tokens=8)))
-        assert all("allocate" not in vars(allocator) for allocator in rig.allocators)
+        assert [allocator.listeners for allocator in rig.allocators] == [[], []]
         return [memory.to_dict() for memory in rig.stages[0].memory]
 
     assert peaks(True) == peaks(False)
@@ -160,7 +161,7 @@ def test_a_thread_samples_this_machine_at_the_set_rate(path):
     # rate.
     assert 8 <= watch.samples == len(read_samples(path)) <= 28
     assert ["wait"] in [sample["stages"] for sample in read_samples(path)]
-    assert not [thread for thread in threading.enumerate() if thread.name == "glm4v-nb monitor"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "simgpu monitor"]
 
 
 def test_an_error_of_the_sampling_thread_reaches_the_caller(path, monkeypatch):
@@ -169,7 +170,7 @@ def test_an_error_of_the_sampling_thread_reaches_the_caller(path, monkeypatch):
         RuntimeError, match="stopped after 1 samples, by OSError: the driver is gone"
     ) as raised:
         with Monitor(rig, path, 0.01):
-            monkeypatch.setattr(cards.LocalCards, "read", failing)
+            monkeypatch.setattr(cards.MachineReadings, "read", failing)
             time.sleep(0.2)
     assert isinstance(raised.value.__cause__, OSError)
     assert len(read_samples(path)) == 1
@@ -180,7 +181,7 @@ def test_an_error_while_sampling_simulated_cards_does_not_end_the_program_but_is
 ):
     rig, made = Rig("L4"), []
     with pytest.raises(RuntimeError, match="OSError: the driver is gone"), rig, Monitor(rig, path):
-        monkeypatch.setattr(cards.SimulatedCards, "read", failing)
+        monkeypatch.setattr(cards.SimulatedReadings, "read", failing)
         with rig.stage("work"):
             made.append(torch.zeros(10, device="cuda"))
     assert len(made) == 1
@@ -188,7 +189,7 @@ def test_an_error_while_sampling_simulated_cards_does_not_end_the_program_but_is
 
 def test_an_error_of_the_program_is_not_replaced_by_one_of_the_monitor(path, monkeypatch):
     with pytest.raises(KeyError) as raised, Monitor(Rig.here(), path, 0.01):
-        monkeypatch.setattr(cards.LocalCards, "read", failing)
+        monkeypatch.setattr(cards.MachineReadings, "read", failing)
         time.sleep(0.2)
         raise KeyError("the program's own")
     assert "the driver is gone" in raised.value.__notes__[0]
@@ -289,17 +290,15 @@ def faked_gpu(monkeypatch):
     def end():
         nvml.ended += 1
 
-    monkeypatch.setattr(cards.pynvml, "nvmlInit", begin)
-    monkeypatch.setattr(cards.pynvml, "nvmlShutdown", end)
+    monkeypatch.setattr(pynvml, "nvmlInit", begin)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", end)
     monkeypatch.setattr(
-        cards.pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: {"GPU-1-2": "handle"}[uuid]
+        pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: {"GPU-1-2": "handle"}[uuid]
     )
     figures = SimpleNamespace(used=3000 * MIB, free=21_000 * MIB)
-    monkeypatch.setattr(
-        cards.pynvml, "nvmlDeviceGetMemoryInfo", lambda handle, version=None: figures
-    )
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle, version=None: figures)
     listed = "nvmlDeviceGetComputeRunningProcesses"
-    monkeypatch.setattr(cards.pynvml, listed, lambda handle: nvml.processes)
+    monkeypatch.setattr(pynvml, listed, lambda handle: nvml.processes)
     return nvml
 
 
