@@ -264,6 +264,53 @@ def test_tensors_on_simulated_cards_die_as_without_a_monitor(path):
         assert rig.memory()[0].allocated_bytes == 0
 
 
+def allocated(path) -> int:
+    return max(sample["cards"][0]["allocated_bytes"] for sample in read_samples(path))
+
+
+def fill(mebibytes) -> torch.Tensor:
+    filled = torch.empty(mebibytes * MIB, dtype=torch.uint8, device="cuda")
+    torch.empty(512, dtype=torch.uint8, device="cuda")  # a sample is taken before the next request
+    return filled
+
+
+def test_of_two_monitors_at_once_each_sees_everything_in_its_own_block(tmp_path):
+    rig, outer, inner = Rig("L4"), tmp_path / "outer", tmp_path / "inner"
+    with rig, Monitor(rig, outer):
+        kept = fill(64)
+        with Monitor(rig, inner):
+            fill(256)
+        kept = [kept, fill(1024)]
+    assert allocated(inner) == (64 + 256) * MIB
+    assert allocated(outer) == (64 + 1024) * MIB
+    assert rig.allocators[0].listeners == []
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_monitors_may_end_in_any_order(tmp_path, first):
+    rig = Rig("L4")
+    watches = [Monitor(rig, tmp_path / name) for name in "ab"]
+    with rig:
+        for watch in watches:
+            watch.__enter__()
+        kept = fill(64)
+        watches[first].__exit__(None, None, None)
+        kept = [kept, fill(256)]
+        watches[1 - first].__exit__(None, None, None)
+        kept.append(fill(1024))
+    assert allocated(watches[first].path) == 64 * MIB
+    assert allocated(watches[1 - first].path) == (64 + 256) * MIB
+
+
+def test_two_monitors_of_real_devices_at_once(tmp_path):
+    rig = Rig.here()
+    with Monitor(rig, tmp_path / "a", 0.02) as outer:
+        with Monitor(rig, tmp_path / "b", 0.02) as inner, rig.stage("wait"):
+            time.sleep(0.2)
+        time.sleep(0.1)
+    assert inner.samples > 2 and outer.samples > inner.samples
+
+
 @pytest.fixture
 def faked_gpu(monkeypatch):
     """One GPU of 24,000 MiB of which 3000 are used, as PyTorch and NVML would tell; processes may
