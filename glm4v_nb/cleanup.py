@@ -13,9 +13,8 @@ from accelerate.utils import find_executable_batch_size
 from accelerate.utils.memory import should_reduce_batch_size
 from IPython import get_ipython
 
-from glm4v_nb.holders import Holder, find_holders, tensors_in
+from glm4v_nb.holders import Holder, find_holders, in_words, tensors_in
 from simgpu import CardMemory, Rig
-from simgpu.units import in_words
 
 
 def clear_frames(error: BaseException | None):

@@ -13,7 +13,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simgpu.device import DEVICE_TYPE
-from simgpu.units import in_words
 
 # Classes, modules and fake-tensor modes lead to everything; what notebooks are run by leads to
 # every variable.
@@ -53,6 +52,14 @@ class Holder:
 def on_cards(sizes: dict[int, int]) -> str:
     """Bytes per card in words: "12.97 GiB on card 0, 3.0 MiB on card 1"."""
     return ", ".join(f"{in_words(sizes[card])} on card {card}" for card in sorted(sizes))
+
+
+def in_words(size: int) -> str:
+    """Bytes with a unit: GiB with two decimals, smaller sizes with one."""
+    for unit, scale, decimals in (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
+        if size >= scale:
+            return f"{size / scale:.{decimals}f} {unit}"
+    return f"{size} bytes"
 
 
 def find_holders(

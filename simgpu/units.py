@@ -4,7 +4,7 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 _UNITS = {"GiB": GIB, "MiB": MIB, "KiB": KIB, "bytes": 1}
 
 
-def in_words(size_bytes: int) -> str:
+def bytes_in_words(size_bytes: int) -> str:
     """GiB with two decimals, smaller sizes with one: "12.97 GiB", "3.0 MiB", "17 bytes"."""
     for unit, decimals in (("GiB", 2), ("MiB", 1), ("KiB", 1)):
         if size_bytes >= _UNITS[unit]:

@@ -5,6 +5,7 @@ Renaming and splitting happen inside transformers' own loader (and in reverse in
 ``save_pretrained``), through the mapping registered by ``register_official_layout``.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -17,8 +18,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
-from simgpu.checkpoints import INDEX, weight_map
-
+INDEX = "model.safetensors.index.json"
 # Official name -> name here. Every pattern is anchored on a part that no other tensor has, so that
 # both directions are unambiguous: the tower and the decoder share leaf names such as
 # "query_key_value" and "dense_4h_to_h".
@@ -134,6 +134,16 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
     return (model, info) if wants_info else model
 
 
+def weight_map(directory: Path) -> dict[str, str]:
+    """The file of every tensor of a checkpoint that has an index; {} for any other.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    index_file = directory / INDEX
+    return _read_index(index_file) if index_file.is_file() else {}
+
+
 def check_weight_files(directory: Path):
     """Compare every weights file of a local checkpoint with the index; reads headers, not
     weights."""
@@ -161,9 +171,19 @@ def check_weight_files(directory: Path):
         _check_safetensors(path, expected)
 
 
+def _read_index(index_file: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index_file.read_text())["weight_map"].items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index_file} is not a safetensors index ({error!r}): expected JSON with a"
+            ' "weight_map". Download the file again.'
+        ) from error
+
+
 def _indexed_files(index_file: Path) -> dict[Path, set[str]]:
     files: dict[Path, set[str]] = {}
-    for tensor, shard in weight_map(index_file.parent).items():
+    for tensor, shard in _read_index(index_file).items():
         files.setdefault(index_file.parent / shard, set()).add(tensor)
     absent = sorted(path.name for path in files if not path.is_file())
     if absent:
