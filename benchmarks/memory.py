@@ -1,6 +1,6 @@
 """Peak memory of the full-size model, on real GPUs and simulated: one program, two worlds.
 
-    python benchmarks/memory.py write DIR                  # random weights, official layout, 27.8 GB
+    python benchmarks/memory.py write DIR                  # random weights, official layout: 28 GB
     python benchmarks/memory.py measure DIR --output FILE  # on this machine's GPUs
     python benchmarks/memory.py compare FILE...            # the simulator beside stored figures
 
