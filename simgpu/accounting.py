@@ -277,16 +277,14 @@ class Accounting:
                 self._grow(card, DECODE_KERNELS, sum(DECODE_KERNELS))
 
     def _grow(self, card: int, pieces: Sequence[int], grows_bytes: int):
-        """Kernels take pieces of memory among the segments, and in all ``grows_bytes`` for the
-        context."""
+        """Kernels take pieces among the segments, and the context grows by ``grows_bytes``."""
         self._allocator(card).keep_addresses(pieces)
         # Of other cards all kernels are in the context from the beginning.
         if self.card.kernel_bytes:
             self._allocator(card).context_bytes += grows_bytes
 
     def release_workspaces(self):
-        """As ``torch._C._cuda_clearCublasWorkspaces``: the next matrix product takes its workspace
-        anew."""
+        """As ``torch._C._cuda_clearCublasWorkspaces``: the next product takes it anew."""
         for block in self._workspaces.values():
             for place in block.places:
                 self._allocator(block.card).free(place)

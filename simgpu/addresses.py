@@ -20,8 +20,7 @@ import bisect
 from simgpu.units import MIB
 
 REGION = 32 * MIB
-# The first region is the context's own and stays. In it one hole at the end is set off from the
-# rest.
+# The first region is the context's own and stays; in it one hole at the end is set off.
 FIRST_REGION, SET_OFF = 416 * MIB, 2 * MIB
 TOP = 2**46
 

@@ -43,8 +43,7 @@ def block_bytes(size_bytes: int) -> int:
 
 
 def segment_bytes(size_bytes: int) -> int:
-    """Bytes asked of the driver when nothing cached fits; the "Tried to allocate" of the
-    message."""
+    """Bytes asked of the driver when nothing cached fits: "Tried to allocate" in the message."""
     if size_bytes <= SMALL_REQUEST:
         return SMALL_SEGMENT
     if size_bytes < LARGE_REQUEST:
@@ -139,8 +138,7 @@ class Allocator:
 
     @property
     def limit_bytes(self) -> int:
-        """Most bytes PyTorch can reserve: the rest of the card, or the per-process cap if that is
-        less."""
+        """Most bytes PyTorch can reserve: the rest of the card, or the cap if that is less."""
         return min(self.available_bytes, self.allowed_bytes)
 
     @property
@@ -178,8 +176,7 @@ class Allocator:
         return block
 
     def free(self, block: Block):
-        """Give a block back. It stays reserved, as in PyTorch, until ``empty_cache`` or until room
-        is needed."""
+        """Give a block back. It stays reserved, as in PyTorch, until room is needed."""
         for listener in self.listeners:
             listener(self, True)
         self.allocated -= block.size
@@ -261,8 +258,7 @@ class Allocator:
         return place
 
     def _cached(self, size: int, small: bool) -> Block | None:
-        """Best fit: the smallest free block that is large enough, the lowest address among
-        equals."""
+        """Best fit: the smallest free block large enough, the lowest address among equals."""
         pool = self._small if small else self._large
         place = bisect.bisect_left(pool, (size,))
         if place == len(pool):
@@ -295,8 +291,7 @@ class Allocator:
         self._space.give_back(segment.address)
 
     def _release_oversize(self, size: int, small: bool) -> bool:
-        """With max_split_size_mb: give back one cached block large enough, or several of the
-        largest."""
+        """With max_split_size_mb: give back a cached block large enough, or several large ones."""
         if self.max_split_bytes == 2**63:
             return False
         pool = self._pool(small)

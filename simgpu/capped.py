@@ -1,5 +1,4 @@
-"""``CappedRig``: this machine's GPUs standing for cards of the catalogue, capped to their capacity
-where larger."""
+"""``CappedRig``: this machine's GPUs standing for cards, capped to them where larger."""
 
 import gc
 from contextlib import ExitStack
@@ -62,8 +61,7 @@ class CappedRig(MachineRig):
 
     @property
     def cap_bytes(self) -> int:
-        """What PyTorch can reserve on such a card: the context and the driver take their part
-        first."""
+        """What PyTorch can reserve on such a card, beside the context and the driver's part."""
         return self.card.total_bytes - self.card.outside_bytes
 
     @property

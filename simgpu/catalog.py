@@ -79,14 +79,12 @@ class Card:
 
     @property
     def outside_bytes(self) -> int:
-        """What inference never has of the card: the context with a prefill's kernels, and the
-        driver's own part."""
+        """What inference never has of the card: context, a prefill's kernels, the driver's part."""
         return self.context_bytes + self.kernel_bytes + self.system_bytes
 
     @property
     def bf16_supported(self) -> bool:
-        """Whether the tensor cores multiply bfloat16 natively: compute capability 8.0 (Ampere) or
-        newer."""
+        """Whether tensor cores multiply bfloat16: compute capability 8.0 (Ampere) or newer."""
         return self.compute_capability >= (8, 0)
 
 
@@ -146,14 +144,12 @@ CARDS: dict[str, Card] = {key: _card(key, row) for key, row in _TABLE.items()}
 
 
 def _plain(name: str) -> str:
-    """A name without maker, brand, case, spaces and hyphens: "rtx4090" for "NVIDIA GeForce RTX
-    4090"."""
+    """A name without maker, brand and case: "rtx4090" for "NVIDIA GeForce RTX 4090"."""
     return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
 
 
 def _spellings(card: Card) -> set[str]:
-    """All plain spellings of a card: "rtx4090" and "4090"; "a10080", "a10080gb" and
-    "a100sxm480gb"."""
+    """All plain spellings of a card: "rtx4090", "4090"; "a10080", "a10080gb", "a100sxm480gb"."""
     key = _plain(card.key)
     return {
         key,

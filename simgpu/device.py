@@ -36,8 +36,7 @@ from torch.utils import _pytree, backend_registration
 from simgpu.catalog import MAX_CARDS
 
 DEVICE_TYPE = "simcuda"
-# Called after every operator with its overload, its results on simulated cards and on the CPU, and
-# its arguments; set by a rig.
+# Called after every operator with its overload, its results on cards and CPU, and its arguments.
 Observer = Callable[[object, list[FakeTensor], tuple], None]
 _observer: Observer | None = None
 
@@ -67,15 +66,13 @@ def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = No
 
 
 def channels_last_strides(shape: torch.Size) -> tuple[int, int, int, int]:
-    """Strides of a contiguous tensor of this shape (batch, channels, height, width) whose channels
-    lie side by side."""
+    """Strides of a tensor (batch, channels, height, width) whose channels lie side by side."""
     _, channels, height, width = shape
     return (channels * height * width, 1, width * channels, channels)
 
 
 def _convolution_backward(gradient, input, weight, bias_sizes, *settings):
-    # As cuDNN goes about it, one gradient after the other. Only plain convolutions over pictures
-    # have been traced.
+    # As cuDNN does it, one gradient after the other; traced were plain convolutions on pictures.
     *_, transposed, _, groups, (of_input, of_weight, of_bias) = settings
     if gradient.ndim != 4 or transposed or groups != 1 or gradient.device.type != DEVICE_TYPE:
         return NotImplemented
@@ -97,8 +94,7 @@ def _convolution_backward(gradient, input, weight, bias_sizes, *settings):
             )
     del copied
     if of_bias:
-        # Positions come before channels in memory: what follows the convolutions of this model
-        # flattens them so.
+        # Positions come before channels: what follows this model's convolutions flattens them so.
         by_position = gradient.as_strided(gradient.shape, channels_last_strides(gradient.shape))
         gradients[2] = by_position.sum((0, 2, 3))
     return tuple(gradients)
@@ -119,8 +115,7 @@ def _transposed_bytes(gradient, input, weight) -> int:
     return moved * weight.element_size() + 14 * elements * 4
 
 
-# Operators whose shape rule allocates otherwise than their CUDA kernel. NotImplemented leaves a
-# call to the shape rule.
+# Operators that allocate otherwise than their shape rule; NotImplemented leaves a call to it.
 _REWRITTEN = {
     torch.ops.aten._safe_softmax.default: _safe_softmax,
     torch.ops.aten.convolution_backward.default: _convolution_backward,
@@ -142,8 +137,7 @@ class _BackendModule(backend_registration._DummyBackendModule):
 
 
 class _ObservedFakeMode(FakeTensorMode):
-    """Runs shape rules and reports each operator. All threads pass here, the autograd engine's
-    too."""
+    """Runs shape rules and reports each operator, of the autograd engine's threads as well."""
 
     # Some constructors would otherwise touch the device with a real kernel.
     avoid_device_init = True
@@ -205,11 +199,9 @@ def _tensors_made(output) -> list[FakeTensor]:
     return [each for each in leaves if isinstance(each, FakeTensor) and each.device.type != "meta"]
 
 
-# Private functions; a torch without them adds gradients into new tensors, as fake tensors do by
-# themselves.
+# Private functions; without them gradients are added into new tensors, as fake ones do.
 _COUNTS = hasattr(torch.Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
-# ``_use_count()`` of a gradient that nothing but the engine refers to, as seen from ``dispatch``;
-# found by trying.
+# ``_use_count()`` of a gradient that only the engine refers to, seen from ``dispatch``; tried.
 _engines_own: int | None = None
 _trying = False
 
@@ -246,13 +238,11 @@ def _added_in_place(sum_so_far, gradient, *others, **options) -> bool:
 
 
 def _put_in_place(zeros, indices, gradient, accumulate=False) -> bool:
-    """Whether this is the gradient of an index, which PyTorch puts into new zeros in place, but for
-    fake tensors."""
+    """Whether this is an index's gradient, which PyTorch puts into new zeros in place."""
     return accumulate and isinstance(zeros, FakeTensor) and _in_backward_pass()
 
 
-# Operators that the autograd engine carries out in place, which it never does with fake tensors;
-# whether it would here.
+# What the autograd engine does in place, but not with fake tensors; whether it would here.
 _IN_PLACE = {
     torch.ops.aten.add.Tensor: _added_in_place,
     torch.ops.aten.index_put.default: _put_in_place,
@@ -280,8 +270,7 @@ _library: torch.library.Library | None = None
 
 
 def fake_mode() -> FakeTensorMode:
-    """The one mode all simulated tensors of this process belong to; registers the device on first
-    use."""
+    """The mode of all simulated tensors of this process; registers the device on first use."""
     global _mode, _library
     with _registering:
         if _mode is None:
@@ -293,8 +282,7 @@ def fake_mode() -> FakeTensorMode:
                 packet, _, overload = name.partition(".")
                 operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
                 _library.impl(name, _in_fake_mode(operator), "PrivateUse1")
-            # Without a kernel of its own for the device it is taken apart into six operators; CUDA
-            # has one.
+            # Without a kernel of its own it is taken apart into six operators; CUDA has one.
             _library.impl("silu_backward", _never_called, "PrivateUse1")
             _mode = _ObservedFakeMode()
             _try_engine()
@@ -307,8 +295,7 @@ def _never_called(*arguments):
 
 
 def observe(observer: Observer | None) -> Observer | None:
-    """Report every operator to ``observer`` from now on; None stops reporting. Returns who was told
-    before."""
+    """Report every operator to ``observer`` from now on, or to none; returns the one before."""
     global _observer
     fake_mode()
     before, _observer = _observer, observer
@@ -321,8 +308,7 @@ def card_device(index: int) -> torch.device:
 
 
 def machine_device(index: int) -> torch.device | None:
-    """What a bare number means outside a simulated rig: a GPU on a machine that has some, otherwise
-    None."""
+    """What a bare number means outside a simulated rig: a GPU where there are some, or None."""
     return torch.device("cuda", index) if _observer is None and torch.cuda.is_available() else None
 
 

@@ -88,8 +88,7 @@ class _Load:
         self._references[key] = weakref.ref(storage, gone)
 
     def observe(self, results: list[FakeTensor], arguments: tuple):
-        """Count what an operator made: on the CPU a tensor, for a card perhaps a conversion before
-        the copy."""
+        """Count what an operator made: a tensor on the CPU, or a conversion before a copy."""
         source = next(
             (
                 each
@@ -154,8 +153,7 @@ class Host:
 
     @contextmanager
     def loading(self):
-        """Around a call of the loader, which has to have dropped its own references when the block
-        ends."""
+        """Around the loader, which must have dropped its references when the block ends."""
         self.memory = None
         try:
             yield

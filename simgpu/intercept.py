@@ -39,8 +39,7 @@ def simulated_torch(rig):
         replace(torch._C, "_cuda_clearCublasWorkspaces", rig.release_workspaces)
         for name, (route, original) in _ROUTES.items():
             replace(functional, name, route(original, rig))
-        # Optimisers take their default way, many tensors at a time, only for types of tensor on
-        # this list.
+        # Optimisers update many tensors at a time only for types of tensor on this list.
         types = [*optimizer._foreach_supported_types, FakeTensor]
         replace(optimizer, "_foreach_supported_types", types)
         replace(torch.autocast, "__init__", _refused_autocast(torch.autocast.__init__))
@@ -51,8 +50,7 @@ def simulated_torch(rig):
 
 
 def _refused_autocast(original):
-    """torch casts only for devices it knows: on simulated cards autocast would do nothing, without
-    a word."""
+    """On simulated cards torch's autocast would do nothing, without a word."""
 
     def __init__(self, device_type, dtype=None, enabled=True, cache_enabled=None):
         if enabled and device_type in ("cuda", DEVICE_TYPE):

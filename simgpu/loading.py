@@ -109,8 +109,7 @@ def _unless_simulated(original, answer):
 
 
 def _warmup_of_cuda_cards(model, expanded_device_map, *args, **kwargs):
-    """The loader reserves memory ahead in one block, but sizes it by free memory only on "cuda"
-    devices."""
+    """The loader reserves memory ahead in one block, sized by free memory on "cuda" only."""
     cards = {name: _cuda_device(place) for name, place in expanded_device_map.items()}
     return _ORIGINAL_WARMUP(model, cards, *args, **kwargs)
 
@@ -122,8 +121,7 @@ def _cuda_device(place):
 
 
 def _execution_device(hook):
-    """Where accelerate's AlignDevicesHook puts weights and inputs; it first asks whether they are
-    there already."""
+    """Where AlignDevicesHook puts weights and inputs; it first asks whether they are there."""
     try:
         place = vars(hook)["execution_device"]
     except KeyError:
@@ -173,8 +171,7 @@ def _refused_generate(original):
 
 
 def _simulated_from_pretrained(rig):
-    """Replaces a ``from_pretrained`` by one that runs transformers' own loader on tensors that have
-    no numbers."""
+    """``from_pretrained`` by transformers' own loader, on tensors that have no numbers."""
 
     def replacement(original):
         def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
@@ -195,8 +192,7 @@ def _simulated_from_pretrained(rig):
                 kwargs.pop(argument, None)
             files = weight_map(Path(name or ""))
             with _quiet_loader(), rig.loading(), rig.host.loading():
-                # No name here for the tensors: those that the loader drops have to be gone when it
-                # returns.
+                # No name here for the tensors: the loader's own have to be gone when it returns.
                 loaded = original(
                     cls,
                     None,
@@ -215,8 +211,7 @@ def _simulated_from_pretrained(rig):
 
 @contextmanager
 def _quiet_loader():
-    """transformers' loader without progress bar and threads, in which "cuda:0" would not be taken
-    for a simulated card."""
+    """transformers' loader without progress bar, and without threads, which know no rig."""
     progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -224,8 +219,7 @@ def _quiet_loader():
             warnings.catch_warnings(),
             mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
         ):
-            # The loader compares storages by address to find tied weights; without numbers none
-            # are tied.
+            # The loader finds tied weights by address; without numbers none are tied.
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield
     finally:
@@ -256,8 +250,7 @@ def _read_config(cls: type, source) -> PreTrainedConfig:
 
 
 def _model_class(auto_class: type, config) -> tuple[type, PreTrainedConfig]:
-    """The class that an Auto class loads for a configuration, and the part of it that is the
-    class's own."""
+    """The class that an Auto class loads for a configuration, and the part of it for the class."""
     if type(config) not in auto_class._model_mapping:
         raise ValueError(
             f"{auto_class.__name__} has no model for the configuration {type(config).__name__}."

@@ -13,8 +13,7 @@ from simgpu.rig import CardMemory, Rig
 
 
 def measured_on(gpus: int, remark: str = "") -> str:
-    """ "measured on ...": the first ``gpus`` GPUs, or the CPU if that is 0, a remark on them, date
-    and versions."""
+    """ "measured on ...": the first ``gpus`` GPUs, or the CPU if 0, a remark, date and versions."""
     if gpus:
         names = Counter(torch.cuda.get_device_name(index) for index in range(gpus))
         where = ", ".join(f"{count} x {name}" for name, count in names.items())

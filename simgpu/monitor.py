@@ -137,8 +137,7 @@ class Monitor:
             self._try_sample()
 
     def _try_sample(self):
-        # An allocation inside a sample, or in a second thread meanwhile, is no reason for another
-        # one.
+        # An allocation inside a sample, or in another thread meanwhile, is no reason for one.
         if self._error is not None or not self._busy.acquire(blocking=False):
             return
         try:
@@ -158,8 +157,7 @@ class Monitor:
             "stages": self.stages(),
             "cards": self._cards.read(),
         }
-        # One write a line, flushed: the file is whole if the process is killed, and lines of two do
-        # not mix.
+        # One write a line, flushed: whole if the process is killed, and lines of two do not mix.
         self._file.write(json.dumps(sample) + "\n")
         self._file.flush()
         if self._on_sample is not None:

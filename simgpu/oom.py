@@ -46,8 +46,7 @@ class OutOfMemoryMessage:
 
     @property
     def short_bytes(self) -> int:
-        """How much more memory the request needed: free on the card, and allowed to this
-        process."""
+        """How much more memory the request needed: free on the card, and allowed to the process."""
         room = self.free_bytes
         if self.allowed_bytes is not None:
             room = min(room, self.allowed_bytes - self.allocated_bytes - self.unallocated_bytes)

@@ -15,23 +15,19 @@ from simgpu.catalog import Card
 from simgpu.device import DEVICE_TYPE, channels_last_strides
 from simgpu.units import MIB
 
-# cuDNN's attention keeps this much for itself while it runs, besides a seed and an offset of its
-# random numbers.
+# What cuDNN's attention keeps while it runs, besides seed and offset of its random numbers.
 _CUDNN_ATTENTION_BYTES = 256
 # With one query position it divides the keys among so many blocks, each with its own sums.
 _DECODE_SPLITS = 8
-# Operators that call cuBLAS, whose workspace PyTorch allocates once per device and thread, and
-# keeps.
+# Operators that call cuBLAS, whose workspace PyTorch keeps, one per device and thread.
 MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"}
-# A product with a bias goes through cublasLt, which has a workspace of its own:
-# _parseCUDABlasLtWorkspaceSize().
+# With a bias it is cublasLt, with a workspace of its own: _parseCUDABlasLtWorkspaceSize().
 WITH_BIAS = {"aten::addmm"}
 CUBLASLT_WORKSPACE_BYTES = 2**20
 # Kernels are loaded when they are first used, and some of their memory lies among PyTorch's
 # segments: cuBLAS's with the first matrix product; some by the decoder's first normalisation; some
 # in each decoding of another size that goes on for long. The last are not loaded after 7 steps and
-# are after 63; what they are is not known, and more than three sizes in one process were not
-# measured.
+# are after 63; what they are is not known, and more than three sizes were not measured.
 CUBLAS_KERNELS, NORM_KERNELS, DECODE_KERNELS = [64 * MIB], [2 * MIB], [2 * MIB] * 3
 LONG_DECODE, DECODE_SIZES = 16, 3
 
@@ -62,8 +58,7 @@ def scratch_bytes(name: str, arguments: tuple, card: Card) -> list[int]:
 def _embedding_backward_scratch(
     gradient: torch.Tensor, indices: torch.Tensor, rows: int
 ) -> list[int]:
-    """Many indices are sorted first, and their gradients added up in pieces of ten
-    (EmbeddingBackwardKernel.cu)."""
+    """Indices are sorted, gradients added in pieces of ten (EmbeddingBackwardKernel.cu)."""
     count = indices.numel()
     if count <= 3072:
         return []
@@ -72,8 +67,7 @@ def _embedding_backward_scratch(
 
 
 def _attention_backward_bytes(query, key, value) -> int:
-    """The query's gradient and a sum per row in float32; gradients of key and value for each head
-    that shares them."""
+    """The query's gradient and sums in float32; per head gradients of shared keys and values."""
     batch, heads, positions, features = query.shape
     size = batch * heads * positions * (features + 1) * 4 + _CUDNN_ATTENTION_BYTES
     if key.shape[1] != heads:
@@ -82,8 +76,7 @@ def _attention_backward_bytes(query, key, value) -> int:
 
 
 def _sum_scratch(tensor: torch.Tensor, dims, card: Card) -> list[int]:
-    """Room for partial sums and their counters, where the blocks of a grid share the work on one
-    sum."""
+    """Partial sums and their counters, where the blocks of a grid share the work on one sum."""
     if not tensor.numel():
         return []
     every = range(tensor.ndim)
@@ -146,8 +139,7 @@ def _scratch(size_bytes: int, device: torch.device):
 
 
 def routed_attention(original, rig):
-    """``scaled_dot_product_attention`` with the kernel CUDA picks; without a GPU torch picks the
-    slowest."""
+    """Attention with the kernel CUDA picks; without a GPU torch picks the slowest."""
 
     def scaled_dot_product_attention(
         query,
@@ -182,8 +174,7 @@ def routed_attention(original, rig):
             )[0]
         grouped = query.shape[1] != key.shape[1]
         if grouped or (query.dtype is torch.bfloat16 and not has_flash):
-            # Neither the flash nor the memory-efficient kernel takes these: CUDA uses the plain one
-            # too.
+            # Neither the flash nor the memory-efficient kernel takes these.
             return original(
                 query,
                 key,
@@ -235,8 +226,7 @@ def _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, sc
 
 
 def routed_convolution(original, rig):
-    """``conv2d`` as cuDNN runs it: on channels-last data everything is, in float32 on copies it
-    transposes itself."""
+    """``conv2d`` as cuDNN runs it: in the input's layout, in float32 on transposed copies."""
 
     def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         if input.device.type != DEVICE_TYPE:
@@ -247,8 +237,7 @@ def routed_convolution(original, rig):
             input = input.contiguous(memory_format=torch.channels_last)
         output = original(input, weight, bias, stride, padding, dilation, groups)
         if channels_last and not output.requires_grad:
-            # The shape rule does not know that the result is channels-last too; nothing else refers
-            # to it yet.
+            # The shape rule does not know that the result is channels-last; it has no views yet.
             output = output.as_strided_(output.shape, channels_last_strides(output.shape))
         transposed = (
             weight.detach().contiguous(memory_format=torch.channels_last) if channels_last else None

@@ -21,8 +21,7 @@ KV_CACHE, WORKSPACE, ACTIVATIONS = "KV cache", "workspace", "activations"
 
 @contextmanager
 def registration(accounting):
-    """Until the block ends, caches and optimisers tell ``accounting`` what their tensors are
-    for."""
+    """In the block caches and optimisers tell ``accounting`` what their tensors are for."""
     original = Cache.update
 
     def update(cache, key_states, value_states, layer_idx, *args, **kwargs):
@@ -71,8 +70,7 @@ def _tensors_of(values: dict) -> Iterator[torch.Tensor]:
 def split(
     allocated: int, weights: int, kv_cache: int, workspace: int | None
 ) -> dict[str, int | None]:
-    """Allocated bytes by purpose; what is left is activations. A part never exceeds what the others
-    leave of it."""
+    """Allocated bytes by purpose, each at most what the others leave; the rest is activations."""
     weights = min(weights, allocated)
     kv_cache = min(kv_cache, allocated - weights)
     rest = allocated - weights - kv_cache

@@ -20,8 +20,7 @@ from simgpu.purposes import KV_CACHE, WEIGHTS, WORKSPACE, split
 
 
 class SimulatedReadings:
-    """Simulated cards: every live block says what it is for. All is weights while a stage named
-    "load" runs."""
+    """Simulated cards: every block says what it is for; all is weights in a stage "load"."""
 
     def __init__(self, rig):
         self.rig = rig
@@ -120,8 +119,7 @@ class MachineReadings:
         return loads[-1].memory[index].allocated_bytes if loads[-1].memory else allocated
 
     def _driver_figures(self, index: int, capacity: int) -> dict[str, int | None]:
-        """The card by NVML; without it, by CUDA if this process has a context there, and nothing by
-        process."""
+        """The card by NVML; without it by CUDA, if this process has a context, and no processes."""
         handle = self._handles[index] if self._handles else None
         if handle is None:
             free, total = (
@@ -151,8 +149,7 @@ class MachineReadings:
 
 
 def cache_bytes(cache) -> dict[int, int]:
-    """Bytes of a KV cache by index of the device its tensors are on (0 for the CPU); {} without a
-    cache."""
+    """Bytes of a KV cache by index of its tensors' device (0 for the CPU); {} without a cache."""
     found: dict[int, int] = {}
     for layer in getattr(cache, "layers", ()):
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
@@ -163,8 +160,7 @@ def cache_bytes(cache) -> dict[int, int]:
 
 
 def _allocator_figures(index: int) -> dict[str, int]:
-    # The public functions ask for this dictionary once a figure, and sort it each time: ten times
-    # slower.
+    # The public functions ask for this dictionary once a figure: ten times slower.
     statistics = (
         torch.cuda.memory_stats_as_nested_dict(index) if torch.cuda.is_initialized() else {}
     )

@@ -83,15 +83,13 @@ class Replay:
             else:
                 for block in table.pop(number):
                     allocator.free(block)
-        # What a step leaves replaces what the one before left, or adds to it where that was not
-        # released.
+        # What a step leaves replaces what the one before left, or adds to it if that is still held.
         for number, blocks in made.items():
             self._held[number] = self._held.get(number, []) + blocks
         made.clear()
 
     def _unwind(self):
-        """As when a real step fails: what replaced an older block stays, the step's own temporaries
-        go."""
+        """As when a real step fails: what replaced an older block stays, temporaries go."""
         for number, blocks in self._made.items():
             if number in self._survivors and number not in self._held:
                 self._held[number] = blocks

@@ -105,8 +105,7 @@ class Rig(ABC):
 
     @staticmethod
     def here() -> "MachineRig":
-        """This machine as it is: its GPUs, or its CPU where there are none; figures are
-        measured."""
+        """This machine as it is, its GPUs or else its CPU; figures are measured."""
         from simgpu.machine import MachineRig
 
         return MachineRig()
@@ -153,8 +152,7 @@ class Rig(ABC):
 
     @contextmanager
     def loading(self):
-        """Around ``from_pretrained``: a stage "load" of its own, unless the caller is inside a
-        stage already."""
+        """Around ``from_pretrained``: a stage "load", unless inside a stage already."""
         if any(not stage.memory for stage in self.stages):
             yield
         else:

@@ -1,5 +1,4 @@
-"""``SimulatedRig``: cards that have no more than shapes and bytes, on which the full-size model
-runs on a laptop."""
+"""``SimulatedRig``: cards with shapes and bytes only, so that any model runs on a laptop."""
 
 import os
 import weakref
@@ -184,8 +183,7 @@ class SimulatedRig(Rig):
 
     @contextmanager
     def backward_pass(self):
-        """Around a backward pass, which an out-of-memory error cannot leave: it is raised at its
-        end."""
+        """Around a backward pass; an out-of-memory error cannot leave it, and is raised here."""
         with self._accounting.deferring():
             yield
         known = [reference() for reference in self._weights.values()]
