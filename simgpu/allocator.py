@@ -13,6 +13,7 @@ one stream.
 
 import bisect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,6 +27,7 @@ LARGE_REQUEST = 10 * MIB
 LARGE_SEGMENT = 20 * MIB
 SEGMENT_ROUNDING = 2 * MIB
 LEAST_MAX_SPLIT = LARGE_SEGMENT  # PyTorch refuses a max_split_size_mb below this
+UNLIMITED = 2**63
 DOCUMENTATION = (
     "https://docs.pytorch.org/docs/stable/notes/cuda.html"
     "#optimizing-memory-usage-with-pytorch-cuda-alloc-conf"
@@ -51,22 +53,23 @@ def segment_bytes(size_bytes: int) -> int:
     return round_up(size_bytes, SEGMENT_ROUNDING)
 
 
+@dataclass(slots=True, eq=False)
 class Block:
     """A piece of a segment. ``before`` and ``after`` are its neighbours in the same segment.
 
     ``mapped`` is False where an expandable segment has addresses but no memory.
     """
 
-    __slots__ = ("address", "after", "before", "free", "mapped", "size", "small")
+    address: int
+    size: int
+    small: bool
+    mapped: bool = True
+    before: "Block | None" = None
+    after: "Block | None" = None
+    free: bool = False
 
-    def __init__(self, address: int, size: int, small: bool, mapped: bool = True):
-        self.address, self.size, self.small = address, size, small
-        self.mapped = mapped
-        self.before: Block | None = None
-        self.after: Block | None = None
-        self.free = False
 
-
+@dataclass(eq=False)
 class Allocator:
     """One card's memory as PyTorch's allocator manages it, and the error when a request finds no
     room.
@@ -77,11 +80,11 @@ class Allocator:
         total_bytes: what the driver reports as the card's capacity.
         context_bytes: taken by this process outside PyTorch's allocator: the CUDA context, and
             later its kernels.
-        system_bytes: taken by the driver for itself, counted to no process.
         fraction: ``set_per_process_memory_fraction``; None, before it is called, means no cap.
+        system_bytes: taken by the driver for itself, counted to no process.
         max_split_bytes: ``max_split_size_mb`` in bytes: larger blocks are not split, and are given
             back to make room.
-        addresses: those of the process, which all its cards share; None for a card by itself.
+        addresses: those of the process, which all its cards share; by default of this card alone.
             Expandable segments have a range of addresses each and take none of these.
 
     Attributes:
@@ -93,30 +96,21 @@ class Allocator:
             memory is to be released.
     """
 
-    def __init__(
-        self,
-        index: int,
-        device_name: str,
-        total_bytes: int,
-        context_bytes: int = 0,
-        fraction: float | None = None,
-        *,
-        system_bytes: int = 0,
-        max_split_bytes: int | None = None,
-        addresses: AddressSpace | None = None,
-    ):
-        if max_split_bytes is not None and max_split_bytes <= LEAST_MAX_SPLIT:
+    index: int
+    device_name: str
+    total_bytes: int
+    context_bytes: int = 0
+    fraction: float | None = None
+    system_bytes: int = field(default=0, kw_only=True)
+    max_split_bytes: int = field(default=UNLIMITED, kw_only=True)
+    addresses: AddressSpace = field(default_factory=AddressSpace, kw_only=True, repr=False)
+
+    def __post_init__(self):
+        if self.max_split_bytes <= LEAST_MAX_SPLIT:
             raise ValueError(
-                f"max_split_size_mb is {max_split_bytes / MIB:g}; PyTorch takes only more than "
-                f"{LEAST_MAX_SPLIT // MIB}. Raise it, or leave it out."
+                f"max_split_size_mb is {self.max_split_bytes / MIB:g}; PyTorch takes only more than"
+                f" {LEAST_MAX_SPLIT // MIB}. Raise it, or leave it out."
             )
-        self.index = index
-        self.device_name = device_name
-        self.total_bytes = total_bytes
-        self.context_bytes = context_bytes
-        self.system_bytes = system_bytes
-        self.fraction = fraction
-        self.max_split_bytes = max_split_bytes or 2**63
         self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
         self.retries = 0
@@ -124,7 +118,6 @@ class Allocator:
         # Free blocks of each pool in the order best fit looks at them: by size, then address.
         self._small: list[tuple[int, int, Block]] = []
         self._large: list[tuple[int, int, Block]] = []
-        self._space = addresses or AddressSpace()
 
     @property
     def allowed_bytes(self) -> int:
@@ -197,7 +190,7 @@ class Allocator:
     def keep_addresses(self, sizes: Iterable[int]):
         """The driver keeps addresses among the segments for itself, for kernels that it loads."""
         for size in sizes:
-            self._space.take(size)
+            self.addresses.take(size)
 
     def reset_peaks(self):
         """Start new peaks at the present values."""
@@ -208,13 +201,11 @@ class Allocator:
 
     def _insert(self, block: Block):
         block.free = True
-        bisect.insort(
-            self._small if block.small else self._large, (block.size, block.address, block)
-        )
+        bisect.insort(self._pool(block.small), (block.size, block.address, block))
 
     def _remove(self, block: Block):
         block.free = False
-        pool = self._small if block.small else self._large
+        pool = self._pool(block.small)
         del pool[bisect.bisect_left(pool, (block.size, block.address))]
 
     @staticmethod
@@ -259,7 +250,7 @@ class Allocator:
 
     def _cached(self, size: int, small: bool) -> Block | None:
         """Best fit: the smallest free block large enough, the lowest address among equals."""
-        pool = self._small if small else self._large
+        pool = self._pool(small)
         place = bisect.bisect_left(pool, (size,))
         if place == len(pool):
             return None
@@ -279,7 +270,7 @@ class Allocator:
         if self.reserved + wanted > self.limit_bytes:
             return None
         self._reserve(wanted)
-        return Block(self._space.take(wanted), wanted, small)
+        return Block(self.addresses.take(wanted), wanted, small)
 
     def _reserve(self, size: int):
         self.reserved += size
@@ -288,11 +279,11 @@ class Allocator:
 
     def _give_back(self, segment: Block):
         self.reserved -= segment.size
-        self._space.give_back(segment.address)
+        self.addresses.give_back(segment.address)
 
     def _release_oversize(self, size: int, small: bool) -> bool:
         """With max_split_size_mb: give back a cached block large enough, or several large ones."""
-        if self.max_split_bytes == 2**63:
+        if self.max_split_bytes == UNLIMITED:
             return False
         pool = self._pool(small)
         key = max(size, self.max_split_bytes)

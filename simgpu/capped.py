@@ -1,7 +1,6 @@
 """``CappedRig``: this machine's GPUs standing for cards, capped to them where larger."""
 
 import gc
-from contextlib import ExitStack
 from unittest import mock
 
 import torch
@@ -56,7 +55,6 @@ class CappedRig(MachineRig):
             for index in range(count)
         ]
         self._mem_get_info = torch.cuda.mem_get_info
-        self._world: ExitStack | None = None
         self._entered = False
 
     @property
@@ -75,33 +73,23 @@ class CappedRig(MachineRig):
             )
         return measured_on(len(self.cards), capped)
 
-    def __repr__(self):
-        return f"Rig({len(self.cards)} x {self.card.device_name}, {self.provenance})"
+    __repr__, __enter__, __exit__ = Rig.__repr__, Rig.__enter__, Rig.__exit__
 
-    def __enter__(self):
-        self._activate()
-        with ExitStack() as stack:
-            stack.callback(setattr, Rig, "active", None)
-            count = len(self.cards)
-            if not self._entered:
-                self._entered = True
-                gc.collect()
-                torch.cuda.empty_cache()
-            stack.enter_context(from_pretrained_replaced(self._staged))
-            stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: count))
-            stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", self._shown_memory))
-            for index in range(count):
-                if self._capped[index]:
-                    torch.cuda.set_per_process_memory_fraction(
-                        self.cap_bytes / self._totals[index], index
-                    )
-                    stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, index)
-            self._world = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception):
-        world, self._world = self._world, None
-        world.__exit__(*exception)
+    def _build_world(self, stack):
+        count = len(self.cards)
+        if not self._entered:
+            self._entered = True
+            gc.collect()
+            torch.cuda.empty_cache()
+        stack.enter_context(from_pretrained_replaced(self._staged))
+        stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: count))
+        stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", self._shown_memory))
+        for index in range(count):
+            if self._capped[index]:
+                torch.cuda.set_per_process_memory_fraction(
+                    self.cap_bytes / self._totals[index], index
+                )
+                stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, index)
 
     @property
     def devices(self) -> list[tuple[str, int]]:

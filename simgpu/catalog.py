@@ -29,17 +29,18 @@ from simgpu.units import GIB, KIB, MIB
 
 MAX_CARDS = 16  # of one rig
 _GB = 10**9  # data sheets give bandwidth in decimal units
-FIGURES = (
-    "total_bytes",
-    "compute_capability",
-    "multiprocessors",
-    "memory_bandwidth_bytes_per_second",
-    "cublas_workspace_bytes",
-    "context_bytes",
-    "kernel_bytes",
-    "backward_kernel_bytes",
-    "system_bytes",
-)
+# Of every figure the key of its source in ``cards.toml``.
+FIGURES = {
+    "total_bytes": "total",
+    "compute_capability": "properties",
+    "multiprocessors": "properties",
+    "memory_bandwidth_bytes_per_second": "bandwidth",
+    "cublas_workspace_bytes": "cublas_workspace",
+    "context_bytes": "context",
+    "kernel_bytes": "apart",
+    "backward_kernel_bytes": "apart",
+    "system_bytes": "apart",
+}
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,11 @@ def _bytes(row: dict, name: str) -> int:
 def _card(key: str, row: dict) -> Card:
     capability = tuple(row["compute_capability"])
     workspace_bytes, workspace_source = _cublas_workspace(capability)
-    sources = row["sources"]
-    apart = sources["context"] if "kernel_mib" in row else "not known apart: within context_bytes"
+    context = row["sources"]["context"]
+    sources = row["sources"] | {
+        "cublas_workspace": workspace_source,
+        "apart": context if "kernel_mib" in row else "not known apart: within context_bytes",
+    }
     return Card(
         key=key,
         device_name=row["device_name"],
@@ -125,17 +129,7 @@ def _card(key: str, row: dict) -> Card:
         kernel_bytes=_bytes(row, "kernel"),
         backward_kernel_bytes=_bytes(row, "backward_kernel"),
         system_bytes=_bytes(row, "system"),
-        sources={
-            "total_bytes": sources["total"],
-            "compute_capability": sources["properties"],
-            "multiprocessors": sources["properties"],
-            "memory_bandwidth_bytes_per_second": sources["bandwidth"],
-            "cublas_workspace_bytes": workspace_source,
-            "context_bytes": sources["context"],
-            "kernel_bytes": apart,
-            "backward_kernel_bytes": apart,
-            "system_bytes": apart,
-        },
+        sources={figure: sources[name] for figure, name in FIGURES.items()},
     )
 
 

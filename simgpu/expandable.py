@@ -12,6 +12,7 @@ from simgpu.allocator import (
     BLOCK_ROUNDING,
     LARGE_SEGMENT,
     SMALL_SEGMENT,
+    UNLIMITED,
     Allocator,
     Block,
     round_up,
@@ -25,9 +26,9 @@ ADDRESS_GAP = LARGE_SEGMENT * 2**20
 class ExpandableAllocator(Allocator):
     """As ``Allocator``, with expandable segments."""
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        if options.get("max_split_bytes") is not None:
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_split_bytes != UNLIMITED:
             raise ValueError(
                 "expandable_segments and max_split_size_mb are not simulated together; with"
                 " expandable segments splitting does no harm. Leave max_split_size_mb out."
@@ -60,7 +61,7 @@ class ExpandableAllocator(Allocator):
         # PyTorch checks the cap with what a new segment would take, and only then looks.
         if self.reserved + segment_bytes(size) > self.allowed_bytes:
             return None
-        block = self._addresses(size, small)
+        block = self._run_of(size, small)
         if not block.mapped and not self._map(block, min(block.size, size)):
             return None
         while block.size < size:
@@ -71,7 +72,7 @@ class ExpandableAllocator(Allocator):
         self._remove(block)
         return block
 
-    def _addresses(self, size: int, small: bool) -> Block:
+    def _run_of(self, size: int, small: bool) -> Block:
         """The lowest run of free and unmapped blocks with ``size`` addresses, or a new segment."""
         for _, block in self._unmapped[small]:
             if block.before is not None and block.before.free:

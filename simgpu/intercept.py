@@ -64,6 +64,10 @@ def _refused_autocast(original):
     return __init__
 
 
+def _counter(name: str):
+    return lambda self, device=None: getattr(self._allocator(device), name)
+
+
 class CudaFunctions:
     """Stand-ins for functions of ``torch.cuda``, of the same names and meanings."""
 
@@ -88,17 +92,19 @@ class CudaFunctions:
             )
         return index
 
+    def _card(self, device=None):
+        return self._rig.cards[self._index(device)]
+
     def _allocator(self, device=None):
         return self._rig.allocators[self._index(device)]
 
     def is_available(self):
         return True
 
-    def is_initialized(self):
-        return True
+    is_initialized = is_available
 
     def is_bf16_supported(self, including_emulation=True):
-        return including_emulation or self._rig.cards[self._current].bf16_supported
+        return including_emulation or self._card().bf16_supported
 
     def is_current_stream_capturing(self):
         return False
@@ -116,32 +122,21 @@ class CudaFunctions:
         self._index(device)
 
     def get_device_name(self, device=None):
-        return self._rig.cards[self._index(device)].device_name
+        return self._card(device).device_name
 
     def get_device_capability(self, device=None):
-        return self._rig.cards[self._index(device)].compute_capability
+        return self._card(device).compute_capability
 
     def get_device_properties(self, device=None):
-        card = self._rig.cards[self._index(device)]
+        card = self._card(device)
+        major, minor = card.compute_capability
         return SimpleNamespace(
             name=card.device_name,
             total_memory=card.total_bytes,
-            major=card.compute_capability[0],
-            minor=card.compute_capability[1],
+            major=major,
+            minor=minor,
             multi_processor_count=card.multiprocessors,
         )
-
-    def memory_allocated(self, device=None):
-        return self._allocator(device).allocated
-
-    def max_memory_allocated(self, device=None):
-        return self._allocator(device).peak_allocated
-
-    def memory_reserved(self, device=None):
-        return self._allocator(device).reserved
-
-    def max_memory_reserved(self, device=None):
-        return self._allocator(device).peak_reserved
 
     def mem_get_info(self, device=None):
         allocator = self._allocator(device)
@@ -156,6 +151,11 @@ class CudaFunctions:
 
     def set_per_process_memory_fraction(self, fraction, device=None):
         self._allocator(device).fraction = fraction
+
+    memory_allocated = _counter("allocated")
+    max_memory_allocated = _counter("peak_allocated")
+    memory_reserved = _counter("reserved")
+    max_memory_reserved = _counter("peak_reserved")
 
 
 class CudaNames(TorchFunctionMode):

@@ -48,6 +48,9 @@ class MachineRig(Rig):
     def __exit__(self, *exception):
         pass
 
+    def _build_world(self, stack):
+        pass
+
     @property
     def devices(self) -> list[tuple[str, int]]:
         """Name and capacity in bytes of every GPU; empty where there is none."""

@@ -142,26 +142,14 @@ def routed_attention(original, rig):
     """Attention with the kernel CUDA picks; without a GPU torch picks the slowest."""
 
     def scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=None,
-        dropout_p=0.0,
-        is_causal=False,
-        scale=None,
-        enable_gqa=False,
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options
     ):
+        def plain():
+            others = (attn_mask, dropout_p, is_causal)
+            return original(query, key, value, *others, scale=scale, **options)
+
         if query.device.type != DEVICE_TYPE:
-            return original(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
+            return plain()
         capability = rig.cards[query.device.index].compute_capability
         has_flash = capability >= (8, 0)
         half = query.dtype in (torch.float16, torch.bfloat16)
@@ -174,23 +162,11 @@ def routed_attention(original, rig):
             )[0]
         grouped = query.shape[1] != key.shape[1]
         if grouped or (query.dtype is torch.bfloat16 and not has_flash):
-            # Neither the flash nor the memory-efficient kernel takes these.
-            return original(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
+            return plain()  # which neither the flash nor the memory-efficient kernel takes
         if attn_mask is not None:
             if attn_mask.dtype is torch.bool:
                 attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-            attn_mask = attn_mask.expand(
-                query.shape[0], query.shape[1], query.shape[2], key.shape[2]
-            )
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
         )[0]

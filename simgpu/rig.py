@@ -3,7 +3,7 @@ not; what all kinds of rig share is the memory of every card and the named stage
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -93,6 +93,27 @@ class Rig(ABC):
     def __init__(self):
         self.stages: list[Stage] = []
         self.watchers: list[Callable[[], None]] = []
+        self._world: ExitStack | None = None
+
+    def __repr__(self):
+        return f"Rig({len(self.cards)} x {self.card.device_name}, {self.provenance})"
+
+    def __enter__(self):
+        if Rig.active is not None:
+            raise RuntimeError(
+                f"{Rig.active} is active already; only one rig can stand for torch.cuda at a"
+                " time. Leave its `with` block first."
+            )
+        with ExitStack() as stack:
+            Rig.active = self
+            stack.callback(setattr, Rig, "active", None)
+            self._build_world(stack)
+            self._world = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception):
+        world, self._world = self._world, None
+        world.__exit__(*exception)
 
     @staticmethod
     def simulated(
@@ -159,15 +180,9 @@ class Rig(ABC):
             with self.stage("load"):
                 yield
 
-    def _activate(self):
-        """Called where a ``with`` block begins in which ``torch.cuda`` shows other cards than the
-        machine's."""
-        if Rig.active is not None:
-            raise RuntimeError(
-                f"{Rig.active} is active already; only one rig can stand for torch.cuda at a"
-                " time. Leave its `with` block first."
-            )
-        Rig.active = self
+    @abstractmethod
+    def _build_world(self, stack: ExitStack):
+        """Let ``torch.cuda`` show this rig's cards until the stack is closed."""
 
     @abstractmethod
     def _reset_peaks(self):

@@ -3,7 +3,7 @@
 import os
 import weakref
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 
@@ -89,30 +89,17 @@ class SimulatedRig(Rig):
         self.host = Host()
         # Parameters that were registered, whose gradients a backward pass makes.
         self._weights: dict[int, weakref.ref] = {}
-        self._world: ExitStack | None = None
 
     @property
     def provenance(self) -> str:
         """ "simulated", and why on a machine that has GPUs."""
         return f"simulated ({self.reason})" if self.reason else "simulated"
 
-    def __repr__(self):
-        return f"Rig({len(self.cards)} x {self.card.device_name}, {self.provenance})"
-
-    def __enter__(self):
-        self._activate()
-        with ExitStack() as stack:
-            stack.callback(setattr, Rig, "active", None)
-            stack.enter_context(simulated_torch(self))
-            stack.enter_context(simulated_loading(self))
-            stack.enter_context(registration(self._accounting))
-            stack.callback(observe, observe(self._observe))
-            self._world = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception):
-        world, self._world = self._world, None
-        world.__exit__(*exception)
+    def _build_world(self, stack):
+        stack.enter_context(simulated_torch(self))
+        stack.enter_context(simulated_loading(self))
+        stack.enter_context(registration(self._accounting))
+        stack.callback(observe, observe(self._observe))
 
     def _observe(self, operator, results: list, arguments: tuple):
         self.host.observe(results, arguments)
