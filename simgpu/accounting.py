@@ -82,12 +82,10 @@ class Accounting:
         self._deferred: torch.OutOfMemoryError | None = None
 
     def observe(self, operator, results: list[torch.Tensor], arguments: tuple = ()):
-        """Charge what an operator newly allocated; the device module calls this after every
-        operator.
+        """Charge what an operator newly allocated.
 
         Raises:
-            torch.OutOfMemoryError: a card has no room. ``at_failure`` then has what was on each
-            card.
+            torch.OutOfMemoryError: a card has no room; see ``at_failure``.
         """
         if self._deferred is not None:
             return
@@ -101,8 +99,7 @@ class Accounting:
 
     @contextmanager
     def deferring(self):
-        """Raise an out-of-memory error when the block ends instead of inside it, and count nothing
-        after it.
+        """Raise an out-of-memory error when the block ends; after it nothing is counted.
 
         For backward passes: recomputing a checkpointed layer happens inside a C++ hook that cannot
         pass on a Python exception for this kind of device; torch would abort the process.
@@ -158,18 +155,8 @@ class Accounting:
         if size == 0:
             return
         card = tensor.device.index
-        place = self._allocator(card).allocate(size)
-        allocation = Allocation(
-            card,
-            place.size,
-            tuple(tensor.shape),
-            tensor.dtype,
-            operator._schema.name.removeprefix("aten::"),
-            self.stage,
-            self._purpose,
-            next(self._serials),
-            [place],
-        )
+        name, origin = operator._schema.name.removeprefix("aten::"), (self.stage, self._purpose)
+        allocation = self._allocate(card, size, tuple(tensor.shape), tensor.dtype, name, *origin)
         self._live[key] = allocation
         self._references[key] = weakref.ref(storage, lambda _: self._release(key))
         if self._recording is not None:
@@ -218,13 +205,21 @@ class Accounting:
         return events
 
     def _release(self, key: int):
-        block = self._live.pop(key, None)
         self._references.pop(key, None)
-        if block is not None:
-            for place in block.places:
-                self._allocator(block.card).free(place)
+        gone = self._live.pop(key, None)
+        if gone is not None:
+            self._free(gone)
             if self._recording is not None:
-                self._recording.append(Event(False, block.card, block.bytes, block.serial))
+                self._recording.append(Event(False, gone.card, gone.bytes, gone.serial))
+
+    def _allocate(self, card: int, size: int, *description) -> Allocation:
+        """``description``: shape, dtype, operator, stage and purpose."""
+        place = self._allocator(card).allocate(size)
+        return Allocation(card, place.size, *description, next(self._serials), [place])
+
+    def _free(self, allocation: Allocation):
+        for place in allocation.places:
+            self._allocator(allocation.card).free(place)
 
     def _charge_for_a_moment(self, card: int, sizes: list[int]):
         """Take blocks and give them back at once, as a kernel does with its scratch."""
@@ -236,10 +231,10 @@ class Accounting:
             for _, place, _ in reversed(taken):
                 allocator.free(place)
         if self._recording is not None:
-            self._recording += [Event(True, card, size, serial) for size, _, serial in taken]
-            self._recording += [
-                Event(False, card, size, serial) for size, _, serial in reversed(taken)
-            ]
+            for allocates, order in ((True, taken), (False, reversed(taken))):
+                self._recording += [
+                    Event(allocates, card, size, serial) for size, _, serial in order
+                ]
 
     def _charge_workspace(self, name: str, card: int, size: int):
         key = (name, card, self._deferring)
@@ -248,18 +243,8 @@ class Accounting:
         self._load_kernels(card, "matrix products", CUBLAS_KERNELS, self.card.kernel_bytes)
         if self._deferring:
             self._load_kernels(card, "backward", (), self.card.backward_kernel_bytes)
-        place = self._allocator(card).allocate(size)
-        self._workspaces[key] = Allocation(
-            card,
-            place.size,
-            (size,),
-            torch.uint8,
-            name,
-            "workspace",
-            WORKSPACE,
-            next(self._serials),
-            [place],
-        )
+        origin = (name, "workspace", WORKSPACE)
+        self._workspaces[key] = self._allocate(card, size, (size,), torch.uint8, *origin)
 
     def _load_kernels(self, card: int, what: str, pieces: Sequence[int], grows_bytes: int):
         """Once for each ``what``."""
@@ -285,9 +270,8 @@ class Accounting:
 
     def release_workspaces(self):
         """As ``torch._C._cuda_clearCublasWorkspaces``: the next product takes it anew."""
-        for block in self._workspaces.values():
-            for place in block.places:
-                self._allocator(block.card).free(place)
+        for workspace in self._workspaces.values():
+            self._free(workspace)
         self._workspaces.clear()
 
     def _allocator(self, card: int) -> Allocator:

@@ -1,22 +1,10 @@
-"""The GPU cards the simulator re-enacts: what PyTorch sees of each, and where every figure comes
-from.
+"""The GPU cards the simulator re-enacts: what PyTorch sees of each.
 
-The cards' figures and their sources stand in ``cards.toml``. The size on the box is not what a
+Figures, their sources and how they were obtained stand in ``cards.toml``. The size on the box is not what a
 program gets: error correction, firmware and the driver take their part first. A "24 GB" L4 shows
 22.03 GiB to PyTorch, a "24 GB" RTX 4090 23.52 GiB. ``total_bytes`` is that visible figure, and the
 simulator treats it as the card's capacity. It moves by up to 1 % between driver versions; where
 there was a choice, the driver is one that runs torch 2.11 or newer.
-
-How the figures were obtained:
-
-- *Total*: the exact bytes that ``get_device_properties(0).total_memory`` or CUDA's deviceQuery
-  printed on such a card. Where only GiB were printed, ``round(GiB * 2**30)``, and the source says
-  "converted".
-- *Context*: what the CUDA context and loaded kernels hold outside PyTorch's allocator. In an
-  out-of-memory message it is "this process has X" less "Y is allocated by PyTorch" less "Z is
-  reserved by PyTorch but unallocated". Being a difference of rounded figures it is good to 0.01
-  GiB, and a program with other kernels can differ by 0.1 GiB.
-- A source that begins with "estimate:" is not a reading of that card.
 """
 
 import difflib

@@ -17,6 +17,7 @@ is on; ``loading`` helps the two that do.)
 
 import threading
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -41,20 +42,12 @@ Observer = Callable[[object, list[FakeTensor], tuple], None]
 _observer: Observer | None = None
 
 
+_ATEN = torch.ops.aten
 # Operators that make no storage. Half of all calls are one of these, and torch's general path for
 # fake tensors takes several times as long for them as their shape rule.
-_VIEWS = {
-    torch.ops.aten.alias.default,
-    torch.ops.aten.detach.default,
-    torch.ops.aten.expand.default,
-    torch.ops.aten.permute.default,
-    torch.ops.aten.select.int,
-    torch.ops.aten.slice.Tensor,
-    torch.ops.aten.t.default,
-    torch.ops.aten.transpose.int,
-    torch.ops.aten.unsqueeze.default,
-    torch.ops.aten.view.default,
-}
+_VIEWS = {_ATEN.alias, _ATEN.detach, _ATEN.expand, _ATEN.permute, _ATEN.t, _ATEN.unsqueeze}
+_VIEWS = {packet.default for packet in (*_VIEWS, _ATEN.view)}
+_VIEWS |= {_ATEN.select.int, _ATEN.slice.Tensor, _ATEN.transpose.int}
 
 
 def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -77,21 +70,16 @@ def _convolution_backward(gradient, input, weight, bias_sizes, *settings):
     if gradient.ndim != 4 or transposed or groups != 1 or gradient.device.type != DEVICE_TYPE:
         return NotImplemented
     copied = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    channels_last = (
-        input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-    )
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    is_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    layout = torch.channels_last if is_last else torch.contiguous_format
     gradients = [torch.empty_like(input, memory_format=layout) if of_input else None, None, None]
-    if of_input and channels_last:
+    if of_input and is_last:
         torch.empty_like(weight)  # the weight in this layout
     if of_weight:
         gradients[1] = torch.empty_like(weight, memory_format=layout)
-        if not channels_last:
-            torch.empty(
-                _transposed_bytes(gradient, input, weight),
-                dtype=torch.uint8,
-                device=gradient.device,
-            )
+        if not is_last:
+            scratch = _transposed_bytes(gradient, input, weight)
+            torch.empty(scratch, dtype=torch.uint8, device=gradient.device)
     del copied
     if of_bias:
         # Positions come before channels: what follows this model's convolutions flattens them so.
@@ -101,8 +89,7 @@ def _convolution_backward(gradient, input, weight, bias_sizes, *settings):
 
 
 def _transposed_bytes(gradient, input, weight) -> int:
-    """cuDNN's workspace for the gradient of a weight where channels come first: it transposes
-    everything.
+    """cuDNN's workspace for a weight's gradient where channels come first: it transposes all.
 
     Channels are filled up to whole eights; of the weight's gradient there are 14 partial sums in
     float32 as well. The parts add up to the 205,979,648 bytes of the one case that was traced, the
@@ -117,8 +104,8 @@ def _transposed_bytes(gradient, input, weight) -> int:
 
 # Operators that allocate otherwise than their shape rule; NotImplemented leaves a call to it.
 _REWRITTEN = {
-    torch.ops.aten._safe_softmax.default: _safe_softmax,
-    torch.ops.aten.convolution_backward.default: _convolution_backward,
+    _ATEN._safe_softmax.default: _safe_softmax,
+    _ATEN.convolution_backward.default: _convolution_backward,
 }
 
 
@@ -201,9 +188,8 @@ def _tensors_made(output) -> list[FakeTensor]:
 
 # Private functions; without them gradients are added into new tensors, as fake ones do.
 _COUNTS = hasattr(torch.Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
-# ``_use_count()`` of a gradient that only the engine refers to, seen from ``dispatch``; tried.
+# ``_use_count()`` of a gradient that only the engine refers to; found by trying.
 _engines_own: int | None = None
-_trying = False
 
 
 def _in_backward_pass() -> bool:
@@ -211,22 +197,17 @@ def _in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
 
 
-def _added_in_place(sum_so_far, gradient, *others, **options) -> bool:
-    """Whether the autograd engine would add this gradient to the sum in place, which it never does
-    with fake tensors.
+def _added_in_place(sum_so_far, gradient, *others) -> bool:
+    """Whether this is a gradient that the autograd engine would add to the sum in place.
 
     The conditions are those of torch/csrc/autograd/input_buffer.cpp: no graph of the backward pass
     is recorded, and nothing else refers to the sum so far.
     """
-    global _engines_own
     if not _COUNTS or not _in_backward_pass():
         return False
     if not isinstance(gradient, FakeTensor) or not isinstance(sum_so_far, FakeTensor):
         return False
     if sum_so_far.shape != gradient.shape:
-        return False
-    if _trying:
-        _engines_own = sum_so_far._use_count()
         return False
     storage = sum_so_far.untyped_storage()
     return (
@@ -243,25 +224,24 @@ def _put_in_place(zeros, indices, gradient, accumulate=False) -> bool:
 
 
 # What the autograd engine does in place, but not with fake tensors; whether it would here.
-_IN_PLACE = {
-    torch.ops.aten.add.Tensor: _added_in_place,
-    torch.ops.aten.index_put.default: _put_in_place,
-}
+_IN_PLACE = {_ATEN.add.Tensor: _added_in_place, _ATEN.index_put.default: _put_in_place}
 
 
 def _try_engine():
     """A backward pass in which two gradients are added that nothing else refers to."""
-    global _trying
-    _trying = True
-    try:
+
+    def note(sum_so_far, gradient):
+        global _engines_own
+        if _COUNTS and _in_backward_pass():
+            _engines_own = sum_so_far._use_count()
+        return False
+
+    with mock.patch.dict(_IN_PLACE, {_ATEN.add.Tensor: note}), torch.enable_grad():
         with _mode:
-            leaf, gradient = (
-                torch.empty(1, device=DEVICE_TYPE, requires_grad=True) for _ in range(2)
-            )
-        with torch.autograd.set_multithreading_enabled(False), torch.enable_grad():
-            (leaf * 2 + leaf * 3).backward(gradient.detach())
-    finally:
-        _trying = False
+            leaf = torch.empty(1, device=DEVICE_TYPE, requires_grad=True)
+            gradient = torch.empty(1, device=DEVICE_TYPE)
+        with torch.autograd.set_multithreading_enabled(False):
+            (leaf * 2 + leaf * 3).backward(gradient)
 
 
 _mode: _ObservedFakeMode | None = None
@@ -278,10 +258,8 @@ def fake_mode() -> FakeTensorMode:
                 DEVICE_TYPE, backend_module=_BackendModule()
             )
             _library = torch.library.Library("aten", "IMPL")
-            for name in ("empty.memory_format", "empty_strided"):
-                packet, _, overload = name.partition(".")
-                operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
-                _library.impl(name, _in_fake_mode(operator), "PrivateUse1")
+            for operator in (_ATEN.empty.memory_format, _ATEN.empty_strided.default):
+                _library.impl(operator, _in_fake_mode(operator), "PrivateUse1")
             # Without a kernel of its own it is taken apart into six operators; CUDA has one.
             _library.impl("silu_backward", _never_called, "PrivateUse1")
             _mode = _ObservedFakeMode()

@@ -75,6 +75,7 @@ class _Load:
         self._references: dict[int, weakref.ref] = {}
 
     def map(self, storage, file: str):
+        """Take a storage for one that is mapped from a file."""
         self.mapped[storage._cdata] = storage.nbytes(), file
         self._watch(storage, self.mapped)
 
@@ -89,14 +90,8 @@ class _Load:
 
     def observe(self, results: list[FakeTensor], arguments: tuple):
         """Count what an operator made: a tensor on the CPU, or a conversion before a copy."""
-        source = next(
-            (
-                each
-                for each in arguments
-                if isinstance(each, FakeTensor) and each.device.type == "cpu"
-            ),
-            None,
-        )
+        tensors = (each for each in arguments if isinstance(each, FakeTensor))
+        source = next((each for each in tensors if each.device.type == "cpu"), None)
         for tensor in results:
             storage = tensor.untyped_storage()
             if tensor.device.type == "cpu":
@@ -161,9 +156,7 @@ class Host:
         finally:
             self._load = None
 
-    def map(
-        self, tensors: dict[str, torch.Tensor], files: dict[str, str]
-    ) -> dict[str, torch.Tensor]:
+    def map(self, tensors: dict[str, torch.Tensor], files: dict[str, str]) -> dict:
         """Take tensors for views of mapped files, give them back, and count from here on.
 
         ``files`` names the file of each; those without are counted as of one file together.

@@ -101,9 +101,8 @@ def _defining(name: str, *roots: type) -> list[type]:
 
 def _unless_simulated(original, answer):
     def function(tensor=None):
-        return (
-            answer if tensor is not None and tensor.device.type == DEVICE_TYPE else original(tensor)
-        )
+        is_simulated = tensor is not None and tensor.device.type == DEVICE_TYPE
+        return answer if is_simulated else original(tensor)
 
     return function
 

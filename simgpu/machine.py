@@ -8,7 +8,6 @@ import psutil
 import torch
 import transformers
 
-from simgpu.accounting import Allocation
 from simgpu.rig import CardMemory, Rig
 
 
@@ -81,15 +80,6 @@ class MachineRig(Rig):
 
     def _free_bytes(self, index: int) -> int:
         return torch.cuda.mem_get_info(index)[0]
-
-    def blocks(self, card: int = 0) -> list[Allocation]:
-        """Empty: PyTorch does not tell what a real card's blocks are for."""
-        return []
-
-    def repeat(self, step, count: int):
-        """Run ``step()`` ``count`` times."""
-        for _ in range(count):
-            step()
 
     def _host_memory(self) -> CardMemory:
         host = psutil.virtual_memory()

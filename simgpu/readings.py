@@ -30,10 +30,10 @@ class SimulatedReadings:
 
     def read(self) -> list[dict]:
         found = []
-        loading = any(stage.name == "load" and not stage.memory for stage in self.rig.stages)
+        loading = "load" in self.rig.running
         for memory in self.rig.memory():
             sizes = Counter()
-            for block in self._blocks(memory.index):
+            for block in self.rig.blocks(memory.index):
                 sizes[block.purpose] += block.bytes
             if loading:
                 sizes = {WEIGHTS: memory.allocated_bytes}
@@ -46,14 +46,6 @@ class SimulatedReadings:
                 | {"used_bytes": used, "own_bytes": used, "others_bytes": 0}
             )
         return found
-
-    def _blocks(self, index: int):
-        for _ in range(3):
-            try:
-                return self.rig.blocks(index)
-            except RuntimeError:  # garbage collection freed a block while the list was made
-                continue
-        return self.rig.blocks(index)
 
 
 class MachineReadings:

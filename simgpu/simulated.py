@@ -72,18 +72,10 @@ class SimulatedRig(Rig):
         if alloc_conf is None:
             alloc_conf = next(filter(None, map(os.environ.get, _ALLOC_CONF_VARIABLES)), "")
         kind, options = read_alloc_conf(alloc_conf)
-        addresses = AddressSpace(count)
+        options |= {"system_bytes": self.card.system_bytes, "addresses": AddressSpace(count)}
+        sizes = (self.card.total_bytes, self.card.context_bytes)
         self.allocators = [
-            kind(
-                index,
-                each.device_name,
-                each.total_bytes,
-                each.context_bytes,
-                system_bytes=each.system_bytes,
-                addresses=addresses,
-                **options,
-            )
-            for index, each in enumerate(self.cards)
+            kind(index, self.card.device_name, *sizes, **options) for index in range(count)
         ]
         self._accounting = Accounting(self.allocators, self.card)
         self.host = Host()
@@ -108,7 +100,6 @@ class SimulatedRig(Rig):
             self._accounting.observe(operator, results, arguments)
 
     def memory(self) -> list[CardMemory]:
-        """Every card's memory now."""
         return [
             CardMemory(
                 index=allocator.index,
@@ -124,7 +115,6 @@ class SimulatedRig(Rig):
         ]
 
     def blocks(self, card: int = 0) -> list[Allocation]:
-        """What is on one card now, largest block first."""
         return self._accounting.blocks(card)
 
     def _reset_peaks(self):
@@ -155,8 +145,7 @@ class SimulatedRig(Rig):
         return self._accounting.at_failure
 
     def repeat(self, step, count: int):
-        """Run ``step()`` ``count`` times; on simulated cards most repetitions are replayed, not
-        run.
+        """Run ``step()`` ``count`` times; most repetitions are replayed, not run.
 
         For decode steps, whose allocations are the same each time but for sizes growing with the
         length. After a replay the cards hold the bytes of ``count`` steps, but tensors that
