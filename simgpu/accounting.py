@@ -50,9 +50,8 @@ class Allocation:
 class Accounting:
     """Charges storages to the allocators of the cards they are on.
 
-    The first matrix product on a card takes cuBLAS's workspace and loads its kernels, which the
-    context grows by; the first of a backward pass, which PyTorch runs in a thread of its own, takes
-    a workspace once more.
+    The first matrix product on a card takes cuBLAS's workspace and loads its kernels; the first of
+    a backward pass, which PyTorch runs in a thread of its own, takes a workspace once more.
 
     Args:
         allocators: one per card.
@@ -231,10 +230,9 @@ class Accounting:
             for _, place, _ in reversed(taken):
                 allocator.free(place)
         if self._recording is not None:
-            for allocates, order in ((True, taken), (False, reversed(taken))):
-                self._recording += [
-                    Event(allocates, card, size, serial) for size, _, serial in order
-                ]
+            events = [(card, size, serial) for size, _, serial in taken]
+            self._recording += [Event(True, *each) for each in events]
+            self._recording += [Event(False, *each) for each in reversed(events)]
 
     def _charge_workspace(self, name: str, card: int, size: int):
         key = (name, card, self._deferring)

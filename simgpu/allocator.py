@@ -1,5 +1,4 @@
-"""PyTorch's CUDA caching allocator for one simulated card: pools, segments, best fit, splitting,
-merging.
+"""PyTorch's CUDA caching allocator for a card: pools, segments, best fit, splitting, merging.
 
 PyTorch asks the driver for *segments* and hands out *blocks* of them. A freed block stays in the
 allocator's cache and merges with free neighbours of its segment; a segment goes back to the driver
@@ -71,29 +70,24 @@ class Block:
 
 @dataclass(eq=False)
 class Allocator:
-    """One card's memory as PyTorch's allocator manages it, and the error when a request finds no
-    room.
+    """One card's memory as PyTorch's allocator manages it.
 
     Args:
         index: number of the card, as in "GPU 0".
         device_name: for example "NVIDIA L4"; the message says which card was simulated.
         total_bytes: what the driver reports as the card's capacity.
-        context_bytes: taken by this process outside PyTorch's allocator: the CUDA context, and
-            later its kernels.
+        context_bytes: taken by this process outside PyTorch's allocator, as by the CUDA context.
         fraction: ``set_per_process_memory_fraction``; None, before it is called, means no cap.
         system_bytes: taken by the driver for itself, counted to no process.
-        max_split_bytes: ``max_split_size_mb`` in bytes: larger blocks are not split, and are given
-            back to make room.
+        max_split_bytes: ``max_split_size_mb``: larger blocks are not split, but given back.
         addresses: those of the process, which all its cards share; by default of this card alone.
             Expandable segments have a range of addresses each and take none of these.
 
     Attributes:
         allocated, reserved: bytes in blocks that are handed out, and in segments, now; ``peak_``
             since the last reset.
-        retries: how often a request had to give cached memory back to find room
-            (``num_alloc_retries``).
-        listeners: called before every allocation and release, with this allocator and whether
-            memory is to be released.
+        retries: how often cached memory had to go for a request (``num_alloc_retries``).
+        listeners: called before every allocation (False) and release (True) with this allocator.
     """
 
     index: int
@@ -140,8 +134,7 @@ class Allocator:
         return max(0, self.available_bytes - self.reserved)
 
     def allocate(self, size_bytes: int) -> Block:
-        """Take a block, which is what ``free`` wants back. Its ``size`` may exceed the request by
-        what was not split.
+        """Take a block, for ``free`` to give back; its ``size`` includes what was not split off.
 
         Raises:
             torch.OutOfMemoryError: the card has no room, with PyTorch's own text.

@@ -1,10 +1,10 @@
 """The GPU cards the simulator re-enacts: what PyTorch sees of each.
 
-Figures, their sources and how they were obtained stand in ``cards.toml``. The size on the box is not what a
-program gets: error correction, firmware and the driver take their part first. A "24 GB" L4 shows
-22.03 GiB to PyTorch, a "24 GB" RTX 4090 23.52 GiB. ``total_bytes`` is that visible figure, and the
-simulator treats it as the card's capacity. It moves by up to 1 % between driver versions; where
-there was a choice, the driver is one that runs torch 2.11 or newer.
+Figures, their sources and how they were obtained stand in ``cards.toml``. The size on the box is
+not what a program gets: error correction, firmware and the driver take their part first. A "24 GB"
+L4 shows 22.03 GiB to PyTorch, a "24 GB" RTX 4090 23.52 GiB. That is ``total_bytes``, which the
+simulator treats as capacity. It moves by up to 1 % between drivers; where there was a choice, the
+driver is one that runs torch 2.11 or newer.
 """
 
 import difflib
@@ -39,16 +39,15 @@ class Card:
         key: the short name used in this project, e.g. "L4", "RTX 4090", "A100-80".
         device_name: what ``torch.cuda.get_device_name()`` returns.
         total_bytes: what ``get_device_properties().total_memory`` reports and out-of-memory
-            messages call "total capacity". The simulator's capacity; less than the size on the box.
+            messages call "total capacity".
         compute_capability: (major, minor).
         multiprocessors: number of streaming multiprocessors.
         memory_bandwidth_bytes_per_second: of the data sheet; a copy on an H100 reaches 90 % of it.
-        cublas_workspace_bytes: allocated by PyTorch at the first matrix product on the device, and
-            kept.
+        cublas_workspace_bytes: allocated by PyTorch at the first matrix product, and kept.
         context_bytes: held by the CUDA context and loaded kernels, outside PyTorch's allocator.
         sources: for each name in FIGURES where the figure comes from.
-        kernel_bytes: what the context grows by when the first matrix product and attention load
-            their kernels; 0 where only the sum is known, which then is ``context_bytes``.
+        kernel_bytes: what the context grows by with the first matrix product and attention; 0
+            where only the sum is known, which then is ``context_bytes``.
         backward_kernel_bytes: the same of the first backward pass.
         system_bytes: held by the driver for no process.
     """

@@ -1,5 +1,4 @@
-"""The allocator with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: segments that grow and
-shrink.
+"""The allocator with ``expandable_segments:True``: segments that grow and shrink.
 
 A pool then has one long run of addresses, and memory is mapped behind them in units where it is
 needed, so that free pieces that touch can serve one large request. Source: as in ``allocator``; the

@@ -1,5 +1,4 @@
-"""The host's own memory (RAM) while a model is loaded: what has to be there, and what is only
-mapped from files.
+"""The host's memory (RAM) while a model is loaded: what must be there, and what is only mapped.
 
 Read in the sources of torch 2.13, transformers 5.23, safetensors 0.8 and accelerate 1.15:
 
@@ -41,16 +40,15 @@ class HostMemory:
 
     Attributes:
         peak_anonymous_bytes: the most at a time, if every thread of the loader converts one of the
-            largest tensors at the same moment. Which tensors meet is a race, so this is an upper
-            bound.
+            largest tensors at once. Which tensors meet is a race: this is an upper bound.
         sequential_peak_anonymous_bytes: the same with one thread (``HF_DEACTIVATE_ASYNC_LOAD=1``);
             a lower bound for more.
         anonymous_bytes: after the load.
         peak_file_bytes: what the load reads from the files, whose pages stay mapped until it ends.
         file_bytes: of these, what is still mapped after it: the read pages of every file that some
             weight is a view of.
-        view_bytes: weights that are views of the files after the load. The first forward pass reads
-            them; where memory is short, every pass does so again.
+        view_bytes: weights that are views of the files after the load, read by the first forward
+            pass, and where memory is short by every one.
     """
 
     peak_anonymous_bytes: int
@@ -157,9 +155,9 @@ class Host:
             self._load = None
 
     def map(self, tensors: dict[str, torch.Tensor], files: dict[str, str]) -> dict:
-        """Take tensors for views of mapped files, give them back, and count from here on.
+        """Take tensors for views of the files of these names, give them back, and count from here.
 
-        ``files`` names the file of each; those without are counted as of one file together.
+        Those without a file are counted as of one together.
         """
         self._load = _Load()
         for name, tensor in tensors.items():

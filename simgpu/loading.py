@@ -1,5 +1,4 @@
-"""What transformers and accelerate do while a simulated rig is active: ``from_pretrained`` loads
-any model without its weights.
+"""Loading by transformers and accelerate while a simulated rig is active: without weights.
 
 Everything is put in place by ``simulated_loading`` and taken away again when its block ends, but
 for two: transformers' loader and accelerate's AlignDevicesHook go on taking bare numbers for CUDA
@@ -54,8 +53,7 @@ _MASKING_ANSWERS = {"find_packed_sequence_indices": None, "fast_all": True, "is_
 
 @contextmanager
 def simulated_loading(rig):
-    """Let transformers and accelerate load on ``rig``'s cards and compute there, until the block
-    ends.
+    """Let transformers and accelerate load on ``rig``'s cards until the block ends.
 
     ``rig`` has ``host``, ``register_weights()`` and the context manager ``loading()``.
     """
@@ -270,11 +268,8 @@ def _empty_checkpoint(cls: type, config) -> dict[str, torch.Tensor]:
     stored = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     floating = config.dtype or torch.bfloat16
     with fake_mode():
-        return {
-            name: torch.empty(
-                tensor.shape,
-                dtype=floating if tensor.is_floating_point() else tensor.dtype,
-                device="cpu",
-            )
-            for name, tensor in revert_weight_conversion(model, stored).items()
-        }
+        empty = {}
+        for name, tensor in revert_weight_conversion(model, stored).items():
+            dtype = floating if tensor.is_floating_point() else tensor.dtype
+            empty[name] = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+        return empty

@@ -24,15 +24,13 @@ class OutOfMemoryMessage:
 
     Attributes:
         device: index of the card.
-        tried_bytes: what PyTorch asked the driver for: the tensor, rounded up to the allocator's
-            segment size.
+        tried_bytes: what PyTorch asked the driver for, the tensor rounded up to a segment.
         capacity_bytes: the card's memory as the driver reports it.
         free_bytes: not in use by any process.
         process_bytes: in use by this process, the CUDA context included.
         allocated_bytes: in tensors.
         unallocated_bytes: kept by PyTorch's allocator for later tensors.
-        allowed_bytes: what PyTorch may reserve, if ``set_per_process_memory_fraction`` was called;
-            otherwise None.
+        allowed_bytes: what PyTorch may reserve by ``set_per_process_memory_fraction``, or None.
     """
 
     device: int

@@ -1,5 +1,4 @@
-"""What CUDA's kernels allocate beyond their results: which kernel is chosen, and what it needs
-while it runs.
+"""What CUDA's kernels allocate beyond their results: which is chosen, and what it needs.
 
 Shape rules know results only. The rest was read off traces of PyTorch's allocator on H100 and H200
 (torch 2.11, 2026-11-25 and -26; ``benchmarks/memory.py --trace``) and in PyTorch's sources: for the
@@ -38,8 +37,7 @@ _REDUCTION_THREADS, _WARP, _VECTOR = 512, 32, 4
 
 
 def scratch_bytes(name: str, arguments: tuple, card: Card) -> list[int]:
-    """What the kernel of an operator takes besides its result and gives back when it ends, in this
-    order.
+    """What an operator's kernel takes besides its result and gives back at its end, in this order.
 
     Args:
         name: of the operator, as "aten::sum".
@@ -99,8 +97,7 @@ def _sum_scratch(tensor: torch.Tensor, dims, card: Card) -> list[int]:
 def _reduction(
     outputs: int, inputs: int, along_rows: bool, accumulated: int, card: Card
 ) -> list[int]:
-    """Bytes of partial sums and counters of a reduction, as ``setReduceConfig`` of Reduce.cuh
-    divides the work.
+    """Bytes of partial sums and counters, as ``setReduceConfig`` of Reduce.cuh divides the work.
 
     ``along_rows``: the summed numbers lie side by side. ``accumulated``: bytes of one partial sum.
     """

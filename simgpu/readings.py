@@ -1,5 +1,4 @@
-"""What can be known about every card at a moment, for the monitor: cheap enough to be asked ten
-times a second.
+"""What can be known about every card at a moment, for the monitor; cheap.
 
 Both classes give one dictionary per card: the fields of ``CardMemory``, then what the allocated
 bytes are for (``weights_bytes``, ``kv_cache_bytes``, ``workspace_bytes``, ``activations_bytes``;

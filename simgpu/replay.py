@@ -44,8 +44,7 @@ class Replay:
         # The blocks behind it now, and those that the repetition at hand has made.
         self._held = {count: each.places for count, each in self._survivors.items()}
         self._made: dict[int, list[Block]] = {}
-        # Of each event the allocator, the table of the block (None for an allocation), its number,
-        # and of an allocation the size and its growth.
+        # Of each event: allocator, table of the block (None to make one), number, size, growth.
         self._program = []
         for event in second:
             allocator, own = allocators[event.card], number.get(event.serial)

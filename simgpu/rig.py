@@ -1,5 +1,4 @@
-"""``Rig``: the one door to GPU cards, real where the machine has them and simulated where it does
-not; what all kinds of rig share is the memory of every card and the named stages of a run."""
+"""``Rig``: the one door to GPU cards, real or simulated, with their memory and a run's stages."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -36,11 +35,9 @@ class CardMemory:
 
 @dataclass
 class Stage:
-    """A named part of a run: memory per card when it ended, peaks since it began, the error that
-    ended it.
+    """A named part of a run: memory per card at its end, peaks since it began, what ended it.
 
-    After an error ``blocks`` lists what was on each card at that moment, largest first; otherwise
-    it is empty.
+    After an error ``blocks`` lists what was on each card then, largest first; else it is empty.
     """
 
     name: str
@@ -52,14 +49,12 @@ class Stage:
 class Rig(ABC):
     """A number of equal cards on which the reader's code runs unchanged.
 
-    ``Rig(card, count)`` is a ``CappedRig`` on a machine with that many GPUs, each of this kind or
-    larger: these are used, capped to the card's capacity where they are larger. On any other it is
-    a ``SimulatedRig``. ``rig.provenance``, which stands beside every figure, says which it is and,
-    on a machine that has some GPUs, why they were not enough.
+    ``Rig(card, count)`` is a ``CappedRig`` on a machine with that many GPUs of this kind or larger,
+    which are then capped to the card's capacity, and a ``SimulatedRig`` on any other.
+    ``rig.provenance``, which stands beside every figure, says which, and why GPUs were not enough.
 
     Inside ``with rig:`` ``torch.cuda`` shows these cards, "cuda:0" names them, and
-    ``AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto")`` places the model on
-    them.
+    ``from_pretrained(checkpoint, device_map="auto")`` places a model of transformers on them.
 
     Args:
         card: a name from the catalogue, e.g. "L4", "RTX 4090", "A100-80".
@@ -153,8 +148,7 @@ class Rig(ABC):
 
     @contextmanager
     def stage(self, name: str):
-        """Name a part of the run ("load", "prefill", ...): its peaks and any out-of-memory error
-        are kept.
+        """Name a part of the run ("load", "prefill", ...) to keep its peaks, and what ended it.
 
         The record is appended to ``rig.stages`` and given to the block.
         """

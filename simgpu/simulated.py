@@ -50,10 +50,9 @@ def read_alloc_conf(text: str) -> tuple[type[Allocator], dict]:
 class SimulatedRig(Rig):
     """Simulated cards: tensors on them have shapes, types and bytes, and no numbers.
 
-    ``AutoModelForCausalLM.from_pretrained("zai-org/glm-4v-9b", device_map="auto")`` in the ``with``
-    block places the full-size model on them, without its weights. What is on the cards stays there
-    between ``with`` blocks, as on a machine, until the objects that own it are deleted.
-    ``rig.host.memory`` says what the last load took of the host's memory.
+    ``from_pretrained`` in the ``with`` block loads models of full size, without their weights. What
+    is on the cards stays there between ``with`` blocks, as on a machine, until the objects that own
+    it are deleted. ``rig.host.memory`` says what the last load took of the host's memory.
 
     Args:
         card, count: as of ``Rig``.
