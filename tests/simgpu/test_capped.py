@@ -83,6 +83,14 @@ def test_with_enough_gpus_they_are_used_and_capped_and_every_figure_says_so(mach
     )
 
 
+def test_every_kind_of_rig_is_a_rig_and_only_simulated_ones_take_more_options(machine):
+    assert all(isinstance(rig, Rig) for rig in (Rig("L4"), Rig.simulated("L4"), Rig.here()))
+    machine("H100")
+    assert isinstance(Rig("L4"), CappedRig) and isinstance(Rig("L4"), Rig)
+    with pytest.raises(TypeError, match="a card and a count.*Rig.simulated"):
+        Rig("L4", 1, "expandable_segments:True")
+
+
 def test_asked_for_more_cards_than_there_are_it_says_so_and_simulates(machine):
     machine("H100")
     rig = Rig("L4", 2)
