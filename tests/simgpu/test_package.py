@@ -13,17 +13,6 @@ import simgpu
 README = Path(simgpu.__file__).with_name("README.md")
 
 
-def run(code: str, folder: Path) -> str:
-    """What a program prints in a process of its own, which starts outside the repository."""
-    path = str(Path(simgpu.__file__).parents[1])
-    code = f"import sys\nsys.path.insert(0, {path!r})\n{code}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 LIGHT = """
 import json, sys
 import simgpu, simgpu.catalog, simgpu.checkpoints, simgpu.oom, simgpu.units
@@ -37,7 +26,16 @@ print(json.dumps([before, sorted(heavy & set(sys.modules)), is_rig]))
 
 
 def test_cards_units_and_messages_come_without_torch_and_a_rig_without_any_model(tmp_path):
-    before, after, is_rig = json.loads(run(LIGHT, tmp_path))
+    path = f"import sys\nsys.path.insert(0, {str(Path(simgpu.__file__).parents[1])!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", path + LIGHT],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after, is_rig = json.loads(done.stdout)
     assert before == []
     assert after == ["accelerate", "torch", "transformers"]
     assert is_rig
@@ -50,9 +48,10 @@ def test_every_public_name_is_there_and_no_other():
         simgpu.Rigg  # noqa: B018
 
 
-def test_the_code_of_the_readme_prints_what_stands_beside_it(tmp_path):
+def test_the_code_of_the_readme_prints_what_stands_beside_it(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert run(code, tmp_path) == re.search(r"# (NVIDIA.*)\n", code)[1] + "\n"
+    exec(compile(code, README, "exec"), {})
+    assert capsys.readouterr().out == re.search(r"# (NVIDIA.*)\n", code)[1] + "\n"
 
 
 def test_the_readme_is_one_screen_and_its_links_lead_somewhere():

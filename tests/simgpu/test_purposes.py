@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rig_fixtures import MIB, OFFICIAL, load
+from rig_fixtures import MIB, load
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from glm4v_nb.fit import load as load_full_size
@@ -26,21 +26,32 @@ def largest_cache(samples: list[dict]) -> int:
     return max(sum(card["kv_cache_bytes"] for card in sample["cards"]) for sample in samples)
 
 
-def test_a_training_step_without_a_cache_has_no_kv_cache(tmp_path):
+@pytest.fixture(scope="module")
+def full_size():
+    """The full-size model on a card that it leaves room on: the rig, and the model."""
     rig = Rig.simulated("H200")
-    model = load_full_size(rig, {"": 0}, torch.bfloat16)
+    return rig, load_full_size(rig, {"": 0}, torch.bfloat16)
+
+
+def test_the_full_size_model_is_all_weights_after_its_load(full_size):
+    rig, _ = full_size
+    assert sizes(rig) == {"weights": rig.memory()[0].allocated_bytes}
+
+
+def test_a_training_step_without_a_cache_has_no_kv_cache(full_size, tmp_path):
+    rig, model = full_size
     workload = Workload(images=0, text_tokens=512, new_tokens=0, train=True, trained="decoder")
     with Monitor(rig, tmp_path / "samples"):
         run_workload(rig, model, workload)
     samples = read_samples(tmp_path / "samples")
     assert ["backward"] in [sample["stages"] for sample in samples]
     assert largest_cache(samples) == 0
+    model.zero_grad()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_kv_cache_of_inference_is_forty_kib_a_token(batch_size, tmp_path):
-    rig = Rig.simulated("H100")
-    model = load_full_size(rig, {"": 0}, torch.bfloat16)
+def test_the_kv_cache_of_inference_is_forty_kib_a_token(full_size, batch_size, tmp_path):
+    rig, model = full_size
     with Monitor(rig, tmp_path / "samples"):
         run_workload(rig, model, Workload(batch_size, 0, text_tokens=512, new_tokens=65))
     samples = read_samples(tmp_path / "samples")
@@ -108,11 +119,3 @@ def test_a_training_step_leaves_weights_gradients_and_two_numbers_per_weight():
         assert sizes(rig)["optimizer state"] == 2 * weights
         optimizer.zero_grad()
         assert "gradients" not in sizes(rig)
-
-
-def test_the_full_size_model_is_all_weights_after_its_load():
-    rig = Rig.simulated("A100-40", 1)
-    with rig:
-        model = load(OFFICIAL, device_map={"": 0})
-    assert sizes(rig) == {"weights": rig.memory()[0].allocated_bytes}
-    del model
