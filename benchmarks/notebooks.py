@@ -1,7 +1,7 @@
 """What the notebooks' cards hold, stage by stage: on this machine's GPUs where it has enough, else
 simulated.
 
-    python benchmarks/notebooks.py cache    # random weights where zai-org/glm-4v-9b is looked for, 27.8 GB
+    python benchmarks/notebooks.py cache    # random weights where the model is looked for, 27.8 GB
     python benchmarks/notebooks.py run FILE 01 02 03 [-p NAME VALUE ...] [--executed DIR]
     python benchmarks/notebooks.py compare MEASURED SIMULATED
 
