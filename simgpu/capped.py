@@ -18,13 +18,9 @@ def refused_by(card: Card, count: int) -> str | None:
     if found < count:
         return f"this machine has {found} GPU{'s' * (found != 1)}, not {count}"
     for index in range(count):
-        name = torch.cuda.get_device_name(index)
-        total = torch.cuda.get_device_properties(index).total_memory
-        if not _is(card, name) and total < card.total_bytes:
-            return (
-                f"GPU {index} of this machine, {name}, is smaller than"
-                f" {_with_article(card.device_name)}"
-            )
+        if not _is(card, index) and _total(index) < card.total_bytes:
+            gpu = f"GPU {index} of this machine, {torch.cuda.get_device_name(index)}"
+            return f"{gpu}, is smaller than {_with_article(card.device_name)}"
     return None
 
 
@@ -46,14 +42,12 @@ class CappedRig(MachineRig):
         super().__init__()
         self.card = find_card(card)
         self.cards = [self.card] * count
-        self._totals = [
-            torch.cuda.get_device_properties(index).total_memory for index in range(count)
-        ]
-        self._capped = [
-            not _is(self.card, torch.cuda.get_device_name(index))
-            and self.card.total_bytes < self._totals[index]
+        # What PyTorch may reserve of each GPU that is larger than the card.
+        self._fractions = {
+            index: self.cap_bytes / _total(index)
             for index in range(count)
-        ]
+            if _total(index) > self.card.total_bytes and not _is(self.card, index)
+        }
         self._mem_get_info = torch.cuda.mem_get_info
         self._entered = False
 
@@ -66,13 +60,12 @@ class CappedRig(MachineRig):
     def provenance(self) -> str:
         """ "measured on ...", with devices, cap, date and versions."""
         capped = ""
-        if any(self._capped):
-            capped = (
-                f" capped to {self.cap_bytes / GIB:.2f} GiB, as"
-                f" {_with_article(self.card.device_name)}"
-            )
+        if self._fractions:
+            size, name = f"{self.cap_bytes / GIB:.2f} GiB", _with_article(self.card.device_name)
+            capped = f" capped to {size}, as {name}"
         return measured_on(len(self.cards), capped)
 
+    # Unlike the machine as it is, this rig stands for torch.cuda in its block.
     __repr__, __enter__, __exit__ = Rig.__repr__, Rig.__enter__, Rig.__exit__
 
     def _build_world(self, stack):
@@ -84,20 +77,18 @@ class CappedRig(MachineRig):
         stack.enter_context(from_pretrained_replaced(self._staged))
         stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: count))
         stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", self._shown_memory))
-        for index in range(count):
-            if self._capped[index]:
-                torch.cuda.set_per_process_memory_fraction(
-                    self.cap_bytes / self._totals[index], index
-                )
-                stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, index)
+        for index, fraction in self._fractions.items():
+            torch.cuda.set_per_process_memory_fraction(fraction, index)
+            stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, index)
 
     @property
     def devices(self) -> list[tuple[str, int]]:
         """Name and capacity in bytes of every card the GPUs stand for."""
-        return [
-            (self.card.key, self.card.total_bytes if capped else total)
-            for capped, total in zip(self._capped, self._totals, strict=True)
-        ]
+        capacities = (
+            self.card.total_bytes if index in self._fractions else _total(index)
+            for index in range(len(self.cards))
+        )
+        return [(self.card.key, capacity) for capacity in capacities]
 
     def _free_bytes(self, index: int) -> int:
         return self._shown_memory(index)[0]
@@ -115,15 +106,19 @@ class CappedRig(MachineRig):
         """``torch.cuda.mem_get_info`` of the card the GPU stands for."""
         index = torch.cuda._utils._get_device_index(device, optional=True)
         free, total = self._mem_get_info(index)
-        if index >= len(self.cards) or not self._capped[index]:
+        if index not in self._fractions:
             return free, total
         room = self.card.total_bytes - self.card.context_bytes - self.card.system_bytes
         return max(0, min(free, room - torch.cuda.memory_reserved(index))), self.card.total_bytes
 
 
-def _is(card: Card, device_name: str) -> bool:
+def _total(index: int) -> int:
+    return torch.cuda.get_device_properties(index).total_memory
+
+
+def _is(card: Card, index: int) -> bool:
     try:
-        return find_card(device_name) is card
+        return find_card(torch.cuda.get_device_name(index)) is card
     except ValueError:  # not in the catalogue
         return False
 
