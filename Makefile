@@ -71,6 +71,7 @@ lab: setup
 lint: setup
 	@$(VENV)/ruff check .
 	@$(VENV)/ruff format --check .
+	@$(VENV)/lint-imports --no-cache
 	@$(VENV)/nb-clean check --preserve-cell-outputs --preserve-execution-counts --preserve-cell-metadata-field tags notebooks
 
 clean:

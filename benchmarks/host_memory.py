@@ -1,8 +1,8 @@
 """Host memory (RAM) of loading the model, measured on this machine and simulated: one program, two
 worlds.
 
-    python benchmarks/host_memory.py measure DIR --output FILE [--full]  # writes its checkpoints to DIR, deletes them
-    python benchmarks/host_memory.py compare FILE...                     # the simulator on the same cases, beside it
+    python benchmarks/host_memory.py measure DIR --output FILE [--full]  # checkpoints go to DIR
+    python benchmarks/host_memory.py compare FILE...         # the simulator on the same cases
 
 The checkpoints have random weights in the official layout: 4.0 GB, which is the full size in width
 with two layers of forty and two of sixty-three, in one file and in shards, and with ``--full`` the
@@ -66,10 +66,11 @@ class Case:
 TOWER_ON_CPU = {"vision_tower": "cpu", "language_model": 0, "lm_head": 0}
 LAYERS = {"one file": (2, 2), "shards": (2, 2), "full size": (40, 63)}
 SHARD_BYTES = {"one file": 10**11, "shards": 10**9, "full size": 2 * 10**9}
+DTYPES = ("bfloat16", "float16", "float32")
 CASES = (
-    *(Case(layout, dtype, "cpu") for layout in ("one file", "shards") for dtype in ("bfloat16", "float16", "float32")),
+    *(Case(layout, dtype, "cpu") for layout in ("one file", "shards") for dtype in DTYPES),
     *(Case("shards", dtype, {"": "disk"}) for dtype in ("bfloat16", "float32")),
-    *(Case("shards", dtype, {"": 0}, cards=1) for dtype in ("bfloat16", "float16", "float32")),
+    *(Case("shards", dtype, {"": 0}, cards=1) for dtype in DTYPES),
     *(
         Case(layout, dtype, TOWER_ON_CPU, cards=1)
         for layout in ("one file", "shards")

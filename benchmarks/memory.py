@@ -1,9 +1,10 @@
 """Peak memory of the full-size model, on real GPUs and simulated: one program, two worlds.
 
-    python benchmarks/memory.py write DIR                 # random weights in the official layout, 27.8 GB
-    python benchmarks/memory.py measure DIR --output FILE # on this machine's GPUs; every load in its own process
-    python benchmarks/memory.py compare FILE...           # the simulator on the same cases, beside the stored figures
+    python benchmarks/memory.py write DIR                  # random weights, official layout: 28 GB
+    python benchmarks/memory.py measure DIR --output FILE  # on this machine's GPUs
+    python benchmarks/memory.py compare FILE...            # the simulator beside stored figures
 
+Every load is measured in a process of its own, and the simulator runs the same cases.
 A *load* is one process: the model is loaded once, then its *runs* follow, each from an emptied
 cache. A cap is set with ``set_per_process_memory_fraction``; runs at the edge of a cap take theirs
 from the peak of an earlier run.
@@ -214,81 +215,66 @@ def write_checkpoint(directory: str):
 def perform(
     load: Load, rig, checkpoint: str, caps: dict[str, int] | None = None, around=nullcontext
 ) -> list[dict]:
-    """Load and run on a rig, real or simulated; one record per run, the load's own first.
+    """Load and run on a rig, real or simulated, with the functions of ``fit``; one record per run,
+    the load's own first.
 
     ``caps``: of runs at an edge, by name, when known from a measurement; otherwise taken from the
     run they name. ``around``: a context for each, given the name of the run.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from glm4v_nb.fit import DTYPES, run_workload
+    from glm4v_nb.fit import load as load_model
 
     records: list[dict] = []
     caps = dict(caps or {})
-    with rig:
-        set_cap(rig, load.cap_bytes)
-        record = {"run": "load", "cap_bytes": load.cap_bytes}
-        with around("load"), recorded(rig, record, records):
-            with rig.stage("load"):
-                model = AutoModelForCausalLM.from_pretrained(
-                    checkpoint,
-                    dtype=getattr(torch, load.dtype),
-                    attn_implementation=load.attention,
-                    **placement(load),
-                )
-        if record["out_of_memory"]:
-            return records
-        for run in load.runs:
-            cap = run.cap_bytes
-            if run.edge:
-                cap = caps.get(run.name) or edge_cap(records, run)
-            give_back()
-            set_cap(rig, cap)
-            record = {**asdict(run), "run": run.name, "cap_bytes": cap}
-            with around(run.name), recorded(rig, record, records):
-                step(rig, model, run)
+    prepare(rig, load.cap_bytes)
+    record = {"run": "load", "cap_bytes": load.cap_bytes}
+    with around("load"), recorded(rig, record, records):
+        model = load_model(
+            rig,
+            load.device_map,
+            DTYPES[load.dtype],
+            checkpoint,
+            attn_implementation=load.attention,
+            max_memory=max_memory(load),
+        )
+    if record["out_of_memory"]:
+        return records
+    for run in load.runs:
+        cap = run.cap_bytes
+        if run.edge:
+            cap = caps.get(run.name) or edge_cap(records, run)
+        prepare(rig, cap)
+        record = {**asdict(run), "run": run.name, "cap_bytes": cap}
+        with around(run.name), recorded(rig, record, records):
+            run_workload(rig, model, workload_of(run), foreach="one by one" not in run.optimizer)
+        if run.train:
+            if len(record["stages"]) > 1:  # the first made the inputs, the backward pass has them
+                del record["stages"][0]
+            model.zero_grad()
     return records
 
 
-def placement(load: Load) -> dict:
-    """The arguments of ``from_pretrained`` that say where the model goes."""
-    arguments: dict = {"device_map": load.device_map}
-    if load.max_memory_gib:
-        arguments["max_memory"] = {
-            index: f"{size}GiB" for index, size in enumerate(load.max_memory_gib)
-        }
-    return arguments
+def max_memory(load: Load) -> dict[int, str] | None:
+    """What ``from_pretrained`` may put on each card."""
+    return load.max_memory_gib and {
+        index: f"{size}GiB" for index, size in enumerate(load.max_memory_gib)
+    }
 
 
-def step(rig, model, run: Run):
-    """The workload itself, in named stages."""
-    from glm4v_nb.workload import Workload, decode, make_prompt, prefill
+def workload_of(run: Run):
+    """The run in the terms of ``fit``."""
+    from glm4v_nb.workload import Workload
 
-    workload = Workload(run.batch_size, run.images, run.text_tokens, run.new_tokens)
-    if run.train:
-        train(rig, model, run, workload)
-        return
-    with rig.stage("prefill"):
-        prompt = make_prompt(model, workload)
-        outputs = prefill(model, prompt)
-    if run.new_tokens > 1:
-        with rig.stage("decode"):
-            decode(rig, model, prompt, outputs, run.new_tokens)
-
-
-def train(rig, model, run: Run, workload):
-    """One training step: forward and backward, then the optimiser's first update if asked for."""
-    from glm4v_nb.training import first_update, train_step, trained_parameters
-    from glm4v_nb.workload import make_prompt
-
-    parameters = trained_parameters(model, run.train)
-    with rig.stage("backward"):
-        prompt = make_prompt(model, workload)
-        train_step(model, prompt, run.gradient_checkpointing)
-    if run.optimizer:
-        with rig.stage("optimizer"):
-            first_update(parameters, foreach=False if "one by one" in run.optimizer else None)
-    for parameter in parameters:
-        parameter.grad = None
+    sizes = (run.batch_size, run.images, run.text_tokens, run.new_tokens)
+    if not run.train:
+        return Workload(*sizes)
+    return Workload(
+        *sizes,
+        train=True,
+        gradient_checkpointing=run.gradient_checkpointing,
+        trained=run.train,
+        optimizer="adamw" if run.optimizer else "",
+    )
 
 
 @contextmanager
@@ -330,14 +316,13 @@ def others_bytes(rig) -> list[int]:
         return [0 for _ in rig.memory()]
     import pynvml
 
-    pynvml.nvmlInit()
-    found = []
-    for index in range(len(rig.memory())):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        found.append(sum(one.usedGpuMemory or 0 for one in processes if one.pid != os.getpid()))
-    pynvml.nvmlShutdown()
-    return found
+    from simgpu.nvml import nvml, processes_on
+
+    with nvml():
+        return [
+            sum(size or 0 for pid, size in processes_on(handle) or () if pid != os.getpid())
+            for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(len(rig.memory())))
+        ]
 
 
 def edge_cap(records: list[dict], run: Run) -> int:
@@ -350,22 +335,20 @@ def edge_cap(records: list[dict], run: Run) -> int:
     )
 
 
-def set_cap(rig, cap_bytes: int | None):
-    """Cap this process on every card, or take the cap away; the message then still says what is
-    allowed."""
-    import torch
+def prepare(rig, cap_bytes: int | None):
+    """Empty the cache, as between two experiments in a notebook, and cap this process on every
+    card.
 
-    for index, memory in enumerate(rig.memory()):
-        fraction = cap_bytes / memory.capacity_bytes if cap_bytes else 1.0
-        torch.cuda.set_per_process_memory_fraction(fraction, index)
-
-
-def give_back():
-    """As between two experiments in a notebook."""
+    Without a cap the one before is taken away; the message then still says what is allowed.
+    """
     import torch
 
     gc.collect()
-    torch.cuda.empty_cache()
+    with rig:
+        torch.cuda.empty_cache()
+        for index, memory in enumerate(rig.memory()):
+            fraction = cap_bytes / memory.capacity_bytes if cap_bytes else 1.0
+            torch.cuda.set_per_process_memory_fraction(fraction, index)
 
 
 def plan(cards: int, only: str = "") -> list[Load]:
@@ -449,17 +432,15 @@ def traced(path: str, with_lines: bool):
 def provenance() -> dict:
     """Card, driver, versions, date."""
     import accelerate
-    import pynvml
     import torch
     import transformers
 
-    pynvml.nvmlInit()
-    driver = pynvml.nvmlSystemGetDriverVersion()
-    pynvml.nvmlShutdown()
+    from simgpu.nvml import driver_version
+
     cards = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     return {
         "cards": dict(cards),
-        "driver": driver,
+        "driver": driver_version(),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

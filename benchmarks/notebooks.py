@@ -1,7 +1,7 @@
 """What the notebooks' cards hold, stage by stage: on this machine's GPUs where it has enough, else
 simulated.
 
-    python benchmarks/notebooks.py cache    # random weights where zai-org/glm-4v-9b is looked for, 27.8 GB
+    python benchmarks/notebooks.py cache    # random weights where the model is looked for, 27.8 GB
     python benchmarks/notebooks.py run FILE 01 02 03 [-p NAME VALUE ...] [--executed DIR]
     python benchmarks/notebooks.py compare MEASURED SIMULATED
 
@@ -28,12 +28,12 @@ MIB = 2**20
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 REPOSITORY, COMMIT = "models--zai-org--glm-4v-9b", "0" * 40
 BEFORE = """
-from simgpu.base import Stages as _Stages
-_rigs, _init = [], _Stages.__init__
+from simgpu import Rig as _Rig
+_rigs, _init = [], _Rig.__init__
 def _noted(self):
     _init(self)
     _rigs.append(self)
-_Stages.__init__ = _noted
+_Rig.__init__ = _noted
 """
 AFTER = """
 import json as _json

@@ -26,9 +26,10 @@ from simgpu.monitor import Monitor, read_samples
 MIB = 2**20
 OTHER = """
 import sys, torch
-taken = [torch.empty(int(sys.argv[1]), dtype=torch.uint8, device=index) for index in range(torch.cuda.device_count())]
+size, cards = int(sys.argv[1]), range(torch.cuda.device_count())
+taken = [torch.empty(size, dtype=torch.uint8, device=index) for index in cards]
 torch.cuda.synchronize()
-print([torch.cuda.memory_reserved(index) for index in range(torch.cuda.device_count())], flush=True)
+print([torch.cuda.memory_reserved(index) for index in cards], flush=True)
 sys.stdin.readline()
 """
 

@@ -14,8 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from IPython import get_ipython
 
 from glm4v_nb.holders import Holder, find_holders, in_words, tensors_in
-from simgpu import Rig
-from simgpu.base import CardMemory, Stages
+from simgpu import CardMemory, Rig
 
 
 def clear_frames(error: BaseException | None):
@@ -82,7 +81,7 @@ def free_memory(rig=None) -> FreedMemory:
         rig: whose cards are meant; simulated cards are known inside their ``with`` block, and by
             this argument outside of it. Default: the cards ``torch.cuda`` shows.
     """
-    outside = rig is not None and Stages.active is None
+    outside = rig is not None and Rig.active is None
     with rig if outside else nullcontext():
         cards = rig or Rig.here()
         before = cards.memory()

@@ -146,22 +146,34 @@ def check_arguments(
 
 
 def load(
-    rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
+    rig: Rig,
+    device_map,
+    dtype: torch.dtype,
+    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
+    **options,
 ):
     """The checkpoint's model on the rig, in a stage "load".
+
+    ``options`` are others of ``from_pretrained``, as ``max_memory``.
 
     Raises:
         torch.OutOfMemoryError: a card has no room.
     """
     with rig, rig.stage("load"):
         return AutoModelForCausalLM.from_pretrained(
-            checkpoint, config=read_config(checkpoint), device_map=device_map, dtype=dtype
+            checkpoint,
+            config=read_config(checkpoint),
+            device_map=device_map,
+            dtype=dtype,
+            **options,
         )
 
 
-def run_workload(rig: Rig, model, workload: Workload):
+def run_workload(rig: Rig, model, workload: Workload, **optimizer_options):
     """Run a workload on a loaded model, in the stages "prefill" and "decode", or for training
     "prefill" (the inputs), "backward" and "optimizer".
+
+    ``optimizer_options`` are those of ``first_update``.
 
     Raises:
         torch.OutOfMemoryError: a card has no room; the last of ``rig.stages`` says in which stage.
@@ -178,7 +190,7 @@ def run_workload(rig: Rig, model, workload: Workload):
                 train_step(model, prompt, workload.gradient_checkpointing)
             if workload.optimizer:
                 with rig.stage("optimizer"):
-                    first_update(parameters)
+                    first_update(parameters, **optimizer_options)
         elif workload.new_tokens > 1:
             with rig.stage("decode"):
                 decode(rig, model, prompt, outputs, workload.new_tokens)

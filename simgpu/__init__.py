@@ -1,9 +1,30 @@
-"""GPU cards to run on: a catalogue, and ``Rig``, inside which the reader's code finds them."""
+"""GPUs without a GPU: a catalogue of cards, and ``Rig``, inside which PyTorch code finds them.
 
-from simgpu.base import CardMemory, Stage
-from simgpu.catalog import CARDS, Card, find_card
-from simgpu.device import MAX_CARDS
-from simgpu.host import HostMemory
-from simgpu.rig import Rig
+Importing this package imports no torch; the names below bring it when they are first used. So
+``simgpu.catalog``, ``simgpu.units`` and ``simgpu.oom`` serve programs that run without it.
+"""
 
-__all__ = ["CARDS", "MAX_CARDS", "Card", "CardMemory", "HostMemory", "Rig", "Stage", "find_card"]
+from importlib import import_module
+
+_HOMES = {
+    "CARDS": "catalog",
+    "Card": "catalog",
+    "find_card": "catalog",
+    "MAX_CARDS": "catalog",
+    "CardMemory": "rig",
+    "Rig": "rig",
+    "Stage": "rig",
+    "HostMemory": "host",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_HOMES})

@@ -6,21 +6,21 @@ PyTorch's allocator on an H100 (driver 580, torch 2.11, 2026-11-25; ``benchmarks
 --trace``). Of its 232 segments 201 lie where they say, all of those that do not begin a region,
 which has to lie somewhere:
 
-- The driver maps regions of whole 32 MiB, each below those it has as far as there is room. A segment goes into the
-  newest region that has a hole large enough, and there into the smallest such hole, the lowest of
-  equals. Where no region has one, a new region is mapped, and what the segment leaves of it is a
-  hole.
+- The driver maps regions of whole 32 MiB, each below those it has as far as there is room. A
+  segment goes into the newest region that has a hole large enough, and there into the smallest such
+  hole, the lowest of equals. Where no region has one, a new region is mapped, and what the segment
+  leaves of it is a hole.
 - A region in which nothing is left is unmapped.
-- What the driver takes for itself, kernels above all, lies in the same holes. It is never given back, and so neither is
-  the region around it.
+- What the driver takes for itself, kernels above all, lies in the same holes. It is never given
+  back, and so neither is the region around it.
 """
 
 import bisect
 
-MIB = 2**20
+from simgpu.units import MIB
+
 REGION = 32 * MIB
-# The first region is the context's own and stays. In it one hole at the end is set off from the
-# rest.
+# The first region is the context's own and stays; in it one hole at the end is set off.
 FIRST_REGION, SET_OFF = 416 * MIB, 2 * MIB
 TOP = 2**46
 

@@ -1,5 +1,4 @@
-"""PyTorch's CUDA caching allocator for one simulated card: pools, segments, best fit, splitting,
-merging.
+"""PyTorch's CUDA caching allocator for a card: pools, segments, best fit, splitting, merging.
 
 PyTorch asks the driver for *segments* and hands out *blocks* of them. A freed block stays in the
 allocator's cache and merges with free neighbours of its segment; a segment goes back to the driver
@@ -12,13 +11,14 @@ one stream.
 """
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 
 from simgpu.addresses import AddressSpace
+from simgpu.units import MIB, as_pytorch_writes
 
-MIB = 2**20
 BLOCK_ROUNDING = 512
 SMALL_REQUEST = 1 * MIB
 SMALL_SEGMENT = 2 * MIB
@@ -26,6 +26,7 @@ LARGE_REQUEST = 10 * MIB
 LARGE_SEGMENT = 20 * MIB
 SEGMENT_ROUNDING = 2 * MIB
 LEAST_MAX_SPLIT = LARGE_SEGMENT  # PyTorch refuses a max_split_size_mb below this
+UNLIMITED = 2**63
 DOCUMENTATION = (
     "https://docs.pytorch.org/docs/stable/notes/cuda.html"
     "#optimizing-memory-usage-with-pytorch-cuda-alloc-conf"
@@ -43,8 +44,7 @@ def block_bytes(size_bytes: int) -> int:
 
 
 def segment_bytes(size_bytes: int) -> int:
-    """Bytes asked of the driver when nothing cached fits; the "Tried to allocate" of the
-    message."""
+    """Bytes asked of the driver when nothing cached fits: "Tried to allocate" in the message."""
     if size_bytes <= SMALL_REQUEST:
         return SMALL_SEGMENT
     if size_bytes < LARGE_REQUEST:
@@ -52,85 +52,66 @@ def segment_bytes(size_bytes: int) -> int:
     return round_up(size_bytes, SEGMENT_ROUNDING)
 
 
-def format_size(size_bytes: int) -> str:
-    """As ``format_size`` in CUDACachingAllocator.cpp: two decimals and a binary unit."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size_bytes > unit:
-            return f"{size_bytes / unit:.2f} {name}"
-    return f"{size_bytes} bytes"
-
-
+@dataclass(slots=True, eq=False)
 class Block:
     """A piece of a segment. ``before`` and ``after`` are its neighbours in the same segment.
 
     ``mapped`` is False where an expandable segment has addresses but no memory.
     """
 
-    __slots__ = ("address", "after", "before", "free", "mapped", "size", "small")
+    address: int
+    size: int
+    small: bool
+    mapped: bool = True
+    before: "Block | None" = None
+    after: "Block | None" = None
+    free: bool = False
 
-    def __init__(self, address: int, size: int, small: bool, mapped: bool = True):
-        self.address, self.size, self.small = address, size, small
-        self.mapped = mapped
-        self.before: Block | None = None
-        self.after: Block | None = None
-        self.free = False
 
-
+@dataclass(eq=False)
 class Allocator:
-    """One card's memory as PyTorch's allocator manages it, and the error when a request finds no
-    room.
+    """One card's memory as PyTorch's allocator manages it.
 
     Args:
         index: number of the card, as in "GPU 0".
         device_name: for example "NVIDIA L4"; the message says which card was simulated.
         total_bytes: what the driver reports as the card's capacity.
-        context_bytes: taken by this process outside PyTorch's allocator: the CUDA context, and
-            later its kernels.
-        system_bytes: taken by the driver for itself, counted to no process.
+        context_bytes: taken by this process outside PyTorch's allocator, as by the CUDA context.
         fraction: ``set_per_process_memory_fraction``; None, before it is called, means no cap.
-        max_split_bytes: ``max_split_size_mb`` in bytes: larger blocks are not split, and are given
-            back to make room.
-        addresses: those of the process, which all its cards share; None for a card by itself.
+        system_bytes: taken by the driver for itself, counted to no process.
+        max_split_bytes: ``max_split_size_mb``: larger blocks are not split, but given back.
+        addresses: those of the process, which all its cards share; by default of this card alone.
             Expandable segments have a range of addresses each and take none of these.
 
     Attributes:
         allocated, reserved: bytes in blocks that are handed out, and in segments, now; ``peak_``
             since the last reset.
-        retries: how often a request had to give cached memory back to find room
-            (``num_alloc_retries``).
+        retries: how often cached memory had to go for a request (``num_alloc_retries``).
+        listeners: called before every allocation (False) and release (True) with this allocator.
     """
 
-    def __init__(
-        self,
-        index: int,
-        device_name: str,
-        total_bytes: int,
-        context_bytes: int = 0,
-        fraction: float | None = None,
-        *,
-        system_bytes: int = 0,
-        max_split_bytes: int | None = None,
-        addresses: AddressSpace | None = None,
-    ):
-        if max_split_bytes is not None and max_split_bytes <= LEAST_MAX_SPLIT:
+    index: int
+    device_name: str
+    total_bytes: int
+    context_bytes: int = 0
+    fraction: float | None = None
+    system_bytes: int = field(default=0, kw_only=True)
+    max_split_bytes: int = field(default=UNLIMITED, kw_only=True)
+    addresses: AddressSpace = field(default_factory=AddressSpace, kw_only=True, repr=False)
+
+    def __post_init__(self):
+        if self.max_split_bytes <= LEAST_MAX_SPLIT:
             raise ValueError(
-                f"max_split_size_mb is {max_split_bytes / MIB:g}; PyTorch takes only more than "
-                f"{LEAST_MAX_SPLIT // MIB}. Raise it, or leave it out."
+                f"max_split_size_mb is {self.max_split_bytes / MIB:g}; PyTorch takes only more than"
+                f" {LEAST_MAX_SPLIT // MIB}. Raise it, or leave it out."
             )
-        self.index = index
-        self.device_name = device_name
-        self.total_bytes = total_bytes
-        self.context_bytes = context_bytes
-        self.system_bytes = system_bytes
-        self.fraction = fraction
-        self.max_split_bytes = max_split_bytes or 2**63
         self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
         self.retries = 0
+        self.listeners: list[Callable[[Allocator, bool], None]] = []
         # Free blocks of each pool in the order best fit looks at them: by size, then address.
         self._small: list[tuple[int, int, Block]] = []
         self._large: list[tuple[int, int, Block]] = []
-        self._space = addresses or AddressSpace()
 
     @property
     def allowed_bytes(self) -> int:
@@ -144,8 +125,7 @@ class Allocator:
 
     @property
     def limit_bytes(self) -> int:
-        """Most bytes PyTorch can reserve: the rest of the card, or the per-process cap if that is
-        less."""
+        """Most bytes PyTorch can reserve: the rest of the card, or the cap if that is less."""
         return min(self.available_bytes, self.allowed_bytes)
 
     @property
@@ -154,12 +134,13 @@ class Allocator:
         return max(0, self.available_bytes - self.reserved)
 
     def allocate(self, size_bytes: int) -> Block:
-        """Take a block, which is what ``free`` wants back. Its ``size`` may exceed the request by
-        what was not split.
+        """Take a block, for ``free`` to give back; its ``size`` includes what was not split off.
 
         Raises:
             torch.OutOfMemoryError: the card has no room, with PyTorch's own text.
         """
+        for listener in self.listeners:
+            listener(self, False)
         size = block_bytes(size_bytes)
         small = size <= SMALL_REQUEST
         block = self._cached(size, small)
@@ -181,8 +162,9 @@ class Allocator:
         return block
 
     def free(self, block: Block):
-        """Give a block back. It stays reserved, as in PyTorch, until ``empty_cache`` or until room
-        is needed."""
+        """Give a block back. It stays reserved, as in PyTorch, until room is needed."""
+        for listener in self.listeners:
+            listener(self, True)
         self.allocated -= block.size
         self._merge(block)
         self._insert(block)
@@ -201,7 +183,7 @@ class Allocator:
     def keep_addresses(self, sizes: Iterable[int]):
         """The driver keeps addresses among the segments for itself, for kernels that it loads."""
         for size in sizes:
-            self._space.take(size)
+            self.addresses.take(size)
 
     def reset_peaks(self):
         """Start new peaks at the present values."""
@@ -212,13 +194,11 @@ class Allocator:
 
     def _insert(self, block: Block):
         block.free = True
-        bisect.insort(
-            self._small if block.small else self._large, (block.size, block.address, block)
-        )
+        bisect.insort(self._pool(block.small), (block.size, block.address, block))
 
     def _remove(self, block: Block):
         block.free = False
-        pool = self._small if block.small else self._large
+        pool = self._pool(block.small)
         del pool[bisect.bisect_left(pool, (block.size, block.address))]
 
     @staticmethod
@@ -262,9 +242,8 @@ class Allocator:
         return place
 
     def _cached(self, size: int, small: bool) -> Block | None:
-        """Best fit: the smallest free block that is large enough, the lowest address among
-        equals."""
-        pool = self._small if small else self._large
+        """Best fit: the smallest free block large enough, the lowest address among equals."""
+        pool = self._pool(small)
         place = bisect.bisect_left(pool, (size,))
         if place == len(pool):
             return None
@@ -284,7 +263,7 @@ class Allocator:
         if self.reserved + wanted > self.limit_bytes:
             return None
         self._reserve(wanted)
-        return Block(self._space.take(wanted), wanted, small)
+        return Block(self.addresses.take(wanted), wanted, small)
 
     def _reserve(self, size: int):
         self.reserved += size
@@ -293,12 +272,11 @@ class Allocator:
 
     def _give_back(self, segment: Block):
         self.reserved -= segment.size
-        self._space.give_back(segment.address)
+        self.addresses.give_back(segment.address)
 
     def _release_oversize(self, size: int, small: bool) -> bool:
-        """With max_split_size_mb: give back one cached block large enough, or several of the
-        largest."""
-        if self.max_split_bytes == 2**63:
+        """With max_split_size_mb: give back a cached block large enough, or several large ones."""
+        if self.max_split_bytes == UNLIMITED:
             return False
         pool = self._pool(small)
         key = max(size, self.max_split_bytes)
@@ -320,15 +298,15 @@ class Allocator:
         return True
 
     def _message(self, tried_bytes: int) -> str:
-        in_use = self.reserved + self.context_bytes
-        allowed = "" if self.fraction is None else f"{format_size(self.allowed_bytes)} allowed; "
+        size = as_pytorch_writes
+        allowed = "" if self.fraction is None else f"{size(self.allowed_bytes)} allowed; "
         return (
-            f"CUDA out of memory. Tried to allocate {format_size(tried_bytes)}. GPU {self.index}"
-            f" has a total capacity of {format_size(self.total_bytes)} of which"
-            f" {format_size(self.free_bytes)} is free. Including non-PyTorch memory, this process"
-            f" has {format_size(in_use)} memory in use. {allowed}Of the allocated memory"
-            f" {format_size(self.allocated)} is allocated by PyTorch, and"
-            f" {format_size(self.reserved - self.allocated)} is reserved by PyTorch but"
+            f"CUDA out of memory. Tried to allocate {size(tried_bytes)}. GPU {self.index}"
+            f" has a total capacity of {size(self.total_bytes)} of which"
+            f" {size(self.free_bytes)} is free. Including non-PyTorch memory, this process"
+            f" has {size(self.reserved + self.context_bytes)} memory in use. {allowed}Of the"
+            f" allocated memory {size(self.allocated)} is allocated by PyTorch, and"
+            f" {size(self.reserved - self.allocated)} is reserved by PyTorch but"
             " unallocated. If reserved but unallocated memory is large try setting"
             " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See"
             f" documentation for Memory Management  ({DOCUMENTATION}) [simulated"

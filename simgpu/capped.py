@@ -1,16 +1,15 @@
-"""``RealRig``: this machine's GPUs standing for cards of the catalogue, capped to their capacity
-where larger."""
+"""``CappedRig``: this machine's GPUs standing for cards, capped to them where larger."""
 
 import gc
-from contextlib import ExitStack
 from unittest import mock
 
 import torch
 
-from simgpu.base import Stages
 from simgpu.catalog import Card, find_card
-from simgpu.loading import MODEL_CLASSES
-from simgpu.machine import LocalRig, measured_on
+from simgpu.loading import from_pretrained_replaced
+from simgpu.machine import MachineRig, measured_on
+from simgpu.rig import Rig
+from simgpu.units import GIB
 
 
 def refused_by(card: Card, count: int) -> str | None:
@@ -19,17 +18,13 @@ def refused_by(card: Card, count: int) -> str | None:
     if found < count:
         return f"this machine has {found} GPU{'s' * (found != 1)}, not {count}"
     for index in range(count):
-        name = torch.cuda.get_device_name(index)
-        total = torch.cuda.get_device_properties(index).total_memory
-        if not _is(card, name) and total < card.total_bytes:
-            return (
-                f"GPU {index} of this machine, {name}, is smaller than"
-                f" {_with_article(card.device_name)}"
-            )
+        if not _is(card, index) and _total(index) < card.total_bytes:
+            gpu = f"GPU {index} of this machine, {torch.cuda.get_device_name(index)}"
+            return f"{gpu}, is smaller than {_with_article(card.device_name)}"
     return None
 
 
-class RealRig(LocalRig):
+class CappedRig(MachineRig):
     """The first ``count`` GPUs of this machine as cards of one kind.
 
     In its ``with`` block ``torch.cuda.device_count`` and ``mem_get_info`` answer as on a machine
@@ -43,76 +38,57 @@ class RealRig(LocalRig):
         card, count: as of ``Rig``; ``refused_by`` must have nothing against them.
     """
 
-    def __init__(self, card: str, count: int):
+    def __init__(self, card: str = "L4", count: int = 1):
         super().__init__()
         self.card = find_card(card)
         self.cards = [self.card] * count
-        self._totals = [
-            torch.cuda.get_device_properties(index).total_memory for index in range(count)
-        ]
-        self._capped = [
-            not _is(self.card, torch.cuda.get_device_name(index))
-            and self.card.total_bytes < self._totals[index]
+        # What PyTorch may reserve of each GPU that is larger than the card.
+        self._fractions = {
+            index: self.cap_bytes / _total(index)
             for index in range(count)
-        ]
+            if _total(index) > self.card.total_bytes and not _is(self.card, index)
+        }
         self._mem_get_info = torch.cuda.mem_get_info
-        self._world: ExitStack | None = None
         self._entered = False
 
     @property
     def cap_bytes(self) -> int:
-        """What PyTorch can reserve on such a card: the context and the driver take their part
-        first."""
+        """What PyTorch can reserve on such a card, beside the context and the driver's part."""
         return self.card.total_bytes - self.card.outside_bytes
 
     @property
     def provenance(self) -> str:
         """ "measured on ...", with devices, cap, date and versions."""
         capped = ""
-        if any(self._capped):
-            capped = (
-                f" capped to {self.cap_bytes / 2**30:.2f} GiB, as"
-                f" {_with_article(self.card.device_name)}"
-            )
+        if self._fractions:
+            size, name = f"{self.cap_bytes / GIB:.2f} GiB", _with_article(self.card.device_name)
+            capped = f" capped to {size}, as {name}"
         return measured_on(len(self.cards), capped)
 
-    def __repr__(self):
-        return f"Rig({len(self.cards)} x {self.card.device_name}, {self.provenance})"
+    # Unlike the machine as it is, this rig stands for torch.cuda in its block.
+    __repr__, __enter__, __exit__ = Rig.__repr__, Rig.__enter__, Rig.__exit__
 
-    def __enter__(self):
-        self._activate()
-        with ExitStack() as stack:
-            stack.callback(setattr, Stages, "active", None)
-            count = len(self.cards)
-            if not self._entered:
-                self._entered = True
-                gc.collect()
-                torch.cuda.empty_cache()
-            for model_class in MODEL_CLASSES:
-                load = self._staged(model_class.from_pretrained)
-                stack.enter_context(mock.patch.object(model_class, "from_pretrained", load))
-            stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: count))
-            stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", self._shown_memory))
-            for index in range(count):
-                if self._capped[index]:
-                    torch.cuda.set_per_process_memory_fraction(
-                        self.cap_bytes / self._totals[index], index
-                    )
-                    stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, index)
-            self._world = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception):
-        world, self._world = self._world, None
-        world.__exit__(*exception)
+    def _build_world(self, stack):
+        count = len(self.cards)
+        if not self._entered:
+            self._entered = True
+            gc.collect()
+            torch.cuda.empty_cache()
+        stack.enter_context(from_pretrained_replaced(self._staged))
+        stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: count))
+        stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", self._shown_memory))
+        for index, fraction in self._fractions.items():
+            torch.cuda.set_per_process_memory_fraction(fraction, index)
+            stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, index)
 
     @property
     def devices(self) -> list[tuple[str, int]]:
         """Name and capacity in bytes of every card the GPUs stand for."""
-        return [
-            (self.card.key, self.card.total_bytes if capped else total)
-            for capped, total in zip(self._capped, self._totals, strict=True)
-        ]
+        capacities = (
+            self.card.total_bytes if index in self._fractions else _total(index)
+            for index in range(len(self.cards))
+        )
+        return [(self.card.key, capacity) for capacity in capacities]
 
     def _free_bytes(self, index: int) -> int:
         return self._shown_memory(index)[0]
@@ -120,9 +96,9 @@ class RealRig(LocalRig):
     def _staged(self, original):
         """``from_pretrained`` as a stage of its own, as on simulated cards."""
 
-        def from_pretrained(*args, **kwargs):
+        def from_pretrained(cls, *args, **kwargs):
             with self.loading():
-                return original(*args, **kwargs)
+                return original(cls, *args, **kwargs)
 
         return from_pretrained
 
@@ -130,15 +106,19 @@ class RealRig(LocalRig):
         """``torch.cuda.mem_get_info`` of the card the GPU stands for."""
         index = torch.cuda._utils._get_device_index(device, optional=True)
         free, total = self._mem_get_info(index)
-        if index >= len(self.cards) or not self._capped[index]:
+        if index not in self._fractions:
             return free, total
         room = self.card.total_bytes - self.card.context_bytes - self.card.system_bytes
         return max(0, min(free, room - torch.cuda.memory_reserved(index))), self.card.total_bytes
 
 
-def _is(card: Card, device_name: str) -> bool:
+def _total(index: int) -> int:
+    return torch.cuda.get_device_properties(index).total_memory
+
+
+def _is(card: Card, index: int) -> bool:
     try:
-        return find_card(device_name) is card
+        return find_card(torch.cuda.get_device_name(index)) is card
     except ValueError:  # not in the catalogue
         return False
 

@@ -12,11 +12,12 @@ Once there is such a backend, PyTorch takes a bare number (``tensor.to(0)``, as 
 write it) for a device of it, also on a machine with GPUs and also when no simulated card is in use.
 So outside the ``with`` block of a simulated rig the two kernels make a tensor on the GPU of that
 number. (Libraries that compare devices still find that ``torch.device(0)`` is not the GPU a tensor
-is on; ``patches`` helps the two that do.)
+is on; ``loading`` helps the two that do.)
 """
 
 import threading
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -33,28 +34,20 @@ except ImportError:  # torch 2.11 has no error of its own for this
     FakeTensorDeviceMismatchError = ()
 from torch.utils import _pytree, backend_registration
 
+from simgpu.catalog import MAX_CARDS
+
 DEVICE_TYPE = "simcuda"
-MAX_CARDS = 16
-# Called after every operator with its overload, its results on simulated cards and on the CPU, and
-# its arguments; set by a rig.
+# Called after every operator with its overload, its results on cards and CPU, and its arguments.
 Observer = Callable[[object, list[FakeTensor], tuple], None]
 _observer: Observer | None = None
 
 
+_ATEN = torch.ops.aten
 # Operators that make no storage. Half of all calls are one of these, and torch's general path for
 # fake tensors takes several times as long for them as their shape rule.
-_VIEWS = {
-    torch.ops.aten.alias.default,
-    torch.ops.aten.detach.default,
-    torch.ops.aten.expand.default,
-    torch.ops.aten.permute.default,
-    torch.ops.aten.select.int,
-    torch.ops.aten.slice.Tensor,
-    torch.ops.aten.t.default,
-    torch.ops.aten.transpose.int,
-    torch.ops.aten.unsqueeze.default,
-    torch.ops.aten.view.default,
-}
+_VIEWS = {_ATEN.alias, _ATEN.detach, _ATEN.expand, _ATEN.permute, _ATEN.t, _ATEN.unsqueeze}
+_VIEWS = {packet.default for packet in (*_VIEWS, _ATEN.view)}
+_VIEWS |= {_ATEN.select.int, _ATEN.slice.Tensor, _ATEN.transpose.int}
 
 
 def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -66,46 +59,37 @@ def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = No
 
 
 def channels_last_strides(shape: torch.Size) -> tuple[int, int, int, int]:
-    """Strides of a contiguous tensor of this shape (batch, channels, height, width) whose channels
-    lie side by side."""
+    """Strides of a tensor (batch, channels, height, width) whose channels lie side by side."""
     _, channels, height, width = shape
     return (channels * height * width, 1, width * channels, channels)
 
 
 def _convolution_backward(gradient, input, weight, bias_sizes, *settings):
-    # As cuDNN goes about it, one gradient after the other. Only plain convolutions over pictures
-    # have been traced.
+    # As cuDNN does it, one gradient after the other; traced were plain convolutions on pictures.
     *_, transposed, _, groups, (of_input, of_weight, of_bias) = settings
     if gradient.ndim != 4 or transposed or groups != 1 or gradient.device.type != DEVICE_TYPE:
         return NotImplemented
     copied = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    channels_last = (
-        input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-    )
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    is_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    layout = torch.channels_last if is_last else torch.contiguous_format
     gradients = [torch.empty_like(input, memory_format=layout) if of_input else None, None, None]
-    if of_input and channels_last:
+    if of_input and is_last:
         torch.empty_like(weight)  # the weight in this layout
     if of_weight:
         gradients[1] = torch.empty_like(weight, memory_format=layout)
-        if not channels_last:
-            torch.empty(
-                _transposed_bytes(gradient, input, weight),
-                dtype=torch.uint8,
-                device=gradient.device,
-            )
+        if not is_last:
+            scratch = _transposed_bytes(gradient, input, weight)
+            torch.empty(scratch, dtype=torch.uint8, device=gradient.device)
     del copied
     if of_bias:
-        # Positions come before channels in memory: what follows the convolutions of this model
-        # flattens them so.
+        # Positions come before channels: what follows this model's convolutions flattens them so.
         by_position = gradient.as_strided(gradient.shape, channels_last_strides(gradient.shape))
         gradients[2] = by_position.sum((0, 2, 3))
     return tuple(gradients)
 
 
 def _transposed_bytes(gradient, input, weight) -> int:
-    """cuDNN's workspace for the gradient of a weight where channels come first: it transposes
-    everything.
+    """cuDNN's workspace for a weight's gradient where channels come first: it transposes all.
 
     Channels are filled up to whole eights; of the weight's gradient there are 14 partial sums in
     float32 as well. The parts add up to the 205,979,648 bytes of the one case that was traced, the
@@ -118,11 +102,10 @@ def _transposed_bytes(gradient, input, weight) -> int:
     return moved * weight.element_size() + 14 * elements * 4
 
 
-# Operators whose shape rule allocates otherwise than their CUDA kernel. NotImplemented leaves a
-# call to the shape rule.
+# Operators that allocate otherwise than their shape rule; NotImplemented leaves a call to it.
 _REWRITTEN = {
-    torch.ops.aten._safe_softmax.default: _safe_softmax,
-    torch.ops.aten.convolution_backward.default: _convolution_backward,
+    _ATEN._safe_softmax.default: _safe_softmax,
+    _ATEN.convolution_backward.default: _convolution_backward,
 }
 
 
@@ -141,8 +124,7 @@ class _BackendModule(backend_registration._DummyBackendModule):
 
 
 class _ObservedFakeMode(FakeTensorMode):
-    """Runs shape rules and reports each operator. All threads pass here, the autograd engine's
-    too."""
+    """Runs shape rules and reports each operator, of the autograd engine's threads as well."""
 
     # Some constructors would otherwise touch the device with a real kernel.
     avoid_device_init = True
@@ -156,24 +138,37 @@ class _ObservedFakeMode(FakeTensorMode):
         return self
 
     def dispatch(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func in _VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
             with in_kernel_invocation_manager(self):
-                view = func(*args, **(kwargs or {}))
+                view = func(*args, **kwargs)
             return FakeTensor(self, view, args[0].fake_device)
         if func in _REWRITTEN and isinstance(args[0], FakeTensor):
             with self:
-                output = _REWRITTEN[func](*args, **(kwargs or {}))
+                output = _REWRITTEN[func](*args, **kwargs)
             if output is not NotImplemented:
                 return output
         # Operators that a shape rule uses internally are not the program's own.
         depth = getattr(self._nesting, "depth", 0)
-        if func is torch.ops.aten.add.Tensor and depth == 0 and _added_in_place(*args):
-            return args[0]
-        if func is torch.ops.aten.index_put.default and depth == 0 and _put_in_place(*args):
+        if depth == 0 and func in _IN_PLACE and _IN_PLACE[func](*args):
             return args[0]
         self._nesting.depth = depth + 1
         try:
-            output = super().dispatch(func, types, args, kwargs)
+            output = self._by_shape_rule(func, types, args, kwargs)
+        finally:
+            self._nesting.depth = depth
+        if _observer is not None and depth == 0 and (results := _tensors_made(output)):
+            try:
+                _observer(func, results, args)
+            except torch.OutOfMemoryError as error:
+                # A real card never made this tensor: no frame of the error may lead to it.
+                output = results = None
+                raise error.with_traceback(None) from None
+        return output
+
+    def _by_shape_rule(self, func, types, args, kwargs):
+        try:
+            return super().dispatch(func, types, args, kwargs)
         except FakeTensorDeviceMismatchError as error:
             raise RuntimeError(str(error).replace(DEVICE_TYPE, "cuda")) from None
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -183,34 +178,18 @@ class _ObservedFakeMode(FakeTensorMode):
                 " (.item(), .tolist(), `if` on a tensor, indexing by a mask), or run this on a"
                 " real device."
             ) from None
-        finally:
-            self._nesting.depth = depth
-        if _observer is not None and depth == 0:
-            if isinstance(output, FakeTensor):
-                results = [output] if output.device.type != "meta" else []
-            else:
-                results = [
-                    leaf
-                    for leaf in _pytree.tree_leaves(output)
-                    if isinstance(leaf, FakeTensor) and leaf.device.type != "meta"
-                ]
-            if results:
-                try:
-                    _observer(func, results, args)
-                except torch.OutOfMemoryError as error:
-                    # A real card never made this tensor: no frame of the error may lead to it.
-                    output = results = None
-                    raise error.with_traceback(None) from None
-        return output
 
 
-# Private functions; a torch without them adds gradients into new tensors, as fake tensors do by
-# themselves.
+def _tensors_made(output) -> list[FakeTensor]:
+    """What an operator gave that is on a card or on the CPU."""
+    leaves = [output] if isinstance(output, FakeTensor) else _pytree.tree_leaves(output)
+    return [each for each in leaves if isinstance(each, FakeTensor) and each.device.type != "meta"]
+
+
+# Private functions; without them gradients are added into new tensors, as fake ones do.
 _COUNTS = hasattr(torch.Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
-# ``_use_count()`` of a gradient that nothing but the engine refers to, as seen from ``dispatch``;
-# found by trying.
+# ``_use_count()`` of a gradient that only the engine refers to; found by trying.
 _engines_own: int | None = None
-_trying = False
 
 
 def _in_backward_pass() -> bool:
@@ -218,22 +197,17 @@ def _in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
 
 
-def _added_in_place(sum_so_far, gradient, *others, **options) -> bool:
-    """Whether the autograd engine would add this gradient to the sum in place, which it never does
-    with fake tensors.
+def _added_in_place(sum_so_far, gradient, *others) -> bool:
+    """Whether this is a gradient that the autograd engine would add to the sum in place.
 
     The conditions are those of torch/csrc/autograd/input_buffer.cpp: no graph of the backward pass
     is recorded, and nothing else refers to the sum so far.
     """
-    global _engines_own
     if not _COUNTS or not _in_backward_pass():
         return False
     if not isinstance(gradient, FakeTensor) or not isinstance(sum_so_far, FakeTensor):
         return False
     if sum_so_far.shape != gradient.shape:
-        return False
-    if _trying:
-        _engines_own = sum_so_far._use_count()
         return False
     storage = sum_so_far.untyped_storage()
     return (
@@ -245,24 +219,29 @@ def _added_in_place(sum_so_far, gradient, *others, **options) -> bool:
 
 
 def _put_in_place(zeros, indices, gradient, accumulate=False) -> bool:
-    """Whether this is the gradient of an index, which PyTorch puts into new zeros in place, but for
-    fake tensors."""
+    """Whether this is an index's gradient, which PyTorch puts into new zeros in place."""
     return accumulate and isinstance(zeros, FakeTensor) and _in_backward_pass()
+
+
+# What the autograd engine does in place, but not with fake tensors; whether it would here.
+_IN_PLACE = {_ATEN.add.Tensor: _added_in_place, _ATEN.index_put.default: _put_in_place}
 
 
 def _try_engine():
     """A backward pass in which two gradients are added that nothing else refers to."""
-    global _trying
-    _trying = True
-    try:
+
+    def note(sum_so_far, gradient):
+        global _engines_own
+        if _COUNTS and _in_backward_pass():
+            _engines_own = sum_so_far._use_count()
+        return False
+
+    with mock.patch.dict(_IN_PLACE, {_ATEN.add.Tensor: note}), torch.enable_grad():
         with _mode:
-            leaf, gradient = (
-                torch.empty(1, device=DEVICE_TYPE, requires_grad=True) for _ in range(2)
-            )
-        with torch.autograd.set_multithreading_enabled(False), torch.enable_grad():
-            (leaf * 2 + leaf * 3).backward(gradient.detach())
-    finally:
-        _trying = False
+            leaf = torch.empty(1, device=DEVICE_TYPE, requires_grad=True)
+            gradient = torch.empty(1, device=DEVICE_TYPE)
+        with torch.autograd.set_multithreading_enabled(False):
+            (leaf * 2 + leaf * 3).backward(gradient)
 
 
 _mode: _ObservedFakeMode | None = None
@@ -271,8 +250,7 @@ _library: torch.library.Library | None = None
 
 
 def fake_mode() -> FakeTensorMode:
-    """The one mode all simulated tensors of this process belong to; registers the device on first
-    use."""
+    """The mode of all simulated tensors of this process; registers the device on first use."""
     global _mode, _library
     with _registering:
         if _mode is None:
@@ -280,12 +258,9 @@ def fake_mode() -> FakeTensorMode:
                 DEVICE_TYPE, backend_module=_BackendModule()
             )
             _library = torch.library.Library("aten", "IMPL")
-            for name in ("empty.memory_format", "empty_strided"):
-                packet, _, overload = name.partition(".")
-                operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
-                _library.impl(name, _in_fake_mode(operator), "PrivateUse1")
-            # Without a kernel of its own for the device it is taken apart into six operators; CUDA
-            # has one.
+            for operator in (_ATEN.empty.memory_format, _ATEN.empty_strided.default):
+                _library.impl(operator, _in_fake_mode(operator), "PrivateUse1")
+            # Without a kernel of its own it is taken apart into six operators; CUDA has one.
             _library.impl("silu_backward", _never_called, "PrivateUse1")
             _mode = _ObservedFakeMode()
             _try_engine()
@@ -298,8 +273,7 @@ def _never_called(*arguments):
 
 
 def observe(observer: Observer | None) -> Observer | None:
-    """Report every operator to ``observer`` from now on; None stops reporting. Returns who was told
-    before."""
+    """Report every operator to ``observer`` from now on, or to none; returns the one before."""
     global _observer
     fake_mode()
     before, _observer = _observer, observer
@@ -312,8 +286,7 @@ def card_device(index: int) -> torch.device:
 
 
 def machine_device(index: int) -> torch.device | None:
-    """What a bare number means outside a simulated rig: a GPU on a machine that has some, otherwise
-    None."""
+    """What a bare number means outside a simulated rig: a GPU where there are some, or None."""
     return torch.device("cuda", index) if _observer is None and torch.cuda.is_available() else None
 
 

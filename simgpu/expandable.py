@@ -1,5 +1,4 @@
-"""The allocator with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: segments that grow and
-shrink.
+"""The allocator with ``expandable_segments:True``: segments that grow and shrink.
 
 A pool then has one long run of addresses, and memory is mapped behind them in units where it is
 needed, so that free pieces that touch can serve one large request. Source: as in ``allocator``; the
@@ -12,6 +11,7 @@ from simgpu.allocator import (
     BLOCK_ROUNDING,
     LARGE_SEGMENT,
     SMALL_SEGMENT,
+    UNLIMITED,
     Allocator,
     Block,
     round_up,
@@ -25,9 +25,9 @@ ADDRESS_GAP = LARGE_SEGMENT * 2**20
 class ExpandableAllocator(Allocator):
     """As ``Allocator``, with expandable segments."""
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        if options.get("max_split_bytes") is not None:
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_split_bytes != UNLIMITED:
             raise ValueError(
                 "expandable_segments and max_split_size_mb are not simulated together; with"
                 " expandable segments splitting does no harm. Leave max_split_size_mb out."
@@ -37,8 +37,7 @@ class ExpandableAllocator(Allocator):
         self._unmapped: dict[bool, list[tuple[int, Block]]] = {True: [], False: []}
 
     def empty_cache(self):
-        """Give the memory behind all free blocks back to the driver, as far as it is whole mapping
-        units."""
+        """Give the memory behind free blocks back to the driver, in whole mapping units."""
         for pool in (self._large, self._small):
             for *_, block in list(pool):
                 self._unmap(block)
@@ -47,8 +46,7 @@ class ExpandableAllocator(Allocator):
         return rest >= BLOCK_ROUNDING
 
     def _best(self, pool, place: int) -> int:
-        # The free end of a segment counts with what it could grow to, so that inner blocks are used
-        # first.
+        # A segment's free end counts with what it could grow to: inner blocks are used first.
         def growth(entry):
             after = entry[2].after
             return entry[0] + (after.size if after is not None and not after.mapped else 0)
@@ -59,11 +57,10 @@ class ExpandableAllocator(Allocator):
 
     def _new(self, size: int, small: bool) -> Block | None:
         """A free block of an expandable segment, with memory mapped where it had only addresses."""
-        # PyTorch checks the cap with what a new segment would take, before it looks at what is
-        # there.
+        # PyTorch checks the cap with what a new segment would take, and only then looks.
         if self.reserved + segment_bytes(size) > self.allowed_bytes:
             return None
-        block = self._addresses(size, small)
+        block = self._run_of(size, small)
         if not block.mapped and not self._map(block, min(block.size, size)):
             return None
         while block.size < size:
@@ -74,9 +71,8 @@ class ExpandableAllocator(Allocator):
         self._remove(block)
         return block
 
-    def _addresses(self, size: int, small: bool) -> Block:
-        """The lowest run of free and unmapped blocks with ``size`` addresses; a new segment where
-        there is none."""
+    def _run_of(self, size: int, small: bool) -> Block:
+        """The lowest run of free and unmapped blocks with ``size`` addresses, or a new segment."""
         for _, block in self._unmapped[small]:
             if block.before is not None and block.before.free:
                 block = block.before
@@ -93,8 +89,7 @@ class ExpandableAllocator(Allocator):
         return block
 
     def _map(self, block: Block, size: int) -> bool:
-        """Put memory behind the first ``size`` addresses of an unmapped block; False when the card
-        has none left."""
+        """Put memory behind the first ``size`` addresses of a block; False if none is left."""
         mapped = round_up(size, SMALL_SEGMENT if block.small else LARGE_SEGMENT)
         if self.reserved + mapped > self.available_bytes:
             return False

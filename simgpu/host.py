@@ -1,19 +1,19 @@
-"""The host's own memory (RAM) while a model is loaded: what has to be there, and what is only
-mapped from files.
+"""The host's memory (RAM) while a model is loaded: what must be there, and what is only mapped.
 
 Read in the sources of torch 2.13, transformers 5.23, safetensors 0.8 and accelerate 1.15:
 
-- safetensors maps a whole file (``UntypedStorage.from_file``, a private mapping), and a tensor is a view of it. Its
-  pages come from the file when something reads them. They stay until the last view of that file is
-  gone; the loader keeps all files until it ends.
-- ``tensor.to("cpu", dtype)`` with the dtype it has gives the view itself. Such a weight takes no memory of its own, and
-  loading does not even read it. accelerate's hooks keep that view for a module offloaded to the
-  CPU.
+- safetensors maps a whole file (``UntypedStorage.from_file``, a private mapping), and a tensor is a
+  view of it. Its pages come from the file when something reads them. They stay until the last view
+  of that file is gone; the loader keeps all files until it ends.
+- ``tensor.to("cpu", dtype)`` with the dtype it has gives the view itself. Such a weight takes no
+  memory of its own, and loading does not even read it. accelerate's hooks keep that view for a
+  module offloaded to the CPU.
 - ``.to("cpu", another dtype)`` makes a copy in anonymous memory, which stays.
-- ``.to("cuda", the same dtype)`` copies out of the mapped pages. With another dtype PyTorch converts on the host first
-  (``copy_kernel_cuda`` in aten/src/ATen/native/cuda/Copy.cu): a copy in anonymous memory that is
-  gone when it returns.
-- A pool of threads does this, each one tensor at a time (``GLOBAL_WORKERS`` in transformers/core_model_loading.py).
+- ``.to("cuda", the same dtype)`` copies out of the mapped pages. With another dtype PyTorch
+  converts on the host first (``copy_kernel_cuda`` in aten/src/ATen/native/cuda/Copy.cu): a copy in
+  anonymous memory that is gone when it returns.
+- A pool of threads does this, each one tensor at a time (``GLOBAL_WORKERS`` in
+  transformers/core_model_loading.py).
 
 Not counted: Python with its objects, the libraries and the CUDA context, the driver's staging
 buffers, and the first page of every tensor, which making a view reads.
@@ -40,16 +40,15 @@ class HostMemory:
 
     Attributes:
         peak_anonymous_bytes: the most at a time, if every thread of the loader converts one of the
-            largest tensors at the same moment. Which tensors meet is a race, so this is an upper
-            bound.
+            largest tensors at once. Which tensors meet is a race: this is an upper bound.
         sequential_peak_anonymous_bytes: the same with one thread (``HF_DEACTIVATE_ASYNC_LOAD=1``);
             a lower bound for more.
         anonymous_bytes: after the load.
         peak_file_bytes: what the load reads from the files, whose pages stay mapped until it ends.
         file_bytes: of these, what is still mapped after it: the read pages of every file that some
             weight is a view of.
-        view_bytes: weights that are views of the files after the load. The first forward pass reads
-            them; where memory is short, every pass does so again.
+        view_bytes: weights that are views of the files after the load, read by the first forward
+            pass, and where memory is short by every one.
     """
 
     peak_anonymous_bytes: int
@@ -74,6 +73,7 @@ class _Load:
         self._references: dict[int, weakref.ref] = {}
 
     def map(self, storage, file: str):
+        """Take a storage for one that is mapped from a file."""
         self.mapped[storage._cdata] = storage.nbytes(), file
         self._watch(storage, self.mapped)
 
@@ -87,16 +87,9 @@ class _Load:
         self._references[key] = weakref.ref(storage, gone)
 
     def observe(self, results: list[FakeTensor], arguments: tuple):
-        """Count what an operator made: on the CPU a tensor, for a card perhaps a conversion before
-        the copy."""
-        source = next(
-            (
-                each
-                for each in arguments
-                if isinstance(each, FakeTensor) and each.device.type == "cpu"
-            ),
-            None,
-        )
+        """Count what an operator made: a tensor on the CPU, or a conversion before a copy."""
+        tensors = (each for each in arguments if isinstance(each, FakeTensor))
+        source = next((each for each in tensors if each.device.type == "cpu"), None)
         for tensor in results:
             storage = tensor.untyped_storage()
             if tensor.device.type == "cpu":
@@ -153,8 +146,7 @@ class Host:
 
     @contextmanager
     def loading(self):
-        """Around a call of the loader, which has to have dropped its own references when the block
-        ends."""
+        """Around the loader, which must have dropped its references when the block ends."""
         self.memory = None
         try:
             yield
@@ -162,12 +154,10 @@ class Host:
         finally:
             self._load = None
 
-    def map(
-        self, tensors: dict[str, torch.Tensor], files: dict[str, str]
-    ) -> dict[str, torch.Tensor]:
-        """Take tensors for views of mapped files, give them back, and count from here on.
+    def map(self, tensors: dict[str, torch.Tensor], files: dict[str, str]) -> dict:
+        """Take tensors for views of the files of these names, give them back, and count from here.
 
-        ``files`` names the file of each; those without are counted as of one file together.
+        Those without a file are counted as of one together.
         """
         self._load = _Load()
         for name, tensor in tensors.items():

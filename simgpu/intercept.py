@@ -1,11 +1,71 @@
-"""What ``torch.cuda`` is while a simulated rig is active, and what "cuda:0" names."""
+"""What ``torch`` is while a simulated rig is active: ``torch.cuda``, and what "cuda:0" names."""
 
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
+from torch.optim import optimizer
 from torch.overrides import TorchFunctionMode
 
-from simgpu.device import DEVICE_TYPE, card_device
+from simgpu.device import DEVICE_TYPE, card_device, fake_mode
+from simgpu.operators import routed_attention, routed_convolution
+
+# Taken here and not when a block begins: the machine itself may be simulated, in tests.
+_ROUTES = {
+    "scaled_dot_product_attention": (routed_attention, functional.scaled_dot_product_attention),
+    "conv2d": (routed_convolution, functional.conv2d),
+}
+
+
+@contextmanager
+def simulated_torch(rig):
+    """Let torch see ``rig``'s cards as CUDA devices until the block ends.
+
+    ``rig`` has ``cards``, ``allocators``, ``release_workspaces()`` and the context manager
+    ``backward_pass()``.
+    """
+    fake_mode()
+    cuda = CudaFunctions(rig)
+    with ExitStack() as stack:
+
+        def replace(owner, name, value):
+            stack.enter_context(mock.patch.object(owner, name, value, create=True))
+
+        for name in (name for name in dir(cuda) if not name.startswith("_")):
+            replace(torch.cuda, name, getattr(cuda, name))
+        replace(torch._C, "_cuda_clearCublasWorkspaces", rig.release_workspaces)
+        for name, (route, original) in _ROUTES.items():
+            replace(functional, name, route(original, rig))
+        # Optimisers update many tensors at a time only for types of tensor on this list.
+        types = [*optimizer._foreach_supported_types, FakeTensor]
+        replace(optimizer, "_foreach_supported_types", types)
+        replace(torch.autocast, "__init__", _refused_autocast(torch.autocast.__init__))
+        # torch's autograd would start a thread per card, and knows of one simulated card only.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(CudaNames(cuda))
+        yield
+
+
+def _refused_autocast(original):
+    """On simulated cards torch's autocast would do nothing, without a word."""
+
+    def __init__(self, device_type, dtype=None, enabled=True, cache_enabled=None):
+        if enabled and device_type in ("cuda", DEVICE_TYPE):
+            raise NotImplementedError(
+                "autocast is not simulated: the weights would be computed in their own type and the"
+                " bytes would be wrong. Load the model in the type you want (dtype=torch.bfloat16),"
+                " or use autocast on a real device."
+            )
+        original(self, device_type, dtype, enabled, cache_enabled)
+
+    return __init__
+
+
+def _counter(name: str):
+    return lambda self, device=None: getattr(self._allocator(device), name)
 
 
 class CudaFunctions:
@@ -32,17 +92,19 @@ class CudaFunctions:
             )
         return index
 
+    def _card(self, device=None):
+        return self._rig.cards[self._index(device)]
+
     def _allocator(self, device=None):
         return self._rig.allocators[self._index(device)]
 
     def is_available(self):
         return True
 
-    def is_initialized(self):
-        return True
+    is_initialized = is_available
 
     def is_bf16_supported(self, including_emulation=True):
-        return including_emulation or self._rig.cards[self._current].bf16_supported
+        return including_emulation or self._card().bf16_supported
 
     def is_current_stream_capturing(self):
         return False
@@ -60,32 +122,21 @@ class CudaFunctions:
         self._index(device)
 
     def get_device_name(self, device=None):
-        return self._rig.cards[self._index(device)].device_name
+        return self._card(device).device_name
 
     def get_device_capability(self, device=None):
-        return self._rig.cards[self._index(device)].compute_capability
+        return self._card(device).compute_capability
 
     def get_device_properties(self, device=None):
-        card = self._rig.cards[self._index(device)]
+        card = self._card(device)
+        major, minor = card.compute_capability
         return SimpleNamespace(
             name=card.device_name,
             total_memory=card.total_bytes,
-            major=card.compute_capability[0],
-            minor=card.compute_capability[1],
+            major=major,
+            minor=minor,
             multi_processor_count=card.multiprocessors,
         )
-
-    def memory_allocated(self, device=None):
-        return self._allocator(device).allocated
-
-    def max_memory_allocated(self, device=None):
-        return self._allocator(device).peak_allocated
-
-    def memory_reserved(self, device=None):
-        return self._allocator(device).reserved
-
-    def max_memory_reserved(self, device=None):
-        return self._allocator(device).peak_reserved
 
     def mem_get_info(self, device=None):
         allocator = self._allocator(device)
@@ -101,6 +152,11 @@ class CudaFunctions:
     def set_per_process_memory_fraction(self, fraction, device=None):
         self._allocator(device).fraction = fraction
 
+    memory_allocated = _counter("allocated")
+    max_memory_allocated = _counter("peak_allocated")
+    memory_reserved = _counter("reserved")
+    max_memory_reserved = _counter("peak_reserved")
+
 
 class CudaNames(TorchFunctionMode):
     """Takes "cuda", "cuda:1" and ``torch.device("cuda")`` in calls for the simulated cards."""
@@ -114,7 +170,7 @@ class CudaNames(TorchFunctionMode):
         if func is torch.device:
             return func(*args, **kwargs)
         if func in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
-            with self._cuda._rig.deferring_errors():
+            with self._cuda._rig.backward_pass():
                 return func(*args, **kwargs)
         if func is torch.Tensor.cuda:
             device = args[1] if len(args) > 1 else kwargs.get("device")

@@ -1,13 +1,13 @@
-"""What the reader's own code meets while a simulated rig is active: torch.cuda, "cuda:0" and
-from_pretrained.
+"""Loading by transformers and accelerate while a simulated rig is active: without weights.
 
-Everything is put in place by ``simulated_world`` and taken away again when its block ends, but for
-two: transformers' loader and accelerate's AlignDevicesHook go on taking bare numbers for CUDA
+Everything is put in place by ``simulated_loading`` and taken away again when its block ends, but
+for two: transformers' loader and accelerate's AlignDevicesHook go on taking bare numbers for CUDA
 devices, which PyTorch no longer does (see ``device``).
 """
 
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
@@ -15,41 +15,24 @@ from unittest import mock
 import torch
 from accelerate import hooks
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn import functional
-from torch.optim import optimizer
 from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
+    AutoConfig,
+    GenerationMixin,
     PreTrainedConfig,
+    PreTrainedModel,
     masking_utils,
     modeling_utils,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto import auto_factory
 from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
-from glm4v_nb.model import GLM4VForConditionalGeneration
-from glm4v_nb.model.checkpoint import weight_map
-from glm4v_nb.model.configuration import read_config
+from simgpu.checkpoints import known_config, weight_map
 from simgpu.device import DEVICE_TYPE, fake_mode, machine_device
-from simgpu.intercept import CudaFunctions, CudaNames
-from simgpu.operators import routed_attention, routed_convolution
 
-# What a notebook may call ``from_pretrained`` of.
-MODEL_CLASSES = (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GLM4VForConditionalGeneration,
-)
-# Taken here and not when a block begins: the machine itself may be simulated, in tests.
-_ORIGINAL_LOAD = GLM4VForConditionalGeneration.from_pretrained
+_AUTO_CLASS = auto_factory._BaseAutoModelClass
 _ORIGINAL_WARMUP = modeling_utils.caching_allocator_warmup
-_ROUTES = {
-    "scaled_dot_product_attention": (routed_attention, functional.scaled_dot_product_attention),
-    "conv2d": (routed_convolution, functional.conv2d),
-}
 # Arguments that say where weights come from; a simulated model has none to fetch.
 _DOWNLOAD_ARGUMENTS = (
     "revision",
@@ -59,102 +42,83 @@ _DOWNLOAD_ARGUMENTS = (
     "force_download",
     "use_safetensors",
 )
-
-
 # transformers asks these once and remembers the answer, which is another one inside the block.
 _REMEMBERED_ANSWERS = (
     import_utils.is_torch_cuda_available,
     import_utils.is_torch_bf16_gpu_available,
 )
+# Prompts on simulated cards have no values to look at: they are neither packed nor padded.
+_MASKING_ANSWERS = {"find_packed_sequence_indices": None, "fast_all": True, "is_tracing": False}
 
 
 @contextmanager
-def simulated_world(rig):
-    """Let torch, transformers and accelerate see ``rig``'s cards as CUDA devices until the block
-    ends.
+def simulated_loading(rig):
+    """Let transformers and accelerate load on ``rig``'s cards until the block ends.
 
-    ``rig`` has ``cards``, ``allocators``, ``host``, ``release_workspaces()``, and the context
-    managers ``loading()`` and ``deferring_errors()``.
+    ``rig`` has ``host``, ``register_weights()`` and the context manager ``loading()``.
     """
-    fake_mode()
-    cuda = CudaFunctions(rig)
+    modeling_utils.caching_allocator_warmup = _warmup_of_cuda_cards
+    hooks.AlignDevicesHook.execution_device = _EXECUTION_DEVICE
     with ExitStack() as stack:
-        for name in (name for name in dir(cuda) if not name.startswith("_")):
-            stack.enter_context(
-                mock.patch.object(torch.cuda, name, getattr(cuda, name), create=True)
-            )
-        stack.enter_context(
-            mock.patch.object(
-                torch._C, "_cuda_clearCublasWorkspaces", rig.release_workspaces, create=True
-            )
-        )
-        for name, (route, original) in _ROUTES.items():
-            stack.enter_context(mock.patch.object(functional, name, route(original, rig)))
-        # Prompts on simulated cards have no values to look at: they are neither packed nor padded.
-        for name, answer in (
-            ("find_packed_sequence_indices", None),
-            ("fast_all", True),
-            ("is_tracing", False),
-        ):
-            original = getattr(masking_utils, name)
-            stack.enter_context(
-                mock.patch.object(masking_utils, name, _unless_simulated(original, answer))
-            )
-        modeling_utils.caching_allocator_warmup = _warmup_of_cuda_cards
-        hooks.AlignDevicesHook.execution_device = _EXECUTION_DEVICE
-        load = _simulated_from_pretrained(rig, _ORIGINAL_LOAD)
-        for model_class in MODEL_CLASSES:
-            stack.enter_context(mock.patch.object(model_class, "from_pretrained", load))
-        stack.enter_context(
-            mock.patch.object(GLM4VForConditionalGeneration, "generate", _refused_generate())
-        )
+        for name, answer in _MASKING_ANSWERS.items():
+            changed = _unless_simulated(getattr(masking_utils, name), answer)
+            stack.enter_context(mock.patch.object(masking_utils, name, changed))
         offload = _offload_of_numberless_weights(hooks.set_module_tensor_to_device)
         stack.enter_context(mock.patch.object(hooks, "set_module_tensor_to_device", offload))
-        # Optimisers take their default way, many tensors at a time, only for types of tensor on
-        # this list.
-        types = [*optimizer._foreach_supported_types, FakeTensor]
-        stack.enter_context(mock.patch.object(optimizer, "_foreach_supported_types", types))
+        for owner in _defining("generate", GenerationMixin):
+            refused = _refused_generate(vars(owner)["generate"])
+            stack.enter_context(mock.patch.object(owner, "generate", refused))
+        stack.enter_context(from_pretrained_replaced(_simulated_from_pretrained(rig)))
         for answer in _REMEMBERED_ANSWERS:
             answer.cache_clear()
             stack.callback(answer.cache_clear)
-        refused = _refused_autocast(torch.autocast.__init__)
-        stack.enter_context(mock.patch.object(torch.autocast, "__init__", refused))
-        # torch's autograd would start a thread per card, and knows of one simulated card only.
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(CudaNames(cuda))
         yield
+
+
+@contextmanager
+def from_pretrained_replaced(replacement: Callable[[Callable], Callable]):
+    """Until the block ends, ``replacement(original)`` is the ``from_pretrained`` of every model.
+
+    Both are functions of the class and the arguments. Replaced are those of the Auto classes, of
+    ``PreTrainedModel``, and of all models that have one of their own.
+    """
+    with ExitStack() as stack:
+        for owner in _defining("from_pretrained", _AUTO_CLASS, PreTrainedModel):
+            changed = classmethod(replacement(vars(owner)["from_pretrained"].__func__))
+            stack.enter_context(mock.patch.object(owner, "from_pretrained", changed))
+        yield
+
+
+def _defining(name: str, *roots: type) -> list[type]:
+    """Those of these classes and their subclasses that define an attribute themselves."""
+    classes = list(roots)
+    for each in classes:  # which grows meanwhile
+        classes += [below for below in each.__subclasses__() if below not in classes]
+    return [each for each in classes if name in vars(each)]
 
 
 def _unless_simulated(original, answer):
     def function(tensor=None):
-        return (
-            answer if tensor is not None and tensor.device.type == DEVICE_TYPE else original(tensor)
-        )
+        is_simulated = tensor is not None and tensor.device.type == DEVICE_TYPE
+        return answer if is_simulated else original(tensor)
 
     return function
 
 
 def _warmup_of_cuda_cards(model, expanded_device_map, *args, **kwargs):
-    """The loader reserves memory ahead in one block, but sizes it by free memory only on "cuda"
-    devices."""
-    cards = {
-        name: (
-            torch.device("cuda", device)
-            if isinstance(device, int)
-            else (
-                torch.device("cuda", device.index)
-                if isinstance(device, torch.device) and device.type == DEVICE_TYPE
-                else device
-            )
-        )
-        for name, device in expanded_device_map.items()
-    }
+    """The loader reserves memory ahead in one block, sized by free memory on "cuda" only."""
+    cards = {name: _cuda_device(place) for name, place in expanded_device_map.items()}
     return _ORIGINAL_WARMUP(model, cards, *args, **kwargs)
 
 
+def _cuda_device(place):
+    is_card = isinstance(place, torch.device) and place.type == DEVICE_TYPE
+    index = place.index if is_card else place
+    return torch.device("cuda", index) if isinstance(index, int) else place
+
+
 def _execution_device(hook):
-    """Where accelerate's AlignDevicesHook puts weights and inputs; it first asks whether they are
-    there already."""
+    """Where AlignDevicesHook puts weights and inputs; it first asks whether they are there."""
     try:
         place = vars(hook)["execution_device"]
     except KeyError:
@@ -189,91 +153,123 @@ def _offload_of_numberless_weights(original):
     return set_module_tensor_to_device
 
 
-def _refused_autocast(original):
-    """torch casts only for devices it knows: on simulated cards autocast would do nothing, without
-    a word."""
-
-    def __init__(self, device_type, dtype=None, enabled=True, cache_enabled=None):
-        if enabled and device_type in ("cuda", DEVICE_TYPE):
-            raise NotImplementedError(
-                "autocast is not simulated: the weights would be computed in their own type and the"
-                " bytes would be wrong. Load the model in the type you want (dtype=torch.bfloat16),"
-                " or use autocast on a real device."
-            )
-        original(self, device_type, dtype, enabled, cache_enabled)
-
-    return __init__
-
-
-def _refused_generate():
-    original = GLM4VForConditionalGeneration.generate
-
+def _refused_generate(original):
     def generate(self, *args, **kwargs):
         if not isinstance(next(self.parameters()), FakeTensor):
             return original(self, *args, **kwargs)
         raise RuntimeError(
             "generate() looks at the tokens it makes, and tensors on simulated cards have no"
-            " numbers. Measure the same steps with glm4v_nb.workload: outputs = prefill(model,"
-            " prompt), then decode(rig, model, prompt, outputs, new_tokens); or generate on a real"
-            " device."
+            " numbers. Measure the same steps: call the model once on the whole prompt with"
+            " use_cache=True (prefill), then on one position at a time with its past_key_values"
+            " (decode), in rig.repeat; or generate on a real device."
         )
 
     return generate
 
 
-def _simulated_from_pretrained(rig, original):
-    """``from_pretrained`` that runs transformers' own loader on tensors that have no numbers."""
+def _simulated_from_pretrained(rig):
+    """``from_pretrained`` by transformers' own loader, on tensors that have no numbers."""
 
-    def from_pretrained(name_or_path, *args, config=None, **kwargs):
-        if not isinstance(config, PreTrainedConfig):
-            config = read_config(config or name_or_path)
-        for name in _DOWNLOAD_ARGUMENTS:
-            kwargs.pop(name, None)
-        if kwargs.pop("trust_remote_code", False):
-            raise ValueError(
-                "trust_remote_code=True would run code from the hub. glm4v_nb has its own GLM-4V-9B"
-                " classes and never runs remote code; leave the argument out."
-            )
-        files = weight_map(Path(name_or_path or ""))
-        progress = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-        try:
-            # In the loader's threads "cuda:0" would not be taken for a simulated card.
-            with (
-                warnings.catch_warnings(),
-                mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
-                rig.loading(),
-                rig.host.loading(),
-            ):
-                # The loader compares storages by address to find tied weights; without numbers none
-                # are tied.
-                warnings.filterwarnings(
-                    "ignore", message="Accessing the data pointer of FakeTensor"
+    def replacement(original):
+        def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+            name = pretrained_model_name_or_path
+            if "state_dict" in kwargs:  # from below, or the caller's own weights
+                return original(cls, name, *args, config=config, **kwargs)
+            if kwargs.pop("trust_remote_code", False):
+                raise ValueError(
+                    "trust_remote_code=True would run code from the hub. A simulated rig takes the"
+                    " classes that are installed and never runs remote code; leave the argument"
+                    " out."
                 )
-                # No name here for the tensors: those that the loader drops have to be gone when it
-                # returns.
-                return original(
+            config = _read_config(cls, config or name)
+            if issubclass(cls, _AUTO_CLASS):
+                model_class, config = _model_class(cls, config)
+                return model_class.from_pretrained(name, *args, config=config, **kwargs)
+            for argument in _DOWNLOAD_ARGUMENTS:
+                kwargs.pop(argument, None)
+            files = weight_map(Path(name or ""))
+            with _quiet_loader(), rig.loading(), rig.host.loading():
+                # No name here for the tensors: the loader's own have to be gone when it returns.
+                loaded = original(
+                    cls,
                     None,
                     *args,
                     config=config,
-                    state_dict=rig.host.map(_empty_checkpoint(config), files),
+                    state_dict=rig.host.map(_empty_checkpoint(cls, config), files),
                     **kwargs,
                 )
-        finally:
-            if progress:
-                transformers_logging.enable_progress_bar()
+            rig.register_weights([loaded[0] if isinstance(loaded, tuple) else loaded])
+            return loaded
 
-    return from_pretrained
+        return from_pretrained
+
+    return replacement
 
 
-def _empty_checkpoint(config) -> dict[str, torch.Tensor]:
-    """All tensors of an official checkpoint of this configuration, on the CPU, without numbers."""
+@contextmanager
+def _quiet_loader():
+    """transformers' loader without progress bar, and without threads, which know no rig."""
+    progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with (
+            warnings.catch_warnings(),
+            mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
+        ):
+            # The loader finds tied weights by address; without numbers none are tied.
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            yield
+    finally:
+        if progress:
+            transformers_logging.enable_progress_bar()
+
+
+def _read_config(cls: type, source) -> PreTrainedConfig:
+    """A checkpoint's configuration: registered, in a directory, or downloaded before.
+
+    Raises:
+        ValueError: there is none on this machine.
+    """
+    if isinstance(source, PreTrainedConfig):
+        return source
+    known = known_config(str(source))
+    if known is not None:
+        return known
+    reader = AutoConfig if issubclass(cls, _AUTO_CLASS) else cls.config_class
+    try:
+        return reader.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except (OSError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint is {str(source)!r}, of which this machine has no configuration. Expected"
+            " a directory with a config.json, a checkpoint of the hub whose config.json has been"
+            f" downloaded, or one registered with simgpu. Run: hf download {source} config.json"
+        ) from error
+
+
+def _model_class(auto_class: type, config) -> tuple[type, PreTrainedConfig]:
+    """The class that an Auto class loads for a configuration, and the part of it for the class."""
+    if type(config) not in auto_class._model_mapping:
+        raise ValueError(
+            f"{auto_class.__name__} has no model for the configuration {type(config).__name__}."
+            " Load it with the Auto class, or the model class, that its documentation names."
+        )
+    model_class = auto_factory._get_model_class(config, auto_class._model_mapping)
+    if getattr(model_class, "config_class", None) is config.sub_configs.get("text_config", config):
+        config = config.get_text_config()  # the language model of one for images and text
+    return model_class, config
+
+
+def _empty_checkpoint(cls: type, config) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint of this configuration, on the CPU, without numbers."""
     with torch.device("meta"):
-        model = GLM4VForConditionalGeneration(config)
-    official = revert_weight_conversion(model, model.state_dict())
-    dtype = config.dtype or torch.bfloat16
+        model = cls(config)
+    # A weight that is another one under a second name is not stored twice.
+    tied = getattr(model, "all_tied_weights_keys", {})
+    stored = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    floating = config.dtype or torch.bfloat16
     with fake_mode():
-        return {
-            name: torch.empty(tensor.shape, dtype=dtype, device="cpu")
-            for name, tensor in official.items()
-        }
+        empty = {}
+        for name, tensor in revert_weight_conversion(model, stored).items():
+            dtype = floating if tensor.is_floating_point() else tensor.dtype
+            empty[name] = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+        return empty

@@ -1,4 +1,4 @@
-"""``LocalRig``: this machine's own devices behind the interface of ``Rig``."""
+"""``MachineRig``: this machine's own devices behind the interface of ``Rig``."""
 
 import platform
 import time
@@ -8,13 +8,11 @@ import psutil
 import torch
 import transformers
 
-from simgpu.accounting import Block
-from simgpu.base import CardMemory, Stages
+from simgpu.rig import CardMemory, Rig
 
 
 def measured_on(gpus: int, remark: str = "") -> str:
-    """ "measured on ...": the first ``gpus`` GPUs, or the CPU if that is 0, a remark on them, date
-    and versions."""
+    """ "measured on ...": the first ``gpus`` GPUs, or the CPU if 0, a remark, date and versions."""
     if gpus:
         names = Counter(torch.cuda.get_device_name(index) for index in range(gpus))
         where = ", ".join(f"{count} x {name}" for name, count in names.items())
@@ -24,11 +22,11 @@ def measured_on(gpus: int, remark: str = "") -> str:
     return f"measured on {where}{remark}, {time.strftime('%Y-%m-%d')}, {versions}"
 
 
-class LocalRig(Stages):
+class MachineRig(Rig):
     """This machine's GPUs as they are, or its CPU and host memory where there are none.
 
-    The interface is that of ``Rig``; a ``with`` block changes nothing. Host memory has no peak
-    counter that can be reset: a stage's peak is the larger of its begin and its end.
+    A ``with`` block changes nothing. Host memory has no peak counter that can be reset: a stage's
+    peak is the larger of its begin and its end.
     """
 
     def __init__(self):
@@ -41,12 +39,15 @@ class LocalRig(Stages):
         return measured_on(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
     def __repr__(self):
-        return f"LocalRig({self.provenance})"
+        return f"{type(self).__name__}({self.provenance})"
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
+        pass
+
+    def _build_world(self, stack):
         pass
 
     @property
@@ -79,15 +80,6 @@ class LocalRig(Stages):
 
     def _free_bytes(self, index: int) -> int:
         return torch.cuda.mem_get_info(index)[0]
-
-    def blocks(self, card: int = 0) -> list[Block]:
-        """Empty: PyTorch does not tell what a real card's blocks are for."""
-        return []
-
-    def repeat(self, step, count: int):
-        """Run ``step()`` ``count`` times."""
-        for _ in range(count):
-            step()
 
     def _host_memory(self) -> CardMemory:
         host = psutil.virtual_memory()

@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from simgpu.purposes import LocalCards, SimulatedCards
+from simgpu.readings import MachineReadings, SimulatedReadings
+from simgpu.units import MIB
 
 # On simulated cards: a sample when a card has changed by this much, when it falls from a peak that
 # is this much above the last one sampled, and at the latest after so many events.
-STEP_BYTES = 16 * 2**20
-PEAK_BYTES = 2**20
+STEP_BYTES = 16 * MIB
+PEAK_BYTES = MIB
 STEP_EVENTS = 2000
 
 
 class Monitor:
-    """Samples every card from the begin of a ``with`` block to its end, and names the stage of each
-    sample.
+    """Samples every card in its ``with`` block, and names the stage of each sample.
 
     Real devices are sampled by a thread, every ``interval_seconds``. What rises and falls between
     two samples is not seen; each sample therefore also holds the allocator's own peaks since the
@@ -28,8 +28,8 @@ class Monitor:
 
     A line holds ``time`` (seconds since 1970), ``event`` (allocations and releases since the
     monitor began; null on real devices), ``process`` (its id), ``provenance``, ``stages`` (names of
-    those that are running, outermost first) and ``cards``, as ``memory.cards`` describes them,
-    sizes in bytes. Several processes may append to one file.
+    those that are running, outermost first) and ``cards``, as ``readings`` describes them, in
+    bytes. Several processes may append to one file, and several monitors may watch one rig.
 
     Args:
         rig: any, simulated or real.
@@ -61,10 +61,8 @@ class Monitor:
         on_sample: Callable[[dict], None] | None = None,
     ):
         if not interval_seconds > 0:
-            raise ValueError(
-                f"interval_seconds is {interval_seconds!r}; expected seconds above 0. 0.1 costs"
-                " little."
-            )
+            found = f"interval_seconds is {interval_seconds!r}"
+            raise ValueError(f"{found}; expected seconds above 0. 0.1 costs little.")
         self.rig, self.path, self.interval_seconds = rig, Path(path), interval_seconds
         self.samples, self.sampling_seconds = 0, 0.0
         self._on_sample, self._cache = on_sample, cache
@@ -72,43 +70,27 @@ class Monitor:
 
     def __enter__(self) -> "Monitor":
         self._file = open(self.path, "a", encoding="utf-8")
-        self._busy, self._stop = threading.Lock(), threading.Event()
+        self._busy = threading.Lock()
         self._provenance = self.rig.provenance
-        # Stages that ended before do not matter, and there may be many.
-        self._first_stage = next(
-            (number for number, stage in enumerate(self.rig.stages) if not stage.memory),
-            len(self.rig.stages),
-        )
         # Only simulated cards have an allocator that can be listened to.
-        allocators = getattr(self.rig, "allocators", None)
-        if allocators is None:
-            self._cards = LocalCards(self.rig, self._cache)
-            self._listener = None
-            self._thread = threading.Thread(target=self._run, name="glm4v-nb monitor", daemon=True)
+        if hasattr(self.rig, "allocators"):
+            self._readings = SimulatedReadings(self.rig)
+            self._sampler = _Listener(self.rig, self._try_sample)
         else:
-            self._cards = SimulatedCards(self.rig)
-            self._listener = _Listener(allocators, self.stages, self._try_sample)
-            self._thread = None
+            self._readings = MachineReadings(self.rig, self._cache)
+            self._sampler = _Clock(self.interval_seconds, self._try_sample)
         self._cache = None
         self._try_sample()
         self.rig.watchers.append(self._try_sample)
-        if self._listener:
-            self._listener.start()
-        else:
-            self._thread.start()
+        self._sampler.start()
         return self
 
     def __exit__(self, kind, error, traceback):
-        self._stop.set()
         self.rig.watchers.remove(self._try_sample)
-        if self._listener:
-            self._listener.stop()
-        else:
-            self._thread.join()
+        self._sampler.stop()
         if self._error is None:
             self._try_sample()
-        if self._thread:
-            self._cards.close()
+        self._readings.close()
         self._file.close()
         if self._error is None:
             return
@@ -122,22 +104,8 @@ class Monitor:
             raise RuntimeError(message) from self._error
         error.add_note(message)
 
-    def stages(self) -> list[str]:
-        """Names of the stages that are running, outermost first."""
-        # A stage's figures are filled in when it ends.
-        return [stage.name for stage in self.rig.stages[self._first_stage :] if not stage.memory]
-
-    def _run(self):
-        due = time.monotonic()
-        while self._error is None:
-            due = max(due + self.interval_seconds, time.monotonic())
-            if self._stop.wait(due - time.monotonic()):
-                return
-            self._try_sample()
-
     def _try_sample(self):
-        # An allocation inside a sample, or in a second thread meanwhile, is no reason for another
-        # one.
+        # An allocation inside a sample, or in another thread meanwhile, is no reason for one.
         if self._error is not None or not self._busy.acquire(blocking=False):
             return
         try:
@@ -151,14 +119,13 @@ class Monitor:
         begin = time.perf_counter()
         sample = {
             "time": round(time.time(), 4),
-            "event": self._listener.events if self._listener else None,
+            "event": self._sampler.events,
             "process": os.getpid(),
             "provenance": self._provenance,
-            "stages": self.stages(),
-            "cards": self._cards.read(),
+            "stages": list(self.rig.running),
+            "cards": self._readings.read(),
         }
-        # One write a line, flushed: the file is whole if the process is killed, and lines of two do
-        # not mix.
+        # One write a line, flushed: whole if the process is killed, and lines of two do not mix.
         self._file.write(json.dumps(sample) + "\n")
         self._file.flush()
         if self._on_sample is not None:
@@ -167,65 +134,77 @@ class Monitor:
         self.sampling_seconds += time.perf_counter() - begin
 
 
+class _Clock(threading.Thread):
+    """Calls ``sample`` every ``interval_seconds``."""
+
+    events = None
+
+    def __init__(self, interval_seconds: float, sample: Callable[[], None]):
+        super().__init__(name="simgpu monitor", daemon=True)
+        self.interval_seconds, self.sample = interval_seconds, sample
+        self._stopped = threading.Event()
+
+    def run(self):
+        due = time.monotonic()
+        while True:
+            due = max(due + self.interval_seconds, time.monotonic())
+            if self._stopped.wait(due - time.monotonic()):
+                return
+            self.sample()
+
+    def stop(self):
+        self._stopped.set()
+        self.join()
+
+
 class _Listener:
-    """Calls ``sample`` before those allocations and releases of simulated cards that the monitor
-    wants to see.
+    """Calls ``sample`` before those allocations and releases that the monitor wants to see.
 
     Before, not after: by then everything on the card is in ``rig.blocks``, and the failed request
     of an out-of-memory error comes after a sample too.
     """
 
-    def __init__(self, allocators, stages: Callable[[], list[str]], sample: Callable[[], None]):
-        self.allocators, self.stages, self.sample = allocators, stages, sample
+    def __init__(self, rig, sample: Callable[[], None]):
+        self.allocators, self.stages, self.sample = rig.allocators, rig.running, sample
         self.events = 0
         self._sampled_event = 0
-        self._sampled_stages = stages()
-        self._sampled_bytes = [allocator.allocated for allocator in allocators]
+        self._sampled_stages = list(self.stages)
+        self._sampled_bytes = [allocator.allocated for allocator in self.allocators]
         self._sampled_peaks = list(self._sampled_bytes)
 
     def start(self):
         for allocator in self.allocators:
-            allocator.allocate = self._before(allocator, allocator.allocate)
-            allocator.free = self._before(allocator, allocator.free)
+            allocator.listeners.append(self._before)
 
     def stop(self):
         for allocator in self.allocators:
-            del allocator.allocate, allocator.free  # the class's own methods show again
+            allocator.listeners.remove(self._before)
 
-    def _before(self, allocator, method):
-        index = allocator.index
-
-        def observed(argument):
-            now = allocator.allocated
-            stages = self.stages()
-            if method.__name__ == "free":
-                # Only where it ends a peak: what is being released is no longer among the blocks.
-                wanted = (
-                    now == allocator.peak_allocated
-                    and now - self._sampled_peaks[index] >= PEAK_BYTES
-                )
-            else:
-                wanted = (
-                    abs(now - self._sampled_bytes[index]) >= STEP_BYTES
-                    or self.events - self._sampled_event >= STEP_EVENTS
-                    or stages != self._sampled_stages
-                )
-            if wanted:
-                if stages != self._sampled_stages:  # whose peaks begin anew
-                    self._sampled_peaks = [each.allocated for each in self.allocators]
-                self._sampled_event, self._sampled_stages = self.events, stages
-                self._sampled_bytes = [each.allocated for each in self.allocators]
-                self._sampled_peaks[index] = max(self._sampled_peaks[index], now)
-                self.sample()
-            self.events += 1
-            return method(argument)
-
-        return observed
+    def _before(self, allocator, releases: bool):
+        index, now = allocator.index, allocator.allocated
+        in_other_stage = self.stages != self._sampled_stages
+        if releases:
+            # Only where it ends a peak: what is being released is no longer among the blocks.
+            above = now - self._sampled_peaks[index]
+            wanted = now == allocator.peak_allocated and above >= PEAK_BYTES
+        else:
+            wanted = (
+                abs(now - self._sampled_bytes[index]) >= STEP_BYTES
+                or self.events - self._sampled_event >= STEP_EVENTS
+                or in_other_stage
+            )
+        if wanted:
+            if in_other_stage:  # whose peaks begin anew
+                self._sampled_peaks = [each.allocated for each in self.allocators]
+            self._sampled_event, self._sampled_stages = self.events, list(self.stages)
+            self._sampled_bytes = [each.allocated for each in self.allocators]
+            self._sampled_peaks[index] = max(self._sampled_peaks[index], now)
+            self.sample()
+        self.events += 1
 
 
 def read_samples(path: str | Path) -> list[dict]:
-    """The samples of a monitor's file, in the order written; a last line that was cut off is left
-    out.
+    """The samples of a monitor's file, in the order written, without a last line that was cut off.
 
     Raises:
         FileNotFoundError: no such file.

@@ -1,9 +1,13 @@
-"""Reads PyTorch's out-of-memory message, the same text from a real and a simulated card."""
+"""Reads PyTorch's out-of-memory message, the same text from a real and a simulated card.
+
+Needs no torch: also programs that only read what others left behind, as reports of runs, use it.
+"""
 
 import re
 from dataclasses import dataclass
 
-_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+from simgpu.units import parse_size
+
 _FIELDS = {
     "tried_bytes": r"Tried to allocate (?P<size>[\d.]+ \w+)\.",
     "capacity_bytes": r"total capacity of (?P<size>[\d.]+ \w+) ",
@@ -20,15 +24,13 @@ class OutOfMemoryMessage:
 
     Attributes:
         device: index of the card.
-        tried_bytes: what PyTorch asked the driver for: the tensor, rounded up to the allocator's
-            segment size.
+        tried_bytes: what PyTorch asked the driver for, the tensor rounded up to a segment.
         capacity_bytes: the card's memory as the driver reports it.
         free_bytes: not in use by any process.
         process_bytes: in use by this process, the CUDA context included.
         allocated_bytes: in tensors.
         unallocated_bytes: kept by PyTorch's allocator for later tensors.
-        allowed_bytes: what PyTorch may reserve, if ``set_per_process_memory_fraction`` was called;
-            otherwise None.
+        allowed_bytes: what PyTorch may reserve by ``set_per_process_memory_fraction``, or None.
     """
 
     device: int
@@ -42,8 +44,7 @@ class OutOfMemoryMessage:
 
     @property
     def short_bytes(self) -> int:
-        """How much more memory the request needed: free on the card, and allowed to this
-        process."""
+        """How much more memory the request needed: free on the card, and allowed to the process."""
         room = self.free_bytes
         if self.allowed_bytes is not None:
             room = min(room, self.allowed_bytes - self.allocated_bytes - self.unallocated_bytes)
@@ -74,11 +75,31 @@ def parse_out_of_memory(message: str | BaseException) -> OutOfMemoryMessage:
     allowed = re.search(r"([\d.]+ \w+) allowed;", text)
     return OutOfMemoryMessage(
         int(device[1]),
-        **{name: _bytes(match["size"]) for name, match in found.items()},
-        allowed_bytes=_bytes(allowed[1]) if allowed else None,
+        **{name: parse_size(match["size"]) for name, match in found.items()},
+        allowed_bytes=parse_size(allowed[1]) if allowed else None,
     )
 
 
-def _bytes(size: str) -> int:
-    number, unit = size.split()
-    return round(float(number) * _UNITS[unit])
+def explain(error: str, traceback: str = "") -> dict | None:
+    """Where a program ran out of memory, from what it left: its error, and the traceback behind it.
+
+    Args:
+        error: the exception as text, with or without its class in front.
+        traceback: as Python or Jupyter print it, with the note that ``rig.stage`` adds.
+
+    Returns:
+        ``device`` (index of the card), ``phase`` (name of the stage) and ``short_bytes`` (how much
+        more memory the request needed), each None where the text does not tell; or None if the
+        error is none of PyTorch's out-of-memory errors.
+    """
+    if not re.match(r"[\w.]*OutOfMemoryError\b|CUDA out of memory", error):
+        return None
+    # The note stands behind the message; before it are lines of code, which may contain anything.
+    _, found, notes = traceback.rpartition("out of memory")
+    phase = re.search(r"in the stage \"([^\"]+)\"", notes) if found else None
+    answer = {"device": None, "phase": phase and phase[1], "short_bytes": None}
+    try:
+        message = parse_out_of_memory(error)
+    except ValueError:
+        return answer
+    return answer | {"device": message.device, "short_bytes": message.short_bytes}

@@ -1,5 +1,4 @@
-"""What CUDA's kernels allocate beyond their results: which kernel is chosen, and what it needs
-while it runs.
+"""What CUDA's kernels allocate beyond their results: which is chosen, and what it needs.
 
 Shape rules know results only. The rest was read off traces of PyTorch's allocator on H100 and H200
 (torch 2.11, 2026-11-25 and -26; ``benchmarks/memory.py --trace``) and in PyTorch's sources: for the
@@ -11,27 +10,23 @@ import math
 
 import torch
 
-from simgpu.allocator import MIB
 from simgpu.catalog import Card
 from simgpu.device import DEVICE_TYPE, channels_last_strides
+from simgpu.units import MIB
 
-# cuDNN's attention keeps this much for itself while it runs, besides a seed and an offset of its
-# random numbers.
+# What cuDNN's attention keeps while it runs, besides seed and offset of its random numbers.
 _CUDNN_ATTENTION_BYTES = 256
 # With one query position it divides the keys among so many blocks, each with its own sums.
 _DECODE_SPLITS = 8
-# Operators that call cuBLAS, whose workspace PyTorch allocates once per device and thread, and
-# keeps.
+# Operators that call cuBLAS, whose workspace PyTorch keeps, one per device and thread.
 MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"}
-# A product with a bias goes through cublasLt, which has a workspace of its own:
-# _parseCUDABlasLtWorkspaceSize().
+# With a bias it is cublasLt, with a workspace of its own: _parseCUDABlasLtWorkspaceSize().
 WITH_BIAS = {"aten::addmm"}
 CUBLASLT_WORKSPACE_BYTES = 2**20
 # Kernels are loaded when they are first used, and some of their memory lies among PyTorch's
 # segments: cuBLAS's with the first matrix product; some by the decoder's first normalisation; some
 # in each decoding of another size that goes on for long. The last are not loaded after 7 steps and
-# are after 63; what they are is not known, and more than three sizes in one process were not
-# measured.
+# are after 63; what they are is not known, and more than three sizes were not measured.
 CUBLAS_KERNELS, NORM_KERNELS, DECODE_KERNELS = [64 * MIB], [2 * MIB], [2 * MIB] * 3
 LONG_DECODE, DECODE_SIZES = 16, 3
 
@@ -42,8 +37,7 @@ _REDUCTION_THREADS, _WARP, _VECTOR = 512, 32, 4
 
 
 def scratch_bytes(name: str, arguments: tuple, card: Card) -> list[int]:
-    """What the kernel of an operator takes besides its result and gives back when it ends, in this
-    order.
+    """What an operator's kernel takes besides its result and gives back at its end, in this order.
 
     Args:
         name: of the operator, as "aten::sum".
@@ -62,8 +56,7 @@ def scratch_bytes(name: str, arguments: tuple, card: Card) -> list[int]:
 def _embedding_backward_scratch(
     gradient: torch.Tensor, indices: torch.Tensor, rows: int
 ) -> list[int]:
-    """Many indices are sorted first, and their gradients added up in pieces of ten
-    (EmbeddingBackwardKernel.cu)."""
+    """Indices are sorted, gradients added in pieces of ten (EmbeddingBackwardKernel.cu)."""
     count = indices.numel()
     if count <= 3072:
         return []
@@ -72,8 +65,7 @@ def _embedding_backward_scratch(
 
 
 def _attention_backward_bytes(query, key, value) -> int:
-    """The query's gradient and a sum per row in float32; gradients of key and value for each head
-    that shares them."""
+    """The query's gradient and sums in float32; per head gradients of shared keys and values."""
     batch, heads, positions, features = query.shape
     size = batch * heads * positions * (features + 1) * 4 + _CUDNN_ATTENTION_BYTES
     if key.shape[1] != heads:
@@ -82,8 +74,7 @@ def _attention_backward_bytes(query, key, value) -> int:
 
 
 def _sum_scratch(tensor: torch.Tensor, dims, card: Card) -> list[int]:
-    """Room for partial sums and their counters, where the blocks of a grid share the work on one
-    sum."""
+    """Partial sums and their counters, where the blocks of a grid share the work on one sum."""
     if not tensor.numel():
         return []
     every = range(tensor.ndim)
@@ -106,8 +97,7 @@ def _sum_scratch(tensor: torch.Tensor, dims, card: Card) -> list[int]:
 def _reduction(
     outputs: int, inputs: int, along_rows: bool, accumulated: int, card: Card
 ) -> list[int]:
-    """Bytes of partial sums and counters of a reduction, as ``setReduceConfig`` of Reduce.cuh
-    divides the work.
+    """Bytes of partial sums and counters, as ``setReduceConfig`` of Reduce.cuh divides the work.
 
     ``along_rows``: the summed numbers lie side by side. ``accumulated``: bytes of one partial sum.
     """
@@ -146,30 +136,17 @@ def _scratch(size_bytes: int, device: torch.device):
 
 
 def routed_attention(original, rig):
-    """``scaled_dot_product_attention`` with the kernel CUDA picks; without a GPU torch picks the
-    slowest."""
+    """Attention with the kernel CUDA picks; without a GPU torch picks the slowest."""
 
     def scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=None,
-        dropout_p=0.0,
-        is_causal=False,
-        scale=None,
-        enable_gqa=False,
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options
     ):
+        def plain():
+            others = (attn_mask, dropout_p, is_causal)
+            return original(query, key, value, *others, scale=scale, **options)
+
         if query.device.type != DEVICE_TYPE:
-            return original(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
+            return plain()
         capability = rig.cards[query.device.index].compute_capability
         has_flash = capability >= (8, 0)
         half = query.dtype in (torch.float16, torch.bfloat16)
@@ -182,24 +159,11 @@ def routed_attention(original, rig):
             )[0]
         grouped = query.shape[1] != key.shape[1]
         if grouped or (query.dtype is torch.bfloat16 and not has_flash):
-            # Neither the flash nor the memory-efficient kernel takes these: CUDA uses the plain one
-            # too.
-            return original(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
+            return plain()  # which neither the flash nor the memory-efficient kernel takes
         if attn_mask is not None:
             if attn_mask.dtype is torch.bool:
                 attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-            attn_mask = attn_mask.expand(
-                query.shape[0], query.shape[1], query.shape[2], key.shape[2]
-            )
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
         )[0]
@@ -235,8 +199,7 @@ def _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, sc
 
 
 def routed_convolution(original, rig):
-    """``conv2d`` as cuDNN runs it: on channels-last data everything is, in float32 on copies it
-    transposes itself."""
+    """``conv2d`` as cuDNN runs it: in the input's layout, in float32 on transposed copies."""
 
     def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         if input.device.type != DEVICE_TYPE:
@@ -247,8 +210,7 @@ def routed_convolution(original, rig):
             input = input.contiguous(memory_format=torch.channels_last)
         output = original(input, weight, bias, stride, padding, dilation, groups)
         if channels_last and not output.requires_grad:
-            # The shape rule does not know that the result is channels-last too; nothing else refers
-            # to it yet.
+            # The shape rule does not know that the result is channels-last; it has no views yet.
             output = output.as_strided_(output.shape, channels_last_strides(output.shape))
         transposed = (
             weight.detach().contiguous(memory_format=torch.channels_last) if channels_last else None

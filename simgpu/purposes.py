@@ -1,24 +1,76 @@
-"""What can be known about every card at a moment, for the monitor: cheap enough to be asked ten
-times a second.
+"""What memory of a simulated card is for. Whoever makes a tensor for a purpose says so; nothing is
+guessed from sizes or names.
 
-Both classes give one dictionary per card: the fields of ``CardMemory``, then what the allocated
-bytes are for (``weights_bytes``, ``kv_cache_bytes``, ``workspace_bytes``, ``activations_bytes``;
-they sum to ``allocated_bytes``), then the card as the driver sees it (``used_bytes`` by everyone,
-``own_bytes`` by this process, ``others_bytes``). None stands for what cannot be known.
+Weights are the parameters and buffers of modules when a load ends, and those an optimiser has;
+gradients and optimiser state are what the parameters and the optimiser then hold; the KV cache is
+what transformers' caches make and keep; workspaces are taken for cuBLAS. The rest is activations.
 """
 
-import os
-import weakref
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
-import pynvml
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import Cache
+
+WEIGHTS, GRADIENTS, OPTIMIZER_STATE = "weights", "gradients", "optimizer state"
+KV_CACHE, WORKSPACE, ACTIVATIONS = "KV cache", "workspace", "activations"
+
+
+@contextmanager
+def registration(accounting):
+    """In the block caches and optimisers tell ``accounting`` what their tensors are for."""
+    original = Cache.update
+
+    def update(cache, key_states, value_states, layer_idx, *args, **kwargs):
+        with accounting.making(KV_CACHE):
+            found = original(cache, key_states, value_states, layer_idx, *args, **kwargs)
+        accounting.register(KV_CACHE, _tensors_of(vars(cache.layers[layer_idx])))
+        return found
+
+    def stepped(optimizer, args, kwargs):
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        accounting.register(WEIGHTS, parameters)
+        accounting.register(GRADIENTS, gradients_of(parameters))
+        for state in optimizer.state.values():
+            accounting.register(OPTIMIZER_STATE, _tensors_of(state))
+
+    hook = register_optimizer_step_post_hook(stepped)
+    try:
+        with mock.patch.object(Cache, "update", update):
+            yield
+    finally:
+        hook.remove()
+
+
+def all_modules() -> Iterator[torch.nn.Module]:
+    """Every module of this process."""
+    # Not isinstance, which asks proxies of other libraries for their __class__ and wakes them.
+    return (each for each in gc.get_objects() if issubclass(type(each), torch.nn.Module))
+
+
+def weights_of(modules: Iterable[torch.nn.Module]) -> Iterator[torch.Tensor]:
+    """Parameters and buffers of modules and of what they contain."""
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
+
+
+def gradients_of(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The gradients that tensors have."""
+    return (each.grad for each in tensors if each.is_leaf and each.grad is not None)
+
+
+def _tensors_of(values: dict) -> Iterator[torch.Tensor]:
+    return (each for each in values.values() if isinstance(each, torch.Tensor))
 
 
 def split(
     allocated: int, weights: int, kv_cache: int, workspace: int | None
 ) -> dict[str, int | None]:
-    """Allocated bytes by purpose; what is left is activations. A part never exceeds what the others
-    leave of it."""
+    """Allocated bytes by purpose, each at most what the others leave; the rest is activations."""
     weights = min(weights, allocated)
     kv_cache = min(kv_cache, allocated - weights)
     rest = allocated - weights - kv_cache
@@ -29,181 +81,3 @@ def split(
         "workspace_bytes": None if workspace is None else known,
         "activations_bytes": rest - known,
     }
-
-
-class SimulatedCards:
-    """Simulated cards: every live block says which stage and operator made it.
-
-    Weights are the blocks of a stage named "load", and everything while it runs. The KV cache is
-    what ``torch.cat`` made of four dimensions: that is how transformers' ``DynamicCache`` grows.
-    """
-
-    def __init__(self, rig):
-        self.rig = rig
-
-    def read(self) -> list[dict]:
-        found = []
-        loading = any(stage.name == "load" and not stage.memory for stage in self.rig.stages)
-        for memory in self.rig.memory():
-            kinds = {"weights": 0, "KV cache": 0, "workspace": 0}
-            for block in self._blocks(memory.index):
-                if block.stage in ("load", "workspace"):
-                    kinds["weights" if block.stage == "load" else "workspace"] += block.bytes
-                elif block.operator == "cat" and len(block.shape) == 4:
-                    kinds["KV cache"] += block.bytes
-            if loading:
-                kinds["weights"] = memory.allocated_bytes
-            used = memory.capacity_bytes - memory.free_bytes
-            found.append(
-                memory.to_dict()
-                | split(memory.allocated_bytes, *kinds.values())
-                # Nobody else is on a simulated card.
-                | {"used_bytes": used, "own_bytes": used, "others_bytes": 0}
-            )
-        return found
-
-    def _blocks(self, index: int):
-        for _ in range(3):
-            try:
-                return self.rig.blocks(index)
-            except RuntimeError:  # garbage collection freed a block while the list was made
-                continue
-        return self.rig.blocks(index)
-
-
-class LocalCards:
-    """This machine's GPUs, or its host memory where there are none.
-
-    No CUDA context is made on a card that this process has not used: that alone would take half a
-    gigabyte of it. ``weights_bytes`` is what was allocated when the last stage named "load" ended;
-    the KV cache is known if it was given, the workspace never. NVML tells this process from others
-    only where it lists process ids of this machine's own numbering, which in a container it may
-    not.
-
-    Args:
-        rig: real cards, or ``Rig.here()``.
-        cache: transformers' KV cache, or None. It is not kept alive.
-    """
-
-    def __init__(self, rig, cache=None):
-        self.rig = rig
-        self.cache = weakref.ref(cache) if cache is not None else lambda: None
-        self._listed = False  # whether NVML has ever listed this process
-        self._handles: list = []
-        if not torch.cuda.is_available():
-            return
-        try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError:
-            return
-        # By UUID: CUDA_VISIBLE_DEVICES renumbers what PyTorch sees, not what NVML sees.
-        self._handles = [
-            _handle(torch.cuda.get_device_properties(index).uuid)
-            for index in range(len(rig.devices))
-        ]
-
-    def close(self):
-        if self._handles:
-            self._handles = []
-            pynvml.nvmlShutdown()
-
-    def read(self) -> list[dict]:
-        kv_cache = cache_bytes(self.cache())
-        if not torch.cuda.is_available():
-            host = self.rig.memory()[0].to_dict()
-            used, own = host["capacity_bytes"] - host["free_bytes"], host["allocated_bytes"]
-            driver = {"used_bytes": used, "own_bytes": own, "others_bytes": max(0, used - own)}
-            return [host | split(own, self._weights(0, own), sum(kv_cache.values()), None) | driver]
-        found = []
-        for index, (name, capacity) in enumerate(self.rig.devices):
-            figures = _allocator_figures(index)
-            allocated = figures["allocated_bytes"]
-            found.append(
-                {"index": index, "card": name, "capacity_bytes": capacity}
-                | figures
-                | split(allocated, self._weights(index, allocated), kv_cache.get(index, 0), None)
-                | self._driver_figures(index, capacity)
-            )
-        return found
-
-    def _weights(self, index: int, allocated: int) -> int:
-        """Allocated bytes at the end of the last load; all of them while a load is running."""
-        loads = [stage for stage in self.rig.stages if stage.name == "load"]
-        if not loads:
-            return 0
-        return loads[-1].memory[index].allocated_bytes if loads[-1].memory else allocated
-
-    def _driver_figures(self, index: int, capacity: int) -> dict[str, int | None]:
-        """The card by NVML; without it, by CUDA if this process has a context there, and nothing by
-        process."""
-        handle = self._handles[index] if self._handles else None
-        if handle is None:
-            free, total = (
-                torch.cuda.mem_get_info(index) if torch.cuda.is_initialized() else (None, 0)
-            )
-            used = None if free is None else total - free
-            return {"free_bytes": free, "used_bytes": used, "own_bytes": None, "others_bytes": None}
-        memory = _memory_info(handle)
-        own = self._own_bytes(handle)
-        others = None if own is None else max(0, memory.used - own)
-        return {
-            "free_bytes": max(0, min(memory.free, capacity - memory.used)),
-            "used_bytes": memory.used,
-            "own_bytes": own,
-            "others_bytes": others,
-        }
-
-    def _own_bytes(self, handle) -> int | None:
-        try:
-            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
-            return None
-        mine = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
-        self._listed = self._listed or bool(mine)
-        if not self._listed or None in mine:
-            return None
-        return sum(mine)
-
-
-def cache_bytes(cache) -> dict[int, int]:
-    """Bytes of a KV cache by index of the device its tensors are on (0 for the CPU); {} without a
-    cache."""
-    found: dict[int, int] = {}
-    for layer in getattr(cache, "layers", ()):
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if tensor is not None:
-                index = tensor.device.index or 0
-                found[index] = found.get(index, 0) + tensor.nbytes
-    return found
-
-
-def _allocator_figures(index: int) -> dict[str, int]:
-    # The public functions ask for this dictionary once a figure, and sort it each time: ten times
-    # slower.
-    statistics = (
-        torch.cuda.memory_stats_as_nested_dict(index) if torch.cuda.is_initialized() else {}
-    )
-    figures = {}
-    for name in ("allocated", "reserved"):
-        bytes_now = statistics.get(f"{name}_bytes", {}).get("all", {})
-        figures[f"{name}_bytes"] = bytes_now.get("current", 0)
-        figures[f"peak_{name}_bytes"] = bytes_now.get("peak", 0)
-    return figures
-
-
-def _handle(uuid):
-    """NVML's handle of a card, or None where NVML does not know it under this name (a slice of a
-    card, MIG)."""
-    try:
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    except pynvml.NVMLError:
-        return None
-
-
-def _memory_info(handle):
-    """Without the driver's own reserve in ``used``, as nvidia-smi shows it; drivers before 510
-    count it in."""
-    try:
-        return pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-    except (pynvml.NVMLError_FunctionNotFound, pynvml.NVMLError_NotSupported):
-        return pynvml.nvmlDeviceGetMemoryInfo(handle)

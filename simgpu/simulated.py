@@ -1,29 +1,27 @@
-"""``SimulatedRig``: cards that have no more than shapes and bytes, on which the full-size model
-runs on a laptop."""
+"""``SimulatedRig``: cards with shapes and bytes only, so that any model runs on a laptop."""
 
 import os
+import weakref
+from collections.abc import Iterable
 from contextlib import contextmanager
 
-from simgpu.accounting import Accounting, Block
+import torch
+
+from simgpu.accounting import Accounting, Allocation
 from simgpu.addresses import AddressSpace
-from simgpu.allocator import MIB, Allocator
-from simgpu.base import CardMemory, Stages
+from simgpu.allocator import Allocator
 from simgpu.catalog import Card, find_card
-from simgpu.device import DEVICE_TYPE, MAX_CARDS, observe
+from simgpu.device import DEVICE_TYPE, observe
 from simgpu.expandable import ExpandableAllocator
 from simgpu.host import Host
-from simgpu.loading import simulated_world
+from simgpu.intercept import simulated_torch
+from simgpu.loading import simulated_loading
+from simgpu.purposes import GRADIENTS, WEIGHTS, all_modules, gradients_of, registration, weights_of
+from simgpu.rig import CardMemory, Rig, Stage, check_count
+from simgpu.units import MIB
 
 # PyTorch 2.9 gave the variable a name without CUDA and reads both.
 _ALLOC_CONF_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-
-
-def check_count(count: int):
-    """Refuse an impossible number of cards with a ``ValueError``."""
-    if not isinstance(count, int) or not 1 <= count <= MAX_CARDS:
-        raise ValueError(
-            f"count is {count!r}; a rig has 1 to {MAX_CARDS} cards. Give a whole number in between."
-        )
 
 
 def read_alloc_conf(text: str) -> tuple[type[Allocator], dict]:
@@ -49,78 +47,50 @@ def read_alloc_conf(text: str) -> tuple[type[Allocator], dict]:
     return kind, options
 
 
-class SimulatedRig(Stages):
+class SimulatedRig(Rig):
     """Simulated cards: tensors on them have shapes, types and bytes, and no numbers.
 
-    ``AutoModelForCausalLM.from_pretrained("zai-org/glm-4v-9b", device_map="auto")`` in the ``with``
-    block places the full-size model on them, without its weights. What is on the cards stays there
-    between ``with`` blocks, as on a machine, until the objects that own it are deleted.
-    ``rig.host.memory`` says what the last load took of the host's memory.
+    ``from_pretrained`` in the ``with`` block loads models of full size, without their weights. What
+    is on the cards stays there between ``with`` blocks, as on a machine, until the objects that own
+    it are deleted. ``rig.host.memory`` says what the last load took of the host's memory.
 
     Args:
         card, count: as of ``Rig``.
         alloc_conf: as the environment variable ``PYTORCH_CUDA_ALLOC_CONF``, which is read where
             this is None.
-        reason: why the cards are simulated on a machine that has GPUs; ``provenance`` tells it.
 
     Raises:
         ValueError: unknown card, an impossible count, or a configuration that is not simulated.
     """
 
-    def __init__(
-        self,
-        card: str = "L4",
-        count: int = 1,
-        alloc_conf: str | None = None,
-        *,
-        reason: str | None = None,
-    ):
+    def __init__(self, card: str = "L4", count: int = 1, alloc_conf: str | None = None):
         super().__init__()
         check_count(count)
         self.card: Card = find_card(card)
         self.cards = [self.card] * count
-        self.provenance = f"simulated ({reason})" if reason else "simulated"
         if alloc_conf is None:
             alloc_conf = next(filter(None, map(os.environ.get, _ALLOC_CONF_VARIABLES)), "")
         kind, options = read_alloc_conf(alloc_conf)
-        addresses = AddressSpace(count)
+        options |= {"system_bytes": self.card.system_bytes, "addresses": AddressSpace(count)}
+        sizes = (self.card.total_bytes, self.card.context_bytes)
         self.allocators = [
-            kind(
-                index,
-                each.device_name,
-                each.total_bytes,
-                each.context_bytes,
-                system_bytes=each.system_bytes,
-                addresses=addresses,
-                **options,
-            )
-            for index, each in enumerate(self.cards)
+            kind(index, self.card.device_name, *sizes, **options) for index in range(count)
         ]
         self._accounting = Accounting(self.allocators, self.card)
         self.host = Host()
-        self._world = None
-        self._observer_before = None
+        # Parameters that were registered, whose gradients a backward pass makes.
+        self._weights: dict[int, weakref.ref] = {}
 
-    def __repr__(self):
-        return f"Rig({len(self.cards)} x {self.card.device_name}, {self.provenance})"
+    @property
+    def provenance(self) -> str:
+        """ "simulated", and why on a machine that has GPUs."""
+        return f"simulated ({self.reason})" if self.reason else "simulated"
 
-    def __enter__(self):
-        self._activate()
-        try:
-            world = simulated_world(self)
-            world.__enter__()
-        except BaseException:
-            Stages.active = None
-            raise
-        self._world = world
-        self._observer_before = observe(self._observe)
-        return self
-
-    def __exit__(self, *exception):
-        observe(self._observer_before)
-        Stages.active = None
-        world, self._world = self._world, None
-        world.__exit__(*exception)
+    def _build_world(self, stack):
+        stack.enter_context(simulated_torch(self))
+        stack.enter_context(simulated_loading(self))
+        stack.enter_context(registration(self._accounting))
+        stack.callback(observe, observe(self._observe))
 
     def _observe(self, operator, results: list, arguments: tuple):
         self.host.observe(results, arguments)
@@ -129,7 +99,6 @@ class SimulatedRig(Stages):
             self._accounting.observe(operator, results, arguments)
 
     def memory(self) -> list[CardMemory]:
-        """Every card's memory now."""
         return [
             CardMemory(
                 index=allocator.index,
@@ -144,8 +113,7 @@ class SimulatedRig(Stages):
             for card, allocator in zip(self.cards, self.allocators, strict=True)
         ]
 
-    def blocks(self, card: int = 0) -> list[Block]:
-        """What is on one card now, largest block first."""
+    def blocks(self, card: int = 0) -> list[Allocation]:
         return self._accounting.blocks(card)
 
     def _reset_peaks(self):
@@ -153,19 +121,30 @@ class SimulatedRig(Stages):
             allocator.reset_peaks()
 
     @contextmanager
-    def _named(self, name: str):
-        outer, self._accounting.stage = self._accounting.stage, name
+    def _inside(self, stage: Stage):
+        outer, self._accounting.stage = self._accounting.stage, stage.name
         try:
             yield
+            if stage.name == "load":
+                self.register_weights(all_modules())
         finally:
             self._accounting.stage = outer
 
-    def _blocks_at_failure(self) -> list[list[Block]]:
+    def register_weights(self, modules: Iterable[torch.nn.Module]):
+        """What is on the cards of these modules' parameters and buffers is weights.
+
+        Models that ``from_pretrained`` returns are registered by themselves, all others when a
+        stage named "load" ends.
+        """
+        weights = [each for each in weights_of(modules) if each.device.type == DEVICE_TYPE]
+        self._weights.update((id(each), weakref.ref(each)) for each in weights)
+        self._accounting.register(WEIGHTS, weights)
+
+    def _blocks_at_failure(self) -> list[list[Allocation]]:
         return self._accounting.at_failure
 
     def repeat(self, step, count: int):
-        """Run ``step()`` ``count`` times; on simulated cards most repetitions are replayed, not
-        run.
+        """Run ``step()`` ``count`` times; most repetitions are replayed, not run.
 
         For decode steps, whose allocations are the same each time but for sizes growing with the
         length. After a replay the cards hold the bytes of ``count`` steps, but tensors that
@@ -177,7 +156,11 @@ class SimulatedRig(Stages):
         """Free what matrix products keep on the cards for the next one."""
         self._accounting.release_workspaces()
 
-    def deferring_errors(self):
-        """Context manager for code an out-of-memory error cannot leave: it is raised when the block
-        ends."""
-        return self._accounting.deferring()
+    @contextmanager
+    def backward_pass(self):
+        """Around a backward pass; an out-of-memory error cannot leave it, and is raised here."""
+        with self._accounting.deferring():
+            yield
+        known = [reference() for reference in self._weights.values()]
+        alive = [each for each in known if each is not None]
+        self._accounting.register(GRADIENTS, gradients_of(alive))

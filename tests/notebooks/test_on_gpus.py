@@ -10,7 +10,7 @@ import nbformat
 import pytest
 import torch
 
-from simgpu.base import Stages
+from simgpu import Rig
 from simgpu.simulated import SimulatedRig
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -21,11 +21,11 @@ def machine(card: str, count: int):
     """``torch.cuda`` as on a machine with such GPUs; nothing in it says that a rig makes it up."""
     gpus = SimulatedRig(card, count)
     with gpus:
-        Stages.active = None
+        Rig.active = None
         try:
             yield gpus
         finally:
-            Stages.active = gpus
+            Rig.active = gpus
 
 
 def run(name: str, monkeypatch) -> tuple[str, dict]:

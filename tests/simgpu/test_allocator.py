@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rig_fixtures import GIB, MIB
 
-from simgpu.allocator import Allocator, block_bytes, format_size, segment_bytes
+from simgpu.allocator import Allocator, block_bytes, segment_bytes
 from simgpu.expandable import ExpandableAllocator
+from simgpu.units import as_pytorch_writes
 
 # A real one: torch 2.11 on an H100 capped to 24e9 bytes.
 REAL_MESSAGE = (
@@ -100,7 +101,7 @@ def test_the_message_names_the_segment_pytorch_would_have_asked_the_driver_for(r
     ],
 )
 def test_sizes_read_as_pytorch_prints_them(size, text):
-    assert format_size(size) == text
+    assert as_pytorch_writes(size) == text
 
 
 def test_the_message_equals_a_real_one_given_the_same_bytes_and_then_names_the_simulated_card():

@@ -13,8 +13,8 @@ from glm4v_nb.miniature import CHECKPOINT
 from glm4v_nb.workload import Workload, make_prompt, prefill
 from simgpu import Rig, device, find_card
 from simgpu import loading as patches
-from simgpu import purposes as cards
-from simgpu.capped import RealRig
+from simgpu.capped import CappedRig
+from simgpu.readings import MachineReadings
 from simgpu.simulated import SimulatedRig
 
 H100, L4 = find_card("H100"), find_card("L4")
@@ -76,11 +76,19 @@ def test_without_gpus_the_cards_are_simulated_and_nothing_is_said_of_a_reason():
 def test_with_enough_gpus_they_are_used_and_capped_and_every_figure_says_so(machine):
     machine("H100", "H100")
     rig = Rig("L4", 2)
-    assert isinstance(rig, RealRig)
+    assert isinstance(rig, CappedRig)
     assert (
         "measured on 2 x NVIDIA H100 80GB HBM3 capped to 21.79 GiB, as an NVIDIA L4, "
         in rig.provenance
     )
+
+
+def test_every_kind_of_rig_is_a_rig_and_only_simulated_ones_take_more_options(machine):
+    assert all(isinstance(rig, Rig) for rig in (Rig("L4"), Rig.simulated("L4"), Rig.here()))
+    machine("H100")
+    assert isinstance(Rig("L4"), CappedRig) and isinstance(Rig("L4"), Rig)
+    with pytest.raises(TypeError, match="a card and a count.*Rig.simulated"):
+        Rig("L4", 1, "expandable_segments:True")
 
 
 def test_asked_for_more_cards_than_there_are_it_says_so_and_simulates(machine):
@@ -181,7 +189,7 @@ def test_the_monitor_sees_the_capped_cards(machine):
     gpus = machine("H100", "H100")
     with Rig("L4", 2) as rig:
         gpus.reserved = [2**30, 0]
-        found = cards.LocalCards(rig).read()
+        found = MachineReadings(rig).read()
     assert [(card["card"], card["capacity_bytes"]) for card in found] == [
         ("L4", L4.total_bytes)
     ] * 2

@@ -5,7 +5,8 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from simgpu.catalog import CARDS, FIGURES, GIB, find_card
+from simgpu.catalog import CARDS, FIGURES, find_card
+from simgpu.units import GIB
 
 # The size on the box. "GB" there means 2**30 bytes: an "80 GB" H100 shows 85e9 bytes, a "141 GB"
 # H200 150e9.

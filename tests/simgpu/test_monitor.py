@@ -9,6 +9,7 @@ import time
 import weakref
 from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 from rig_fixtures import MIB, load
@@ -18,7 +19,7 @@ from glm4v_nb.timeline import parts_of, plot_timeline
 from glm4v_nb.widgets.memory_bars import MemoryBars
 from glm4v_nb.workload import Workload, decode, make_prompt, prefill
 from simgpu import Rig, monitor
-from simgpu import purposes as cards
+from simgpu import readings as cards
 from simgpu.monitor import Monitor, read_samples
 
 PARTS = ("weights_bytes", "kv_cache_bytes", "workspace_bytes", "activations_bytes")
@@ -137,7 +138,7 @@ def test_a_simulated_card_is_the_same_with_and_without_a_monitor(path):
             else:
                 model = load()
                 prefill(model, make_prompt(model, Workload(images=0, text_tokens=8)))
-        assert all("allocate" not in vars(allocator) for allocator in rig.allocators)
+        assert [allocator.listeners for allocator in rig.allocators] == [[], []]
         return [memory.to_dict() for memory in rig.stages[0].memory]
 
     assert peaks(True) == peaks(False)
@@ -160,7 +161,7 @@ def test_a_thread_samples_this_machine_at_the_set_rate(path):
     # rate.
     assert 8 <= watch.samples == len(read_samples(path)) <= 28
     assert ["wait"] in [sample["stages"] for sample in read_samples(path)]
-    assert not [thread for thread in threading.enumerate() if thread.name == "glm4v-nb monitor"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "simgpu monitor"]
 
 
 def test_an_error_of_the_sampling_thread_reaches_the_caller(path, monkeypatch):
@@ -169,7 +170,7 @@ def test_an_error_of_the_sampling_thread_reaches_the_caller(path, monkeypatch):
         RuntimeError, match="stopped after 1 samples, by OSError: the driver is gone"
     ) as raised:
         with Monitor(rig, path, 0.01):
-            monkeypatch.setattr(cards.LocalCards, "read", failing)
+            monkeypatch.setattr(cards.MachineReadings, "read", failing)
             time.sleep(0.2)
     assert isinstance(raised.value.__cause__, OSError)
     assert len(read_samples(path)) == 1
@@ -180,7 +181,7 @@ def test_an_error_while_sampling_simulated_cards_does_not_end_the_program_but_is
 ):
     rig, made = Rig("L4"), []
     with pytest.raises(RuntimeError, match="OSError: the driver is gone"), rig, Monitor(rig, path):
-        monkeypatch.setattr(cards.SimulatedCards, "read", failing)
+        monkeypatch.setattr(cards.SimulatedReadings, "read", failing)
         with rig.stage("work"):
             made.append(torch.zeros(10, device="cuda"))
     assert len(made) == 1
@@ -188,7 +189,7 @@ def test_an_error_while_sampling_simulated_cards_does_not_end_the_program_but_is
 
 def test_an_error_of_the_program_is_not_replaced_by_one_of_the_monitor(path, monkeypatch):
     with pytest.raises(KeyError) as raised, Monitor(Rig.here(), path, 0.01):
-        monkeypatch.setattr(cards.LocalCards, "read", failing)
+        monkeypatch.setattr(cards.MachineReadings, "read", failing)
         time.sleep(0.2)
         raise KeyError("the program's own")
     assert "the driver is gone" in raised.value.__notes__[0]
@@ -263,6 +264,54 @@ def test_tensors_on_simulated_cards_die_as_without_a_monitor(path):
         assert rig.memory()[0].allocated_bytes == 0
 
 
+def allocated(path) -> int:
+    return max(sample["cards"][0]["allocated_bytes"] for sample in read_samples(path))
+
+
+def pulse(mebibytes):
+    """Take so much of a card and give it back."""
+    filled = torch.empty(mebibytes * MIB, dtype=torch.uint8, device="cuda")
+    torch.empty(512, dtype=torch.uint8, device="cuda")  # a sample is taken before this request
+    del filled
+
+
+def test_of_two_monitors_at_once_each_sees_everything_in_its_own_block(tmp_path):
+    rig, outer, inner = Rig("L4"), tmp_path / "outer", tmp_path / "inner"
+    with rig, Monitor(rig, outer):
+        pulse(64)
+        with Monitor(rig, inner):
+            pulse(256)
+            assert allocated(outer) == allocated(inner) == 256 * MIB
+        pulse(1024)
+    assert (allocated(inner), allocated(outer)) == (256 * MIB, 1024 * MIB)
+    assert rig.allocators[0].listeners == []
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_monitors_may_end_in_any_order(tmp_path, first):
+    rig = Rig("L4")
+    watches = [Monitor(rig, tmp_path / name) for name in "ab"]
+    with rig:
+        for watch in watches:
+            watch.__enter__()
+        pulse(64)
+        watches[first].__exit__(None, None, None)
+        pulse(256)
+        watches[1 - first].__exit__(None, None, None)
+        pulse(1024)
+    assert allocated(watches[first].path) == 64 * MIB
+    assert allocated(watches[1 - first].path) == 256 * MIB
+
+
+def test_two_monitors_of_real_devices_at_once(tmp_path):
+    rig = Rig.here()
+    with Monitor(rig, tmp_path / "a", 0.02) as outer:
+        with Monitor(rig, tmp_path / "b", 0.02) as inner, rig.stage("wait"):
+            time.sleep(0.2)
+        time.sleep(0.1)
+    assert inner.samples > 2 and outer.samples > inner.samples
+
+
 @pytest.fixture
 def faked_gpu(monkeypatch):
     """One GPU of 24,000 MiB of which 3000 are used, as PyTorch and NVML would tell; processes may
@@ -289,17 +338,15 @@ def faked_gpu(monkeypatch):
     def end():
         nvml.ended += 1
 
-    monkeypatch.setattr(cards.pynvml, "nvmlInit", begin)
-    monkeypatch.setattr(cards.pynvml, "nvmlShutdown", end)
+    monkeypatch.setattr(pynvml, "nvmlInit", begin)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", end)
     monkeypatch.setattr(
-        cards.pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: {"GPU-1-2": "handle"}[uuid]
+        pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: {"GPU-1-2": "handle"}[uuid]
     )
     figures = SimpleNamespace(used=3000 * MIB, free=21_000 * MIB)
-    monkeypatch.setattr(
-        cards.pynvml, "nvmlDeviceGetMemoryInfo", lambda handle, version=None: figures
-    )
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle, version=None: figures)
     listed = "nvmlDeviceGetComputeRunningProcesses"
-    monkeypatch.setattr(cards.pynvml, listed, lambda handle: nvml.processes)
+    monkeypatch.setattr(pynvml, listed, lambda handle: nvml.processes)
     return nvml
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from simgpu.oom import parse_out_of_memory
+from simgpu.oom import explain, parse_out_of_memory
 
 # Recorded on one H100 80GB HBM3 capped to 24e9 bytes, torch 2.11.
 REAL = (
@@ -51,3 +51,27 @@ def test_an_exception_is_read_like_its_text():
 def test_another_error_is_refused_with_its_beginning():
     with pytest.raises(ValueError, match="not an out-of-memory message.*device-side assert"):
         parse_out_of_memory("CUDA error: device-side assert triggered")
+
+
+CODE = "error.add_note(f'in the stage \"{name}\"')\nraise error\n"
+NOTES = '\nin the stage "prefill"\nin the stage "all"'
+
+
+def test_an_error_and_its_traceback_tell_card_stage_and_what_was_missing():
+    found = explain(f"OutOfMemoryError: {REAL}", f"{CODE}OutOfMemoryError: {REAL}{NOTES}")
+    short = parse_out_of_memory(REAL).short_bytes
+    assert found == {"device": 0, "phase": "prefill", "short_bytes": short}
+    assert explain(REAL) == found | {"phase": None}
+
+
+def test_the_stage_is_the_note_of_the_innermost_one_and_no_line_of_code():
+    nothing = {"device": None, "phase": None, "short_bytes": None}
+    assert explain("torch.OutOfMemoryError: full", CODE) == nothing
+    assert explain("torch.OutOfMemoryError: out of memory", f"{CODE}out of memory{NOTES}") == (
+        nothing | {"phase": "prefill"}
+    )
+
+
+@pytest.mark.parametrize("error", ["", "ValueError: OutOfMemoryError is no more", "CUDA error"])
+def test_another_error_is_not_explained(error):
+    assert explain(error, CODE + NOTES) is None

@@ -103,21 +103,21 @@ def backward_peak(exclusive: bool) -> float:
 
 def test_gradients_are_added_in_place_as_the_engine_does_on_cuda(monkeypatch):
     in_place = backward_peak(exclusive=True)
-    monkeypatch.setattr(device, "_added_in_place", lambda *arguments, **options: False)
+    monkeypatch.setitem(device._IN_PLACE, torch.ops.aten.add.Tensor, lambda *arguments: False)
     assert backward_peak(exclusive=True) == in_place + 64
 
 
 def test_a_gradient_somebody_waits_for_is_not_added_to(monkeypatch):
     answers = []
-    original = device._added_in_place
+    original = device._IN_PLACE[torch.ops.aten.add.Tensor]
 
-    def noted(*arguments, **options):
-        answer = original(*arguments, **options)
+    def noted(*arguments):
+        answer = original(*arguments)
         if torch._C._current_graph_task_id() >= 0:
             answers.append(answer)
         return answer
 
-    monkeypatch.setattr(device, "_added_in_place", noted)
+    monkeypatch.setitem(device._IN_PLACE, torch.ops.aten.add.Tensor, noted)
     backward_peak(exclusive=False)
     assert answers == [False, True]
 
