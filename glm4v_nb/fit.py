@@ -1,5 +1,4 @@
-"""Will it fit? Load the full-size model on simulated cards, run a workload, report every card's
-peak."""
+"""Will it fit? The full-size model on simulated cards runs a workload: every card's peak."""
 
 import json
 import math
@@ -54,11 +53,8 @@ class OutOfMemory:
 
 @dataclass(frozen=True)
 class FitResult:
-    """The answer; ``to_dict`` is what ``glm4v-nb fit --json`` prints.
-
-    ``host`` is the host memory that loading takes; None where the cards did not hold the weights.
-    The plain JSON keeps to the keys it has always had; that of ``--limits`` has it.
-    """
+    """The answer. ``host`` is the host memory that loading takes; None where the cards did not
+    hold the weights."""
 
     verdict: str
     devices: list[DeviceFit]
@@ -72,6 +68,7 @@ class FitResult:
         return self.verdict == "fits"
 
     def to_dict(self) -> dict:
+        """What ``glm4v-nb fit --json`` prints: the keys it has always had."""
         answer = asdict(self)
         del answer["host"]
         for device in answer["devices"]:
@@ -130,8 +127,9 @@ class Deployment:
 
     def plan(self, strategy: str, max_memory: dict[Place, int | str]) -> dict[str, Place]:
         """The map transformers makes on these cards; ``max_memory`` as in ``from_pretrained``."""
+        sizes = dict(max_memory)  # accelerate turns "20GiB" into a number in place
         with Rig.simulated(self.card, self.count):
-            return plan_device_map(strategy, max_memory, DTYPES[self.dtype], self.checkpoint)
+            return plan_device_map(strategy, sizes, DTYPES[self.dtype], self.checkpoint)
 
     def placement(self) -> dict[str, Place]:
         """The device map; what an automatic one would offload is put on the last card instead.
@@ -201,8 +199,7 @@ def fit(
     The other arguments are those of ``Deployment``.
 
     Raises:
-        ValueError: unknown card, dtype, device map, checkpoint or option, or an impossible
-            workload.
+        ValueError: as ``Deployment.check``; an impossible workload.
     """
     deployment = Deployment(card, count, dtype, device_map, checkpoint, alloc_conf)
     workload = workload or Workload()
@@ -227,8 +224,9 @@ def load(
 
 
 def run_workload(rig: Rig, model, workload: Workload):
-    """Run a workload on a loaded model, in the stages "prefill" and "decode", or for training
-    "prefill" (the inputs), "backward" and "optimizer".
+    """Run a workload on a loaded model, in the phases of ``OutOfMemory`` as stages.
+
+    In training "prefill" only makes the inputs.
 
     Raises:
         torch.OutOfMemoryError: a card has no room; the last of ``rig.stages`` says in which stage.
@@ -285,8 +283,7 @@ def describe(rig: Rig, weights: list[int], error: str | None, seconds: float) ->
 
 
 def read_device_map(text: str) -> str | dict[str, Place]:
-    """A device map as the command line takes it: a strategy's name, a JSON object, or a file of
-    JSON.
+    """A device map as the command line takes it: a strategy's name, a JSON object, a JSON file.
 
     Raises:
         ValueError: neither of these, or not valid JSON.
@@ -299,19 +296,17 @@ def read_device_map(text: str) -> str | dict[str, Place]:
             f"device_map is {text!r}; expected one of {', '.join(DEVICE_MAPS)}, a JSON object such"
             " as '{\"\": 0}', or the path of a JSON file. There is no file of that name."
         )
-    source = "device_map" if is_object else text
+    source, expected = "device_map" if is_object else text, 'Expected {"module": card, ...}.'
     try:
         device_map = json.loads(text if is_object else Path(text).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f'{source} is not JSON: {error}. Expected {{"module": card, ...}}.'
-        ) from None
+        raise ValueError(f"{source} is not JSON: {error}. {expected}") from None
     if not isinstance(device_map, dict):
-        raise ValueError(f'{source} holds no JSON object. Expected {{"module": card, ...}}.')
+        raise ValueError(f"{source} holds no JSON object. {expected}")
     return device_map
 
 
 def cards_for_weights(card: str, dtype: str) -> int:
     """How many such cards hold the weights, by division; what else a run needs is not counted."""
-    usable_bytes = find_card(card).total_bytes - find_card(card).context_bytes
-    return math.ceil(Deployment(card, dtype=dtype).weights_bytes({"": 0})[0] / usable_bytes)
+    usable = find_card(card).total_bytes - find_card(card).context_bytes
+    return math.ceil(Deployment(card, dtype=dtype).weights_bytes({"": 0})[0] / usable)

@@ -1,5 +1,4 @@
-"""How far does it go? The largest batch, the longest context and the best device map, found by
-running.
+"""How far does it go? The largest batch, the longest context, the best device map, by running.
 
 The model is loaded once per device map and many workloads run on it. Before the first, one token
 warms the cards up; after each, everything it made is dropped. So every run starts from the same
@@ -36,8 +35,7 @@ _WORTH_BYTES = GIB // 4
 
 @dataclass(frozen=True)
 class Edge:
-    """The largest size that fits, 0 if none does. ``limited_by``: "memory", "model" (its context)
-    or "search"."""
+    """The largest size that fits, 0 if none. ``limited_by``: "memory", "model" or "search"."""
 
     size: int
     limited_by: str
@@ -48,8 +46,7 @@ class Recommendation:
     """Arguments for ``from_pretrained``, and what they leave.
 
     Attributes:
-        device_map: what to pass, a strategy or a dictionary.
-        max_memory: what to pass beside it, in GiB per card, or None.
+        device_map, max_memory: what to pass; a strategy or a dictionary, GiB per card or None.
         placement: the map that comes of it, every module with its card.
         headroom_bytes: per card, what the driver still has when most is reserved.
         code: the lines of Python to paste.
@@ -83,13 +80,10 @@ class Limits:
         ``longest_context`` counts text tokens, as the workload does.
         """
         answer = asdict(self)
-        del answer["result"]
-        return self.result.to_dict() | {
-            "seconds": self.seconds,
-            "host": asdict(self.result.host) if self.result.host else None,
-            "headroom_bytes": [device.free_at_peak_bytes for device in self.result.devices],
-            **answer,
-        }
+        result = answer.pop("result")
+        headroom = [device["free_at_peak_bytes"] for device in result["devices"]]
+        beside = {"seconds": self.seconds, "host": result["host"], "headroom_bytes": headroom}
+        return self.result.to_dict() | beside | answer
 
 
 class Trials(LoadedModel):
@@ -145,8 +139,7 @@ class Trials(LoadedModel):
             self.progress.advance()
 
     def _warm_up(self, workload: Workload):
-        """What stays for good: workspaces of the first matrix products, those of a backward pass,
-        adapters."""
+        """Make what stays for good: workspaces of matrix products, of a backward pass, adapters."""
         kind = workload.trained if workload.train else "inference"
         if kind not in self._warm:
             one_token = replace(workload, batch_size=1, images=0, text_tokens=1, new_tokens=1)
@@ -190,13 +183,9 @@ def _fresh_run(trials: Trials, workload: Workload) -> FitResult:
 
 
 def largest_batch(trials: Trials, workload: Workload, most: int = MOST_SAMPLES) -> Edge:
-    """The largest batch of these samples that fits, up to ``most``; ``workload.batch_size`` does
-    not matter."""
-
-    def sized(size: int) -> Workload:
-        return replace(workload, batch_size=size)
-
-    size = _largest_that_fits(trials, sized, most, _estimate(trials, sized(1)))
+    """The largest batch of these samples that fits, up to ``most``, whatever their number is."""
+    guess = _estimate(trials, replace(workload, batch_size=1))
+    size = _largest_that_fits(trials, workload, "batch_size", most, guess)
     return Edge(size, "memory" if size < most else "search")
 
 
@@ -207,20 +196,15 @@ def longest_context(trials: Trials, workload: Workload) -> Edge:
     last is never read, 8192 - 1602 - 127 remain for text.
     """
     most = _most_text_tokens(trials.config, workload)
-
-    def sized(size: int) -> Workload:
-        return replace(workload, text_tokens=size)
-
-    if most and trials.run(sized(most)).fits:
+    if most and trials.run(replace(workload, text_tokens=most)).fits:
         return Edge(most, "model")
-    return Edge(_largest_that_fits(trials, sized, most, most), "memory")
+    return Edge(_largest_that_fits(trials, workload, "text_tokens", most, most), "memory")
 
 
 def frontier(
     trials: Trials, workload: Workload, token_counts: list[int] | None = None
 ) -> dict[int, int]:
-    """The largest batch for each number of text tokens: {text_tokens: batch size}, 0 where none
-    fits.
+    """The largest batch for each number of text tokens, 0 where none fits.
 
     A longer prompt does not allow a larger batch, so each search ends where the one before did.
     Decode steps are run only where the answer is longer than a quarter of the prompt: a position of
@@ -246,15 +230,13 @@ def frontier(
 def frontier_tokens(
     workload: Workload, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
 ) -> list[int]:
-    """Lengths of a frontier that show its shape: from 32 text tokens to the end of the model's
-    context."""
+    """Lengths that show a frontier's shape: from 32 text tokens to the end of the context."""
     most = _most_text_tokens(read_config(checkpoint), workload)
     return [*(count for count in (32, 512, 1024, 2048, 4096) if count < most), most]
 
 
 def recommend(trials: Trials, workload: Workload) -> Recommendation | None:
-    """The device map that leaves the fullest card the most room under this workload; None where
-    none fits.
+    """The device map that leaves the fullest card the most room; None where none fits.
 
     Tried are "auto" ("balanced" makes the same map), "sequential", and "auto" with ``max_memory``
     set so that the card with the image tower, whose activations "auto" knows nothing of, is given
@@ -266,7 +248,7 @@ def recommend(trials: Trials, workload: Workload) -> Recommendation | None:
     free = deployment.free_bytes()
     best = measured = None
     for strategy in ("auto", "sequential"):
-        candidate = Recommendation(strategy, None, deployment.plan(strategy, dict(free)))
+        candidate = Recommendation(strategy, None, deployment.plan(strategy, free))
         on_map = _on_map(trials, candidate)
         measured = measured or on_map
         best = _better(best, candidate, on_map, workload)
@@ -290,8 +272,7 @@ def _on_map(trials: Trials, candidate: Recommendation) -> Trials:
 def _better(
     best: Recommendation | None, candidate: Recommendation, trials: Trials, workload: Workload
 ) -> Recommendation | None:
-    """The candidate, if it fits without the CPU and leaves the fullest card more room than the best
-    so far."""
+    """The candidate, if it fits without the CPU and its fullest card has more room than before."""
     if not candidate.on_cards_only:
         return best
     worth = _WORTH_BYTES if candidate.max_memory else 0
@@ -325,12 +306,8 @@ def _code(candidate: Recommendation, deployment: Deployment) -> str:
 
 
 def _balanced(trials: Trials, workload: Workload, free: dict[int, int]) -> Recommendation | None:
-    """``max_memory`` under which every card comes out equally full, given what a run beyond its
-    weights needed.
-
-    None where not even one sample fits, so that nothing is known, or where no map could gain
-    enough.
-    """
+    """``max_memory`` under which all cards come out equally full, given what a run needed beside
+    the weights; None where not even one sample fits, or where no map could gain enough."""
     fitting = workload
     while not trials.run(fitting).fits:
         if fitting.batch_size == 1:
@@ -381,41 +358,42 @@ def _estimate(trials: Trials, single: Workload) -> int:
 
 
 def _largest_that_fits(
-    trials: Trials, sized: Callable[[int], Workload], most: int, guess: int
+    trials: Trials, workload: Workload, dimension: str, most: int, guess: int
 ) -> int:
-    """The largest size from 1 to ``most`` whose workload fits, 0 if none; that it fits, and one
-    more does not, was run.
+    """The largest size of a dimension, up to ``most``, whose workload fits, 0 if none; that it
+    fits, and one more does not, was run.
 
     The prefill of every size is cheap, and what does not get through it cannot decode: its edge is
     found first and the decode steps are run from there down.
     """
-    size = bisect(lambda size: trials.run(replace(sized(size), new_tokens=0)).fits, most, guess)
-    if size and sized(size).new_tokens > 1 and not sized(size).train:
-        guess = _guess_for_cache(trials, sized, size)
-        size = bisect(lambda size: trials.run(sized(size)).fits, size, guess)
+
+    def fits(size: int, new_tokens: int = workload.new_tokens) -> bool:
+        return trials.run(replace(workload, **{dimension: size}, new_tokens=new_tokens)).fits
+
+    size = bisect(lambda size: fits(size, new_tokens=0), most, guess)
+    if size and workload.new_tokens > 1 and not workload.train:
+        # No more than the KV cache, at the end, leaves of what is free beside the weights.
+        free = sum(memory.free_bytes for memory in trials.rig.memory())
+        guess = bisect(
+            lambda size: _cache_bytes(trials, replace(workload, **{dimension: size})) <= free,
+            size, size,
+        )  # fmt: skip
+        size = bisect(fits, size, max(1, guess))
     return size
 
 
-def _guess_for_cache(trials: Trials, sized: Callable[[int], Workload], size: int) -> int:
-    """``size``, or the largest below it whose KV cache, at the end, is no larger than what the
-    weights leave free."""
-    decoder = trials.config.text_config
-    bytes_per_token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
-    bytes_per_token *= DTYPES[trials.deployment.dtype].itemsize
-    image_tokens = trials.config.vision_config.image_tokens
-    free = sum(memory.free_bytes for memory in trials.rig.memory())
-
-    def cache_fits(size: int) -> bool:
-        workload = sized(size)
-        positions = workload.images * image_tokens + workload.text_tokens + workload.new_tokens
-        return workload.batch_size * positions * bytes_per_token <= free
-
-    return max(1, bisect(cache_fits, size, size))
+def _cache_bytes(trials: Trials, workload: Workload) -> int:
+    """The KV cache when the last token is generated."""
+    decoder, image = trials.config.text_config, trials.config.vision_config.image_tokens
+    numbers = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
+    positions = workload.images * image + workload.text_tokens + workload.new_tokens
+    itemsize = DTYPES[trials.deployment.dtype].itemsize
+    return workload.batch_size * positions * numbers * itemsize
 
 
 def bisect(fits: Callable[[int], bool], most: int, guess: int) -> int:
-    """The largest number from 1 to ``most`` that fits, 0 if none; begins at the guess, in steps
-    that double."""
+    """The largest number from 1 to ``most`` that fits, 0 if none; from the guess, in doubling
+    steps."""
     low, high, step = 0, most + 1, max(1, guess // 16)
     tried = guess
     while high - low > 1:

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from glm4v_nb.miniature import CHECKPOINT
 from glm4v_nb.miniature.questions import sample
 from glm4v_nb.miniature.scenes import draw, encode, is_wide, random_size
-from glm4v_nb.model import register
 
 HELD_OUT_SEED = 1_000_000
 # Share of the questions. "drawn": sizes as in training, PNG; "wide": sides from 2 : 1 to 4 : 1;
@@ -43,7 +42,6 @@ def evaluate(
         ``accuracy`` over all; ``kinds``, ``languages``, ``kinds_and_languages`` and ``forms`` as
         name → accuracy and count; ``wrong``: at most ``examples`` wrong answers.
     """
-    register()
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
     rng = np.random.default_rng([HELD_OUT_SEED, seed])

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from glm4v_nb.miniature.evaluate import evaluate
-from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration, register
+from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration
 from glm4v_nb.model.image_processing import IMAGE_MEAN, IMAGE_STD
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
 from glm4v_nb.training import enable_gradient_checkpointing
@@ -183,7 +183,6 @@ def _batches(feed: Feed, size: int, repeat: int, pool: int, device: torch.device
 
 def train(options: argparse.Namespace) -> None:
     """Train, log, save and evaluate as the options say."""
-    register()
     directory = Path(options.output)
     special = save_vocabulary(directory, IMAGE_SIZE)
     tokenizer = ChatGLM4Tokenizer.from_pretrained(directory)
