@@ -73,8 +73,7 @@ class FreedMemory:
 
 
 def free_memory(rig=None) -> FreedMemory:
-    """Give back all memory on cards that no variable of yours holds, and name the variables that
-    hold the rest.
+    """Give back all memory on cards that no variable holds, and name the variables that hold it.
 
     Lets go of the frames of errors (``sys.last_value`` and what IPython keeps beside it, and the
     error being handled, when called in an ``except`` block), of entries of the output history that
@@ -105,8 +104,7 @@ def free_memory(rig=None) -> FreedMemory:
 
 
 def with_smaller_batches(function, starting_batch_size: int) -> tuple[object, int]:
-    """Call ``function(batch_size)``, with half the batch after every out-of-memory error until it
-    fits.
+    """Call ``function(batch_size)``, with half the batch after every out-of-memory error.
 
     accelerate's ``find_executable_batch_size``, and the frames of each failed try are emptied
     before the next: the error would keep their tensors on the card.
@@ -139,9 +137,7 @@ def with_smaller_batches(function, starting_batch_size: int) -> tuple[object, in
             raise
 
     try:
-        halving = find_executable_batch_size(
-            attempt, starting_batch_size, reduce_batch_size_fn=lambda: tried[-1] // 2
-        )
+        halving = find_executable_batch_size(attempt, starting_batch_size, lambda: tried[-1] // 2)
         return halving(), tried[-1]
     except RuntimeError:
         if out_of_memory is None:
@@ -177,8 +173,7 @@ def _forget_errors(shell) -> list[str]:
 
 
 def _forget_outputs(shell) -> list[str]:
-    """Drop what leads to tensors on cards from Out, _1, _2, ..., _, __, ___ and the results of the
-    last cells."""
+    """Drop what leads to tensors on cards from Out, _1, _2, ..., _, __, ___ and last results."""
     cleared = {}
     outputs, hook = shell.user_ns.get("_oh", {}), shell.displayhook
     for number in [number for number, value in outputs.items() if tensors_in(value)]:

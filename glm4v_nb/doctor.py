@@ -1,5 +1,4 @@
-"""Is this machine ready? Driver, torch build, every GPU exercised, libraries, memory, disk and
-notebook kernel.
+"""Is this machine ready? Driver, torch, every GPU exercised, libraries, memory, disk, kernel.
 
 Nothing is changed on the machine. A finding is "ok", "look" (works, but read the advice) or "stop"
 (mend it first). A machine without GPUs is fine: the notebooks simulate them.
@@ -49,8 +48,7 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Every finding in turn; a check that breaks is itself a finding, so that the others still
-    run."""
+    """Every finding in turn; a check that breaks is one too, so that the others still run."""
     for check in (
         _python, _libraries, _driver, _torch_build, _gpus,
         _copies, _simulation, _host_memory, _disk, _kernel,
@@ -75,8 +73,7 @@ def to_json(findings: list[Finding]) -> str:
 
 
 def report(findings: list[Finding]) -> str:
-    """One block of text for a bug report; no path of the home directory, no name of user or
-    host."""
+    """One block of text for a bug report, without home directory and names of user and host."""
     lines = [f"glm4v-nb doctor, {time.strftime('%Y-%m-%d')}: {verdict(findings)}"]
     lines += [f"{one.status:5s}{one.subject}: {one.found}" for one in findings]
     return _without_names("\n".join(lines))
@@ -107,9 +104,8 @@ def _libraries():
     for requirement in map(Requirement, lines):
         needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         version, allowed = _version(requirement.name), requirement.specifier
-        if needed and (
-            version == MISSING or not allowed.contains(Version(version), prereleases=True)
-        ):
+        right = version != MISSING and allowed.contains(Version(version), prereleases=True)
+        if needed and not right:
             wrong.append(f"{requirement.name} {version}, expected {allowed}")
     versions = ", ".join(f"{name} {_version(name)}" for name in MAIN_LIBRARIES)
     yield _finding("libraries", not wrong, "; ".join(wrong) or versions, "Run make setup.", STOP)

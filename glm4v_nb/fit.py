@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, read_config
+from glm4v_nb.model.configuration import OFFICIAL, read_config
 from glm4v_nb.placement import Place, check_device_map, meta_model, place_of, plan_device_map
 from glm4v_nb.training import first_update, train_step, trained_parameters
 from glm4v_nb.workload import Workload, check_context, decode, make_prompt, prefill
@@ -94,7 +94,7 @@ class Deployment:
     count: int = 1
     dtype: str = "bfloat16"
     device_map: str | dict[str, Place] = "auto"
-    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
+    checkpoint: str | Path = OFFICIAL
     alloc_conf: str | None = None
 
     def rig(self) -> Rig:
@@ -191,7 +191,7 @@ def fit(
     dtype: str = "bfloat16",
     device_map: str | dict[str, Place] = "auto",
     workload: Workload | None = None,
-    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
+    checkpoint: str | Path = OFFICIAL,
     alloc_conf: str | None = None,
 ) -> FitResult:
     """Run a workload of a checkpoint, by default the full-size model, on ``count`` simulated cards.
@@ -209,9 +209,7 @@ def fit(
     return replace(result, seconds=round(time.perf_counter() - started, 2))
 
 
-def load(
-    rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
-):
+def load(rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFICIAL):
     """The checkpoint's model on the rig, in a stage "load".
 
     Raises:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from glm4v_nb.fit import DTYPES, Deployment, FitResult, LoadedModel, fit
-from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, GLM4VConfig, read_config
+from glm4v_nb.model.configuration import OFFICIAL, GLM4VConfig, read_config
 from glm4v_nb.placement import Place
 from glm4v_nb.workload import Workload
 
@@ -201,9 +201,7 @@ def longest_context(trials: Trials, workload: Workload) -> Edge:
     return Edge(_largest_that_fits(trials, workload, "text_tokens", most, most), "memory")
 
 
-def frontier(
-    trials: Trials, workload: Workload, token_counts: list[int] | None = None
-) -> dict[int, int]:
+def frontier(trials: Trials, workload: Workload, token_counts: list[int] = ()) -> dict[int, int]:
     """The largest batch for each number of text tokens, 0 where none fits.
 
     A longer prompt does not allow a larger batch, so each search ends where the one before did.
@@ -227,9 +225,7 @@ def frontier(
     return found
 
 
-def frontier_tokens(
-    workload: Workload, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
-) -> list[int]:
+def frontier_tokens(workload: Workload, checkpoint: str | Path = OFFICIAL) -> list[int]:
     """Lengths that show a frontier's shape: from 32 text tokens to the end of the context."""
     most = _most_text_tokens(read_config(checkpoint), workload)
     return [*(count for count in (32, 512, 1024, 2048, 4096) if count < most), most]
@@ -327,10 +323,8 @@ def _balanced(trials: Trials, workload: Workload, free: dict[int, int]) -> Recom
     for above in (0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6):
         sizes = [max(0.0, level - extra[0] + above * GIB), *wanted, free[len(devices) - 1]]
         # Rounded down, so that nobody is promised more than a card has.
-        max_memory = {
-            card: f"{math.floor(min(size, free[card]) / GIB * 10) / 10}GiB"
-            for card, size in enumerate(sizes)
-        }
+        tenths = [math.floor(min(size, free[n]) / GIB * 10) for n, size in enumerate(sizes)]
+        max_memory = {card: f"{size / 10}GiB" for card, size in enumerate(tenths)}
         placement = trials.deployment.plan("auto", max_memory)
         candidate = Recommendation("auto", max_memory, placement)
         weights = trials.deployment.weights_bytes(placement)
@@ -358,9 +352,9 @@ def _estimate(trials: Trials, single: Workload) -> int:
 
 
 def _largest_that_fits(
-    trials: Trials, workload: Workload, dimension: str, most: int, guess: int
+    trials: Trials, workload: Workload, size_of: str, most: int, guess: int
 ) -> int:
-    """The largest size of a dimension, up to ``most``, whose workload fits, 0 if none; that it
+    """The largest size of a field, up to ``most``, whose workload fits, 0 if none; that it
     fits, and one more does not, was run.
 
     The prefill of every size is cheap, and what does not get through it cannot decode: its edge is
@@ -368,16 +362,14 @@ def _largest_that_fits(
     """
 
     def fits(size: int, new_tokens: int = workload.new_tokens) -> bool:
-        return trials.run(replace(workload, **{dimension: size}, new_tokens=new_tokens)).fits
+        return trials.run(replace(workload, **{size_of: size}, new_tokens=new_tokens)).fits
 
     size = bisect(lambda size: fits(size, new_tokens=0), most, guess)
     if size and workload.new_tokens > 1 and not workload.train:
-        # No more than the KV cache, at the end, leaves of what is free beside the weights.
+        # So many that the KV cache, at the end, takes what the weights leave free.
         free = sum(memory.free_bytes for memory in trials.rig.memory())
-        guess = bisect(
-            lambda size: _cache_bytes(trials, replace(workload, **{dimension: size})) <= free,
-            size, size,
-        )  # fmt: skip
+        one, two = (_cache_bytes(trials, replace(workload, **{size_of: n})) for n in (1, 2))
+        guess = min(size, 1 + (free - one) // (two - one))
         size = bisect(fits, size, max(1, guess))
     return size
 

@@ -52,8 +52,7 @@ def measured_run(file: str, load: str, run: str) -> list[MeasuredStage]:
 
 
 def measured_notebook(file: str, number: str) -> list[list[MeasuredStage]]:
-    """The stages of every rig of a notebook that ``benchmarks/notebooks.py`` ran on real GPUs, in
-    their order.
+    """The stages of every rig of a notebook that ``benchmarks/notebooks.py`` ran on real GPUs.
 
     Raises:
         KeyError: no such notebook in the file.

@@ -1,5 +1,4 @@
-"""Device maps: what transformers plans for given cards, and what a loaded model's map means in
-bytes."""
+"""Device maps: what transformers plans for given cards, and what a map means in bytes."""
 
 import difflib
 from collections import Counter
@@ -10,7 +9,7 @@ import torch
 from transformers.integrations.accelerate import _get_device_map
 
 from glm4v_nb.model import GLM4VForConditionalGeneration
-from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, read_config
+from glm4v_nb.model.configuration import OFFICIAL, read_config
 
 # Where a module runs: a card's index, "cpu" or "disk".
 Place = int | str
@@ -27,7 +26,7 @@ class PlacedModule:
 
 
 def meta_model(
-    dtype: torch.dtype = torch.bfloat16, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
+    dtype: torch.dtype = torch.bfloat16, checkpoint: str | Path = OFFICIAL
 ) -> GLM4VForConditionalGeneration:
     """The model without memory, for planning; ``checkpoint`` as in ``read_config``."""
     with torch.device("meta"):
@@ -38,10 +37,9 @@ def plan_device_map(
     strategy: str,
     max_memory: dict[Place, int | str],
     dtype: torch.dtype = torch.bfloat16,
-    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
+    checkpoint: str | Path = OFFICIAL,
 ) -> dict[str, Place]:
-    """The map ``from_pretrained(device_map=strategy, max_memory=max_memory)`` would make, without
-    loading.
+    """The map that ``from_pretrained`` would make of a strategy, without loading.
 
     Args:
         strategy: "auto", "balanced", "balanced_low_0" or "sequential".
@@ -54,9 +52,7 @@ def plan_device_map(
     return dict(_get_device_map(meta_model(dtype, checkpoint), strategy, max_memory, None))
 
 
-def check_device_map(
-    device_map: dict[str, Place], count: int, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
-):
+def check_device_map(device_map: dict[str, Place], count: int, checkpoint: str | Path = OFFICIAL):
     """Check a map written by hand for ``count`` cards.
 
     Raises:
@@ -117,8 +113,7 @@ def explain_device_map(model, device_map: dict[str, Place]) -> list[PlacedModule
 
 
 def place_of(name: str, device_map: dict[str, Place]) -> Place:
-    """Where a parameter or module is, by the longest prefix in the map; "cpu" when nothing
-    matches."""
+    """Where a parameter or module is, by the longest prefix in the map; else "cpu"."""
     while name not in device_map and name:
         name = name.rpartition(".")[0]
     place = device_map.get(name, "cpu")
@@ -126,8 +121,7 @@ def place_of(name: str, device_map: dict[str, Place]) -> Place:
 
 
 def input_device(model) -> torch.device:
-    """Where token ids belong: the device the embedding computes on, also when its weights are
-    offloaded."""
+    """Where token ids belong: the device the embedding computes on, offloaded or not."""
     embedding = model.get_input_embeddings()
     device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     if device is None:

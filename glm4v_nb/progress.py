@@ -13,8 +13,7 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """A ``with`` block that shows a spinner, or with ``steps`` a bar; nothing where stderr is no
-    terminal.
+    """In its ``with`` block a spinner, or with ``steps`` a bar, where stderr is a terminal.
 
     Args:
         what: is being done, as "loading torch".

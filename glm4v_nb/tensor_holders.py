@@ -1,5 +1,4 @@
-"""Which names keep tensors on cards alive: variables of a notebook, of running functions, of
-modules."""
+"""Which variables of notebooks, running functions and modules keep tensors on cards alive."""
 
 import gc
 import inspect
@@ -18,9 +17,7 @@ from simgpu.units import bytes_in_words
 # Classes, modules and fake-tensor modes lead to everything; what notebooks are run by leads to
 # every variable.
 _TOO_WIDE = (type, types.ModuleType, TorchDispatchMode)
-_MACHINERY = frozenset(
-    "IPython ipykernel asyncio concurrent logging threading tornado traitlets zmq".split()
-)
+_MACHINERY = "IPython ipykernel asyncio concurrent logging threading tornado traitlets zmq".split()
 
 
 @dataclass(frozen=True)
@@ -39,9 +36,7 @@ class TensorHolder:
     bytes: dict[int, int]
 
     def __str__(self):
-        sizes = (
-            f"{bytes_in_words(self.bytes[card])} on card {card}" for card in sorted(self.bytes)
-        )
+        sizes = [f"{bytes_in_words(self.bytes[n])} on card {n}" for n in sorted(self.bytes)]
         return f"{self.name} ({self.kind}): {', '.join(sizes)}"
 
 

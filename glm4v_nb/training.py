@@ -1,5 +1,4 @@
-"""A training step: which weights it changes, forward and backward, and the optimiser's first
-update."""
+"""A training step: the weights it changes, forward, backward, the optimiser's first update."""
 
 import warnings
 
@@ -38,9 +37,8 @@ def _add_adapters(model):
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError(
-            "LoRA needs the peft library, which is not installed. Run: pip install peft"
-        ) from error
+        needs = "LoRA needs the peft library, which is not installed."
+        raise ImportError(f"{needs} Run: pip install peft") from error
     if hasattr(model, "peft_config"):
         return
     with warnings.catch_warnings():
@@ -59,8 +57,7 @@ def enable_gradient_checkpointing(model):
 
 
 def train_step(model, prompt: dict[str, torch.Tensor], gradient_checkpointing: bool = False):
-    """Forward and backward over the prompt, with gradients for what requires them; returns the
-    loss."""
+    """Forward and backward over the prompt, for what requires gradients; returns the loss."""
     model.train()
     if gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -70,8 +67,7 @@ def train_step(model, prompt: dict[str, torch.Tensor], gradient_checkpointing: b
 
 
 def first_update(parameters: list[torch.nn.Parameter], **options) -> torch.optim.Optimizer:
-    """The first update of a new AdamW, which makes its two numbers for every weight; they live as
-    long as it does.
+    """The first update of a new AdamW, which makes its two numbers for every weight.
 
     ``options`` are those of ``torch.optim.AdamW``, as ``foreach=False`` to update one weight after
     the other.
@@ -82,8 +78,7 @@ def first_update(parameters: list[torch.nn.Parameter], **options) -> torch.optim
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts the operations of what runs in its block, from shapes; ``get_total_flops()`` has the
-    sum.
+    """Counts the operations in its block, from shapes; ``get_total_flops()`` has the sum.
 
     torch's own counter, with formulas for attention whose keys have fewer heads than its queries;
     torch 2.11 has none.

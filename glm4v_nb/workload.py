@@ -39,17 +39,11 @@ class Workload:
     optimizer: str = ""
 
     def __post_init__(self):
-        for name, least in {
-            "batch_size": 1,
-            "text_tokens": 1,
-            "new_tokens": 0,
-            "images": 0,
-        }.items():
-            size = getattr(self, name)
+        smallest = {"batch_size": 1, "text_tokens": 1, "new_tokens": 0, "images": 0}
+        for name, least in smallest.items():
+            size, expected = getattr(self, name), f"expected a whole number of at least {least}."
             if not isinstance(size, int) or size < least:
-                raise ValueError(
-                    f"{name} is {size!r}; expected a whole number of at least {least}."
-                )
+                raise ValueError(f"{name} is {size!r}; {expected}")
         if self.images > 1:
             raise ValueError(
                 f"images is {self.images}; GLM-4V-9B takes at most one image per sample. For"
@@ -66,10 +60,8 @@ class Workload:
                 choices = ", ".join(map(repr, expected))
                 raise ValueError(f"{name} is {choice!r}; expected one of {choices}.")
             if choice != expected[0] and not self.train:
-                raise ValueError(
-                    f"{name} is {choice!r}, which is for training. Set train as well, or leave it"
-                    " out."
-                )
+                advice = "Set train as well, or leave it out."
+                raise ValueError(f"{name} is {choice!r}, which is for training. {advice}")
 
 
 def check_context(workload: Workload, config: GLM4VConfig):
@@ -106,10 +98,10 @@ def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:
     text = torch.randint(ordinary, (batch, workload.text_tokens), generator=generator)
     placeholder = [config.boi_token_id, config.pad_token_id, config.eoi_token_id] * workload.images
     image = torch.tensor(placeholder, dtype=torch.long).expand(batch, -1)
-    prompt = expand_image_positions(
-        config, torch.cat((image, text), dim=1), image_count=batch * workload.images
-    )
-    inputs = {name: getattr(prompt, name) for name in ("input_ids", "position_ids", "image_mask")}
+    ids = torch.cat((image, text), dim=1)
+    prompt = expand_image_positions(config, ids, image_count=batch * workload.images)
+    names = ("input_ids", "position_ids", "image_mask")
+    inputs = {name: getattr(prompt, name) for name in names}
     if workload.images:
         # One image for the whole batch: drawing a new one for each takes seconds, and no byte
         # depends on it.
@@ -123,8 +115,7 @@ def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def prefill(model, prompt: dict[str, torch.Tensor]):
-    """Run the whole prompt once; returns the model's output with logits of the last position and
-    the KV cache."""
+    """Run the whole prompt once: an output with the last position's logits and the KV cache."""
     return model(**prompt, use_cache=True, logits_to_keep=1)
 
 

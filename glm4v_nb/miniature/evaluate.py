@@ -87,8 +87,7 @@ def held_out_question(rng: np.random.Generator) -> tuple[bytes, str, str, str, s
 
 @torch.inference_mode()
 def answer_all(model, processor, questions: list[tuple], max_new_tokens: int = 72) -> list[str]:
-    """Greedy answers to (picture, question) pairs, in one batch, without the surrounding white
-    space."""
+    """Greedy answers to (picture, question) pairs, in one batch, without space around them."""
     pictures, texts = zip(*questions, strict=True)
     inputs = processor(list(pictures), list(texts)).to(model.device)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -106,9 +105,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     options = parser.parse_args()
-    report = evaluate(
-        options.checkpoint, options.seed, options.count, options.device, progress=not options.json
-    )
+    asked = (options.checkpoint, options.seed, options.count, options.device)
+    report = evaluate(*asked, progress=not options.json)
     if options.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return

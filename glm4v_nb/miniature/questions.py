@@ -20,6 +20,7 @@ describe  Describe the picture.                          a red circle at the top
 
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +34,10 @@ PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SH
 QUESTIONS: dict[str, dict[str, list[str]]] = _GRAMMAR["questions"]
 KINDS = ("shape", "colour", "count", "where", "place", "larger", "exists", "absent", "describe")
 Question = tuple[str, str]
+Rng = np.random.Generator
 
 
-def sample(
-    rng: np.random.Generator, wide: bool = False, grey: bool = False
-) -> tuple[Scene, str, str, str, str]:
+def sample(rng: Rng, wide: bool = False, grey: bool = False) -> tuple[Scene, str, str, str, str]:
     """Drawn: (scene, question, answer, kind, language). See ``random_scene`` for the options."""
     kind = str(rng.choice(KINDS))
     language = str(rng.choice(LANGUAGES))
@@ -69,8 +69,9 @@ def name(language: str, shape: str | None = None, colour: str | None = None) -> 
 def describe(objects: tuple[Shape, ...], language: str) -> str:
     """The fixed form of a description, objects in reading order."""
     if language == "zh":
+        names = [name("zh", one.shape, one.colour) for one in objects]
         return "，".join(
-            f"{_at(one.cell, 'zh')}有一个{name('zh', one.shape, one.colour)}" for one in objects
+            f"{_at(o.cell, 'zh')}有一个{n}" for o, n in zip(objects, names, strict=True)
         )
     return ", ".join(
         f"{'an' if one.colour == 'orange' else 'a'} {one.colour} {one.shape} {_at(one.cell, 'en')}"
@@ -112,7 +113,7 @@ def _unique_names(objects, language: str) -> list[tuple[Shape, str]]:
     return [(one, text) for one, text in names if texts.count(text) == 1]
 
 
-def _attribute(asked: str, given: str, objects, language, rng) -> Question | None:
+def _attribute(objects, language, rng, asked: str, given: str) -> Question | None:
     """Asks for the shape of the one object of a colour, or for the colour of the one of a shape."""
     if len(objects) == 1 and rng.random() < 0.3:
         text, one = _phrase(f"{asked}_alone", language, rng), objects[0]
@@ -123,14 +124,6 @@ def _attribute(asked: str, given: str, objects, language, rng) -> Question | Non
             return None
         text = _phrase(asked, language, rng, o=word(language, getattr(one, given)))
     return text, word(language, getattr(one, asked))
-
-
-def _shape(objects, language, rng) -> Question | None:
-    return _attribute("shape", "colour", objects, language, rng)
-
-
-def _colour(objects, language, rng) -> Question | None:
-    return _attribute("colour", "shape", objects, language, rng)
 
 
 def _count(objects, language, rng) -> Question:
@@ -219,6 +212,8 @@ def _describe(objects, language, rng) -> Question:
 
 
 _ASK: dict[str, Callable[..., Question | None]] = {
-    "shape": _shape, "colour": _colour, "count": _count, "where": _where, "place": _place,
+    "shape": partial(_attribute, asked="shape", given="colour"),
+    "colour": partial(_attribute, asked="colour", given="shape"),
+    "count": _count, "where": _where, "place": _place,
     "larger": _larger, "exists": _exists, "absent": _absent, "describe": _describe,
 }  # fmt: skip

@@ -79,9 +79,7 @@ class Scene:
     seed: int
 
 
-def random_scene(
-    rng: np.random.Generator, count: int | None = None, wide: bool = False, grey: bool = False
-) -> Scene:
+def random_scene(rng, count: int | None = None, wide: bool = False, grey: bool = False) -> Scene:
     """A scene that follows the rules above; the same ``rng`` state gives the same scene.
 
     Args:

@@ -1,5 +1,4 @@
-"""GLM-4V-9B as native transformers classes; importing it makes the Auto classes load the official
-layout."""
+"""GLM-4V-9B as native transformers classes; importing it registers them."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 

@@ -53,15 +53,13 @@ def is_batch(conversation) -> bool:
             " lists. Put the message into a list.",
         )
     if not conversation:
-        raise ValueError(
-            "The conversation is empty. Expected at least one message. Add a message of role user."
-        )
+        expected = "Expected at least one message. Add a message of role user."
+        raise ValueError(f"The conversation is empty. {expected}")
     return isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
 
 
 def parse_conversation(messages) -> list[Message]:
-    """Read messages in the original form or in transformers' form; both may stand in one
-    conversation.
+    """Read messages in the original form or in transformers' form, also mixed.
 
     * Original: ``{"role": "user", "image": image, "content": "text"}``, with an optional "metadata"
       (the text after the role token, such as the name of a tool).
@@ -101,9 +99,8 @@ def conversation_ids(tokenizer, messages: list[Message], add_generation_prompt: 
     """The prompt's ids. Every text is encoded by itself, so no text can spell a special token."""
 
     def text_ids(text):
-        return tokenizer.encode(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return tokenizer.encode(text, **options)
 
     ids = tokenizer.convert_tokens_to_ids(list(PREFIX))
     for message in messages:
@@ -118,8 +115,7 @@ def conversation_ids(tokenizer, messages: list[Message], add_generation_prompt: 
 
 
 def conversation_text(messages: list[Message], add_generation_prompt: bool) -> str:
-    """The prompt as text to read. Encoding it does not give the prompt's ids: special tokens stay
-    text."""
+    """The prompt as text to read; encoded, its special tokens would stay ordinary text."""
     pieces = list(PREFIX)
     for message in messages:
         image = "" if message.image is None else "".join(IMAGE_TOKENS)
@@ -128,20 +124,15 @@ def conversation_text(messages: list[Message], add_generation_prompt: bool) -> s
 
 
 def refuse_options(options: dict):
-    """Refuse options of transformers' chat templates that this conversation format does not have.
+    """Take out of ``options`` what this conversation format does not have, if it is not set.
 
     Raises:
-        ValueError: one of them is set.
-        TypeError: transformers has no such option either.
+        ValueError: it is.
     """
-    for name, value in options.items():
-        if name not in _OPTION_ADVICE:
-            raise TypeError(f"apply_chat_template() got an unexpected keyword argument {name!r}")
-        if value:
-            raise ValueError(
-                f"{name} is set, but GLM-4V's conversation format is fixed and has no such option."
-                f" {_OPTION_ADVICE[name]}"
-            )
+    for name, advice in _OPTION_ADVICE.items():
+        if options.pop(name, None):
+            why = "GLM-4V's conversation format is fixed and has no such option."
+            raise ValueError(f"{name} is set, but {why} {advice}")
 
 
 def _parse_message(number, message) -> Message:

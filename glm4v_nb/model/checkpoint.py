@@ -1,5 +1,4 @@
-"""The official checkpoint layout: how its tensor names map to the modules here, and which files are
-refused.
+"""The official layout: how its tensor names map to the modules here, and what is refused.
 
 Renaming and splitting happen inside transformers' own loader (and in reverse in
 ``save_pretrained``), through the mapping registered by ``register_official_layout``.
@@ -40,8 +39,7 @@ RENAMINGS = {
 
 
 class SplitQueryKeyValue(ConversionOps):
-    """Cut the decoder's fused projection along rows: the query heads, the key groups, the value
-    groups.
+    """Cut the decoder's fused projection along rows: query heads, key groups, value groups.
 
     transformers 5.23 has a generic ``Split``; 5.17, which is also supported, has only equal chunks.
     """
@@ -53,10 +51,8 @@ class SplitQueryKeyValue(ConversionOps):
         query_rows = config.num_attention_heads * config.kv_channels
         group_rows = config.multi_query_group_num * config.kv_channels
         parts = fused.split([query_rows, group_rows, group_rows], dim=0)
-        # Contiguous copies, so that no part keeps the whole fused tensor alive.
-        return {
-            target: part.contiguous() for target, part in zip(target_patterns, parts, strict=True)
-        }
+        # Copies, so that no part keeps the whole fused tensor alive.
+        return dict(zip(target_patterns, (part.contiguous() for part in parts), strict=True))
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -86,8 +82,7 @@ def register_official_layout(class_name: str):
 
 
 def load_checked(from_pretrained, name_or_path, *args, **kwargs):
-    """Run transformers' loader on a checkpoint that is known to be whole, and refuse a partial
-    result.
+    """Run transformers' loader on a checkpoint known to be whole, and refuse a partial result.
 
     Raises:
         FileNotFoundError: a shard named in the index is missing, or there are no safetensors
@@ -106,11 +101,9 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
     wants_info = kwargs.pop("output_loading_info", False)
     # transformers refuses other sizes without saying which; its report is only logged.
     accepts_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-    kwargs |= {
-        "use_safetensors": True,
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,
-    }
+    kwargs |= dict.fromkeys(
+        ("use_safetensors", "output_loading_info", "ignore_mismatched_sizes"), True
+    )
     if name_or_path is not None and Path(name_or_path).is_dir():
         check_weight_files(Path(name_or_path) / kwargs.get("subfolder", ""))
     model, info = from_pretrained(name_or_path, *args, **kwargs)

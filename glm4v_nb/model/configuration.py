@@ -14,11 +14,11 @@ from transformers import AutoConfig, GlmConfig, PreTrainedConfig
 CONFIG_DIRECTORY = Path(__file__).parent / "configs"
 # Hub ids of the official checkpoint, whose config ships with this package.
 OFFICIAL_CHECKPOINTS = ("zai-org/glm-4v-9b", "THUDM/glm-4v-9b")
+OFFICIAL = OFFICIAL_CHECKPOINTS[0]
 
 
 class GLM4VVisionConfig(PreTrainedConfig):
-    """The EVA2-CLIP-E image tower. Defaults are GLM-4V-9B's; sizes count features, pixels or
-    positions."""
+    """The EVA2-CLIP-E image tower; sizes count features, pixels or positions."""
 
     model_type = "glm4v_eva2_clip"
     base_config_key = "vision_config"
@@ -68,14 +68,9 @@ class GLM4VVisionConfig(PreTrainedConfig):
 
 OFFICIAL_VISION_KEYS = tuple(sorted(GLM4VVisionConfig.__annotations__))
 # What other ChatGLM checkpoints may have and GLM-4V-9B has not.
-_FIXED = {
-    "multi_query_attention": True,
-    "rmsnorm": True,
-    "post_layer_norm": True,
-    "add_bias_linear": False,
-    "original_rope": True,
-    "tie_word_embeddings": False,
-}
+_FIXED = dict.fromkeys(
+    ("multi_query_attention", "rmsnorm", "post_layer_norm", "original_rope"), True
+) | dict.fromkeys(("add_bias_linear", "tie_word_embeddings"), False)
 
 
 class GLM4VConfig(PreTrainedConfig):
@@ -132,30 +127,20 @@ class GLM4VConfig(PreTrainedConfig):
                 )
         if self.eos_token_id is None:
             self.eos_token_id = [151329, 151336, 151338]
-        if self.vision_config is None:
-            self.vision_config = GLM4VVisionConfig()
-        elif isinstance(self.vision_config, dict):
-            self.vision_config = GLM4VVisionConfig(**self.vision_config)
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = GLM4VVisionConfig(**(self.vision_config or {}))
+        rope = {"rope_type": "default", "rope_theta": 10000.0 * self.rope_ratio}
         self.text_config = GlmConfig(
-            vocab_size=self.padded_vocab_size,
+            **{name: getattr(self, official) for name, official in self.attribute_map.items()},
             hidden_size=self.hidden_size,
-            intermediate_size=self.ffn_hidden_size,
-            num_hidden_layers=self.num_layers,
             num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.multi_query_group_num,
-            head_dim=self.kv_channels,
-            max_position_embeddings=self.seq_length,
             rms_norm_eps=self.layernorm_epsilon,
             attention_bias=self.add_qkv_bias,
             initializer_range=self.initializer_range,
             tie_word_embeddings=False,
             pad_token_id=self.pad_token_id,
             eos_token_id=self.eos_token_id,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 10000.0 * self.rope_ratio,
-                "partial_rotary_factor": 0.5,
-            },
+            rope_parameters=rope | {"partial_rotary_factor": 0.5},
         )
         super().__post_init__(**kwargs)
 

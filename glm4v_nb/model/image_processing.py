@@ -17,9 +17,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_TYPES = (Image.Image, str, Path, np.ndarray, bytes, memoryview)
-IMAGE_FORMS = (
-    "a PIL image, the path of a local file, its bytes, or an array [height, width, 3] of uint8."
-)
+_ARRAY = "an array [height, width, 3] of uint8"
+IMAGE_FORMS = f"a PIL image, the path of a local file, its bytes, or {_ARRAY}."
 
 
 def load_image(image) -> Image.Image:
@@ -46,19 +45,16 @@ def load_image(image) -> Image.Image:
     if isinstance(image, (bytes, memoryview)):
         return _decode("The image file", io.BytesIO(image))
     if not isinstance(image, (str, Path)):
-        raise TypeError(
-            f"The image is a {type(image).__name__}. Expected {IMAGE_FORMS} Convert it to one of"
-            " these."
-        )
+        kind, advice = type(image).__name__, "Convert it to one of these."
+        raise TypeError(f"The image is a {kind}. Expected {IMAGE_FORMS} {advice}")
     if str(image).startswith(("http://", "https://", "data:")):
         raise ValueError(
             f"{str(image)[:200]} is a URL. Expected a local file: nothing is downloaded on its own."
             " Download it first and give its path."
         )
     if not Path(image).is_file():
-        raise FileNotFoundError(
-            f"{image} is not a file. Expected the path of an image. Check the path."
-        )
+        expected = "Expected the path of an image. Check the path."
+        raise FileNotFoundError(f"{image} is not a file. {expected}")
     with open(image, "rb") as file:
         return _decode(str(image), file)
 
@@ -111,9 +107,8 @@ class GLM4VImageProcessor(BaseImageProcessor):
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if not images:
-            raise ValueError(
-                "There are no images. Expected at least one. For text alone leave images out."
-            )
+            expected = "Expected at least one. For text alone leave images out."
+            raise ValueError(f"There are no images. {expected}")
         mean, std = np.array((self.image_mean, self.image_std), np.float32).reshape(2, 3, 1, 1)
         pixel_values = np.empty((len(images), 3, self.image_size, self.image_size), np.float32)
         for row, image in zip(pixel_values, images, strict=True):
@@ -138,8 +133,7 @@ class GLM4VImageProcessor(BaseImageProcessor):
 
 
 def checkpoint_image_size(pretrained_model_name_or_path, **kwargs) -> int | None:
-    """``vision_config.image_size`` of the checkpoint's config.json in pixels, None if there is no
-    such file.
+    """``vision_config.image_size`` of a checkpoint's config.json in pixels, None without one.
 
     Raises:
         ValueError: config.json has no vision_config.

@@ -1,5 +1,4 @@
-"""GLM-4V-9B on current transformers: the image tower in front of transformers' own ``GlmModel``
-decoder.
+"""GLM-4V-9B: the image tower in front of transformers' own ``GlmModel`` decoder.
 
 Modules are registered in the order data flows (tower, decoder, head), so an automatic device map
 puts the tower on the first GPU, where the images arrive. The official implementation registers it
@@ -60,8 +59,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As transformers' own, but refuses damaged or incomplete checkpoints and pickled
-        weights."""
+        """As transformers' own, but refuses damaged or incomplete checkpoints and pickles."""
         loader = super().from_pretrained
         return load_checked(loader, pretrained_model_name_or_path, *model_args, **kwargs)
 
@@ -135,8 +133,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def generate(self, inputs=None, generation_config=None, streamer=None, **kwargs):
-        """As transformers' own; returns the prompt as given (images unexpanded) followed by the new
-        tokens.
+        """As transformers' own; returns the prompt as given (images unexpanded), then new tokens.
 
         ``max_length`` counts an image as its 1602 positions, as the model's context does.
         """
@@ -169,12 +166,9 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         outputs.sequences = sequences
         return outputs
 
-    def prepare_inputs_for_generation(
-        self, input_ids, is_first_iteration=False, image_mask=None, **kwargs
-    ):
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
-        )
+    def prepare_inputs_for_generation(self, input_ids, image_mask=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        is_first_iteration = kwargs.get("is_first_iteration", False)
         # The image is in the cache after the first step; without one the whole prompt runs again.
         if image_mask is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
             image_mask = functional.pad(image_mask, (0, input_ids.shape[1] - image_mask.shape[1]))
@@ -183,18 +177,17 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs.pop("pixel_values", None)
         return inputs
 
-    def _expanded(
-        self, input_ids, pixel_values, attention_mask, position_ids, labels
-    ) -> ExpandedPrompt | None:
-        """The prompt with room for its images; None without any, and in a decode step."""
+    def _expanded(self, input_ids, pixel_values, *others) -> ExpandedPrompt | None:
+        """The prompt with room for its images; None without any, and in a decode step.
+
+        ``others``: attention_mask, position_ids and labels.
+        """
         is_prompt = input_ids is not None and input_ids.shape[1] > 1
         if pixel_values is None and (not is_prompt or torch.compiler.is_compiling()):
             return None
         images = self._count_images(pixel_values)
         if images or (input_ids == self.config.boi_token_id).any():
-            return expand_image_positions(
-                self.config, input_ids, attention_mask, position_ids, labels, images
-            )
+            return expand_image_positions(self.config, input_ids, *others, images)
         length, limit = input_ids.shape[1], self.config.seq_length
         if length > limit:
             raise ValueError(

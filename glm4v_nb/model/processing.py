@@ -35,8 +35,7 @@ class GLM4VProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load from the official files (config.json, tokenizer_config.json, tokenizer.model) or
-        saved ones.
+        """Load from the official files or from saved ones.
 
         No remote code runs, whatever the files name. The image size is that of the saved processor
         or else of config.json, or else of tokenizer_config.json.
@@ -174,9 +173,8 @@ def register_processing(config_class):
     AutoProcessor.register(config_class, GLM4VProcessor, exist_ok=True)
     # The mapping behind AutoImageProcessor, because transformers 5.17 exports that class only
     # beside torchvision.
-    image_processing_auto.IMAGE_PROCESSOR_MAPPING.register(
-        config_class, {"pil": GLM4VImageProcessor}, exist_ok=True
-    )
+    mapping = image_processing_auto.IMAGE_PROCESSOR_MAPPING
+    mapping.register(config_class, {"pil": GLM4VImageProcessor}, exist_ok=True)
 
 
 def _only_image(image):
@@ -187,9 +185,8 @@ def _only_image(image):
 
 
 def _images(conversation) -> list:
-    images = [
-        message.image for message in parse_conversation(conversation) if message.image is not None
-    ]
+    parsed = parse_conversation(conversation)
+    images = [message.image for message in parsed if message.image is not None]
     if any(image is True for image in images):
         raise ValueError(
             "A message has an image placeholder but no image. Expected the image itself beside it."

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from tokenizers import AddedToken, processors
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from glm4v_nb.model.chat import (
@@ -122,11 +122,10 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
 
         # The file's "auto_map" names remote code that this class replaces.
         kwargs.pop("auto_map", None)
-        kwargs.setdefault("split_special_tokens", True)
-        kwargs.setdefault("pad_token", END_OF_TEXT)
-        kwargs.setdefault("eos_token", END_OF_TEXT)
+        defaults = dict.fromkeys(("pad_token", "eos_token"), END_OF_TEXT)
+        defaults["split_special_tokens"] = True
         kwargs |= {"added_tokens_decoder": special_tokens, "image_size": image_size}
-        super().__init__(vocab_file=vocab_file, **kwargs)
+        super().__init__(vocab_file=vocab_file, **defaults | kwargs)
         self.image_size = image_size
 
     @classmethod
@@ -153,13 +152,10 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         add_generation_prompt=False,
         continue_final_message=False,
         tokenize=True,
-        padding=False,
-        max_length=None,
-        pad_to_multiple_of=None,
         return_tensors=None,
         return_dict=True,
         sanitize_control_tokens=True,
-        **not_in_this_format,
+        **options,
     ):
         """Turn one conversation, or a list of conversations, into ids.
 
@@ -177,9 +173,9 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
                 ``add_generation_prompt``.
             tokenize: False gives readable text instead. It cannot be turned back into a prompt:
                 special tokens in text stay text.
-            padding, max_length, pad_to_multiple_of, return_tensors, return_dict: as in
-                transformers.
-            not_in_this_format: transformers' other options are refused if they are set.
+            return_tensors, return_dict: as in transformers.
+            options: those of ``pad``, as padding, max_length and pad_to_multiple_of. Others that
+                transformers has are refused.
 
         Returns:
             ``BatchEncoding`` with ``input_ids`` and ``attention_mask``, each a list of length L for
@@ -192,7 +188,7 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
                 does not have.
             TypeError: a message, its content or its image is of another type.
         """
-        refuse_options(not_in_this_format)
+        refuse_options(options)
         if add_generation_prompt and continue_final_message:
             raise ValueError(
                 "add_generation_prompt and continue_final_message are both set. The model either"
@@ -204,13 +200,8 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
             texts = [conversation_text(one, add_generation_prompt) for one in parsed]
             return texts if batched else texts[0]
         rows = [conversation_ids(self, one, add_generation_prompt) for one in parsed]
-        encoded: BatchEncoding = self.pad(
-            {"input_ids": rows if batched or return_tensors else rows[0]},
-            padding=padding,
-            max_length=max_length,
-            pad_to_multiple_of=pad_to_multiple_of,
-            return_tensors=return_tensors,
-        )
+        ids = {"input_ids": rows if batched or return_tensors else rows[0]}
+        encoded = self.pad(ids, return_tensors=return_tensors, **{"padding": False} | options)
         return encoded if return_dict else encoded["input_ids"]
 
     def _save_pretrained(
@@ -233,22 +224,20 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
 
 
 def _special_tokens(added_tokens_decoder) -> dict[int, AddedToken]:
-    given = {int(token_id): token for token_id, token in (added_tokens_decoder or {}).items()}
-    tokens = {}
-    for token_id in sorted(given):
-        token = given[token_id]
-        content = token["content"] if isinstance(token, dict) else str(token)
-        # Special, or typed text that spells it would become the token.
-        tokens[token_id] = AddedToken(content, special=True, normalized=False)
-    contents = {token.content for token in tokens.values()}
-    missing = [name for name in REQUIRED_SPECIAL_TOKENS if name not in contents]
+    contents = {
+        int(token_id): token["content"] if isinstance(token, dict) else str(token)
+        for token_id, token in (added_tokens_decoder or {}).items()
+    }
+    missing = [name for name in REQUIRED_SPECIAL_TOKENS if name not in contents.values()]
     if missing:
         raise ValueError(
             f"tokenizer_config.json: added_tokens_decoder has no {', '.join(missing)}. A"
             " conversation with this model needs them. Put the official tokenizer_config.json"
             " beside tokenizer.model."
         )
-    return tokens
+    # Special, or typed text that spells one would become the token.
+    options = {"special": True, "normalized": False}
+    return {number: AddedToken(contents[number], **options) for number in sorted(contents)}
 
 
 def _replace_lone_surrogates(text):

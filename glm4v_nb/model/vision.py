@@ -1,5 +1,4 @@
-"""The image tower of GLM-4V-9B: an EVA2-CLIP-E encoder, a convolution that halves its grid, a
-projector.
+"""The image tower: an EVA2-CLIP-E encoder, a convolution that halves its grid, a projector.
 
 Every parameter belongs to a module whose ``forward`` uses it, and every module with a residual
 connection is listed as unsplittable in ``modeling.py``. accelerate moves weights per module, so
@@ -9,9 +8,9 @@ this is what lets the tower run with parts of it on the CPU or on disk.
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import CLIPMLP
 
 from glm4v_nb.model.configuration import GLM4VConfig, GLM4VVisionConfig
 
@@ -24,8 +23,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
 
 
 class GLM4VPatchEmbedding(nn.Module):
-    """Image (batch, channels, side, side) to (batch, 1 + patches, hidden): CLS first, positions
-    added."""
+    """Images (batch, channels, side, side) to (batch, 1 + patches, hidden), CLS first."""
 
     def __init__(self, config: GLM4VVisionConfig):
         super().__init__()
@@ -68,19 +66,6 @@ class GLM4VVisionAttention(nn.Module):
         return self.dense(output.reshape(batch, length, -1))
 
 
-class GLM4VVisionMLP(nn.Module):
-    """Two projections with an activation between, (batch, length, hidden) to the same."""
-
-    def __init__(self, config: GLM4VVisionConfig):
-        super().__init__()
-        self.activation = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(hidden_states)))
-
-
 class GLM4VVisionLayer(GradientCheckpointingLayer):
     """One encoder block. Unlike most transformers it normalises *after* each sublayer."""
 
@@ -90,7 +75,7 @@ class GLM4VVisionLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
         self.attention = GLM4VVisionAttention(config)
         self.post_attention_layernorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
-        self.mlp = GLM4VVisionMLP(vision)
+        self.mlp = CLIPMLP(vision)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states + self.input_layernorm(self.attention(hidden_states))

@@ -49,16 +49,12 @@ def plot_device_map(
     title: str = "Where every block of the model lives",
     provenance: str = "simulated",
 ) -> Figure:
-    """Layers x cards x bytes: one panel per device map, one row per card, one cell per block in the
-    order data flows.
+    """Layers x cards x bytes: a panel per device map, a row per card, a cell per block.
 
-    ``placements`` maps a panel's name to the blocks of ``explain_device_map``; a cell is as wide as
-    its bytes.
+    ``placements``: panel's name → blocks of ``explain_device_map``; a cell is as wide as its bytes.
     """
-    rows = {
-        name: sorted({block.place for block in blocks}, key=str)
-        for name, blocks in placements.items()
-    }
+    places = {name: {block.place for block in blocks} for name, blocks in placements.items()}
+    rows = {name: sorted(found, key=str) for name, found in places.items()}
     used: dict[str, str] = {}
     with styled():
         figure, panels = plt.subplots(
@@ -109,8 +105,7 @@ def plot_frontier(
     title: str = "What fits: batch size and prompt length",
     provenance: str = "simulated",
 ) -> Figure:
-    """What fits, as steps: up to which batch size at each prompt length, shaded below; one line per
-    entry.
+    """What fits, as steps: up to which batch size at each prompt length; one line per entry.
 
     ``frontiers``: name → {text tokens: largest batch that fits}. Between two lengths the line shows
     the smaller of their batches, which is sure to fit.
@@ -127,10 +122,9 @@ def plot_frontier(
             axes.stairs(batches, edges, color=colour, linewidth=2.5, baseline=None)
             axes.stairs(batches, edges, color=colour, alpha=0.15, fill=True)
             axes.plot(tokens, batches, "o", color=colour)
+            above = {"xytext": (3, 5), "textcoords": "offset points", "color": "black"}
             for point in zip(tokens, batches, strict=True):
-                axes.annotate(
-                    f"{point[1]}", point, (3, 5), textcoords="offset points", color="black"
-                )
+                axes.annotate(f"{point[1]}", point, **above)
         axes.set_yscale("symlog", base=2, linthresh=1)
         axes.yaxis.set_major_formatter("{x:.0f}")
         axes.set_xlim(left=0)
@@ -150,11 +144,11 @@ def plot_path(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(
-            f"The picture is to be {str(path)!r}; expected a name ending in .png, .svg or .pdf."
-        )
+        expected = "expected a name ending in .png, .svg or .pdf."
+        raise ValueError(f"The picture is to be {str(path)!r}; {expected}")
     if not path.parent.is_dir():
+        folder = str(path.parent)
         raise ValueError(
-            f"There is no folder {str(path.parent)!r} for the picture {path.name!r}. Make it first."
+            f"There is no folder {folder!r} for the picture {path.name!r}. Make it first."
         )
     return path

@@ -28,9 +28,8 @@ _CAPACITY = {"color": "black", "linewidth": 2.5}
 
 def styled(grid_axis: str = "x"):
     """A ``with`` block in which figures are made in the pictures' style, with a grid on an axis."""
-    return plt.style.context(
-        [Path(__file__).with_name("memory.mplstyle"), {"axes.grid.axis": grid_axis}]
-    )
+    sheet = Path(__file__).with_name("memory.mplstyle")
+    return plt.style.context([sheet, {"axes.grid.axis": grid_axis}])
 
 
 def finish(

@@ -24,8 +24,7 @@ COLUMNS = 600
 
 
 def memory_by_purpose(card: dict) -> dict[str, int]:
-    """One card of a sample by purpose, in bytes, from the bottom of the picture up; what has none
-    is left out.
+    """One card of a sample by purpose, in bytes, from the bottom up; empty ones are left out.
 
     "weights", "KV cache", "workspace" and "activations" sum to ``allocated_bytes``, with "reserved,
     unused" to ``reserved_bytes``, and all purposes to ``used_bytes`` where it is known. Where this
@@ -64,9 +63,8 @@ def plot_timeline(
         ValueError: no samples, or those of several processes.
     """
     if not samples:
-        raise ValueError(
-            "There are no samples. Expected at least one; did the monitor's block end?"
-        )
+        expected = "Expected at least one; did the monitor's block end?"
+        raise ValueError(f"There are no samples. {expected}")
     if len({sample["process"] for sample in samples}) > 1:
         raise ValueError(
             "The samples are of several processes, whose memory does not add up over time. Expected"
@@ -100,8 +98,7 @@ def _is_simulated(samples: Sequence[dict]) -> bool:
 
 
 def _unit(cards: list[list[dict]], only: Sequence[str] | None) -> tuple[str, int]:
-    """Name and bytes of the unit in which the chosen purposes read well; with the capacity it is
-    always GiB."""
+    """Name and bytes of the unit in which the chosen purposes read well; GiB for all."""
     highest = max(
         sum(memory_by_purpose(card).get(name, 0) for name in set(only or ()))
         for samples in cards
@@ -113,8 +110,7 @@ def _unit(cards: list[list[dict]], only: Sequence[str] | None) -> tuple[str, int
 def _draw_card(
     axes, cards: list[dict], places: list[float], only: Sequence[str] | None, unit: tuple[str, int]
 ) -> set[str]:
-    """Stack one card's purposes, in a unit given by name and bytes; returns the names of those
-    drawn."""
+    """Stack one card's purposes, in a unit of this name and bytes; returns those drawn."""
     unit_name, unit_bytes = unit
     chosen, edges = _largest_by_column(cards, places)
     split = [memory_by_purpose(card) for card in chosen]
@@ -141,8 +137,7 @@ def _draw_card(
 
 
 def _largest_by_column(cards: list[dict], places: list[float]) -> tuple[list[dict], list[float]]:
-    """Of the samples that share a column of the picture the one with most allocated, and where
-    columns begin."""
+    """The fullest of the samples that share a column, and where columns begin."""
     width = (places[-1] - places[0]) / COLUMNS or 1.0
     columns: dict[int, list[dict]] = {}
     for card, place in zip(cards, places, strict=True):

@@ -22,9 +22,8 @@ def _file(name: str) -> str:
 
 STYLE = f"<style>{_file('panel.css')}</style>"
 # Scripts of a widget's HTML do not run; the error of an image that cannot be shown does.
-CONTROL_ENTER = (
-    f'<img alt="" src="data:," style="display:none" onerror="{escape(_file("control_enter.js"))}">'
-)
+_ON_ERROR = escape(_file("control_enter.js"))
+CONTROL_ENTER = f'<img alt="" src="data:," style="display:none" onerror="{_ON_ERROR}">'
 
 
 def note(text: str) -> str:
@@ -81,9 +80,8 @@ def out_of_memory_advice(error: BaseException, max_new_tokens: int) -> str:
     """What was missing where, and what to change."""
     try:
         found = parse_out_of_memory(error)
-        short, tried, free = map(
-            bytes_in_words, (found.short_bytes, found.tried_bytes, found.free_bytes)
-        )
+        sizes = (found.short_bytes, found.tried_bytes, found.free_bytes)
+        short, tried, free = map(bytes_in_words, sizes)
         where = f"{short} short on GPU {found.device} (a tensor of {tried} for {free} free)"
     except ValueError:
         where = str(error).splitlines()[0][:200]
@@ -95,8 +93,7 @@ def out_of_memory_advice(error: BaseException, max_new_tokens: int) -> str:
 
 
 def picture(image: Image.Image | None, name: str) -> str:
-    """A thumbnail of at most 240 pixels a side with its name and size; the name alone without an
-    image."""
+    """A thumbnail of at most 240 pixels a side with name and size; or the name alone."""
     if image is None:
         return note(name)
     small = image.copy()

@@ -1,5 +1,4 @@
-"""``PromptPanel``: ask a model about a picture, with streaming, Stop, and the memory of every
-card."""
+"""``PromptPanel``: ask a model about a picture, with streaming, Stop and the cards' memory."""
 
 import contextlib
 import threading
@@ -81,8 +80,7 @@ class PromptPanel(widgets.VBox):
     def from_checkpoint(
         cls, checkpoint, *, panel_options: dict | None = None, **load_options
     ) -> "PromptPanel":
-        """A panel that shows at once and loads the checkpoint meanwhile; arguments as
-        ``inference.load``."""
+        """A panel that shows at once and loads meanwhile; arguments as ``inference.load``."""
         panel = cls(**(panel_options or {}))
         panel._enter("loading", f"Loading {checkpoint} ...")
         panel._start(panel._load, checkpoint, load_options)
@@ -305,20 +303,17 @@ class PromptPanel(widgets.VBox):
 
     def _build(self) -> list[widgets.Widget]:
         """Make the controls, which are attributes, and lay them out in two columns."""
-        wide = widgets.Layout(width="100%")
+        wide = {"layout": {"width": "100%"}}
         self.sample = widgets.Dropdown(
-            options=[NO_PICTURE, *self.samples], value=NO_PICTURE, description="Sample", layout=wide
+            options=[NO_PICTURE, *self.samples], value=NO_PICTURE, **wide
         )
-        self.upload = widgets.FileUpload(
-            accept="image/*", multiple=False, description="Upload a picture", layout=wide
-        )
+        self.sample.description = "Sample"
+        self.upload = widgets.FileUpload(accept="image/*", description="Upload a picture", **wide)
         hint = "Ask about the picture (Ctrl+Enter sends)"
-        self.question = widgets.Textarea(
-            placeholder=hint, description="Question", rows=3, layout=wide
-        )
-        self.picture, self.conversation, self.status, self.memory = (
-            widgets.HTML() for _ in range(4)
-        )
+        self.question = widgets.Textarea(placeholder=hint, rows=3, **wide)
+        self.question.description = "Question"
+        self.picture, self.conversation = widgets.HTML(), widgets.HTML()
+        self.status, self.memory = widgets.HTML(), widgets.HTML()
         buttons, settings = self._build_buttons(), self._build_settings()
         self._controls = (self.sample, self.upload, *settings, self.ask_button, self.clear_button)
         self.sample.observe(self._sample_chosen, "value")
@@ -333,14 +328,12 @@ class PromptPanel(widgets.VBox):
             widgets.HBox(settings).add_class("glm4v-settings"),
             self.status,
         ]
-        columns = [
+        columns = widgets.HBox().add_class("glm4v-columns")
+        columns.children = [
             widgets.VBox(picture).add_class("glm4v-picture-column"),
             widgets.VBox(talk).add_class("glm4v-talk-column"),
         ]
-        return [
-            widgets.HTML(html.STYLE + html.CONTROL_ENTER),
-            widgets.HBox(columns).add_class("glm4v-columns"),
-        ]
+        return [widgets.HTML(html.STYLE + html.CONTROL_ENTER), columns]
 
     def _build_buttons(self) -> list[widgets.Button]:
         self.ask_button, self.stop_button, self.clear_button = buttons = [
@@ -357,15 +350,11 @@ class PromptPanel(widgets.VBox):
         return buttons
 
     def _build_settings(self) -> list[widgets.Widget]:
-        whole_label = {"description_width": "initial"}
-        narrow, slider = {"width": "150px"}, {"layout": {"width": "250px"}, "step": 0.05}
-        self.max_tokens = widgets.BoundedIntText(
-            128, min=1, max=8192, description="Max tokens", style=whole_label, layout=narrow
-        )
-        self.temperature = widgets.FloatSlider(
-            0.0, min=0, max=2, description="Temperature", style=whole_label, **slider
-        )
-        self.top_p = widgets.FloatSlider(
-            1.0, min=0.05, max=1, description="Top-p", style=whole_label, **slider
-        )
-        return [self.max_tokens, self.temperature, self.top_p]
+        self.max_tokens = widgets.BoundedIntText(128, min=1, max=8192, layout={"width": "150px"})
+        slider = {"step": 0.05, "layout": {"width": "250px"}}
+        self.temperature = widgets.FloatSlider(0.0, min=0, max=2, **slider)
+        self.top_p = widgets.FloatSlider(1.0, min=0.05, max=1, **slider)
+        settings = [self.max_tokens, self.temperature, self.top_p]
+        for widget, name in zip(settings, ("Max tokens", "Temperature", "Top-p"), strict=True):
+            widget.description, widget.style.description_width = name, "initial"
+        return settings
