@@ -9,16 +9,15 @@ torch is imported by the commands that need it, so that --help does not wait for
 import json
 import shlex
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
-
-from glm4v_nb.progress import Progress
 
 GIB = 2**30
 # The base of typer's errors of wrong use; typer itself gives it no public name.
@@ -90,7 +89,7 @@ def fit(
 
     With --limits and --frontier it searches, for up to a minute.
     """
-    with Progress("loading torch"):
+    with _progress("loading torch"):
         from glm4v_nb import fit as fitting  # this command has the same name
         from glm4v_nb.workload import Workload
     workload = Workload(**{name: context.params[name] for name in Workload.__annotations__})
@@ -100,7 +99,7 @@ def fit(
     if limits or frontier:
         result, found, points = _search(deployment, workload, limits, frontier)
     else:
-        with Progress(f"running on {count} x {card}, simulated"):
+        with _progress(f"running on {count} x {card}, simulated"):
             result = fitting.fit(workload=workload, **vars(deployment))
     if as_json:
         picture = {"frontier": {"file": frontier, "points": points}} if frontier else {}
@@ -126,8 +125,8 @@ def _search(deployment, workload, with_limits: bool, picture: str | None):
         plot_path(picture)
     deployment.check(workload)
     token_counts = searching.frontier_tokens(workload, deployment.checkpoint) if picture else []
-    with Progress("loading", steps=4 * with_limits + len(token_counts)) as progress:
-        trials = searching.Trials(deployment, progress)
+    with _progress("loading", steps=4 * with_limits + len(token_counts)) as report:
+        trials = searching.Trials(deployment, report)
         found = searching.limits(trials, workload) if with_limits else None
         result = found.result if found else fit_once(workload=workload, **vars(deployment))
         if not picture:
@@ -249,9 +248,9 @@ def doctor(
 ):
     """Is this machine ready? Checks driver, GPUs, libraries, memory, disk; exit code 1 if something
     must be mended."""
-    with Progress("loading torch"):
+    with _progress("loading torch"):
         from glm4v_nb import doctor as examination  # this command has the same name
-    with Progress("examining this machine"):
+    with _progress("examining this machine"):
         findings = list(examination.examine())
     mend = examination.verdict(findings) == examination.STOP
     if as_json:
@@ -260,11 +259,7 @@ def doctor(
         print(examination.report(findings))
     else:
         console = Console(highlight=False)
-        lights = {
-            "ok": "[green]● ok[/]",
-            "look": "[yellow]▲ look[/]",
-            "stop": "[bold red]■ stop[/]",
-        }
+        lights = {"ok": "[green]● ok", "look": "[yellow]▲ look", "stop": "[bold red]■ stop"}
         table = Table("", "what", "found", "advice", title="glm4v-nb doctor")
         for finding in findings:
             texts = (finding.subject, finding.found, finding.advice)
@@ -312,7 +307,7 @@ def run(
     The same command again does what is not done yet, or whose notebook or package has changed
     since. Exit codes are those of sweep.
     """
-    with Progress("loading the notebook runner"):
+    with _progress("loading the notebook runner"):
         from nbsweep.sweep import plan_notebook, plan_suite
     if not parameter:
         plan = plan_suite(notebooks)
@@ -359,7 +354,7 @@ def sweep(
     Exit code 0 if all are done, 3 if some ran out of memory, 1 if one failed, took too long or was
     killed.
     """
-    with Progress("loading the notebook runner"):
+    with _progress("loading the notebook runner"):
         from nbsweep.sweep import plan_file
     plan = plan_file(file)
     if dry_run:
@@ -384,7 +379,7 @@ def report(
     ] = 0.01,
 ):
     """Write a sweep's report.html, runs.csv and runs.parquet, or a comparison of two sweeps."""
-    with Progress("loading the report"):
+    with _progress("loading the report"):
         from nbsweep import sweep_report
     if compare:
         page = Path(folder) / f"changes-from-{Path(compare).name}.html"
@@ -405,7 +400,7 @@ def validate(
 
     `make validate` then executes them, too.
     """
-    with Progress("loading the rules"):
+    with _progress("loading the rules"):
         from nbsweep import validate as validation  # this command has the same name
     paths, findings = validation.validate(notebooks or ())
     validation.print_findings(paths, findings, as_json)
@@ -452,7 +447,7 @@ def _print_plan(plan, workers: int, as_json: bool):
     from nbsweep.display import parameters_in_words
     from nbsweep.sweep import predict
 
-    with Progress("predicting what fits"):
+    with _progress("predicting what fits"):
         predicted = predict(plan.specs)
     if as_json:
         runs = [spec.model_dump() | {"predicted": predicted.get(spec.id)} for spec in plan.specs]
@@ -502,6 +497,20 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, 2)
     except (RuntimeError, OSError, MemoryError) as error:
         return _fail(error, 1)
+
+
+@contextmanager
+def _progress(what: str, steps: int | None = None):
+    """A spinner, or a bar of so many steps, on stderr while a person looks on; nothing otherwise.
+
+    Gives a function to call with a text that says what is done now, or without after a step.
+    """
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn()) if steps else (SpinnerColumn(),)
+    options = {"console": console, "transient": True, "disable": not console.is_terminal}
+    with Progress(*columns, TextColumn("{task.description}"), **options) as display:
+        task = display.add_task(f"{escape(what)} ...", total=steps)
+        yield lambda text=None: display.update(task, description=text, advance=int(text is None))
 
 
 def _fail(error: Exception | str, code: int) -> int:

@@ -65,6 +65,7 @@ class FitResult:
 
     @property
     def fits(self) -> bool:
+        """Whether the run ended without an out-of-memory error."""
         return self.verdict == "fits"
 
     def to_dict(self) -> dict:
@@ -159,30 +160,48 @@ class LoadedModel:
     Attributes:
         rig: the cards.
         device_map: where every module is.
-        weights_bytes: allocated on each card once the model is loaded.
+        weights_bytes: allocated on each card when loading ended, by an error as well.
         error: PyTorch's out-of-memory message of the load; None once it is loaded.
     """
 
     def __init__(self, deployment: Deployment):
-        self.deployment, self.rig = deployment, deployment.rig()
+        self.deployment, self.rig, self.error = deployment, deployment.rig(), None
         self.device_map = deployment.placement()
-        self.weights_bytes, self.error = [0] * deployment.count, None
         dtype = DTYPES[deployment.dtype]
         try:
             self.model = load(self.rig, self.device_map, dtype, deployment.checkpoint)
-            self.weights_bytes = [memory.allocated_bytes for memory in self.rig.memory()]
         except torch.OutOfMemoryError as error:
             self.error = str(error)
+        self.weights_bytes = [memory.allocated_bytes for memory in self.rig.stages[-1].memory]
 
     def run(self, workload: Workload) -> FitResult:
         """Run a workload; the figures are those of all stages the rig has a record of."""
-        started, error = time.perf_counter(), self.error
+        started, rig, error, oom = time.perf_counter(), self.rig, self.error, None
         if error is None:
             try:
-                run_workload(self.rig, self.model, workload)
+                run_workload(rig, self.model, workload)
             except torch.OutOfMemoryError as caught:
                 error = str(caught)
-        return describe(self.rig, self.weights_bytes, error, time.perf_counter() - started)
+        if error is not None:
+            oom = OutOfMemory(int(re.search(r"GPU (\d+)", error)[1]), rig.stages[-1].name, error)
+        devices = [self._device_fit(index) for index in range(self.deployment.count)]
+        seconds = round(time.perf_counter() - started, 2)
+        verdict = "oom" if oom else "fits"
+        return FitResult(verdict, devices, oom, seconds, rig.provenance, rig.host.memory)
+
+    def _device_fit(self, index: int) -> DeviceFit:
+        stages = [stage.memory[index] for stage in self.rig.stages]
+        reserved = max(memory.peak_reserved_bytes for memory in stages)
+        return DeviceFit(
+            index=index,
+            card=self.rig.card.key,
+            capacity_bytes=self.rig.card.total_bytes,
+            weights_bytes=self.weights_bytes[index],
+            peak_allocated_bytes=max(memory.peak_allocated_bytes for memory in stages),
+            peak_reserved_bytes=reserved,
+            # What is outside PyTorch's allocator only grows.
+            free_at_peak_bytes=stages[-1].free_bytes + stages[-1].reserved_bytes - reserved,
+        )
 
 
 def fit(
@@ -245,39 +264,6 @@ def run_workload(rig: Rig, model, workload: Workload):
         elif workload.new_tokens > 1:
             with rig.stage("decode"):
                 decode(rig, model, prompt, outputs, workload.new_tokens)
-
-
-def describe(rig: Rig, weights: list[int], error: str | None, seconds: float) -> FitResult:
-    """What the stages of a rig say about a run.
-
-    Args:
-        weights: bytes of weights per card; after a failed load the stage itself knows them.
-        error: the out-of-memory error's message, None for a run that ended.
-        seconds: that it took.
-    """
-    oom, last = None, rig.stages[-1]
-    if error is not None:
-        if last.name == "load":
-            weights = [memory.allocated_bytes for memory in last.memory]
-        oom = OutOfMemory(int(re.search(r"GPU (\d+)", error)[1]), last.name, error)
-    devices = []
-    for index, now in enumerate(last.memory):
-        stages = [stage.memory[index] for stage in rig.stages]
-        reserved = max(memory.peak_reserved_bytes for memory in stages)
-        devices.append(
-            DeviceFit(
-                index=index,
-                card=rig.card.key,
-                capacity_bytes=rig.card.total_bytes,
-                weights_bytes=weights[index],
-                peak_allocated_bytes=max(memory.peak_allocated_bytes for memory in stages),
-                peak_reserved_bytes=reserved,
-                # What is outside PyTorch's allocator only grows.
-                free_at_peak_bytes=now.free_bytes + now.reserved_bytes - reserved,
-            )
-        )
-    verdict, seconds = "oom" if oom else "fits", round(seconds, 2)
-    return FitResult(verdict, devices, oom, seconds, rig.provenance, rig.host.memory)
 
 
 def read_device_map(text: str) -> str | dict[str, Place]:

@@ -91,8 +91,8 @@ class Trials(LoadedModel):
 
     Args:
         deployment: its card, count, dtype, device map and checkpoint.
-        progress: has ``describe(text)``, to be told of every run, and ``advance()``, called after
-            every step of ``limits`` and ``frontier``, as ``progress.Progress`` has them.
+        report: called with a text before every run, and without one after every step of
+            ``limits`` and ``frontier``.
 
     Attributes:
         base: bytes allocated and reserved per card before every run.
@@ -102,10 +102,10 @@ class Trials(LoadedModel):
         ValueError: as ``Deployment.check`` does.
     """
 
-    def __init__(self, deployment: Deployment, progress=None):
+    def __init__(self, deployment: Deployment, report: Callable = lambda text=None: None):
         deployment.check(Workload(images=0, text_tokens=1, new_tokens=1))
         super().__init__(deployment)
-        self.progress = progress
+        self.report = report
         self.config: GLM4VConfig = read_config(deployment.checkpoint)
         self.runs: dict[Workload, FitResult] = {}
         self.base = self._held()
@@ -120,9 +120,8 @@ class Trials(LoadedModel):
         if self.error is not None:
             return super().run(workload)
         if workload not in self.runs:
-            if self.progress is not None:
-                sizes = f"{workload.images} images, {workload.text_tokens} tokens"
-                self.progress.describe(f"{workload.batch_size} x {sizes}")
+            sizes = f"{workload.images} images, {workload.text_tokens} tokens"
+            self.report(f"{workload.batch_size} x {sizes}")
             self._warm_up(workload)
             self.runs[workload] = self._run_and_drop(workload)
             if self._held() != self.base:
@@ -132,11 +131,6 @@ class Trials(LoadedModel):
                     " run."
                 )
         return self.runs[workload]
-
-    def advance(self):
-        """Tell the progress display that a step is done."""
-        if self.progress is not None:
-            self.progress.advance()
 
     def _warm_up(self, workload: Workload):
         """Make what stays for good: workspaces of matrix products, of a backward pass, adapters."""
@@ -162,7 +156,7 @@ class Trials(LoadedModel):
 
 
 def limits(trials: Trials, workload: Workload | None = None) -> Limits:
-    """Everything ``glm4v-nb fit --limits`` answers, in four steps of ``trials.progress``.
+    """Everything ``glm4v-nb fit --limits`` answers, in four steps.
 
     Raises:
         ValueError: the workload's prompt or answer exceeds the model's context.
@@ -172,7 +166,7 @@ def limits(trials: Trials, workload: Workload | None = None) -> Limits:
     answers = []
     for step in (_fresh_run, largest_batch, longest_context, recommend):
         answers.append(step(trials, workload))
-        trials.advance()
+        trials.report()
     return Limits(*answers, round(time.perf_counter() - started, 2))
 
 
@@ -210,7 +204,7 @@ def frontier(trials: Trials, workload: Workload, token_counts: list[int] = ()) -
     KV cache.
 
     Args:
-        token_counts: in any order, each a step of ``trials.progress``; by default those of
+        token_counts: in any order, each a step; by default those of
             ``frontier_tokens``.
     """
     image_positions = workload.images * trials.config.vision_config.image_tokens
@@ -221,7 +215,7 @@ def frontier(trials: Trials, workload: Workload, token_counts: list[int] = ()) -
         if not workload.train and 4 * workload.new_tokens <= tokens + image_positions:
             sized = replace(sized, new_tokens=0)
         most = found[tokens] = largest_batch(trials, sized, most).size if most else 0
-        trials.advance()
+        trials.report()
     return found
 
 
@@ -262,7 +256,7 @@ def _on_map(trials: Trials, candidate: Recommendation) -> Trials:
     """Trials on this map: the same ones if it is their map, or if none can be run."""
     if candidate.placement == trials.device_map or not candidate.on_cards_only:
         return trials
-    return Trials(replace(trials.deployment, device_map=candidate.placement), trials.progress)
+    return Trials(replace(trials.deployment, device_map=candidate.placement), trials.report)
 
 
 def _better(

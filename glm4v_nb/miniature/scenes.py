@@ -19,36 +19,20 @@ The rules, for anyone who wants to draw a picture that the miniature should unde
 
 import io
 import math
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart")
-COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {
-    "red": ((255, 0, 0), (220, 20, 40), (200, 0, 0), (235, 60, 50)),
-    "green": ((0, 128, 0), (0, 200, 0), (0, 255, 0), (50, 160, 70)),
-    "blue": ((0, 0, 255), (30, 80, 220), (0, 0, 170), (50, 120, 240)),
-    "yellow": ((255, 255, 0), (250, 225, 30), (255, 240, 70)),
-    "orange": ((255, 165, 0), (255, 140, 0), (250, 120, 20)),
-    "purple": ((128, 0, 128), (150, 50, 200), (110, 40, 160), (148, 0, 211)),
-    "pink": ((255, 192, 203), (255, 105, 180), (255, 150, 190)),
-    "brown": ((139, 69, 19), (150, 80, 20), (115, 70, 40), (160, 82, 45)),
-    "black": ((0, 0, 0), (25, 25, 25)),
-    "white": ((255, 255, 255), (240, 240, 240)),
-    "grey": ((128, 128, 128), (150, 150, 150), (105, 105, 105)),
-}
-# Reading order: cell = 3 * row + column.
-CELLS = (
-    "top left", "top", "top right",
-    "left", "centre", "right",
-    "bottom left", "bottom", "bottom right",
-)  # fmt: skip
+_DATA = tomllib.loads(Path(__file__).with_name("scenes.toml").read_text(encoding="utf-8"))
+COLOURS: dict[str, list[list[int]]] = _DATA["colours"]
+TILT: dict[str, int] = _DATA["tilt"]
+SHAPES, CELLS = tuple(TILT), tuple(_DATA["cells"])
 LARGE, SMALL, ALONE = (0.12, 0.165), (0.07, 0.09), (0.08, 0.33)
 WIDE = 2.0  # sides from which on small shapes would lose their form
 NEUTRAL = ("black", "white", "grey")
-# Largest rotation in degrees at which a shape keeps its name.
-TILT = dict(zip(SHAPES, (0, 10, 15, 36, 8, 12, 12), strict=True))
 SUPERSAMPLING = 3
 
 
@@ -242,19 +226,11 @@ def _heart() -> list[tuple[float, float]]:
     return points
 
 
-_ARM = 0.3
-# Corner points in units of the radius, y downwards.
-_OUTLINES = {
-    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
-    "triangle": [(0.0, -0.95), (0.95, 0.8), (-0.95, 0.8)],
+_OUTLINES = _DATA["outlines"] | {
     "star": _polar((1.0, 0.42) * 5),
     "diamond": _polar((1.0,) * 4),
-    "cross": [
-        (-_ARM, -0.95), (_ARM, -0.95), (_ARM, -_ARM), (0.95, -_ARM), (0.95, _ARM), (_ARM, _ARM),
-        (_ARM, 0.95), (-_ARM, 0.95), (-_ARM, _ARM), (-0.95, _ARM), (-0.95, -_ARM), (-_ARM, -_ARM),
-    ],
     "heart": _heart(),
-}  # fmt: skip
+}
 
 
 def _too_close(other: Shape, cell: int, x: float, y: float, radius: float) -> bool:

@@ -167,6 +167,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return outputs
 
     def prepare_inputs_for_generation(self, input_ids, image_mask=None, **kwargs):
+        """As transformers' own, with the image where its positions are computed."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         is_first_iteration = kwargs.get("is_first_iteration", False)
         # The image is in the cache after the first step; without one the whole prompt runs again.

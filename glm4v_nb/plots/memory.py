@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from glm4v_nb.placement import PlacedModule
-from glm4v_nb.plots.style import COLOURS, GIB, draw_capacity, finish, styled
+from glm4v_nb.plots.style import CAPACITY, COLOURS, GIB, finish, styled
 
 
 def plot_memory_bars(
@@ -32,9 +32,10 @@ def plot_memory_bars(
                 left += size / GIB
             axes.text(left, row, f" {left:.1f}", va="center")
             if isinstance(capacity_bytes, Mapping):
-                draw_capacity(axes, capacity_bytes[name] / GIB, row)
+                limit = capacity_bytes[name] / GIB
+                axes.plot([limit] * 2, [row - 0.42, row + 0.42], **CAPACITY)
         if isinstance(capacity_bytes, int):
-            draw_capacity(axes, capacity_bytes / GIB)
+            axes.axvline(capacity_bytes / GIB, **CAPACITY)
         axes.set_yticks(range(len(bars)), list(bars))
         axes.invert_yaxis()
         axes.margins(x=0.1)
@@ -69,7 +70,7 @@ def plot_device_map(
                 here = [block for block in blocks if block.place == place]
                 _draw_blocks(axes, row, here, gib_per_character=capacity_bytes / GIB / 105)
                 used |= {block.kind: COLOURS[block.kind] for block in here}
-            draw_capacity(axes, capacity_bytes / GIB)
+            axes.axvline(capacity_bytes / GIB, **CAPACITY)
             labels = [f"card {place}" if isinstance(place, int) else place for place in rows[name]]
             axes.set_yticks(range(len(labels)), labels)
             axes.set_ylim(len(labels) - 0.45, -0.55)

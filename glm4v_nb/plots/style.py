@@ -1,4 +1,4 @@
-"""What the pictures share: colours, style sheet, capacity line, title, legend."""
+"""What the pictures share: colours, style sheet, line at the capacity, title, legend."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,8 @@ COLOURS = {
     "CUDA context": "#666666",
     "requested": "#D55E00",
 }
-_CAPACITY = {"color": "black", "linewidth": 2.5}
+# The line at a capacity.
+CAPACITY = {"color": "black", "linewidth": 2.5}
 
 
 def styled(grid_axis: str = "x"):
@@ -45,18 +46,8 @@ def finish(
         figure.suptitle(title, x=0.01, ha="left", fontsize=14)
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     if has_capacity:
-        handles.append(plt.Line2D([], [], label="capacity", **_CAPACITY))
+        handles.append(plt.Line2D([], [], label="capacity", **CAPACITY))
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=11)
     plt.close(figure)
     return figure
-
-
-def draw_capacity(axes, place: float, row: int | None = None, horizontal: bool = False):
-    """A line at the capacity: across the axes, or beside one row of them."""
-    if row is not None:
-        axes.plot([place] * 2, [row - 0.42, row + 0.42], **_CAPACITY)
-    elif horizontal:
-        axes.axhline(place, **_CAPACITY)
-    else:
-        axes.axvline(place, **_CAPACITY)

@@ -6,7 +6,7 @@ from itertools import groupby
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from glm4v_nb.plots.style import COLOURS, GIB, MIB, draw_capacity, finish, styled
+from glm4v_nb.plots.style import CAPACITY, COLOURS, GIB, MIB, finish, styled
 
 # From the bottom up. The first three are there before the program does anything.
 PURPOSES = {
@@ -126,7 +126,7 @@ def _draw_card(
     label = "host" if card["card"] == "host" else f"GPU {card['index']} · {card['card']}"
     if only is None:
         highest = card["capacity_bytes"] / unit_bytes
-        draw_capacity(axes, highest, horizontal=True)
+        axes.axhline(highest, **CAPACITY)
         largest = max(card["allocated_bytes"] for card in cards) / GIB
         label += f" · largest sample {largest:.1f} GiB allocated"
     axes.set_ylim(0, max(highest * 1.25, drawn_before) or 1)  # room for the stages' names

@@ -25,17 +25,17 @@ from simgpu import Rig
 IMAGE = Workload(new_tokens=1)
 
 
-class Progress:
-    """Counts what a progress display is told."""
+class Report:
+    """Keeps what a progress display is told."""
 
     def __init__(self):
         self.steps, self.texts = 0, []
 
-    def advance(self):
-        self.steps += 1
-
-    def describe(self, text):
-        self.texts.append(text)
+    def __call__(self, text=None):
+        if text is None:
+            self.steps += 1
+        else:
+            self.texts.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +135,11 @@ def test_something_left_on_the_cards_is_an_error_and_not_a_wrong_answer(two_l4, 
 
 
 def test_a_progress_display_is_told_of_every_run_but_a_remembered_one(two_l4, monkeypatch):
-    progress = Progress()
-    monkeypatch.setattr(two_l4, "progress", progress)
+    report = Report()
+    monkeypatch.setattr(two_l4, "report", report)
     for _ in range(2):
         two_l4.run(Workload(batch_size=3, images=0, text_tokens=9, new_tokens=1))
-    assert progress.texts == ["3 x 0 images, 9 tokens"]
+    assert report.texts == ["3 x 0 images, 9 tokens"]
 
 
 def test_a_workload_that_has_run_is_not_run_again(two_l4, monkeypatch):
@@ -151,23 +151,23 @@ def test_a_workload_that_has_run_is_not_run_again(two_l4, monkeypatch):
 
 
 def test_weights_that_do_not_fit_leave_no_batch_no_context_and_no_map():
-    progress = Progress()
-    found = limits(Trials(Deployment("L4", 1), progress), Workload())
+    report = Report()
+    found = limits(Trials(Deployment("L4", 1), report), Workload())
     assert found.result.oom.phase == "load"
     assert found.largest_batch == found.longest_context == Edge(0, "memory")
     assert found.recommendation is None
-    assert progress.steps == 4
+    assert report.steps == 4
     assert found.to_dict()["recommendation"] is None
 
 
 def test_the_frontier_falls_and_its_ends_fit(two_l4, monkeypatch):
-    progress = Progress()
-    monkeypatch.setattr(two_l4, "progress", progress)
+    report = Report()
+    monkeypatch.setattr(two_l4, "report", report)
     workload = Workload(images=0, new_tokens=1)
     found = frontier(two_l4, workload, [8192, 1024, 4096])
     assert list(found) == [1024, 4096, 8192]
     assert MOST_SAMPLES > found[1024] > found[4096] > found[8192] > 0
-    assert progress.steps == 3
+    assert report.steps == 3
     for tokens, size in found.items():
         sized = replace(workload, text_tokens=tokens, new_tokens=0)
         assert two_l4.run(replace(sized, batch_size=size)).fits
@@ -214,10 +214,8 @@ def test_a_batch_of_images_gets_less_weights_beside_the_tower_and_the_lines_make
     model = run_lines(best.code, "L4", 2)
     assert as_indices(model.hf_device_map) == best.placement != two_l4.device_map
     # What it recommends does carry further.
-    assert (
-        largest_batch(Trials(Deployment("L4", 2, device_map=best.placement)), IMAGE).size
-        > workload.batch_size
-    )
+    on_this_map = Trials(Deployment("L4", 2, device_map=best.placement))
+    assert largest_batch(on_this_map, IMAGE).size > workload.batch_size
 
 
 def test_a_batch_that_auto_does_not_hold_gets_a_map_that_does(two_l4):
