@@ -11,8 +11,8 @@ from glm4v_nb.inference import Answer
 from glm4v_nb.miniature.scenes import encode
 from simgpu import CardMemory
 from simgpu.oom import parse_out_of_memory
-from simgpu.units import bytes_in_words
 
+GIB, MIB = 2**30, 2**20
 THUMBNAIL_PIXELS = 240
 
 
@@ -24,6 +24,12 @@ STYLE = f"<style>{_file('panel.css')}</style>"
 # Scripts of a widget's HTML do not run; the error of an image that cannot be shown does.
 _ON_ERROR = escape(_file("control_enter.js"))
 CONTROL_ENTER = f'<img alt="" src="data:," style="display:none" onerror="{_ON_ERROR}">'
+
+
+def gib(size_bytes: int) -> str:
+    """ "1.25 GiB", or MiB below a tenth of one: bars of one picture are read side by side."""
+    is_small = size_bytes < GIB / 10
+    return f"{size_bytes / MIB:.0f} MiB" if is_small else f"{size_bytes / GIB:.2f} GiB"
 
 
 def note(text: str) -> str:
@@ -63,7 +69,7 @@ def memory_bars(memory: Sequence[CardMemory], provenance: str) -> str:
     for card in memory:
         label = "Host memory" if card.card == "host" else f"GPU {card.index} · {card.card}"
         sizes = (card.reserved_bytes, card.peak_reserved_bytes, card.capacity_bytes)
-        used, peak, capacity = map(bytes_in_words, sizes)
+        used, peak, capacity = map(gib, sizes)
         text = f"{label}: {used} of {capacity}, peak {peak}"
         used, peak = (100 * size / card.capacity_bytes for size in sizes[:2])
         rows.append(
@@ -81,7 +87,7 @@ def out_of_memory_advice(error: BaseException, max_new_tokens: int) -> str:
     try:
         found = parse_out_of_memory(error)
         sizes = (found.short_bytes, found.tried_bytes, found.free_bytes)
-        short, tried, free = map(bytes_in_words, sizes)
+        short, tried, free = map(gib, sizes)
         where = f"{short} short on GPU {found.device} (a tensor of {tried} for {free} free)"
     except ValueError:
         where = str(error).splitlines()[0][:200]
