@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -47,7 +48,9 @@ def evaluate(
     rng = np.random.default_rng([HELD_OUT_SEED, seed])
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     wrong = []
-    for start in track(range(0, count, batch_size), "questions", disable=not progress):
+    console = Console(stderr=True)
+    batches = range(0, count, batch_size)
+    for start in track(batches, "questions", console=console, disable=not progress):
         asked = [held_out_question(rng) for _ in range(min(batch_size, count - start))]
         answers = answer_all(model, processor, [one[:2] for one in asked])
         for one, given in zip(asked, answers, strict=True):

@@ -95,32 +95,16 @@ def parse_conversation(messages) -> list[Message]:
     return parsed
 
 
-def conversation_ids(tokenizer, messages: list[Message], add_generation_prompt: bool) -> list[int]:
-    """The prompt's ids. Every text is encoded by itself, so no text can spell a special token."""
-
-    def text_ids(text):
-        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return tokenizer.encode(text, **options)
-
-    ids = tokenizer.convert_tokens_to_ids(list(PREFIX))
+def prompt_pieces(messages: list[Message], add_generation_prompt: bool) -> list[tuple[bool, str]]:
+    """The prompt as (is a special token, text), each encoded by itself, so that no text can spell a
+    special token."""
+    pieces = [(True, token) for token in PREFIX]
     for message in messages:
-        ids.append(tokenizer.convert_tokens_to_ids(f"<|{message.role}|>"))
-        ids += text_ids(f"{message.metadata}\n")
+        pieces += [(True, f"<|{message.role}|>"), (False, f"{message.metadata}\n")]
         if message.image is not None:
-            ids += tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
-        ids += text_ids(message.text)
-    if add_generation_prompt:
-        ids.append(tokenizer.convert_tokens_to_ids("<|assistant|>"))
-    return ids
-
-
-def conversation_text(messages: list[Message], add_generation_prompt: bool) -> str:
-    """The prompt as text to read; encoded, its special tokens would stay ordinary text."""
-    pieces = list(PREFIX)
-    for message in messages:
-        image = "" if message.image is None else "".join(IMAGE_TOKENS)
-        pieces.append(f"<|{message.role}|>{message.metadata}\n{image}{message.text}")
-    return "".join(pieces) + ("<|assistant|>" if add_generation_prompt else "")
+            pieces += [(True, token) for token in IMAGE_TOKENS]
+        pieces.append((False, message.text))
+    return pieces + [(True, "<|assistant|>")] * add_generation_prompt
 
 
 def refuse_options(options: dict):

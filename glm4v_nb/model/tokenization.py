@@ -18,10 +18,9 @@ from glm4v_nb.model.chat import (
     IMAGE_TOKENS,
     PREFIX,
     ROLES,
-    conversation_ids,
-    conversation_text,
     is_batch,
     parse_conversation,
+    prompt_pieces,
     refuse_options,
 )
 
@@ -195,14 +194,27 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
                 " starts a new message or continues the last one. Set one of them."
             )
         batched = is_batch(conversation)
-        parsed = [parse_conversation(one) for one in (conversation if batched else [conversation])]
+        prompts = [
+            prompt_pieces(parse_conversation(one), add_generation_prompt)
+            for one in (conversation if batched else [conversation])
+        ]
         if not tokenize:
-            texts = [conversation_text(one, add_generation_prompt) for one in parsed]
+            texts = ["".join(text for _, text in pieces) for pieces in prompts]
             return texts if batched else texts[0]
-        rows = [conversation_ids(self, one, add_generation_prompt) for one in parsed]
+        rows = [self._ids_of(pieces) for pieces in prompts]
         ids = {"input_ids": rows if batched or return_tensors else rows[0]}
         encoded = self.pad(ids, return_tensors=return_tensors, **{"padding": False} | options)
         return encoded if return_dict else encoded["input_ids"]
+
+    def _ids_of(self, pieces: list[tuple[bool, str]]) -> list[int]:
+        as_typed = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        ids = []
+        for is_special, text in pieces:
+            if is_special:
+                ids.append(self.convert_tokens_to_ids(text))
+            else:
+                ids += self.encode(text, **as_typed)
+        return ids
 
     def _save_pretrained(
         self, save_directory, file_names, legacy_format=None, filename_prefix=None
