@@ -66,6 +66,10 @@ class GLM4VVisionAttention(nn.Module):
         return self.dense(output.reshape(batch, length, -1))
 
 
+class GLM4VVisionMLP(CLIPMLP):
+    """Two projections with an activation between, (batch, length, hidden) to the same."""
+
+
 class GLM4VVisionLayer(GradientCheckpointingLayer):
     """One encoder block. Unlike most transformers it normalises *after* each sublayer."""
 
@@ -75,7 +79,7 @@ class GLM4VVisionLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
         self.attention = GLM4VVisionAttention(config)
         self.post_attention_layernorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
-        self.mlp = CLIPMLP(vision)
+        self.mlp = GLM4VVisionMLP(vision)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states + self.input_layernorm(self.attention(hidden_states))
