@@ -4,11 +4,33 @@ Reads results/miniature_training.jsonl and writes results/miniature_training.png
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from glm4v_nb.plots import plot_training_curve
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from glm4v_nb.plots.style import COLOURS, finish, styled
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def plot_training_curve(log: Sequence[Mapping], title: str = "Training") -> Figure:
+    """Loss against time. ``log``: the lines of ``tools/miniature/train.py``, of which the first
+    names machine, versions and date."""
+    origin, *steps = log
+    with styled():
+        figure, axes = plt.subplots(figsize=(6.2, 3.6))
+        minutes = [step["seconds"] / 60 for step in steps]
+        axes.plot(minutes, [step["loss"] for step in steps], color=COLOURS["weights"])
+        axes.set_yscale("log")
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_xlabel(
+            f"minutes · measured on {origin['device']}\ntorch {origin['torch']}, "
+            f"transformers {origin['transformers']}, {origin['date']}"
+        )
+        axes.set_ylabel("loss per answer token")
+        return finish(figure, {}, title=title)
 
 
 def main():

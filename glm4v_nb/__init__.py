@@ -4,6 +4,8 @@ Importing it registers the model with transformers: at once where transformers i
 else when it is. So the command line can say --help without waiting for torch.
 """
 
+from importlib import import_module
+
 from wrapt import when_imported
 
 __version__ = "0.1.0"
@@ -11,6 +13,4 @@ __version__ = "0.1.0"
 
 @when_imported("transformers")
 def _register(_transformers):
-    from glm4v_nb.model import register
-
-    register()
+    import_module("glm4v_nb.model")  # which may be the one that imports transformers

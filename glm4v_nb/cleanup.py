@@ -13,8 +13,9 @@ from accelerate.utils import find_executable_batch_size
 from accelerate.utils.memory import should_reduce_batch_size
 from IPython import get_ipython
 
-from glm4v_nb.holders import Holder, find_holders, in_words, tensors_in
+from glm4v_nb.tensor_holders import TensorHolder, find_holders, tensors_in
 from simgpu import CardMemory, Rig
+from simgpu.units import bytes_in_words
 
 
 def clear_frames(error: BaseException | None):
@@ -53,15 +54,17 @@ class FreedMemory:
     before: list[CardMemory]
     after: list[CardMemory]
     cleared: list[str] = field(default_factory=list)
-    holders: list[Holder] = field(default_factory=list)
+    holders: list[TensorHolder] = field(default_factory=list)
 
     def __repr__(self):
-        lines = [
-            f"card {late.index} ({late.card}): allocated {in_words(early.allocated_bytes)} -> "
-            f"{in_words(late.allocated_bytes)}, reserved {in_words(early.reserved_bytes)} -> "
-            f"{in_words(late.reserved_bytes)}"
-            for early, late in zip(self.before, self.after, strict=True)
-        ]
+        lines = []
+        for early, late in zip(self.before, self.after, strict=True):
+            changes = (
+                f"{kind} {bytes_in_words(getattr(early, f'{kind}_bytes'))} ->"
+                f" {bytes_in_words(getattr(late, f'{kind}_bytes'))}"
+                for kind in ("allocated", "reserved")
+            )
+            lines.append(f"card {late.index} ({late.card}): {', '.join(changes)}")
         lines.append(f"let go: {', '.join(self.cleared) or 'nothing was hidden'}")
         lines.append("still held by:" if self.holders else "still held by: no variable")
         lines += [f"  {holder}" for holder in self.holders]
@@ -69,8 +72,7 @@ class FreedMemory:
 
 
 def free_memory(rig=None) -> FreedMemory:
-    """Give back all memory on cards that no variable of yours holds, and name the variables that
-    hold the rest.
+    """Give back all memory on cards that no variable holds, and name the variables that hold it.
 
     Lets go of the frames of errors (``sys.last_value`` and what IPython keeps beside it, and the
     error being handled, when called in an ``except`` block), of entries of the output history that
@@ -83,28 +85,25 @@ def free_memory(rig=None) -> FreedMemory:
     """
     outside = rig is not None and Rig.active is None
     with rig if outside else nullcontext():
-        cards = rig or Rig.here()
+        cards, shell = rig or Rig.here(), get_ipython()
         before = cards.memory()
-        shell = get_ipython()
         cleared = _forget_errors(shell)
-        cleared += _forget_outputs(shell) if shell is not None else []
+        namespace, hidden = vars(sys.modules["__main__"]), {}
+        if shell is not None:
+            cleared += _forget_outputs(shell)
+            namespace, hidden = shell.user_ns, shell.user_ns_hidden
         torch.clear_autocast_cache()
         # A workspace of cuBLAS of 8 MiB can lie in a segment of many GiB, which then cannot be
         # handed back. Builds without CUDA do not have the function; the next matrix product makes
         # the workspace anew.
         getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
         empty_caches()
-        if shell is not None:
-            namespace, hidden = shell.user_ns, shell.user_ns_hidden
-        else:
-            namespace, hidden = vars(sys.modules["__main__"]), {}
         holders = find_holders(namespace, hidden, currentframe().f_back)
         return FreedMemory(before, cards.memory(), cleared, holders)
 
 
 def with_smaller_batches(function, starting_batch_size: int) -> tuple[object, int]:
-    """Call ``function(batch_size)``, with half the batch after every out-of-memory error until it
-    fits.
+    """Call ``function(batch_size)``, with half the batch after every out-of-memory error.
 
     accelerate's ``find_executable_batch_size``, and the frames of each failed try are emptied
     before the next: the error would keep their tensors on the card.
@@ -121,63 +120,59 @@ def with_smaller_batches(function, starting_batch_size: int) -> tuple[object, in
             f"starting_batch_size is {starting_batch_size!r}; expected a whole number of at least"
             " 1. Start with the largest batch you would like to have."
         )
-    tried, last_message = [starting_batch_size], ""
+    tried: list[int] = []
+    out_of_memory = None
 
     def attempt(batch_size):
-        nonlocal last_message
+        nonlocal out_of_memory
+        out_of_memory = None
+        tried.append(batch_size)
         try:
             return function(batch_size)
         except Exception as error:
             if should_reduce_batch_size(error):
-                last_message = str(error)
+                out_of_memory = str(error)
                 clear_frames(error)
             raise
 
-    def halved():
-        tried.append(tried[-1] // 2)
-        return tried[-1]
-
     try:
-        result = find_executable_batch_size(attempt, starting_batch_size, halved)()
+        halving = find_executable_batch_size(attempt, starting_batch_size, lambda: tried[-1] // 2)
+        return halving(), tried[-1]
     except RuntimeError:
-        if tried[-1] > 0:
-            raise
-    else:
-        return result, tried[-1]
+        if out_of_memory is None:
+            raise  # the function's own error; accelerate's comes in place of a batch of none
     raise torch.OutOfMemoryError(
-        f"no batch fits: tried {', '.join(map(str, tried[:-1]))}. A batch of one has to fit: see"
+        f"no batch fits: tried {', '.join(map(str, tried))}. A batch of one has to fit: see"
         " what free_memory() says is still held, then shorten the prompt, use a smaller data type"
-        f" or more cards. The last error was: {last_message}"
+        f" or more cards. The last error was: {out_of_memory}"
     )
 
 
 def _forget_errors(shell) -> list[str]:
     """Empty the frames of every error that Python or IPython keeps, and drop what keeps it."""
+    formatter = getattr(shell, "InteractiveTB", None)
+    last = getattr(shell, "last_execution_result", None)
     kept = {
         "the error being handled": sys.exc_info()[1],
         "sys.last_value": getattr(sys, "last_value", None),
+        "sys.last_exc": getattr(sys, "last_exc", None),
+        "InteractiveTB.evalue": getattr(formatter, "evalue", None),
+        "last_execution_result.error_in_exec": getattr(last, "error_in_exec", None),
     }
-    kept["sys.last_exc"] = getattr(sys, "last_exc", None)
-    formatter = getattr(shell, "InteractiveTB", None)
-    kept["InteractiveTB.evalue"] = getattr(formatter, "evalue", None)
-    last = getattr(shell, "last_execution_result", None)
-    kept["last_execution_result.error_in_exec"] = getattr(last, "error_in_exec", None)
     for name in ("last_exc", "last_type", "last_value", "last_traceback"):
         if hasattr(sys, name):
             delattr(sys, name)
     for name in ("tb", "etype", "evalue"):
         if hasattr(formatter, name):
             setattr(formatter, name, None)
-    for error in kept.values():
+    errors = {place: error for place, error in kept.items() if error is not None}
+    for error in errors.values():
         clear_frames(error)
-    return [
-        f"{place} ({type(error).__name__})" for place, error in kept.items() if error is not None
-    ]
+    return _in_words(errors)
 
 
 def _forget_outputs(shell) -> list[str]:
-    """Drop what leads to tensors on cards from Out, _1, _2, ..., _, __, ___ and the results of the
-    last cells."""
+    """Drop what leads to tensors on cards from Out, _1, _2, ..., _, __, ___ and last results."""
     cleared = {}
     outputs, hook = shell.user_ns.get("_oh", {}), shell.displayhook
     for number in [number for number, value in outputs.items() if tensors_in(value)]:
@@ -185,18 +180,16 @@ def _forget_outputs(shell) -> list[str]:
     # IPython remembers in user_ns_hidden which variables are its own and what their values are, and
     # its own displayhook.flush() leaves _, __ and ___ there. A variable with another value is the
     # user's.
-    own = {
-        name: value
-        for name, value in shell.user_ns_hidden.items()
-        if re.fullmatch(r"_{1,3}|_\d+", name)
-    }
-    for name in [name for name, value in own.items() if tensors_in(value)]:
-        cleared[name] = own[name]
-        instead = {} if name[-1].isdigit() else {name: ""}
-        for variables in (shell.user_ns, shell.user_ns_hidden):
-            if variables.get(name) is own[name]:
-                del variables[name]
-                variables.update(instead)
+    for name, value in list(shell.user_ns_hidden.items()):
+        if re.fullmatch(r"_{1,3}|_\d+", name) and tensors_in(value):
+            cleared[name] = value
+            for variables in (shell.user_ns, shell.user_ns_hidden):
+                if variables.get(name) is not value:
+                    continue
+                if name[-1].isdigit():
+                    del variables[name]
+                else:
+                    variables[name] = ""
     for name in ("_", "__", "___"):
         if tensors_in(getattr(hook, name, None)):
             cleared[name] = getattr(hook, name)
@@ -208,4 +201,8 @@ def _forget_outputs(shell) -> list[str]:
         if result is not None and tensors_in(result.result):
             cleared[place] = result.result
             result.result = None
-    return [f"{place} ({type(value).__name__})" for place, value in cleared.items()]
+    return _in_words(cleared)
+
+
+def _in_words(places: dict) -> list[str]:
+    return [f"{place} ({type(value).__name__})" for place, value in places.items()]

@@ -1,5 +1,4 @@
-"""Is this machine ready? Driver, torch build, every GPU exercised, libraries, memory, disk and
-notebook kernel.
+"""Is this machine ready? Driver, torch, every GPU exercised, libraries, memory, disk, kernel.
 
 Nothing is changed on the machine. A finding is "ok", "look" (works, but read the advice) or "stop"
 (mend it first). A machine without GPUs is fine: the notebooks simulate them.
@@ -24,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from simgpu import Rig
+from simgpu.nvml import card_count, memory_of, nvml, processes_on
 
 OK, LOOK, STOP = "ok", "look", "stop"
 MISSING = "missing"  # in place of a version
@@ -33,14 +33,8 @@ GIB = 2**30
 PYTHONS = ((3, 11), (3, 13))
 # Shown with their versions; the other dependencies only when something is wrong with them.
 MAIN_LIBRARIES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "safetensors",
-    "jupyterlab",
-    "ipywidgets",
-    "papermill",
-)
+    "torch", "transformers", "accelerate", "safetensors", "jupyterlab", "ipywidgets", "papermill",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,18 +48,17 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Every finding in turn; a check that breaks is itself a finding, so that the others still
-    run."""
+    """Every finding in turn; a check that breaks is one too, so that the others still run."""
     for check in (
-        _python, _libraries, _driver, _torch_build, _gpus, _copies, _simulation, _host_memory, _disk, _kernel,
+        _python, _libraries, _driver, _torch_build, _gpus,
+        _copies, _simulation, _host_memory, _disk, _kernel,
     ):  # fmt: skip
         try:
             yield from check()
         except Exception as error:
             subject = check.__name__.strip("_").replace("_", " ")
-            yield Finding(
-                subject, STOP, _private(f"the check failed: {type(error).__name__}: {error}")
-            )
+            reason = f"the check failed: {type(error).__name__}: {error}"
+            yield Finding(subject, STOP, _without_names(reason))
 
 
 def verdict(findings: list[Finding]) -> str:
@@ -75,64 +68,47 @@ def verdict(findings: list[Finding]) -> str:
 
 def to_json(findings: list[Finding]) -> str:
     """{"status", "findings": [{"subject", "status", "found", "advice"}]}."""
-    return json.dumps(
-        {"status": verdict(findings), "findings": [asdict(one) for one in findings]}, indent=2
-    )
+    answer = {"status": verdict(findings), "findings": [asdict(one) for one in findings]}
+    return json.dumps(answer, indent=2)
 
 
 def report(findings: list[Finding]) -> str:
-    """One block of text for a bug report; no path of the home directory, no name of user or
-    host."""
-    lines = [f"{one.status:5s}{one.subject}: {one.found}" for one in findings]
-    return _private(
-        "\n".join([f"glm4v-nb doctor, {time.strftime('%Y-%m-%d')}: {verdict(findings)}", *lines])
-    )
+    """One block of text for a bug report, without home directory and names of user and host."""
+    lines = [f"glm4v-nb doctor, {time.strftime('%Y-%m-%d')}: {verdict(findings)}"]
+    lines += [f"{one.status:5s}{one.subject}: {one.found}" for one in findings]
+    return _without_names("\n".join(lines))
+
+
+def _finding(subject: str, right: bool, found: str, advice: str = "", otherwise=LOOK) -> Finding:
+    """ "ok" where all is right; else the advice with the other status."""
+    return Finding(subject, OK, found) if right else Finding(subject, otherwise, found, advice)
 
 
 def _python():
     version, low, high = sys.version_info[:2], *PYTHONS
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    tested = low <= version <= high
-    advice = (
-        ""
-        if tested
-        else (
-            f"Tested are {low[0]}.{low[1]} to {high[0]}.{high[1]}; make PYTHON=python3.13 takes"
-            " another."
-        )
-    )
-    yield Finding("Python", OK if tested else LOOK, found, advice)
+    tested = f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
+    advice = f"Tested are {tested}; make PYTHON=python3.13 takes another."
+    yield _finding("Python", low <= version <= high, found, advice)
 
 
 def _libraries():
-    wrong = []
     try:
         lines = metadata.requires("glm4v-nb") or ()
     except metadata.PackageNotFoundError:
-        found = (
-            "glm4v-nb runs from its source without being installed, so what it requires is not"
-            " known"
-        )
-        yield Finding(
-            "libraries", LOOK, found, "Run make setup, or pip install -e . in its folder."
-        )
+        found = "glm4v-nb runs from its source without being installed, so what it requires is not"
+        advice = "Run make setup, or pip install -e . in its folder."
+        yield Finding("libraries", LOOK, f"{found} known", advice)
         return
-    for line in lines:
-        requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        version = _version(requirement.name)
-        if version == MISSING or not requirement.specifier.contains(
-            Version(version), prereleases=True
-        ):
-            wrong.append(f"{requirement.name} {version}, expected {requirement.specifier}")
+    wrong = []
+    for requirement in map(Requirement, lines):
+        needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        version, allowed = _version(requirement.name), requirement.specifier
+        right = version != MISSING and allowed.contains(Version(version), prereleases=True)
+        if needed and not right:
+            wrong.append(f"{requirement.name} {version}, expected {allowed}")
     versions = ", ".join(f"{name} {_version(name)}" for name in MAIN_LIBRARIES)
-    yield Finding(
-        "libraries",
-        STOP if wrong else OK,
-        "; ".join(wrong) or versions,
-        "Run make setup." if wrong else "",
-    )
+    yield _finding("libraries", not wrong, "; ".join(wrong) or versions, "Run make setup.", STOP)
     if _version("torchvision") != MISSING:
         yield Finding(
             "torchvision",
@@ -152,93 +128,66 @@ def _version(name: str) -> str:
 
 def _driver():
     try:
-        pynvml.nvmlInit()
+        with nvml():
+            cuda = pynvml.nvmlSystemGetCudaDriverVersion()
+            version = pynvml.nvmlSystemGetDriverVersion()
     except pynvml.NVMLError as error:
-        yield Finding(
-            "NVIDIA driver", OK, f"none ({error})", "Cards are simulated; real ones need a driver."
-        )
+        advice = "Cards are simulated; real ones need a driver."
+        yield Finding("NVIDIA driver", OK, f"none ({error})", advice)
         return
-    try:
-        number = pynvml.nvmlSystemGetCudaDriverVersion()
-        found = (
-            f"{pynvml.nvmlSystemGetDriverVersion()}, up to CUDA"
-            f" {number // 1000}.{number % 1000 // 10}"
-        )
-        yield Finding("NVIDIA driver", OK, found)
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            yield _users(index)
-    finally:
-        pynvml.nvmlShutdown()
+    found = f"{version}, up to CUDA {cuda // 1000}.{cuda % 1000 // 10}"
+    yield Finding("NVIDIA driver", OK, found)
+    with nvml():
+        yield from map(_users, range(card_count()))
 
 
 def _users(index: int) -> Finding:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    name, memory = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle)
-    others = [
-        one for one in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if one.pid != os.getpid()
-    ]
-    found = (
-        f"{name}: {memory.used / GIB:.2f} of {memory.total / GIB:.2f} GiB used, {len(others)} other"
-        " processes"
-    )
-    advice = "Others use this card; what they hold, your model cannot have." if others else ""
-    return Finding(f"users of GPU {index}", LOOK if others else OK, found, advice)
+    memory, processes = memory_of(handle), processes_on(handle) or ()
+    others = sum(process != os.getpid() for process, _ in processes)
+    used = f"{memory.used / GIB:.2f} of {memory.total / GIB:.2f} GiB used"
+    found = f"{pynvml.nvmlDeviceGetName(handle)}: {used}, {others} other processes"
+    advice = "Others use this card; what they hold, your model cannot have."
+    return _finding(f"users of GPU {index}", not others, found, advice)
 
 
 def _torch_build():
-    built = f"torch {torch.__version__}, " + (
-        f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    )
+    cuda = torch.version.cuda
+    built = f"torch {torch.__version__}, {f'CUDA {cuda}' if cuda else 'no CUDA'}"
     if torch.cuda.is_available():
         yield Finding("torch build", OK, f"{built}, sees {torch.cuda.device_count()} GPUs")
-    elif hidden := _gpus_of_driver():
-        yield Finding(
-            "torch build",
-            STOP,
-            f"{built}, sees none of the driver's {hidden} GPUs",
-            (
-                "Install a build for your driver's CUDA from pytorch.org, or unset"
-                " CUDA_VISIBLE_DEVICES."
-                if not torch.version.cuda or os.environ.get("CUDA_VISIBLE_DEVICES") is not None
-                else (
-                    "The driver is older than this build's CUDA: update it, or install torch for an"
-                    " older CUDA."
-                )
-            ),
-        )
-    else:
+        return
+    hidden = card_count()
+    if not hidden:
         yield Finding("torch build", OK, f"{built}, no GPU here")
+        return
+    advice = "The driver is older than this build's CUDA: update it, or install torch for an"
+    advice += " older CUDA."
+    if not cuda or os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+        advice = "Install a build for your driver's CUDA from pytorch.org, or unset"
+        advice += " CUDA_VISIBLE_DEVICES."
+    found = f"{built}, sees none of the driver's {hidden} GPUs"
+    yield Finding("torch build", STOP, found, advice)
 
 
-def _gpus_of_driver() -> int:
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0
-    try:
-        return pynvml.nvmlDeviceGetCount()
-    finally:
-        pynvml.nvmlShutdown()
+def _visible_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _gpus():
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for index in range(_visible_gpus()):
         major, minor = torch.cuda.get_device_capability(index)
         name = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
         try:
             _multiply(torch.device("cuda", index))
         except (RuntimeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
             advice = "Reset the GPU or restart the machine; look into dmesg for Xid errors."
-            yield Finding(f"GPU {index}", STOP, f"{name}: {_first_line(error)}", advice)
-            continue
-        advice = (
-            ""
-            if major >= 8
-            else "No bfloat16 in hardware: load with dtype=torch.float16 (notebook 04)."
-        )
-        yield Finding(
-            f"GPU {index}", OK if major >= 8 else LOOK, f"{name}: allocates and multiplies", advice
-        )
+            yield Finding(f"GPU {index}", STOP, f"{name}: {reason}", advice)
+        else:
+            advice = "No bfloat16 in hardware: load with dtype=torch.float16 (notebook 04)."
+            found = f"{name}: allocates and multiplies"
+            yield _finding(f"GPU {index}", major >= 8, found, advice)
 
 
 def _multiply(device: torch.device):
@@ -254,8 +203,7 @@ def _multiply(device: torch.device):
 
 
 def _copies():
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    wrong, direct = [], True
+    count, wrong, direct = _visible_gpus(), [], True
     for source in range(count):
         numbers = torch.arange(2**20, device=torch.device("cuda", source))
         for target in set(range(count)) - {source}:
@@ -265,29 +213,25 @@ def _copies():
     if count > 1:
         found = f"wrong data from GPU {', '.join(wrong)}" if wrong else f"between all {count} GPUs"
         found += ", direct" if direct else ", through the host"
-        advice = "Known with IOMMU on: switch it off, or set NCCL_P2P_DISABLE=1." if wrong else ""
-        yield Finding("copies", STOP if wrong else OK, found, advice)
+        advice = "Known with IOMMU on: switch it off, or set NCCL_P2P_DISABLE=1."
+        yield _finding("copies", not wrong, found, advice, STOP)
 
 
 def _simulation():
-    rig = Rig("L4")
+    found, advice = "40 GiB fitted on a simulated L4", "Please report this."
     try:
-        with rig:
+        with Rig("L4"):
             torch.empty(40 * GIB, dtype=torch.uint8, device="cuda:0")
     except torch.OutOfMemoryError:
-        yield Finding("simulated cards", OK, "a simulated L4 runs out of memory as it should")
-        return
-    yield Finding("simulated cards", STOP, "40 GiB fitted on a simulated L4", "Please report this.")
+        found, advice = "a simulated L4 runs out of memory as it should", ""
+    yield _finding("simulated cards", not advice, found, advice, STOP)
 
 
 def _host_memory():
     memory = psutil.virtual_memory()
     found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
-    enough = memory.available > CHECKPOINT_BYTES
-    advice = (
-        "" if enough else "Enough for the notebooks; offloading GLM-4V-9B to the CPU needs 26 GiB."
-    )
-    yield Finding("host memory", OK if enough else LOOK, found, advice)
+    advice = "Enough for the notebooks; offloading GLM-4V-9B to the CPU needs 26 GiB."
+    yield _finding("host memory", memory.available > CHECKPOINT_BYTES, found, advice)
 
 
 def _disk():
@@ -297,57 +241,31 @@ def _disk():
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    enough = free > 1.1 * CHECKPOINT_BYTES
-    advice = (
-        "" if enough else "The checkpoint takes 28 GB: free some, or set HF_HOME to another disk."
-    )
-    yield Finding(
-        "disk",
-        OK if enough else LOOK,
-        f"{free / 1e9:.0f} GB free where checkpoints are kept",
-        advice,
-    )
+    found = f"{free / 1e9:.0f} GB free where checkpoints are kept"
+    advice = "The checkpoint takes 28 GB: free some, or set HF_HOME to another disk."
+    yield _finding("disk", free > 1.1 * CHECKPOINT_BYTES, found, advice)
 
 
 def _kernel():
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
+    subject, found = "notebook kernel", "there is no kernel named python3"
     try:
         command = KernelSpecManager().get_kernel_spec("python3").argv[0]
     except NoSuchKernel:
-        yield Finding(
-            "notebook kernel", STOP, "there is no kernel named python3", "Run make setup."
-        )
+        yield Finding(subject, STOP, found, "Run make setup.")
         return
     # ipykernel's own specification names no path: it starts the interpreter Jupyter runs on.
     same = not os.path.isabs(command) or Path(command).resolve() == Path(sys.executable).resolve()
-    advice = (
-        ""
-        if same
-        else (
-            "Notebooks would run without this environment: python -m ipykernel install"
-            " --sys-prefix."
-        )
-    )
-    yield Finding(
-        "notebook kernel",
-        OK if same else LOOK,
-        f"python3, {'this' if same else 'another'} Python",
-        advice,
-    )
+    found = f"python3, {'this' if same else 'another'} Python"
+    advice = "Notebooks would run without this environment: python -m ipykernel install"
+    yield _finding(subject, same, found, f"{advice} --sys-prefix.")
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-
-
-def _private(text: str) -> str:
+def _without_names(text: str) -> str:
     """Without the home directory, the user's name and the host's."""
-    for secret, shown in (
-        (str(Path.home()), "~"),
-        (platform.node(), "HOST"),
-        (Path.home().name, "USER"),
-    ):
+    home = Path.home()
+    for secret, shown in ((str(home), "~"), (platform.node(), "HOST"), (home.name, "USER")):
         if len(secret) > 2:
             text = re.sub(rf"(?<![\w]){re.escape(secret)}(?![\w])", shown, text)
     return text

@@ -1,20 +1,20 @@
-"""Will it fit? Load the full-size model on simulated cards, run a workload, and report every card's
-peak."""
+"""Will it fit? The full-size model on simulated cards runs a workload: every card's peak."""
 
 import json
 import math
 import re
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, GLM4VConfig, read_config
-from glm4v_nb.placement import Place, check_device_map, meta_model, plan_device_map
+from glm4v_nb.model.configuration import OFFICIAL, read_config
+from glm4v_nb.placement import Place, check_device_map, meta_model, place_of, plan_device_map
 from glm4v_nb.training import first_update, train_step, trained_parameters
-from glm4v_nb.workload import Workload, decode, make_prompt, prefill
+from glm4v_nb.workload import Workload, check_context, decode, make_prompt, prefill
 from simgpu import HostMemory, Rig, find_card
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,11 +53,8 @@ class OutOfMemory:
 
 @dataclass(frozen=True)
 class FitResult:
-    """The answer; ``to_dict`` is what ``glm4v-nb fit --json`` prints.
-
-    ``host`` is the host memory that loading takes; None where the cards did not hold the weights.
-    The plain JSON keeps to the keys it has always had; that of ``--limits`` has it.
-    """
+    """The answer. ``host`` is the host memory that loading takes; None where the cards did not
+    hold the weights."""
 
     verdict: str
     devices: list[DeviceFit]
@@ -68,14 +65,143 @@ class FitResult:
 
     @property
     def fits(self) -> bool:
+        """Whether the run ended without an out-of-memory error."""
         return self.verdict == "fits"
 
     def to_dict(self) -> dict:
+        """What ``glm4v-nb fit --json`` prints: the keys it has always had."""
         answer = asdict(self)
         del answer["host"]
         for device in answer["devices"]:
             del device["free_at_peak_bytes"]
         return answer
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A checkpoint on a number of simulated cards: what is asked whether it fits.
+
+    Attributes:
+        card, count: the cards' kind, as in simgpu's catalogue, and their number.
+        dtype: of the weights, one of ``DTYPES``.
+        device_map: one of ``DEVICE_MAPS``, or module names and their places.
+        checkpoint: the official hub id, or a directory with a GLM-4V config.json. Only the
+            configuration is read and, if there is one, the index of the weights' files; never the
+            weights.
+        alloc_conf: PyTorch's ``PYTORCH_CUDA_ALLOC_CONF``, as of ``Rig.simulated``.
+    """
+
+    card: str = "L4"
+    count: int = 1
+    dtype: str = "bfloat16"
+    device_map: str | dict[str, Place] = "auto"
+    checkpoint: str | Path = OFFICIAL
+    alloc_conf: str | None = None
+
+    def rig(self) -> Rig:
+        """The cards, with nothing on them."""
+        return Rig.simulated(self.card, self.count, self.alloc_conf)
+
+    def check(self, workload: Workload):
+        """Refuse what cannot run, before anything is loaded.
+
+        Raises:
+            ValueError: unknown card, dtype, device map or checkpoint, an impossible count or
+                allocator option, or a workload beyond the model's context.
+        """
+        self.rig()
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}.")
+        if isinstance(self.device_map, str) and self.device_map not in DEVICE_MAPS:
+            raise ValueError(
+                f"device_map is {self.device_map!r}; expected one of {', '.join(DEVICE_MAPS)}, or"
+                " a dictionary of module names and cards."
+            )
+        check_context(workload, read_config(self.checkpoint))
+        if isinstance(self.device_map, dict):
+            check_device_map(self.device_map, self.count, self.checkpoint)
+
+    def free_bytes(self) -> dict[int, int]:
+        """What PyTorch finds free on each card before anything is loaded."""
+        with Rig.simulated(self.card, self.count):
+            return {index: torch.cuda.mem_get_info(index)[0] for index in range(self.count)}
+
+    def plan(self, strategy: str, max_memory: dict[Place, int | str]) -> dict[str, Place]:
+        """The map transformers makes on these cards; ``max_memory`` as in ``from_pretrained``."""
+        sizes = dict(max_memory)  # accelerate turns "20GiB" into a number in place
+        with Rig.simulated(self.card, self.count):
+            return plan_device_map(strategy, sizes, DTYPES[self.dtype], self.checkpoint)
+
+    def placement(self) -> dict[str, Place]:
+        """The device map; what an automatic one would offload is put on the last card instead.
+
+        The question is whether the cards alone hold the model. So the answer is the error that a
+        user without offloading meets.
+        """
+        if not isinstance(self.device_map, str):
+            return self.device_map
+        if self.count == 1:
+            return {"": 0}
+        plan = self.plan(self.device_map, self.free_bytes() | {"cpu": _AMPLE_HOST_BYTES})
+        last = self.count - 1
+        return {name: place if isinstance(place, int) else last for name, place in plan.items()}
+
+    def weights_bytes(self, placement: dict[str, Place]) -> Counter[Place]:
+        """Bytes of the weights in every place of a map."""
+        sizes: Counter[Place] = Counter()
+        for name, weight in meta_model(DTYPES[self.dtype], self.checkpoint).named_parameters():
+            sizes[place_of(name, placement)] += weight.nbytes
+        return sizes
+
+
+class LoadedModel:
+    """A deployment's model on its cards, or the error that loading it ended with.
+
+    Attributes:
+        rig: the cards.
+        device_map: where every module is.
+        weights_bytes: allocated on each card when loading ended, by an error as well.
+        error: PyTorch's out-of-memory message of the load; None once it is loaded.
+    """
+
+    def __init__(self, deployment: Deployment):
+        self.deployment, self.rig, self.error = deployment, deployment.rig(), None
+        self.device_map = deployment.placement()
+        dtype = DTYPES[deployment.dtype]
+        try:
+            self.model = load(self.rig, self.device_map, dtype, deployment.checkpoint)
+        except torch.OutOfMemoryError as error:
+            self.error = str(error)
+        self.weights_bytes = [memory.allocated_bytes for memory in self.rig.stages[-1].memory]
+
+    def run(self, workload: Workload) -> FitResult:
+        """Run a workload; the figures are those of all stages the rig has a record of."""
+        started, rig, error, oom = time.perf_counter(), self.rig, self.error, None
+        if error is None:
+            try:
+                run_workload(rig, self.model, workload)
+            except torch.OutOfMemoryError as caught:
+                error = str(caught)
+        if error is not None:
+            oom = OutOfMemory(int(re.search(r"GPU (\d+)", error)[1]), rig.stages[-1].name, error)
+        devices = [self._device_fit(index) for index in range(self.deployment.count)]
+        seconds = round(time.perf_counter() - started, 2)
+        verdict = "oom" if oom else "fits"
+        return FitResult(verdict, devices, oom, seconds, rig.provenance, rig.host.memory)
+
+    def _device_fit(self, index: int) -> DeviceFit:
+        stages = [stage.memory[index] for stage in self.rig.stages]
+        reserved = max(memory.peak_reserved_bytes for memory in stages)
+        return DeviceFit(
+            index=index,
+            card=self.rig.card.key,
+            capacity_bytes=self.rig.card.total_bytes,
+            weights_bytes=self.weights_bytes[index],
+            peak_allocated_bytes=max(memory.peak_allocated_bytes for memory in stages),
+            peak_reserved_bytes=reserved,
+            # What is outside PyTorch's allocator only grows.
+            free_at_peak_bytes=stages[-1].free_bytes + stages[-1].reserved_bytes - reserved,
+        )
 
 
 def fit(
@@ -84,73 +210,26 @@ def fit(
     dtype: str = "bfloat16",
     device_map: str | dict[str, Place] = "auto",
     workload: Workload | None = None,
-    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
+    checkpoint: str | Path = OFFICIAL,
     alloc_conf: str | None = None,
 ) -> FitResult:
     """Run a workload of a checkpoint, by default the full-size model, on ``count`` simulated cards.
 
-    The question is whether the cards alone hold it. Where an automatic map would move modules to
-    the CPU, they are put on the last card instead, so that the answer is the error a user without
-    offloading meets.
-
-    Args:
-        checkpoint: the official hub id, or a directory with a GLM-4V config.json. Only the
-            configuration is read and, if there is one, the index of the weights' files; never the
-            weights.
-        alloc_conf: PyTorch's ``PYTORCH_CUDA_ALLOC_CONF``, as of ``Rig.simulated``.
+    The other arguments are those of ``Deployment``.
 
     Raises:
-        ValueError: unknown card, dtype, device map, checkpoint or option, or an impossible
-            workload.
+        ValueError: as ``Deployment.check``; an impossible workload.
     """
+    deployment = Deployment(card, count, dtype, device_map, checkpoint, alloc_conf)
     workload = workload or Workload()
-    rig = Rig.simulated(card, count, alloc_conf)
-    check_arguments(count, dtype, device_map, workload, checkpoint)
+    deployment.check(workload)
     started = time.perf_counter()
-    if isinstance(device_map, str):
-        device_map = map_without_offload(card, count, DTYPES[dtype], device_map, checkpoint)
-    weights = [0] * count
-    error = None
-    try:
-        model = load(rig, device_map, DTYPES[dtype], checkpoint)
-        weights = [memory.allocated_bytes for memory in rig.memory()]
-        run_workload(rig, model, workload)
-    except torch.OutOfMemoryError as caught:
-        error = str(caught)
-    return describe(rig, weights, error, started)
-
-
-def check_arguments(
-    count: int,
-    dtype: str,
-    device_map: str | dict[str, Place],
-    workload: Workload,
-    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
-):
-    """Refuse what cannot run before anything is loaded; arguments as in ``fit``.
-
-    Raises:
-        ValueError: unknown dtype, device map or checkpoint, or a workload beyond the model's
-            context.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
-        raise ValueError(
-            f"device_map is {device_map!r}; expected one of {', '.join(DEVICE_MAPS)}, or a"
-            " dictionary of module names and cards."
-        )
-    _check_context(workload, read_config(checkpoint))
-    if isinstance(device_map, dict):
-        check_device_map(device_map, count, checkpoint)
+    result = LoadedModel(deployment).run(workload)
+    return replace(result, seconds=round(time.perf_counter() - started, 2))
 
 
 def load(
-    rig: Rig,
-    device_map,
-    dtype: torch.dtype,
-    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
-    **options,
+    rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFICIAL, **options
 ):
     """The checkpoint's model on the rig, in a stage "load".
 
@@ -170,8 +249,9 @@ def load(
 
 
 def run_workload(rig: Rig, model, workload: Workload, **optimizer_options):
-    """Run a workload on a loaded model, in the stages "prefill" and "decode", or for training
-    "prefill" (the inputs), "backward" and "optimizer".
+    """Run a workload on a loaded model, in the phases of ``OutOfMemory`` as stages.
+
+    In training "prefill" only makes the inputs.
 
     ``optimizer_options`` are those of ``first_update``.
 
@@ -196,46 +276,8 @@ def run_workload(rig: Rig, model, workload: Workload, **optimizer_options):
                 decode(rig, model, prompt, outputs, workload.new_tokens)
 
 
-def describe(rig: Rig, weights: list[int], error: str | None, started: float) -> FitResult:
-    """What the stages of a rig say about a run.
-
-    Args:
-        weights: bytes of weights per card; after a failed load the stage itself knows them.
-        error: the out-of-memory error's message, None for a run that ended.
-        started: ``time.perf_counter()`` at its beginning.
-    """
-    oom = None
-    if error is not None:
-        failed = rig.stages[-1]
-        if failed.name == "load":
-            weights = [memory.allocated_bytes for memory in failed.memory]
-        oom = OutOfMemory(int(re.search(r"GPU (\d+)", error)[1]), failed.name, error)
-    devices = []
-    for index, last in enumerate(rig.stages[-1].memory):
-        most = max(stage.memory[index].peak_reserved_bytes for stage in rig.stages)
-        devices.append(
-            DeviceFit(
-                index=index,
-                card=rig.card.key,
-                capacity_bytes=rig.card.total_bytes,
-                weights_bytes=weights[index],
-                peak_allocated_bytes=max(
-                    stage.memory[index].peak_allocated_bytes for stage in rig.stages
-                ),
-                peak_reserved_bytes=most,
-                # What is outside PyTorch's allocator only grows.
-                free_at_peak_bytes=last.free_bytes + last.reserved_bytes - most,
-            )
-        )
-    seconds = round(time.perf_counter() - started, 2)
-    return FitResult(
-        "oom" if oom else "fits", devices, oom, seconds, rig.provenance, rig.host.memory
-    )
-
-
 def read_device_map(text: str) -> str | dict[str, Place]:
-    """A device map as the command line takes it: a strategy's name, a JSON object, or a JSON file's
-    path.
+    """A device map as the command line takes it: a strategy's name, a JSON object, a JSON file.
 
     Raises:
         ValueError: neither of these, or not valid JSON.
@@ -248,59 +290,17 @@ def read_device_map(text: str) -> str | dict[str, Place]:
             f"device_map is {text!r}; expected one of {', '.join(DEVICE_MAPS)}, a JSON object such"
             " as '{\"\": 0}', or the path of a JSON file. There is no file of that name."
         )
-    source = "device_map" if is_object else text
+    source, expected = "device_map" if is_object else text, 'Expected {"module": card, ...}.'
     try:
         device_map = json.loads(text if is_object else Path(text).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f'{source} is not JSON: {error}. Expected {{"module": card, ...}}.'
-        ) from None
+        raise ValueError(f"{source} is not JSON: {error}. {expected}") from None
     if not isinstance(device_map, dict):
-        raise ValueError(f'{source} holds no JSON object. Expected {{"module": card, ...}}.')
+        raise ValueError(f"{source} holds no JSON object. {expected}")
     return device_map
 
 
 def cards_for_weights(card: str, dtype: str) -> int:
     """How many such cards hold the weights, by division; what else a run needs is not counted."""
-    usable_bytes = find_card(card).total_bytes - find_card(card).context_bytes
-    weight_bytes = (
-        sum(parameter.numel() for parameter in meta_model().parameters()) * DTYPES[dtype].itemsize
-    )
-    return math.ceil(weight_bytes / usable_bytes)
-
-
-def _check_context(workload: Workload, config: GLM4VConfig):
-    positions = workload.text_tokens + workload.images * config.vision_config.image_tokens
-    if positions > config.seq_length:
-        image = (
-            f" ({config.vision_config.image_tokens} of them the image)" if workload.images else ""
-        )
-        raise ValueError(
-            f"The prompt takes {positions} positions{image}, but the model's context is"
-            f" {config.seq_length}. Lower text_tokens."
-        )
-    if workload.new_tokens > config.seq_length:
-        raise ValueError(
-            f"new_tokens is {workload.new_tokens}, but the model's whole context is"
-            f" {config.seq_length}. Lower new_tokens."
-        )
-
-
-def map_without_offload(
-    card: str,
-    count: int,
-    dtype: torch.dtype,
-    strategy: str,
-    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
-) -> dict[str, int]:
-    """The device map transformers makes on these cards, with what it would offload put on the last
-    card."""
-    if count == 1:
-        return {"": 0}
-    with Rig.simulated(card, count):
-        max_memory = {index: torch.cuda.mem_get_info(index)[0] for index in range(count)}
-        max_memory["cpu"] = _AMPLE_HOST_BYTES
-        placement = plan_device_map(strategy, max_memory, dtype, checkpoint)
-    return {
-        name: place if isinstance(place, int) else count - 1 for name, place in placement.items()
-    }
+    usable = find_card(card).total_bytes - find_card(card).context_bytes
+    return math.ceil(Deployment(card, dtype=dtype).weights_bytes({"": 0})[0] / usable)

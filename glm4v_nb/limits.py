@@ -1,5 +1,4 @@
-"""How far does it go? The largest batch, the longest context and the best device map, found by
-running.
+"""How far does it go? The largest batch, the longest context, the best device map, by running.
 
 The model is loaded once per device map and many workloads run on it. Before the first, one token
 warms the cards up; after each, everything it made is dropped. So every run starts from the same
@@ -17,38 +16,26 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from glm4v_nb.fit import (
-    DTYPES,
-    FitResult,
-    check_arguments,
-    describe,
-    fit,
-    load,
-    map_without_offload,
-    run_workload,
-)
-from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, GLM4VConfig, read_config
-from glm4v_nb.placement import Place, meta_model, place_of, plan_device_map
+from glm4v_nb.fit import DTYPES, Deployment, FitResult, LoadedModel, fit
+from glm4v_nb.model.configuration import OFFICIAL, GLM4VConfig, read_config
+from glm4v_nb.placement import Place
 from glm4v_nb.workload import Workload
-from simgpu import Rig
 
 GIB = 2**30
 # The search for the largest batch ends here.
 MOST_SAMPLES = 4096
-# A map that needs max_memory must leave this much more room than one without to be worth the
-# typing.
+# A map that needs max_memory must leave this much more room to be worth the typing.
 _WORTH_BYTES = GIB // 4
 
 
 @dataclass(frozen=True)
 class Edge:
-    """The largest size that fits, 0 if none does. ``limited_by``: "memory", "model" (its context)
-    or "search"."""
+    """The largest size that fits, 0 if none. ``limited_by``: "memory", "model" or "search"."""
 
     size: int
     limited_by: str
@@ -59,8 +46,7 @@ class Recommendation:
     """Arguments for ``from_pretrained``, and what they leave.
 
     Attributes:
-        device_map: what to pass, a strategy or a dictionary.
-        max_memory: what to pass beside it, in GiB per card, or None.
+        device_map, max_memory: what to pass; a strategy or a dictionary, GiB per card or None.
         placement: the map that comes of it, every module with its card.
         headroom_bytes: per card, what the driver still has when most is reserved.
         code: the lines of Python to paste.
@@ -69,8 +55,13 @@ class Recommendation:
     device_map: str | dict[str, Place]
     max_memory: dict[int, str] | None
     placement: dict[str, Place]
-    headroom_bytes: list[int]
-    code: str
+    headroom_bytes: list[int] = field(default_factory=list)
+    code: str = ""
+
+    @property
+    def on_cards_only(self) -> bool:
+        """Whether nothing is left to the CPU."""
+        return all(isinstance(place, int) for place in self.placement.values())
 
 
 @dataclass(frozen=True)
@@ -88,83 +79,51 @@ class Limits:
 
         ``longest_context`` counts text tokens, as the workload does.
         """
-        return self.result.to_dict() | {
-            "seconds": self.seconds,
-            "host": asdict(self.result.host) if self.result.host else None,
-            "headroom_bytes": [device.free_at_peak_bytes for device in self.result.devices],
-            "largest_batch": asdict(self.largest_batch),
-            "longest_context": asdict(self.longest_context),
-            "recommendation": asdict(self.recommendation) if self.recommendation else None,
-        }
+        answer = asdict(self)
+        result = answer.pop("result")
+        headroom = [device["free_at_peak_bytes"] for device in result["devices"]]
+        beside = {"seconds": self.seconds, "host": result["host"], "headroom_bytes": headroom}
+        return self.result.to_dict() | beside | answer
 
 
-class Trials:
-    """One model on simulated cards, loaded once, to run workloads on.
+class Trials(LoadedModel):
+    """A model that is loaded once, to run many workloads on, each from the same bytes.
 
     Args:
-        card, count, dtype, device_map, checkpoint, alloc_conf: as in ``fit``.
-        bar: a tqdm bar or anything with its ``set_postfix_str``, to be told of every run.
+        deployment: its card, count, dtype, device map and checkpoint.
+        report: called with a text before every run, and without one after every step of
+            ``limits`` and ``frontier``.
+
+    Attributes:
+        base: bytes allocated and reserved per card before every run.
+        runs: what has run, and its result.
 
     Raises:
-        ValueError: as ``fit`` does.
+        ValueError: as ``Deployment.check`` does.
     """
 
-    def __init__(
-        self,
-        card: str = "L4",
-        count: int = 1,
-        dtype: str = "bfloat16",
-        device_map: str | dict[str, Place] = "auto",
-        checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
-        bar=None,
-        alloc_conf: str | None = None,
-    ):
-        smallest = Workload(images=0, text_tokens=1, new_tokens=1)
-        self.rig = Rig.simulated(card, count, alloc_conf)
-        check_arguments(count, dtype, device_map, smallest, checkpoint)
-        self.card, self.count, self.dtype, self.checkpoint, self.bar = (
-            card,
-            count,
-            dtype,
-            checkpoint,
-            bar,
-        )
-        self.config = read_config(checkpoint)
-        self.asked_map, self.alloc_conf = device_map, alloc_conf
-        if isinstance(device_map, str):
-            device_map = map_without_offload(card, count, DTYPES[dtype], device_map, checkpoint)
-        self.device_map = device_map
+    def __init__(self, deployment: Deployment, report: Callable = lambda text=None: None):
+        deployment.check(Workload(images=0, text_tokens=1, new_tokens=1))
+        super().__init__(deployment)
+        self.report = report
+        self.config: GLM4VConfig = read_config(deployment.checkpoint)
         self.runs: dict[Workload, FitResult] = {}
-        self._failure: FitResult | None = None
-        self._weights = [0] * count
-        started = time.perf_counter()
-        try:
-            self._model = load(self.rig, device_map, DTYPES[dtype], checkpoint)
-            self._weights = [memory.allocated_bytes for memory in self.rig.memory()]
-        except torch.OutOfMemoryError as error:
-            self._failure = describe(self.rig, self._weights, str(error), started)
-            self._model = None
-        # Bytes allocated and reserved per card before every run.
         self.base = self._held()
         self._warm: set[str] = set()
 
     def run(self, workload: Workload) -> FitResult:
-        """Run a workload from the same state as every other; one that has run already is not run
-        again.
+        """Run a workload; one that has run already is not run again.
 
         Raises:
             RuntimeError: something of the run stayed on the cards.
         """
-        if self._failure is not None:
-            return self._failure
+        if self.error is not None:
+            return super().run(workload)
         if workload not in self.runs:
-            if self.bar is not None:
-                self.bar.set_postfix_str(
-                    f"{workload.batch_size} x {workload.images} images, {workload.text_tokens}"
-                    " tokens"
-                )
+            sizes = f"{workload.images} images, {workload.text_tokens} tokens"
+            self.report(f"{workload.batch_size} x {sizes}")
             self._warm_up(workload)
-            self.runs[workload] = self._measure(workload)
+            self.runs[workload] = self._run_and_drop(workload)
             if self._held() != self.base:
                 raise RuntimeError(
                     f"After {workload} the cards hold {self._held()} bytes (allocated, reserved);"
@@ -174,24 +133,19 @@ class Trials:
         return self.runs[workload]
 
     def _warm_up(self, workload: Workload):
-        """What stays for good: workspaces of the first matrix products, those of a backward pass,
-        adapters."""
+        """Make what stays for good: workspaces of matrix products, of a backward pass, adapters."""
         kind = workload.trained if workload.train else "inference"
         if kind not in self._warm:
-            self._measure(replace(workload, batch_size=1, images=0, text_tokens=1, new_tokens=1))
+            one_token = replace(workload, batch_size=1, images=0, text_tokens=1, new_tokens=1)
+            self._run_and_drop(one_token)
             self._warm.add(kind)
             self.base = self._held()
 
-    def _measure(self, workload: Workload) -> FitResult:
-        started, error = time.perf_counter(), None
+    def _run_and_drop(self, workload: Workload) -> FitResult:
         self.rig.stages.clear()
-        try:
-            run_workload(self.rig, self._model, workload)
-        except torch.OutOfMemoryError as caught:
-            error = str(caught)
-        result = describe(self.rig, self._weights, error, started)
-        self._model.zero_grad(set_to_none=True)
-        self._model.eval()
+        result = super().run(workload)
+        self.model.zero_grad(set_to_none=True)
+        self.model.eval()
         gc.collect()
         with self.rig:
             torch.cuda.empty_cache()
@@ -201,42 +155,31 @@ class Trials:
         return [(memory.allocated_bytes, memory.reserved_bytes) for memory in self.rig.memory()]
 
 
-def limits(trials: Trials, workload: Workload | None = None, bar=None) -> Limits:
-    """Everything ``glm4v-nb fit --limits`` answers. ``bar`` is updated four times.
+def limits(trials: Trials, workload: Workload | None = None) -> Limits:
+    """Everything ``glm4v-nb fit --limits`` answers, in four steps.
 
     Raises:
         ValueError: the workload's prompt or answer exceeds the model's context.
     """
     started = time.perf_counter()
     workload = workload or Workload()
-    # The plain answer is that of a fresh load, as ``fit`` gives it.
-    result = trials.runs[workload] = fit(
-        trials.card,
-        trials.count,
-        trials.dtype,
-        trials.asked_map,
-        workload,
-        trials.checkpoint,
-        trials.alloc_conf,
-    )
-    _advance(bar)
-    batch = largest_batch(trials, workload)
-    _advance(bar)
-    context = longest_context(trials, workload)
-    _advance(bar)
-    recommendation = recommend(trials, workload)
-    _advance(bar)
-    return Limits(result, batch, context, recommendation, round(time.perf_counter() - started, 2))
+    answers = []
+    for step in (_fresh_run, largest_batch, longest_context, recommend):
+        answers.append(step(trials, workload))
+        trials.report()
+    return Limits(*answers, round(time.perf_counter() - started, 2))
+
+
+def _fresh_run(trials: Trials, workload: Workload) -> FitResult:
+    """The plain answer is that of a fresh load, as ``fit`` gives it."""
+    trials.runs[workload] = fit(workload=workload, **vars(trials.deployment))
+    return trials.runs[workload]
 
 
 def largest_batch(trials: Trials, workload: Workload, most: int = MOST_SAMPLES) -> Edge:
-    """The largest batch of these samples that fits, up to ``most``; ``workload.batch_size`` does
-    not matter."""
-
-    def sized(size: int) -> Workload:
-        return replace(workload, batch_size=size)
-
-    size = _largest_that_fits(trials, sized, most, _estimate(trials, sized(1)))
+    """The largest batch of these samples that fits, up to ``most``, whatever their number is."""
+    guess = _estimate(trials, replace(workload, batch_size=1))
+    size = _largest_that_fits(trials, workload, "batch_size", most, guess)
     return Edge(size, "memory" if size < most else "search")
 
 
@@ -247,20 +190,13 @@ def longest_context(trials: Trials, workload: Workload) -> Edge:
     last is never read, 8192 - 1602 - 127 remain for text.
     """
     most = _most_text_tokens(trials.config, workload)
-
-    def sized(size: int) -> Workload:
-        return replace(workload, text_tokens=size)
-
-    if most and trials.run(sized(most)).fits:
+    if most and trials.run(replace(workload, text_tokens=most)).fits:
         return Edge(most, "model")
-    return Edge(_largest_that_fits(trials, sized, most, most), "memory")
+    return Edge(_largest_that_fits(trials, workload, "text_tokens", most, most), "memory")
 
 
-def frontier(
-    trials: Trials, workload: Workload, token_counts: list[int] | None = None, bar=None
-) -> dict[int, int]:
-    """The largest batch for each number of text tokens: {text_tokens: batch size}, 0 where none
-    fits.
+def frontier(trials: Trials, workload: Workload, token_counts: list[int] = ()) -> dict[int, int]:
+    """The largest batch for each number of text tokens, 0 where none fits.
 
     A longer prompt does not allow a larger batch, so each search ends where the one before did.
     Decode steps are run only where the answer is longer than a quarter of the prompt: a position of
@@ -268,75 +204,66 @@ def frontier(
     KV cache.
 
     Args:
-        token_counts: in any order; by default those of ``frontier_tokens``.
-        bar: updated once per count.
+        token_counts: in any order, each a step; by default those of
+            ``frontier_tokens``.
     """
     image_positions = workload.images * trials.config.vision_config.image_tokens
     found: dict[int, int] = {}
     most = MOST_SAMPLES
-    for tokens in sorted(token_counts or frontier_tokens(workload, trials.checkpoint)):
+    for tokens in sorted(token_counts or frontier_tokens(workload, trials.deployment.checkpoint)):
         sized = replace(workload, text_tokens=tokens)
         if not workload.train and 4 * workload.new_tokens <= tokens + image_positions:
             sized = replace(sized, new_tokens=0)
         most = found[tokens] = largest_batch(trials, sized, most).size if most else 0
-        _advance(bar)
+        trials.report()
     return found
 
 
-def frontier_tokens(
-    workload: Workload, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
-) -> list[int]:
-    """Lengths of a frontier that show its shape: from 32 text tokens to the end of the model's
-    context."""
+def frontier_tokens(workload: Workload, checkpoint: str | Path = OFFICIAL) -> list[int]:
+    """Lengths that show a frontier's shape: from 32 text tokens to the end of the context."""
     most = _most_text_tokens(read_config(checkpoint), workload)
     return [*(count for count in (32, 512, 1024, 2048, 4096) if count < most), most]
 
 
 def recommend(trials: Trials, workload: Workload) -> Recommendation | None:
-    """The device map that leaves the fullest card the most room under this workload; None where
-    none fits.
+    """The device map that leaves the fullest card the most room; None where none fits.
 
     Tried are "auto" ("balanced" makes the same map), "sequential", and "auto" with ``max_memory``
     set so that the card with the image tower, whose activations "auto" knows nothing of, is given
     fewer weights. The last is taken only where it gains a quarter of a GiB.
     """
-    free = _free_bytes(trials)
-    candidates = [
-        Candidate(name, None, _plan(trials, name, free)) for name in ("auto", "sequential")
-    ]
-    if trials.count == 1:
-        candidates = [Candidate({"": 0}, None, {"": 0})]
-    best = None
-    measured = None
-    for candidate in candidates:
-        on_map = _loaded(trials, candidate.placement)
+    deployment = trials.deployment
+    if deployment.count == 1:
+        return _better(None, Recommendation({"": 0}, None, {"": 0}), trials, workload)
+    free = deployment.free_bytes()
+    best = measured = None
+    for strategy in ("auto", "sequential"):
+        candidate = Recommendation(strategy, None, deployment.plan(strategy, free))
+        on_map = _on_map(trials, candidate)
         measured = measured or on_map
         best = _better(best, candidate, on_map, workload)
-    for _ in range(2 if trials.count > 1 else 0):
+    for _ in range(2):
         # Once from what "auto" showed, once more from the better map that gave.
-        candidate = _corrected(measured, workload, free)
+        candidate = _balanced(measured, workload, free)
         if candidate is None or candidate.placement == measured.device_map:
             break
-        measured = _loaded(trials, candidate.placement)
+        measured = _on_map(trials, candidate)
         best = _better(best, candidate, measured, workload)
     return best
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Arguments of ``from_pretrained`` and the placement they make."""
-
-    device_map: str | dict[str, Place]
-    max_memory: dict[int, str] | None
-    placement: dict[str, Place]
+def _on_map(trials: Trials, candidate: Recommendation) -> Trials:
+    """Trials on this map: the same ones if it is their map, or if none can be run."""
+    if candidate.placement == trials.device_map or not candidate.on_cards_only:
+        return trials
+    return Trials(replace(trials.deployment, device_map=candidate.placement), trials.report)
 
 
 def _better(
-    best: Recommendation | None, candidate: Candidate, trials: Trials, workload: Workload
+    best: Recommendation | None, candidate: Recommendation, trials: Trials, workload: Workload
 ) -> Recommendation | None:
-    """The candidate, if it fits without the CPU and leaves the fullest card more room than the best
-    so far."""
-    if not all(isinstance(place, int) for place in candidate.placement.values()):
+    """The candidate, if it fits without the CPU and its fullest card has more room than before."""
+    if not candidate.on_cards_only:
         return best
     worth = _WORTH_BYTES if candidate.max_memory else 0
     for tried in (replace(workload, new_tokens=0), workload):  # the prefill may be enough to say no
@@ -344,17 +271,17 @@ def _better(
         headroom = [device.free_at_peak_bytes for device in result.devices]
         if not result.fits or (best and min(headroom) <= min(best.headroom_bytes) + worth):
             return best
-    code = _code(candidate, trials)
-    return Recommendation(
-        candidate.device_map, candidate.max_memory, candidate.placement, headroom, code
-    )
+    code = _code(candidate, trials.deployment)
+    return replace(candidate, headroom_bytes=headroom, code=code)
 
 
-def _code(candidate: Candidate, trials: Trials) -> str:
-    arguments = [f"device_map={json.dumps(candidate.device_map)}", f"dtype=torch.{trials.dtype}"]
+def _code(candidate: Recommendation, deployment: Deployment) -> str:
+    arguments = [json.dumps(str(deployment.checkpoint))]
+    arguments.append(f"device_map={json.dumps(candidate.device_map)}")
     if candidate.max_memory:
-        limits = ", ".join(f'{card}: "{size}"' for card, size in candidate.max_memory.items())
-        arguments.insert(1, f"max_memory={{{limits}}}")
+        sizes = ", ".join(f'{card}: "{size}"' for card, size in candidate.max_memory.items())
+        arguments.append(f"max_memory={{{sizes}}}")
+    arguments.append(f"dtype=torch.{deployment.dtype}")
     lines = [
         "import torch",
         "from transformers import AutoModelForCausalLM",
@@ -362,20 +289,15 @@ def _code(candidate: Candidate, trials: Trials) -> str:
         "import glm4v_nb  # teaches transformers the model",
         "",
         "model = AutoModelForCausalLM.from_pretrained(",
-        f"    {json.dumps(str(trials.checkpoint))},",
         *(f"    {argument}," for argument in arguments),
         ").eval()",
     ]
     return "\n".join(lines)
 
 
-def _corrected(trials: Trials, workload: Workload, free: dict[int, int]) -> Candidate | None:
-    """``max_memory`` under which every card comes out equally full, given what a run beyond its
-    weights needed.
-
-    None where not even one sample fits, so that nothing is known, or where no map could gain
-    enough.
-    """
+def _balanced(trials: Trials, workload: Workload, free: dict[int, int]) -> Recommendation | None:
+    """``max_memory`` under which all cards come out equally full, given what a run needed beside
+    the weights; None where not even one sample fits, or where no map could gain enough."""
     fitting = workload
     while not trials.run(fitting).fits:
         if fitting.batch_size == 1:
@@ -388,63 +310,21 @@ def _corrected(trials: Trials, workload: Workload, free: dict[int, int]) -> Cand
     level = sum(full) / len(full)
     if max(full) - level < _WORTH_BYTES:
         return None
+    wanted = [max(0.0, level - size) for size in extra[1:-1]]
     found = []
     # accelerate keeps room for the largest block on card 0 and fills the last card with what is
     # left; how far a limit must be above what is meant is therefore tried out.
     for above in (0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6):
-        wanted = [
-            max(0.0, level - extra[0] + above * GIB),
-            *(max(0.0, level - size) for size in extra[1:-1]),
-        ]
-        sizes = [min(size, free[card]) for card, size in enumerate(wanted)] + [
-            free[len(devices) - 1]
-        ]
+        sizes = [max(0.0, level - extra[0] + above * GIB), *wanted, free[len(devices) - 1]]
         # Rounded down, so that nobody is promised more than a card has.
-        max_memory = {
-            card: f"{math.floor(size / GIB * 10) / 10}GiB" for card, size in enumerate(sizes)
-        }
-        placement = _plan(trials, "auto", max_memory)
-        weights = _weights(trials, placement)
-        fullest = max(weights.get(card, 0) + size for card, size in enumerate(extra))
-        if all(isinstance(place, int) for place in placement.values()):
-            found.append((fullest, Candidate("auto", max_memory, placement)))
+        tenths = [math.floor(min(size, free[n]) / GIB * 10) for n, size in enumerate(sizes)]
+        max_memory = {card: f"{size / 10}GiB" for card, size in enumerate(tenths)}
+        placement = trials.deployment.plan("auto", max_memory)
+        candidate = Recommendation("auto", max_memory, placement)
+        weights = trials.deployment.weights_bytes(placement)
+        if candidate.on_cards_only:
+            found.append((max(weights[card] + size for card, size in enumerate(extra)), candidate))
     return min(found, key=lambda pair: pair[0])[1] if found else None
-
-
-def _loaded(trials: Trials, placement: dict[str, Place]) -> Trials:
-    """Trials on this map: the same ones if it is their map."""
-    if placement == trials.device_map or not all(
-        isinstance(place, int) for place in placement.values()
-    ):
-        return trials
-    return Trials(
-        trials.card,
-        trials.count,
-        trials.dtype,
-        placement,
-        trials.checkpoint,
-        trials.bar,
-        trials.alloc_conf,
-    )
-
-
-def _plan(trials: Trials, strategy: str, max_memory: dict[int, int | str]) -> dict[str, Place]:
-    with Rig.simulated(trials.card, trials.count):
-        return plan_device_map(strategy, dict(max_memory), DTYPES[trials.dtype], trials.checkpoint)
-
-
-def _weights(trials: Trials, placement: dict[str, Place]) -> dict[Place, int]:
-    sizes: dict[Place, int] = {}
-    for name, parameter in meta_model(DTYPES[trials.dtype], trials.checkpoint).named_parameters():
-        place = place_of(name, placement)
-        sizes[place] = sizes.get(place, 0) + parameter.nbytes
-    return sizes
-
-
-def _free_bytes(trials: Trials) -> dict[int, int]:
-    """What PyTorch finds free on each card before anything is loaded."""
-    with Rig.simulated(trials.card, trials.count):
-        return {index: torch.cuda.mem_get_info(index)[0] for index in range(trials.count)}
 
 
 def _most_text_tokens(config: GLM4VConfig, workload: Workload) -> int:
@@ -458,65 +338,59 @@ def _estimate(trials: Trials, single: Workload) -> int:
     if not result.fits:
         return 1
     rooms = []
-    for device, held in zip(result.devices, trials.base, strict=True):
-        used = device.peak_reserved_bytes - held[1]
+    for device, (_, reserved) in zip(result.devices, trials.base, strict=True):
+        used = device.peak_reserved_bytes - reserved
         if used > 0:
             rooms.append((used + device.free_at_peak_bytes) // used)
     return min(rooms, default=1)
 
 
 def _largest_that_fits(
-    trials: Trials, sized: Callable[[int], Workload], most: int, guess: int
+    trials: Trials, workload: Workload, size_of: str, most: int, guess: int
 ) -> int:
-    """The largest size from 1 to ``most`` whose workload fits, 0 if none; that it fits, and one
-    more does not, was run.
+    """The largest size of a field, up to ``most``, whose workload fits, 0 if none; that it
+    fits, and one more does not, was run.
 
     The prefill of every size is cheap, and what does not get through it cannot decode: its edge is
     found first and the decode steps are run from there down.
     """
-    size = _bisect(lambda size: trials.run(replace(sized(size), new_tokens=0)).fits, most, guess)
-    if size and sized(size).new_tokens > 1 and not sized(size).train:
-        size = _bisect(
-            lambda size: trials.run(sized(size)).fits, size, _guess_for_cache(trials, sized, size)
-        )
+
+    def fits(size: int, new_tokens: int = workload.new_tokens) -> bool:
+        return trials.run(replace(workload, **{size_of: size}, new_tokens=new_tokens)).fits
+
+    size = bisect(lambda size: fits(size, new_tokens=0), most, guess)
+    if size and workload.new_tokens > 1 and not workload.train:
+        # So many that the KV cache, at the end, takes what the weights leave free.
+        free = sum(memory.free_bytes for memory in trials.rig.memory())
+        one, two = (_cache_bytes(trials, replace(workload, **{size_of: n})) for n in (1, 2))
+        guess = min(size, 1 + (free - one) // (two - one))
+        size = bisect(fits, size, max(1, guess))
     return size
 
 
-def _guess_for_cache(trials: Trials, sized: Callable[[int], Workload], size: int) -> int:
-    """``size``, or the largest below it whose KV cache, at the end, is no larger than what the
-    weights leave free."""
-    decoder = trials.config.text_config
-    bytes_per_token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
-    bytes_per_token *= DTYPES[trials.dtype].itemsize
-    image_tokens = trials.config.vision_config.image_tokens
-    free = sum(memory.free_bytes for memory in trials.rig.memory())
-
-    def cache_bytes(workload: Workload) -> int:
-        positions = workload.images * image_tokens + workload.text_tokens + workload.new_tokens
-        return workload.batch_size * positions * bytes_per_token
-
-    return max(1, _bisect(lambda each: cache_bytes(sized(each)) <= free, size, size))
+def _cache_bytes(trials: Trials, workload: Workload) -> int:
+    """The KV cache when the last token is generated."""
+    decoder, image = trials.config.text_config, trials.config.vision_config.image_tokens
+    numbers = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
+    positions = workload.images * image + workload.text_tokens + workload.new_tokens
+    itemsize = DTYPES[trials.deployment.dtype].itemsize
+    return workload.batch_size * positions * numbers * itemsize
 
 
-def _bisect(fits: Callable[[int], bool], most: int, guess: int) -> int:
-    """The largest number from 1 to ``most`` that fits, 0 if none; begins at the guess, in steps
-    that double."""
+def bisect(fits: Callable[[int], bool], most: int, guess: int) -> int:
+    """The largest number from 1 to ``most`` that fits, 0 if none; from the guess, in doubling
+    steps."""
     low, high, step = 0, most + 1, max(1, guess // 16)
-    probe = guess
+    tried = guess
     while high - low > 1:
-        probe = min(max(probe, low + 1), high - 1)
-        if fits(probe):
-            low = probe
+        tried = min(max(tried, low + 1), high - 1)
+        if fits(tried):
+            low = tried
         else:
-            high = probe
+            high = tried
         if 0 < low and high <= most:
-            probe = (low + high) // 2
+            tried = (low + high) // 2
         else:  # only one side of the edge is known
-            probe = high - step if high <= most else low + step
+            tried = high - step if high <= most else low + step
             step *= 2
     return low
-
-
-def _advance(bar):
-    if bar is not None:
-        bar.update()

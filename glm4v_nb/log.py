@@ -8,8 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def logged_stage(rig, name: str, path: str | Path):
-    """Name a part of a run as ``rig.stage`` does, and append its record to a log when it ends, by
-    an error as well.
+    """Name a part of a run as ``rig.stage`` does; when it ends its record is appended to a log.
 
     A line holds ``time`` (of the end, ISO 8601 with zone), ``stage``, ``provenance`` ("simulated"
     or "measured on ..."), ``memory`` (per card the fields of ``CardMemory``, sizes in bytes),

@@ -29,56 +29,45 @@ def measured_run(file: str, load: str, run: str) -> list[MeasuredStage]:
 
     Args:
         file: name of a file in benchmarks/results, without ".json".
-        load, run: names in the plan of ``benchmarks/memory.py``; the run "load" is the loading
-            itself.
+        load, run: names in the plan of ``benchmarks/memory.py``; the run "load" is the loading.
 
     Raises:
         KeyError: no such load or run in the file.
     """
     results = _read(file)
-    records = {each["load"]["name"]: each["records"] for each in results["loads"]}
-    record = {each["run"]: each for each in records[load]}[run]
-    return [
-        MeasuredStage(
-            stage["name"],
-            tuple(card["peak_allocated_bytes"] for card in stage["memory"]),
-            record["out_of_memory"] if stage is record["stages"][-1] else None,
-            _provenance(results["provenance"], record["cap_bytes"]),
-        )
-        for stage in record["stages"]
-    ]
+    records = {each["load"]["name"]: each["records"] for each in results["loads"]}[load]
+    record = {each["run"]: each for each in records}[run]
+    stages, origin, cap = record["stages"], results["provenance"], record["cap_bytes"]
+    cards = ", ".join(f"{count} x {name}" for name, count in origin["cards"].items())
+    provenance = (
+        f"measured on {cards}{f' capped to {cap / 1e9:g} GB' if cap else ''}, {origin['date']},"
+        f" torch {origin['torch']}, transformers {origin['transformers']}"
+    )
+    measured = []
+    for stage in stages:
+        peaks = tuple(card["peak_allocated_bytes"] for card in stage["memory"])
+        message = record["out_of_memory"] if stage is stages[-1] else None
+        measured.append(MeasuredStage(stage["name"], peaks, message, provenance))
+    return measured
 
 
 def measured_notebook(file: str, number: str) -> list[list[MeasuredStage]]:
-    """The stages of every rig of a notebook that ``benchmarks/notebooks.py`` ran on real GPUs, in
-    their order."""
-    return [
-        [
-            MeasuredStage(
-                stage["stage"],
-                tuple(stage["peak_allocated_bytes"]),
-                stage["out_of_memory"],
-                rig["provenance"],
-            )
-            for stage in rig["stages"]
-        ]
-        for rig in _notebook(file, number)["rigs"]
-        if rig["provenance"].startswith("measured")
-    ]
+    """The stages of every rig of a notebook that ``benchmarks/notebooks.py`` ran on real GPUs.
 
-
-def _notebook(file: str, number: str) -> dict:
-    return {each["notebook"][:2]: each for each in _read(file)["notebooks"]}[number]
+    Raises:
+        KeyError: no such notebook in the file.
+    """
+    rigs = {each["notebook"][:2]: each["rigs"] for each in _read(file)["notebooks"]}[number]
+    measured = []
+    for rig in rigs:
+        if rig["provenance"].startswith("measured"):
+            stages = [
+                (each["stage"], tuple(each["peak_allocated_bytes"]), each["out_of_memory"])
+                for each in rig["stages"]
+            ]
+            measured.append([MeasuredStage(*stage, rig["provenance"]) for stage in stages])
+    return measured
 
 
 def _read(file: str) -> dict:
     return json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
-
-
-def _provenance(origin: dict, cap_bytes: int | None) -> str:
-    cards = ", ".join(f"{count} x {name}" for name, count in origin["cards"].items())
-    cap = f" capped to {cap_bytes / 1e9:g} GB" if cap_bytes else ""
-    return (
-        f"measured on {cards}{cap}, {origin['date']}, torch {origin['torch']}, transformers"
-        f" {origin['transformers']}"
-    )

@@ -1,8 +1,7 @@
-"""Device maps: what transformers plans for given cards, and what a loaded model's map means in
-bytes."""
+"""Device maps: what transformers plans for given cards, and what a map means in bytes."""
 
 import difflib
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from transformers.integrations.accelerate import _get_device_map
 
 from glm4v_nb.model import GLM4VForConditionalGeneration
-from glm4v_nb.model.configuration import OFFICIAL_CHECKPOINTS, read_config
+from glm4v_nb.model.configuration import OFFICIAL, read_config
 
 # Where a module runs: a card's index, "cpu" or "disk".
 Place = int | str
@@ -27,22 +26,20 @@ class PlacedModule:
 
 
 def meta_model(
-    dtype: torch.dtype = torch.bfloat16, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
+    dtype: torch.dtype = torch.bfloat16, checkpoint: str | Path = OFFICIAL
 ) -> GLM4VForConditionalGeneration:
-    """The model without memory, for planning. ``checkpoint``: as in ``read_config``; the full size
-    by default."""
+    """The model without memory, for planning; ``checkpoint`` as in ``read_config``."""
     with torch.device("meta"):
         return GLM4VForConditionalGeneration(read_config(checkpoint)).to(dtype)
 
 
 def plan_device_map(
     strategy: str,
-    max_memory: dict[Place, int],
+    max_memory: dict[Place, int | str],
     dtype: torch.dtype = torch.bfloat16,
-    checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0],
+    checkpoint: str | Path = OFFICIAL,
 ) -> dict[str, Place]:
-    """The map ``from_pretrained(device_map=strategy, max_memory=max_memory)`` would make, without
-    loading.
+    """The map that ``from_pretrained`` would make of a strategy, without loading.
 
     Args:
         strategy: "auto", "balanced", "balanced_low_0" or "sequential".
@@ -55,9 +52,7 @@ def plan_device_map(
     return dict(_get_device_map(meta_model(dtype, checkpoint), strategy, max_memory, None))
 
 
-def check_device_map(
-    device_map: dict[str, Place], count: int, checkpoint: str | Path = OFFICIAL_CHECKPOINTS[0]
-):
+def check_device_map(device_map: dict[str, Place], count: int, checkpoint: str | Path = OFFICIAL):
     """Check a map written by hand for ``count`` cards.
 
     Raises:
@@ -79,15 +74,11 @@ def check_device_map(
     model = meta_model(checkpoint=checkpoint)
     parameters = [name for name, _ in model.named_parameters()]
     known = {*parameters, *(name for name, _ in model.named_modules())}
-    for name in device_map:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            advice = (
-                f"Did you mean {close[0]!r}?"
-                if close
-                else "The top ones are vision_tower, language_model, lm_head."
-            )
-            raise ValueError(f"device_map names {name!r}, which the model does not have. {advice}")
+    for name in [name for name in device_map if name not in known]:
+        advice = "The top ones are vision_tower, language_model, lm_head."
+        for close in difflib.get_close_matches(name, known, n=1):
+            advice = f"Did you mean {close!r}?"
+        raise ValueError(f"device_map names {name!r}, which the model does not have. {advice}")
     prefixes = tuple(f"{name}." for name in device_map)
     for name in parameters:
         if "" not in device_map and not f"{name}.".startswith(prefixes):
@@ -102,35 +93,27 @@ def explain_device_map(model, device_map: dict[str, Place]) -> list[PlacedModule
 
     A block that the map cuts in two appears once per part.
     """
-    blocks = [
-        *[
-            f"vision_tower.{name}"
-            for name in ("patch_embedding", "conv", "linear_proj", "boundary")
-        ],
-        *[f"vision_tower.layers.{index}" for index in range(len(model.vision_tower.layers))],
-        "language_model.embed_tokens",
-        *[f"language_model.layers.{index}" for index in range(len(model.language_model.layers))],
-        "language_model.norm",
-        "lm_head",
+    tower, decoder = "vision_tower", "language_model"
+    kinds = [
+        (f"{tower}.patch_embedding", "tower other"),
+        *[(f"{tower}.layers.{n}", "tower layer") for n in range(len(model.vision_tower.layers))],
+        *[(f"{tower}.{name}", "tower other") for name in ("conv", "linear_proj", "boundary")],
+        (f"{decoder}.embed_tokens", "embedding and head"),
+        *[(f"{decoder}.layers.{n}", "decoder layer") for n in range(model.config.num_layers)],
+        (f"{decoder}.norm", "embedding and head"),
+        ("lm_head", "embedding and head"),
     ]
-    blocks.sort(key=_flow_order)
     placed = []
-    for block in blocks:
-        size_by_place: dict[Place, int] = defaultdict(int)
+    for block, kind in kinds:
+        sizes: Counter[Place] = Counter()
         for name, parameter in model.get_submodule(block).named_parameters():
-            full_name = f"{block}.{name}"
-            size_by_place[place_of(full_name, device_map)] += (
-                parameter.numel() * parameter.element_size()
-            )
-        placed.extend(
-            PlacedModule(block, _kind(block), place, size) for place, size in size_by_place.items()
-        )
+            sizes[place_of(f"{block}.{name}", device_map)] += parameter.nbytes
+        placed += [PlacedModule(block, kind, place, size) for place, size in sizes.items()]
     return placed
 
 
 def place_of(name: str, device_map: dict[str, Place]) -> Place:
-    """Where a parameter or module is, by the longest prefix in the map; "cpu" when nothing
-    matches."""
+    """Where a parameter or module is, by the longest prefix in the map; else "cpu"."""
     while name not in device_map and name:
         name = name.rpartition(".")[0]
     place = device_map.get(name, "cpu")
@@ -138,34 +121,9 @@ def place_of(name: str, device_map: dict[str, Place]) -> Place:
 
 
 def input_device(model) -> torch.device:
-    """Where token ids belong: the device the embedding computes on, also when its weights are
-    offloaded."""
+    """Where token ids belong: the device the embedding computes on, offloaded or not."""
     embedding = model.get_input_embeddings()
     device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     if device is None:
         return embedding.weight.device
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-
-
-def _kind(block: str) -> str:
-    if block.startswith("vision_tower.layers"):
-        return "tower layer"
-    if block.startswith("vision_tower"):
-        return "tower other"
-    return "decoder layer" if ".layers." in block else "embedding and head"
-
-
-def _flow_order(block: str) -> tuple[int, int]:
-    order = (
-        "vision_tower.patch_embedding",
-        "vision_tower.layers",
-        "vision_tower.conv",
-        "vision_tower.linear_proj",
-        "vision_tower.boundary",
-        "language_model.embed_tokens",
-        "language_model.layers",
-        "language_model.norm",
-        "lm_head",
-    )
-    prefix, _, number = block.rpartition(".") if block[-1].isdigit() else (block, "", "0")
-    return order.index(prefix), int(number)

@@ -1,5 +1,4 @@
-"""A training step: which weights it changes, forward and backward, and the optimiser's first
-update."""
+"""A training step: the weights it changes, forward, backward, the optimiser's first update."""
 
 import warnings
 
@@ -10,8 +9,7 @@ TRAINED = ("everything", "decoder", "lora")
 OPTIMIZERS = ("", "adamw")
 # Usual for adapters of this size of model; rank 16 on two projections of 40 layers is 8.5 million
 # weights.
-_LORA_RANK = 16
-_LORA_TARGETS = ["q_proj", "v_proj"]
+_LORA = {"r": 16, "target_modules": ["q_proj", "v_proj"]}
 
 
 def trained_parameters(model, trained: str = "everything") -> list[torch.nn.Parameter]:
@@ -26,44 +24,40 @@ def trained_parameters(model, trained: str = "everything") -> list[torch.nn.Para
     """
     if trained not in TRAINED:
         raise ValueError(f"trained is {trained!r}; expected one of {', '.join(TRAINED)}.")
+    model.requires_grad_(True)
+    model.vision_tower.requires_grad_(trained == "everything")
     if trained == "lora":
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise ImportError(
-                "LoRA needs the peft library, which is not installed. Run: pip install peft"
-            ) from error
-        if not hasattr(model, "peft_config"):
-            with warnings.catch_warnings():
-                # peft asks for a property that transformers 5.23 has renamed.
-                warnings.filterwarnings(
-                    "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-                )
-                get_peft_model(model, LoraConfig(r=_LORA_RANK, target_modules=_LORA_TARGETS))
-            # Or checkpointing would see no input with a gradient, and none would reach the
-            # adapters.
-            model.enable_input_require_grads()
+        _add_adapters(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
-    else:
-        model.requires_grad_(True)
-        model.vision_tower.requires_grad_(trained == "everything")
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def _add_adapters(model):
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        needs = "LoRA needs the peft library, which is not installed."
+        raise ImportError(f"{needs} Run: pip install peft") from error
+    if hasattr(model, "peft_config"):
+        return
+    with warnings.catch_warnings():
+        # peft asks for a property that transformers 5.23 has renamed.
+        message = ".*is_gradient_checkpointing"
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+        get_peft_model(model, LoraConfig(**_LORA))
+    # Or checkpointing would see no input with a gradient, and none would reach the adapters.
+    model.enable_input_require_grads()
+
+
 def enable_gradient_checkpointing(model):
-    """Recompute activations in the backward pass; transformers 5.23 renamed the method that does
-    it."""
-    enable = (
-        getattr(model, "activation_checkpointing_enable", None)
-        or model.gradient_checkpointing_enable
-    )
-    enable()
+    """Recompute activations in the backward pass; transformers 5.23 renamed the method for it."""
+    renamed = getattr(model, "activation_checkpointing_enable", None)
+    (renamed or model.gradient_checkpointing_enable)()
 
 
 def train_step(model, prompt: dict[str, torch.Tensor], gradient_checkpointing: bool = False):
-    """Forward and backward over the prompt, with gradients for what requires them; returns the
-    loss."""
+    """Forward and backward over the prompt, for what requires gradients; returns the loss."""
     model.train()
     if gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -73,8 +67,7 @@ def train_step(model, prompt: dict[str, torch.Tensor], gradient_checkpointing: b
 
 
 def first_update(parameters: list[torch.nn.Parameter], **options) -> torch.optim.Optimizer:
-    """The first update of a new AdamW, which makes its two numbers for every weight; they live as
-    long as it does.
+    """The first update of a new AdamW, which makes its two numbers for every weight.
 
     ``options`` are those of ``torch.optim.AdamW``, as ``foreach=False`` to update one weight after
     the other.
@@ -85,8 +78,7 @@ def first_update(parameters: list[torch.nn.Parameter], **options) -> torch.optim
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts the operations of what runs in its block, from shapes; ``get_total_flops()`` has the
-    sum.
+    """Counts the operations in its block, from shapes; ``get_total_flops()`` has the sum.
 
     torch's own counter, with formulas for attention whose keys have fewer heads than its queries;
     torch 2.11 has none.
@@ -101,8 +93,9 @@ def flop_counter() -> FlopCounterMode:
         batch, heads, positions, features = query
         return 2 * batch * heads * positions * key[2] * (3 * features + 2 * value[3])
 
-    kinds = ("cudnn", "flash", "efficient")
-    formulas = {f"_scaled_dot_product_{kind}_attention": forward for kind in kinds}
-    formulas |= {f"_scaled_dot_product_{kind}_attention_backward": backward for kind in kinds}
-    mapping = {getattr(torch.ops.aten, name): formula for name, formula in formulas.items()}
-    return FlopCounterMode(display=False, custom_mapping=mapping)
+    formulas = {}
+    for kind in ("cudnn", "flash", "efficient"):
+        operator = f"_scaled_dot_product_{kind}_attention"
+        formulas[getattr(torch.ops.aten, operator)] = forward
+        formulas[getattr(torch.ops.aten, f"{operator}_backward")] = backward
+    return FlopCounterMode(display=False, custom_mapping=formulas)

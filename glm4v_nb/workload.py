@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from glm4v_nb.model.configuration import GLM4VConfig
 from glm4v_nb.model.splicing import expand_image_positions
 from glm4v_nb.placement import input_device
 from glm4v_nb.training import OPTIMIZERS, TRAINED
@@ -23,6 +24,9 @@ class Workload:
     training step: ``trained`` names the weights it changes ("everything", "decoder" for all but the
     image tower, "lora" for small matrices added to the decoder's attention), ``optimizer`` the one
     whose first update follows the backward pass ("" for none, "adamw").
+
+    Raises:
+        ValueError: a size or a choice that cannot be run.
     """
 
     batch_size: int = 1
@@ -35,17 +39,11 @@ class Workload:
     optimizer: str = ""
 
     def __post_init__(self):
-        for name, least in (
-            ("batch_size", 1),
-            ("text_tokens", 1),
-            ("new_tokens", 0),
-            ("images", 0),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"{name} is {value!r}; expected a whole number of at least {least}."
-                )
+        smallest = {"batch_size": 1, "text_tokens": 1, "new_tokens": 0, "images": 0}
+        for name, least in smallest.items():
+            size, expected = getattr(self, name), f"expected a whole number of at least {least}."
+            if not isinstance(size, int) or size < least:
+                raise ValueError(f"{name} is {size!r}; {expected}")
         if self.images > 1:
             raise ValueError(
                 f"images is {self.images}; GLM-4V-9B takes at most one image per sample. For"
@@ -57,16 +55,30 @@ class Workload:
                 " inference. Set train as well, or leave it out."
             )
         for name, expected in (("trained", TRAINED), ("optimizer", OPTIMIZERS)):
-            value = getattr(self, name)
-            if value not in expected:
-                raise ValueError(
-                    f"{name} is {value!r}; expected one of {', '.join(map(repr, expected))}."
-                )
-            if value != expected[0] and not self.train:
-                raise ValueError(
-                    f"{name} is {value!r}, which is for training. Set train as well, or leave it"
-                    " out."
-                )
+            choice = getattr(self, name)
+            if choice not in expected:
+                choices = ", ".join(map(repr, expected))
+                raise ValueError(f"{name} is {choice!r}; expected one of {choices}.")
+            if choice != expected[0] and not self.train:
+                advice = "Set train as well, or leave it out."
+                raise ValueError(f"{name} is {choice!r}, which is for training. {advice}")
+
+
+def check_context(workload: Workload, config: GLM4VConfig):
+    """Raises ValueError where the prompt, or the answer alone, exceeds the model's context."""
+    image_positions = workload.images * config.vision_config.image_tokens
+    positions = workload.text_tokens + image_positions
+    if positions > config.seq_length:
+        image = f" ({image_positions} of them the image)" if workload.images else ""
+        raise ValueError(
+            f"The prompt takes {positions} positions{image}, but the model's context is"
+            f" {config.seq_length}. Lower text_tokens."
+        )
+    if workload.new_tokens > config.seq_length:
+        raise ValueError(
+            f"new_tokens is {workload.new_tokens}, but the model's whole context is"
+            f" {config.seq_length}. Lower new_tokens."
+        )
 
 
 def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:
@@ -79,32 +91,23 @@ def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: the prompt is longer than the model's context.
     """
-    config = model.config
+    config, batch = model.config, workload.batch_size
     generator = torch.Generator().manual_seed(0)
     # Ordinary text only: special ids, the image's among them, stand at the end of the vocabulary.
-    text = torch.randint(
-        min(config.boi_token_id, config.pad_token_id),
-        (workload.batch_size, workload.text_tokens),
-        generator=generator,
-    )
-    image = torch.tensor(
-        [config.boi_token_id, config.pad_token_id, config.eoi_token_id] * workload.images
-    )
-    input_ids = torch.cat((image.long().expand(workload.batch_size, -1), text), dim=1)
-    prompt = expand_image_positions(
-        config, input_ids, image_count=workload.batch_size * workload.images
-    )
-    side = config.vision_config.image_size
-    inputs = {
-        "input_ids": prompt.input_ids,
-        "position_ids": prompt.position_ids,
-        "image_mask": prompt.image_mask,
-    }
+    ordinary = min(config.boi_token_id, config.pad_token_id)
+    text = torch.randint(ordinary, (batch, workload.text_tokens), generator=generator)
+    placeholder = [config.boi_token_id, config.pad_token_id, config.eoi_token_id] * workload.images
+    image = torch.tensor(placeholder, dtype=torch.long).expand(batch, -1)
+    ids = torch.cat((image, text), dim=1)
+    prompt = expand_image_positions(config, ids, image_count=batch * workload.images)
+    names = ("input_ids", "position_ids", "image_mask")
+    inputs = {name: getattr(prompt, name) for name in names}
     if workload.images:
         # One image for the whole batch: drawing a new one for each takes seconds, and no byte
         # depends on it.
+        side = config.vision_config.image_size
         pixels = torch.rand(1, 3, side, side, generator=generator)
-        inputs["pixel_values"] = pixels.expand(workload.batch_size, -1, -1, -1)
+        inputs["pixel_values"] = pixels.expand(batch, -1, -1, -1)
     # Not model.device: that is "meta" where the first module of the model is offloaded.
     device = input_device(model)
     return {name: tensor.to(device) for name, tensor in inputs.items()}
@@ -112,8 +115,7 @@ def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def prefill(model, prompt: dict[str, torch.Tensor]):
-    """Run the whole prompt once; returns the model's output with logits of the last position and
-    the KV cache."""
+    """Run the whole prompt once: an output with the last position's logits and the KV cache."""
     return model(**prompt, use_cache=True, logits_to_keep=1)
 
 
@@ -124,20 +126,14 @@ def decode(rig, model, prompt: dict[str, torch.Tensor], outputs, new_tokens: int
     The prefill has already given the first, so the model runs ``new_tokens - 1`` more times. On
     simulated cards ``rig.repeat`` runs two of them and replays the rest.
     """
-    cache = outputs.past_key_values
+    inputs = {"past_key_values": outputs.past_key_values, "use_cache": True, "logits_to_keep": 1}
     token = outputs.logits[:, -1:].argmax(dim=-1)
     position = prompt["position_ids"][:, -1:]
 
     def step():
         nonlocal token, position
         position = position + 1
-        logits = model(
-            input_ids=token,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
+        logits = model(input_ids=token, position_ids=position, **inputs).logits
         token = logits.argmax(dim=-1)
 
     rig.repeat(step, new_tokens - 1)

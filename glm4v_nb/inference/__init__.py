@@ -1,5 +1,4 @@
-"""Loading a checkpoint and asking it questions: whole answers or streamed ones that can be
-stopped."""
+"""Loading a checkpoint and asking it questions: whole answers, or streamed ones to stop."""
 
 from glm4v_nb.inference.generation import Answer, Sampling, Stream, generate, stream
 from glm4v_nb.inference.loading import load

@@ -49,16 +49,11 @@ class Sampling:
 
     def arguments(self) -> dict:
         """As arguments of transformers' ``generate``."""
-        if self.temperature == 0:
-            # Overwrites the sampling defaults a checkpoint's generation_config.json may carry.
-            chosen = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        else:
-            chosen = {
-                "do_sample": True,
-                "temperature": self.temperature,
-                "top_p": self.top_p,
-                "top_k": 0,
-            }
+        # Overwrites the sampling defaults that a checkpoint's generation_config.json may carry.
+        chosen = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if self.temperature > 0:
+            drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+            chosen = {"do_sample": True, **drawn}
         return {"max_new_tokens": self.max_new_tokens, **chosen}
 
 
@@ -98,9 +93,10 @@ def generate(model, processor, messages, sampling: Sampling | None = None) -> An
 
     Raises:
         ValueError: the prompt and ``max_new_tokens`` together exceed the model's context, or a
-        message is wrong. torch.OutOfMemoryError: as it comes from the device.
+            message is wrong.
+        torch.OutOfMemoryError: as it comes from the device.
     """
-    return _Run(model, processor, messages, sampling or Sampling()).run(streamer=None)
+    return _Generation(model, processor, messages, sampling).run(streamer=None)
 
 
 def stream(
@@ -114,28 +110,23 @@ def stream(
         messages: as for ``generate``.
         timeout_seconds: longest silence between two tokens, the first one's prefill included.
     """
-    return Stream(_Run(model, processor, messages, sampling or Sampling()), timeout_seconds)
+    return Stream(_Generation(model, processor, messages, sampling), timeout_seconds)
 
 
-class _Run(StoppingCriteria):
+class _Generation(StoppingCriteria):
     """One call of the model's ``generate``: counts tokens, and stops it when told to."""
 
-    def __init__(self, model, processor, messages, sampling: Sampling):
-        self.model, self.processor, self.messages, self.sampling = (
-            model,
-            processor,
-            messages,
-            sampling,
-        )
+    def __init__(self, model, processor, messages, sampling: Sampling | None):
+        self.model, self.processor, self.messages = model, processor, messages
+        self.sampling = sampling or Sampling()
         self.cancelled = threading.Event()
-        self.started = time.monotonic()
-        self.first: float | None = None
-        self.alive = self.started  # when the last token came
+        self.started = self.last_token = time.monotonic()
+        self.first_token: float | None = None
         self.new_tokens = 0
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
-        self.alive = time.monotonic()
-        self.first = self.first or self.alive
+        self.last_token = time.monotonic()
+        self.first_token = self.first_token or self.last_token
         self.new_tokens += 1
         return torch.full((len(input_ids),), self.cancelled.is_set(), device=input_ids.device)
 
@@ -156,34 +147,33 @@ class _Run(StoppingCriteria):
             streamer=streamer,
         )
         new = output[0, inputs["input_ids"].shape[1] :].tolist()
-        ended = new and new[-1] in _end_ids(self.model)
-        finish = END if ended else LENGTH if len(new) == self.sampling.max_new_tokens else CANCELLED
+        end_ids = self.model.generation_config.eos_token_id
+        finish = LENGTH if len(new) == self.sampling.max_new_tokens else CANCELLED
+        if new and new[-1] in (end_ids if isinstance(end_ids, list) else [end_ids]):
+            finish = END
         finished = time.monotonic()
         return Answer(
             text=self.processor.tokenizer.decode(new, skip_special_tokens=True).strip(),
             finish=finish,
             prompt_tokens=prompt_tokens,
             new_tokens=len(new),
-            first_token_seconds=(self.first or finished) - self.started,
+            first_token_seconds=(self.first_token or finished) - self.started,
             seconds=finished - self.started,
         )
 
     def _check_context(self, inputs) -> int:
-        config = self.model.config
-        images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+        """Positions of the prompt; ValueError where the answer may exceed the context."""
+        config, answer = self.model.config, self.sampling.max_new_tokens
         # Three ids stand for each image in the prompt.
-        prompt_tokens = inputs["input_ids"].shape[1] + images * (
-            config.vision_config.image_tokens - 3
-        )
-        wanted = prompt_tokens + self.sampling.max_new_tokens
-        if wanted > config.seq_length:
+        image_tokens = config.vision_config.image_tokens - 3
+        prompt = inputs["input_ids"].shape[1] + len(inputs.get("pixel_values", ())) * image_tokens
+        if prompt + answer > config.seq_length:
             raise ValueError(
-                f"The conversation takes {prompt_tokens:,} tokens and the answer may take"
-                f" {self.sampling.max_new_tokens:,} more, but the model's context is"
-                f" {config.seq_length:,} (seq_length). Lower max_new_tokens, shorten the question,"
-                " or start a new conversation."
+                f"The conversation takes {prompt:,} tokens and the answer may take {answer:,} more,"
+                f" but the model's context is {config.seq_length:,} (seq_length). Lower"
+                " max_new_tokens, shorten the question, or start a new conversation."
             )
-        return prompt_tokens
+        return prompt
 
 
 class _Pieces(TextStreamer):
@@ -203,8 +193,7 @@ class _Pieces(TextStreamer):
 
 
 class Stream:
-    """Iterates over the pieces of an answer; ``answer`` holds the whole once the iteration has
-    ended.
+    """Iterates over the pieces of an answer; ``answer`` holds the whole once the iteration ended.
 
     ``cancel()`` ends it within one token, from any thread. Leaving the ``with`` block does the same
     and waits for the worker, so that nothing goes on running unseen.
@@ -215,9 +204,9 @@ class Stream:
         TimeoutError: no token for ``timeout_seconds``.
     """
 
-    def __init__(self, run: _Run, timeout_seconds: float):
+    def __init__(self, generation: _Generation, timeout_seconds: float):
         self.answer: Answer | None = None
-        self._run, self._timeout_seconds = run, timeout_seconds
+        self._generation, self._timeout_seconds = generation, timeout_seconds
         self._pieces: queue.Queue = queue.Queue()
         self._error: BaseException | None = None
         self._hung = False
@@ -235,54 +224,55 @@ class Stream:
         return self
 
     def __next__(self) -> str:
-        while True:
-            patience = self._run.alive + self._timeout_seconds - time.monotonic()
-            try:
-                piece = self._pieces.get(timeout=max(0.01, patience))
+        piece = self._next_piece()
+        if piece is not None:
+            return piece
+        self._pieces.put(None)  # for whoever asks again
+        error, self._error = self._error, None
+        raise StopIteration if error is None else error
+
+    def _next_piece(self) -> str | None:
+        """Waits while tokens come, though none may finish a word; None when there is no more."""
+        patience = self._timeout_seconds
+        while patience > 0:
+            patience = self._generation.last_token + self._timeout_seconds - time.monotonic()
+            try:  # what has come is read, however late
+                return self._pieces.get(timeout=max(0.01, patience))
             except queue.Empty:
-                if self._run.alive + self._timeout_seconds > time.monotonic():
-                    continue  # tokens come, but none has finished a word
-                self.cancel()
-                self._hung = True
-                raise TimeoutError(
-                    f"No token for {self._timeout_seconds:g} s. Expected one in that time; the"
-                    " answer was cancelled. A long prompt, offloaded weights or a busy GPU need"
-                    " more: raise timeout_seconds."
-                ) from None
-            if piece is not None:
-                return piece
-            self._pieces.put(None)  # for whoever asks again
-            if self._error is not None:
-                error, self._error = self._error, None
-                raise error
-            raise StopIteration
+                continue
+        self.cancel()
+        self._hung = True
+        raise TimeoutError(
+            f"No token for {self._timeout_seconds:g} s. Expected one in that time; the answer was"
+            " cancelled. A long prompt, offloaded weights or a busy GPU need more: raise"
+            " timeout_seconds."
+        )
 
     @property
     def running(self) -> bool:
-        """Whether the worker is still alive; after a ``TimeoutError`` it may be, until its step
-        ends."""
+        """Whether the worker lives; after a ``TimeoutError`` it may, until its step ends."""
         return self._worker.is_alive()
 
     @property
     def new_tokens(self) -> int:
         """Tokens generated so far."""
-        return self._run.new_tokens
+        return self._generation.new_tokens
 
     @property
     def tokens_per_second(self) -> float:
         """Speed so far of the tokens after the first."""
-        run = self._run
-        later = run.alive - (run.first or run.alive)
-        return (run.new_tokens - 1) / later if later > 0 else 0.0
+        now = self._generation
+        later = now.last_token - (now.first_token or now.last_token)
+        return (now.new_tokens - 1) / later if later > 0 else 0.0
 
     def cancel(self):
         """Stop within one token; the pieces that came stay readable."""
-        self._run.cancelled.set()
+        self._generation.cancelled.set()
 
     def _work(self):
-        run = self._run
+        tokenizer = self._generation.processor.tokenizer
         try:
-            self.answer = run.run(_Pieces(run.processor.tokenizer, self._pieces))
+            self.answer = self._generation.run(_Pieces(tokenizer, self._pieces))
         except BaseException as error:
             # The frames of a failed forward pass hold its tensors: an out-of-memory error that is
             # kept, or shown, would keep the memory too.
@@ -290,8 +280,3 @@ class Stream:
             self._error = error
         finally:
             self._pieces.put(None)
-
-
-def _end_ids(model) -> set[int]:
-    ids = model.generation_config.eos_token_id
-    return set(ids if isinstance(ids, list) else [ids])

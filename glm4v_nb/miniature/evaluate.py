@@ -7,19 +7,18 @@ as people have them.
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from rich.console import Console
+from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from glm4v_nb.miniature import CHECKPOINT
 from glm4v_nb.miniature.questions import sample
 from glm4v_nb.miniature.scenes import draw, encode, is_wide, random_size
-from glm4v_nb.model import register
 
 HELD_OUT_SEED = 1_000_000
 # Share of the questions. "drawn": sizes as in training, PNG; "wide": sides from 2 : 1 to 4 : 1;
@@ -44,30 +43,25 @@ def evaluate(
         ``accuracy`` over all; ``kinds``, ``languages``, ``kinds_and_languages`` and ``forms`` as
         name → accuracy and count; ``wrong``: at most ``examples`` wrong answers.
     """
-    register()
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
     rng = np.random.default_rng([HELD_OUT_SEED, seed])
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     wrong = []
-    for start in tqdm(
-        range(0, count, batch_size), unit="batch", file=sys.stdout, disable=not progress
-    ):
+    console = Console(stderr=True)
+    batches = range(0, count, batch_size)
+    for start in track(batches, "questions", console=console, disable=not progress):
         asked = [held_out_question(rng) for _ in range(min(batch_size, count - start))]
-        answers = answer_all(
-            model, processor, [(picture, question) for picture, question, *_ in asked]
-        )
-        for (_, question, expected, kind, language, form), given in zip(
-            asked, answers, strict=True
-        ):
+        answers = answer_all(model, processor, [one[:2] for one in asked])
+        for one, given in zip(asked, answers, strict=True):
+            _, question, expected, kind, language, form = one
             names = {"all": "", "kinds": kind, "languages": language, "forms": form}
             names["kinds_and_languages"] = f"{kind} {language}"
             for group, name in names.items():
                 right[group, name].append(given == expected)
             if given != expected and len(wrong) < examples:
-                wrong.append(
-                    {"form": form, "question": question, "expected": expected, "given": given}
-                )
+                said = {"question": question, "expected": expected, "given": given}
+                wrong.append({"form": form, **said})
     report = {"seed": seed, "count": count, "accuracy": float(np.mean(right.pop(("all", ""))))}
     for (group, name), hits in sorted(right.items()):
         report.setdefault(group, {})[name] = {"accuracy": float(np.mean(hits)), "count": len(hits)}
@@ -96,19 +90,13 @@ def held_out_question(rng: np.random.Generator) -> tuple[bytes, str, str, str, s
 
 @torch.inference_mode()
 def answer_all(model, processor, questions: list[tuple], max_new_tokens: int = 72) -> list[str]:
-    """Greedy answers to (picture, question) pairs, in one batch, without the surrounding white
-    space."""
-    conversations = [
-        [{"role": "user", "image": picture, "content": question}] for picture, question in questions
-    ]
-    inputs = processor.apply_chat_template(conversations, add_generation_prompt=True).to(
-        model.device
-    )
+    """Greedy answers to (picture, question) pairs, in one batch, without space around them."""
+    pictures, texts = zip(*questions, strict=True)
+    inputs = processor(list(pictures), list(texts)).to(model.device)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = output[:, inputs["input_ids"].shape[1] :]
-    return [
-        text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    ]
+    texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def main() -> None:
@@ -120,9 +108,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     options = parser.parse_args()
-    report = evaluate(
-        options.checkpoint, options.seed, options.count, options.device, progress=not options.json
-    )
+    asked = (options.checkpoint, options.seed, options.count, options.device)
+    report = evaluate(*asked, progress=not options.json)
     if options.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return

@@ -5,55 +5,34 @@ The rules, for anyone who wants to draw a picture that the miniature should unde
 * One to five filled shapes of the kinds in ``SHAPES``, which do not touch, on a plain, graded or
   textured background that contrasts with every one of them. A square stands on a side, a diamond on
   a corner.
-* Each has one of the colours in ``COLOURS``, within a small distance of the listed RGB values. *
-The picture is divided into 3 × 3 equal cells; a shape's centre lies well inside one, at most one
-shape a cell. * A large shape has a radius of 12 to 16.5 % of the shorter side, a small one 7 to 9
-%. A shape alone in the
-  picture may be larger.
+* Each has one of the colours in ``COLOURS``, within a small distance of the listed RGB values.
+* The picture is divided into 3 × 3 equal cells; a shape's centre lies well inside one, at most one
+  shape a cell.
+* A large shape has a radius of 12 to 16.5 % of the shorter side, a small one 7 to 9 %. A shape
+  alone in the picture may be larger.
 * Any size from about 80 pixels a side, noise up to a standard deviation of about 12, any file
   format Pillow reads, JPEG down to a quality of about 40.
 * Sides up to 4 : 1. The model sees every picture squeezed into a square, so beyond 2 : 1 every
-shape is large. * A grey picture is one whose shapes are black, white and grey.
+  shape is large.
+* A grey picture is one whose shapes are black, white and grey.
 """
 
 import io
 import math
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart")
-COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {
-    "red": ((255, 0, 0), (220, 20, 40), (200, 0, 0), (235, 60, 50)),
-    "green": ((0, 128, 0), (0, 200, 0), (0, 255, 0), (50, 160, 70)),
-    "blue": ((0, 0, 255), (30, 80, 220), (0, 0, 170), (50, 120, 240)),
-    "yellow": ((255, 255, 0), (250, 225, 30), (255, 240, 70)),
-    "orange": ((255, 165, 0), (255, 140, 0), (250, 120, 20)),
-    "purple": ((128, 0, 128), (150, 50, 200), (110, 40, 160), (148, 0, 211)),
-    "pink": ((255, 192, 203), (255, 105, 180), (255, 150, 190)),
-    "brown": ((139, 69, 19), (150, 80, 20), (115, 70, 40), (160, 82, 45)),
-    "black": ((0, 0, 0), (25, 25, 25)),
-    "white": ((255, 255, 255), (240, 240, 240)),
-    "grey": ((128, 128, 128), (150, 150, 150), (105, 105, 105)),
-}
-# Reading order: cell = 3 * row + column.
-CELLS = (
-    "top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right",
-)  # fmt: skip
+_DATA = tomllib.loads(Path(__file__).with_name("scenes.toml").read_text(encoding="utf-8"))
+COLOURS: dict[str, list[list[int]]] = _DATA["colours"]
+TILT: dict[str, int] = _DATA["tilt"]
+SHAPES, CELLS = tuple(TILT), tuple(_DATA["cells"])
 LARGE, SMALL, ALONE = (0.12, 0.165), (0.07, 0.09), (0.08, 0.33)
 WIDE = 2.0  # sides from which on small shapes would lose their form
 NEUTRAL = ("black", "white", "grey")
-# Largest rotation in degrees at which a shape keeps its name.
-TILT = {
-    "circle": 0,
-    "square": 10,
-    "triangle": 15,
-    "star": 36,
-    "diamond": 8,
-    "cross": 12,
-    "heart": 12,
-}
 SUPERSAMPLING = 3
 
 
@@ -84,9 +63,7 @@ class Scene:
     seed: int
 
 
-def random_scene(
-    rng: np.random.Generator, count: int | None = None, wide: bool = False, grey: bool = False
-) -> Scene:
+def random_scene(rng, count: int | None = None, wide: bool = False, grey: bool = False) -> Scene:
     """A scene that follows the rules above; the same ``rng`` state gives the same scene.
 
     Args:
@@ -100,9 +77,8 @@ def random_scene(
     while len(objects) < count:
         cell = int(rng.integers(9))
         alone = count == 1
-        radius = float(
-            rng.uniform(*(ALONE if alone else LARGE if wide or rng.random() < 0.5 else SMALL))
-        )
+        radii = ALONE if alone else LARGE if wide or rng.random() < 0.5 else SMALL
+        radius = float(rng.uniform(*radii))
         x = (cell % 3 + 0.5) / 3 + rng.uniform(-0.1, 0.1)
         y = (cell // 3 + 0.5) / 3 + rng.uniform(-0.1, 0.1)
         room = min(x, y, 1 - x, 1 - y)
@@ -116,29 +92,17 @@ def random_scene(
         repeat = objects and rng.random() < 0.3
         shape = objects[-1].shape if repeat else str(rng.choice(SHAPES))
         colour = objects[-1].colour if objects and rng.random() < 0.2 else str(rng.choice(colours))
-        objects.append(
-            Shape(
-                shape=shape,
-                colour=colour,
-                rgb=_shade(colour, rng),
-                cell=cell,
-                x=float(x),
-                y=float(y),
-                radius=radius,
-                tilt=math.radians(rng.uniform(-1, 1) * TILT[shape] * (rng.random() < 0.7)),
-                width=float(rng.uniform(0.65, 1.0)) if shape == "diamond" else 1.0,
-            )
-        )
+        rgb = _shade(colour, rng)
+        tilt = math.radians(rng.uniform(-1, 1) * TILT[shape] * (rng.random() < 0.7))
+        width = float(rng.uniform(0.65, 1.0)) if shape == "diamond" else 1.0
+        objects.append(Shape(shape, colour, rgb, cell, float(x), float(y), radius, tilt, width))
     objects.sort(key=lambda one: one.cell)
-    first = _background([one.rgb for one in objects], rng, grey)
+    colours_used = [one.rgb for one in objects]
+    first = second = _background(colours_used, rng, grey)
     pattern = str(rng.choice(("plain", "gradient", "texture"), p=(0.5, 0.25, 0.25)))
-    second = first
     for _ in range(8):
-        candidate = tuple(
-            int(v)
-            for v in np.clip(np.array(first) + rng.integers(-60, 61, 1 if grey else 3), 0, 255)
-        )
-        if pattern != "plain" and _contrasts(candidate, [one.rgb for one in objects]):
+        candidate = _rgb(np.array(first) + rng.integers(-60, 61, 1 if grey else 3))
+        if pattern != "plain" and _contrasts(candidate, colours_used):
             second = candidate
             break
     noise = float(rng.uniform(1, 12)) if rng.random() < 0.5 else 0.0
@@ -146,8 +110,7 @@ def random_scene(
 
 
 def random_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Width and height in pixels: 80 to 400 a side, mostly near square, one in eight beyond 2 :
-    1."""
+    """Width and height in pixels: 80 to 400 each, mostly near square, one in eight beyond 2 : 1."""
     side = 80 * 4 ** rng.random()
     octaves = rng.choice((0.5, 1.0, 2.0), p=(0.55, 0.2, 0.25))
     ratio = 2 ** rng.uniform(-octaves, octaves)
@@ -182,20 +145,16 @@ def encode(picture: Image.Image, format: str, **options) -> bytes:
 
 def sample_pictures() -> dict[str, Image.Image]:
     """A few pictures to try, by name; the same every time."""
-    scenes = {
-        "Five shapes": (5, 11),
-        "Three shapes": (3, 5),
-        "Two shapes": (2, 8),
-        "One shape": (1, 4),
-    }
+    counts_and_seeds = {"Five": (5, 11), "Three": (3, 5), "Two": (2, 8), "One": (1, 4)}
     return {
-        name: draw(random_scene(np.random.default_rng(seed), count), (320, 240))
-        for name, (count, seed) in scenes.items()
+        f"{name} shape{'s' if count > 1 else ''}": draw(
+            random_scene(np.random.default_rng(seed), count), (320, 240)
+        )
+        for name, (count, seed) in counts_and_seeds.items()
     }
 
 
-# Normal noise is drawn once and read at random offsets, which is many times faster than drawing it
-# anew.
+# Drawn once and read at random offsets, which is many times faster than drawing it anew.
 _NOISE = np.random.default_rng(0).standard_normal(1_500_000, dtype=np.float32)
 
 
@@ -207,9 +166,7 @@ def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     return _NOISE[offset : offset + size].reshape(shape)
 
 
-def _paint_background(
-    scene: Scene, width: int, height: int, rng: np.random.Generator
-) -> np.ndarray:
+def _paint_background(scene: Scene, width: int, height: int, rng) -> np.ndarray:
     first, second = (np.array(colour, np.float32) for colour in scene.background)
     if scene.pattern == "plain":
         return np.full((height, width, 3), first, np.uint8)
@@ -229,10 +186,8 @@ def _paint_background(
             mix = ((columns // step + rows // step) % 2).astype(np.float32) * 0.6
         else:  # clouds
             coarse = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8))
-            mix = (
-                np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)
-                / 255
-            )
+            clouds = coarse.resize((width, height), Image.Resampling.BICUBIC)
+            mix = np.asarray(clouds, np.float32) / 255
     return (first + mix[..., None] * (second - first)).clip(0, 255).astype(np.uint8)
 
 
@@ -250,48 +205,32 @@ def _paint(image: Image.Image, one: Shape) -> None:
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
     else:
         cosine, sine = math.cos(one.tilt), math.sin(one.tilt)
-        points = [
-            (
-                x + radius * (cosine * a * one.width - sine * b),
-                y + radius * (sine * a * one.width + cosine * b),
-            )
-            for a, b in _OUTLINES[one.shape]
-        ]
-        pen.polygon(points, fill=255)
+        corners = [(a * one.width, b) for a, b in _OUTLINES[one.shape]]
+        turned = [(cosine * a - sine * b, sine * a + cosine * b) for a, b in corners]
+        pen.polygon([(x + radius * a, y + radius * b) for a, b in turned], fill=255)
     image.paste(one.rgb, (left, top), mask.reduce(SUPERSAMPLING))
 
 
-def _polar(radii: tuple[float, ...], start: float = -90) -> list[tuple[float, float]]:
-    angles = [math.radians(start + 360 * index / len(radii)) for index in range(len(radii))]
-    return [
-        (r * math.cos(angle), r * math.sin(angle)) for r, angle in zip(radii, angles, strict=True)
-    ]
+def _polar(radii: tuple[float, ...]) -> list[tuple[float, float]]:
+    """Points at these distances from the centre, at equal angles, the first at the top."""
+    angles = [math.radians(-90 + 360 * index / len(radii)) for index in range(len(radii))]
+    return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
 
 
 def _heart() -> list[tuple[float, float]]:
-    times = [2 * math.pi * index / 40 for index in range(40)]
-    return [
-        (
-            math.sin(t) ** 3 * 0.95,
-            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17,
-        )
-        for t in times
-    ]
+    """The curve x = 16 sin³ t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, scaled."""
+    points = []
+    for t in [2 * math.pi * index / 40 for index in range(40)]:
+        y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+        points.append((math.sin(t) ** 3 * 0.95, -y / 17))
+    return points
 
 
-_ARM = 0.3
-# Corner points in units of the radius, y downwards.
-_OUTLINES = {
-    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
-    "triangle": [(0.0, -0.95), (0.95, 0.8), (-0.95, 0.8)],
+_OUTLINES = _DATA["outlines"] | {
     "star": _polar((1.0, 0.42) * 5),
     "diamond": _polar((1.0,) * 4),
-    "cross": [
-        (-_ARM, -0.95), (_ARM, -0.95), (_ARM, -_ARM), (0.95, -_ARM), (0.95, _ARM), (_ARM, _ARM),
-        (_ARM, 0.95), (-_ARM, 0.95), (-_ARM, _ARM), (-0.95, _ARM), (-0.95, -_ARM), (-_ARM, -_ARM),
-    ],
     "heart": _heart(),
-}  # fmt: skip
+}
 
 
 def _too_close(other: Shape, cell: int, x: float, y: float, radius: float) -> bool:
@@ -302,15 +241,17 @@ def _shade(colour: str, rng: np.random.Generator) -> tuple[int, int, int]:
     anchors = np.array(COLOURS[colour])
     first, second = anchors[rng.integers(len(anchors), size=2)]
     mixed = first + rng.random() * (second - first)
-    same = colour in ("black", "white", "grey")  # these stay neutral
-    mixed = mixed + rng.uniform(-10, 10, 1 if same else 3) * (rng.random() < 0.6)
-    return tuple(int(v) for v in np.clip(mixed, 0, 255))
+    channels = 1 if colour in NEUTRAL else 3
+    return _rgb(mixed + rng.uniform(-10, 10, channels) * (rng.random() < 0.6))
+
+
+def _rgb(values) -> tuple[int, int, int]:
+    return tuple(int(value) for value in np.clip(values, 0, 255))
 
 
 def _contrasts(background, colours) -> bool:
-    return all(
-        sum(abs(a - b) for a, b in zip(background, rgb, strict=True)) > 160 for rgb in colours
-    )
+    distances = np.abs(np.array(colours) - np.array(background)).sum(axis=1)
+    return bool((distances > 160).all())
 
 
 def _background(colours, rng: np.random.Generator, grey: bool) -> tuple[int, int, int]:
@@ -320,17 +261,13 @@ def _background(colours, rng: np.random.Generator, grey: bool) -> tuple[int, int
 
     for _ in range(200):
         style = rng.random()
-        if style < 0.25:
-            candidate = (255, 255, 255)
-        elif style < 0.35:
-            candidate = (0, 0, 0)
-        elif style < 0.65:
-            candidate = tuple(int(v) for v in drawn(190))
+        if style < 0.35:
+            candidate = (255, 255, 255) if style < 0.25 else (0, 0, 0)
         else:
-            candidate = tuple(int(v) for v in drawn(0))
+            candidate = _rgb(drawn(190 if style < 0.65 else 0))
         if _contrasts(candidate, colours):
             return candidate
     # Five colours can leave little room: take the best of many.
     candidates = drawn(0, 200)
     distances = np.abs(candidates[:, None] - np.array(colours)[None]).sum(-1).min(1)
-    return tuple(int(v) for v in candidates[distances.argmax()])
+    return _rgb(candidates[distances.argmax()])

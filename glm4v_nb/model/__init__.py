@@ -1,5 +1,4 @@
-"""GLM-4V-9B as native transformers classes; ``register`` makes the Auto classes load the official
-layout."""
+"""GLM-4V-9B as native transformers classes; importing it registers them."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -14,22 +13,12 @@ from glm4v_nb.model.modeling import GLM4VForConditionalGeneration
 from glm4v_nb.model.processing import register_processing
 from simgpu.checkpoints import register_config
 
-__all__ = [
-    "GLM4VConfig",
-    "GLM4VForConditionalGeneration",
-    "GLM4VVisionConfig",
-    "official_config",
-    "register",
-]
+__all__ = ["GLM4VConfig", "GLM4VForConditionalGeneration", "GLM4VVisionConfig", "official_config"]
 
-
-def register():
-    """Make transformers' Auto classes for configs, models, tokenizers and processors know
-    GLM-4V-9B, and simulated cards its configuration."""
-    AutoConfig.register(GLM4VConfig.model_type, GLM4VConfig, exist_ok=True)
-    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
-        auto_class.register(GLM4VConfig, GLM4VForConditionalGeneration, exist_ok=True)
-    for checkpoint in OFFICIAL_CHECKPOINTS:
-        register_config(checkpoint, official_config)
-    register_official_layout(GLM4VForConditionalGeneration.__name__)
-    register_processing(GLM4VConfig)
+AutoConfig.register(GLM4VConfig.model_type, GLM4VConfig, exist_ok=True)
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    _auto_class.register(GLM4VConfig, GLM4VForConditionalGeneration, exist_ok=True)
+for _checkpoint in OFFICIAL_CHECKPOINTS:
+    register_config(_checkpoint, official_config)
+register_official_layout(GLM4VForConditionalGeneration.__name__)
+register_processing(GLM4VConfig)

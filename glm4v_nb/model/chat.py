@@ -6,23 +6,29 @@ message: the next role token does.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+from glm4v_nb.model.image_processing import IMAGE_FORMS, IMAGE_TYPES
 
 PREFIX = ("[gMASK]", "<sop>")
 # The middle token is where the model puts the image's features.
 IMAGE_TOKENS = ("<|begin_of_image|>", "<|endoftext|>", "<|end_of_image|>")
 ROLES = ("system", "user", "assistant", "observation")
-IMAGE_TYPES = (Image.Image, str, Path, np.ndarray, bytes, memoryview)
+# Options of transformers' chat templates that this format does not have, and what to do instead.
+_OPTION_ADVICE = {
+    "tools": "Describe the tools in a message of role system.",
+    "documents": "Put the documents' text into a message.",
+    "chat_template": "Leave chat_template out.",
+    "truncation": "Cutting ids could cut the image's placeholder: leave messages out instead.",
+    "return_assistant_tokens_mask": (
+        "Encode the conversation up to each answer to find where it starts."
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """One message, whichever form it came in. ``image`` is the image, True for a placeholder, or
-    None."""
+    """One message in one form. ``image`` is the image, True for a placeholder, or None."""
 
     role: str
     text: str
@@ -40,21 +46,20 @@ def is_batch(conversation) -> bool:
     if hasattr(conversation, "messages"):  # a Chat of transformers' pipelines
         return False
     if not isinstance(conversation, (list, tuple)):
-        raise TypeError(
-            f"The conversation is a {type(conversation).__name__}. Expected a list of messages such"
-            ' as [{"role": "user", "content": "Hello"}], or a list of such lists. Put the'
-            " message into a list."
+        raise _wrong_type(
+            "The conversation",
+            conversation,
+            'a list of messages such as [{"role": "user", "content": "Hello"}], or a list of such'
+            " lists. Put the message into a list.",
         )
     if not conversation:
-        raise ValueError(
-            "The conversation is empty. Expected at least one message. Add a message of role user."
-        )
+        expected = "Expected at least one message. Add a message of role user."
+        raise ValueError(f"The conversation is empty. {expected}")
     return isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
 
 
 def parse_conversation(messages) -> list[Message]:
-    """Read messages in the original form or in transformers' form; both may stand in one
-    conversation.
+    """Read messages in the original form or in transformers' form, also mixed.
 
     * Original: ``{"role": "user", "image": image, "content": "text"}``, with an optional "metadata"
       (the text after the role token, such as the name of a tool).
@@ -73,9 +78,11 @@ def parse_conversation(messages) -> list[Message]:
     """
     messages = getattr(messages, "messages", messages)
     if not isinstance(messages, (list, tuple)):
-        raise TypeError(
-            f"A conversation of the batch is a {type(messages).__name__}. Expected every one to be"
-            " a list of messages. Do not mix single messages and conversations in one list."
+        raise _wrong_type(
+            "A conversation of the batch",
+            messages,
+            "every one to be a list of messages. Do not mix single messages and conversations in"
+            " one list.",
         )
     parsed = [_parse_message(number, message) for number, message in enumerate(messages, start=1)]
     parsed = [message for message in parsed if message.text or message.image is not None]
@@ -84,118 +91,71 @@ def parse_conversation(messages) -> list[Message]:
             "The conversation is empty: no message has text or an image. Expected at least one that"
             " has. Give a message of role user some content."
         )
-    images = sum(message.image is not None for message in parsed)
-    if images > 1:
-        raise ValueError(_too_many_images(images))
+    _check_image_count(sum(message.image is not None for message in parsed))
     return parsed
 
 
-def conversation_ids(tokenizer, messages: list[Message], add_generation_prompt: bool) -> list[int]:
-    """The prompt's ids. Every text is encoded by itself, so no text can spell a special token."""
-
-    def text_ids(text):
-        return tokenizer.encode(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )
-
-    ids = tokenizer.convert_tokens_to_ids(list(PREFIX))
+def prompt_pieces(messages: list[Message], add_generation_prompt: bool) -> list[tuple[bool, str]]:
+    """The prompt as (is a special token, text), each encoded by itself, so that no text can spell a
+    special token."""
+    pieces = [(True, token) for token in PREFIX]
     for message in messages:
-        ids.append(tokenizer.convert_tokens_to_ids(f"<|{message.role}|>"))
-        ids += text_ids(f"{message.metadata}\n")
+        pieces += [(True, f"<|{message.role}|>"), (False, f"{message.metadata}\n")]
         if message.image is not None:
-            ids += tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
-        ids += text_ids(message.text)
-    if add_generation_prompt:
-        ids.append(tokenizer.convert_tokens_to_ids("<|assistant|>"))
-    return ids
+            pieces += [(True, token) for token in IMAGE_TOKENS]
+        pieces.append((False, message.text))
+    return pieces + [(True, "<|assistant|>")] * add_generation_prompt
 
 
-def conversation_text(messages: list[Message], add_generation_prompt: bool) -> str:
-    """The prompt as text to read. Encoding it does not give the prompt's ids: special tokens stay
-    text."""
-    pieces = list(PREFIX)
-    for message in messages:
-        image = "" if message.image is None else "".join(IMAGE_TOKENS)
-        pieces.append(f"<|{message.role}|>{message.metadata}\n{image}{message.text}")
-    return "".join(pieces) + ("<|assistant|>" if add_generation_prompt else "")
-
-
-def refuse_options(**options):
-    """Refuse options of transformers' chat templates that this conversation format does not have.
+def refuse_options(options: dict):
+    """Take out of ``options`` what this conversation format does not have, if it is not set.
 
     Raises:
-        ValueError: one of them is set.
+        ValueError: it is.
     """
-    for name, value in options.items():
-        if value:
-            raise ValueError(
-                f"{name} is set, but GLM-4V's conversation format is fixed and has no such option. "
-                f"{_OPTION_ADVICE[name]}"
-            )
-
-
-_OPTION_ADVICE = {
-    "tools": "Describe the tools in a message of role system.",
-    "documents": "Put the documents' text into a message.",
-    "chat_template": "Leave chat_template out.",
-    "truncation": "Cutting ids could cut the image's placeholder: leave messages out instead.",
-    "return_assistant_tokens_mask": (
-        "Encode the conversation up to each answer to find where it starts."
-    ),
-}
+    for name, advice in _OPTION_ADVICE.items():
+        if options.pop(name, None):
+            why = "GLM-4V's conversation format is fixed and has no such option."
+            raise ValueError(f"{name} is set, but {why} {advice}")
 
 
 def _parse_message(number, message) -> Message:
+    where = f"Message {number}"
     if not isinstance(message, dict):
-        raise TypeError(
-            f"Message {number} is a {type(message).__name__}. Expected a dictionary with role and"
-            ' content. Write {"role": "user", "content": …}.'
-        )
-    role = message.get("role")
+        form = '{"role": "user", "content": …}'
+        raise _wrong_type(where, message, f"a dictionary with role and content. Write {form}.")
+    role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(
-            f"Message {number} has the role {role!r}. Expected one of {', '.join(ROLES)}. "
+            f"{where} has the role {role!r}. Expected one of {', '.join(ROLES)}. "
             "A tool's result has the role observation."
         )
     if message.get("tools") or message.get("tool_calls"):
         raise ValueError(
-            f"Message {number} has tools or tool calls. Expected role, content, image and metadata"
+            f"{where} has tools or tool calls. Expected role, content, image and metadata"
             " only. Describe the tools in a system message; a call is an assistant message with"
             " the tool's name as metadata."
         )
     metadata = message.get("metadata") or ""
     if not isinstance(metadata, str):
-        raise TypeError(
-            f"Message {number}: metadata is a {type(metadata).__name__}. Expected text, such as the"
-            " name of a tool. Leave it out if there is none."
-        )
-    content = message.get("content")
-    images = [] if message.get("image") is None or message["image"] is False else [message["image"]]
-    if content is None:
-        text = ""
-    elif isinstance(content, str):
-        text = content
-    elif isinstance(content, (list, tuple)):
-        text, part_images = _parse_parts(number, content)
-        images += part_images
-    else:
-        raise TypeError(
-            f"Message {number}: content is a {type(content).__name__}. Expected text, or a list of"
-            " parts of type text and image. Pass one of these."
-        )
-    if len(images) > 1:
-        raise ValueError(_too_many_images(len(images)))
+        expected = "text, such as the name of a tool. Leave it out if there is none."
+        raise _wrong_type(f"{where}: metadata", metadata, expected)
+    if not isinstance(content, (str, list, tuple, type(None))):
+        expected = "text, or a list of parts of type text and image. Pass one of these."
+        raise _wrong_type(f"{where}: content", content, expected)
+    if isinstance(content, (str, type(None))):
+        content = [{"type": "text", "text": content or ""}]
+    text, images = _parse_parts(where, content)
+    if message.get("image") is not None and message["image"] is not False:
+        images.insert(0, message["image"])
+    _check_image_count(len(images))
     for image in images:
         if image is not True and not isinstance(image, IMAGE_TYPES):
-            raise TypeError(
-                f"Message {number}: the image is a {type(image).__name__}. Expected a PIL image,"
-                " the path of a local file, its bytes, or an array [height, width, 3] of uint8."
-                " Pass one of these."
-            )
+            raise _wrong_type(f"{where}: the image", image, f"{IMAGE_FORMS} Pass one of these.")
     return Message(role=role, text=text, metadata=metadata, image=images[0] if images else None)
 
 
-def _parse_parts(number, parts) -> tuple[str, list]:
+def _parse_parts(where, parts) -> tuple[str, list]:
     texts, images = [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -205,26 +165,27 @@ def _parse_parts(number, parts) -> tuple[str, list]:
             given = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
             if not given and len(part) > 1:
                 raise ValueError(
-                    f"Message {number}: an image part has only {', '.join(sorted(part))}. Expected"
+                    f"{where}: an image part has only {', '.join(sorted(part))}. Expected"
                     ' the image under "image", "path" or "url". Load it and pass it under'
                     ' "image".'
                 )
             images += given or [True]
         else:
             raise ValueError(
-                f'Message {number}: a content part is {_short(part)}. Expected {{"type": "text",'
+                f'{where}: a content part is {part!r:.80}. Expected {{"type": "text",'
                 ' "text": "…"} or {"type": "image", "image": …}. Rewrite the part.'
             )
     return "".join(texts), images
 
 
-def _short(value) -> str:
-    return f"{value!r:.80}"
+def _wrong_type(what: str, value, expected_and_advice: str) -> TypeError:
+    return TypeError(f"{what} is a {type(value).__name__}. Expected {expected_and_advice}")
 
 
-def _too_many_images(count) -> str:
-    return (
-        f"The conversation has {count} images. The model sees one image in a conversation, which"
-        " stays in view in later turns. Keep one of them, or ask about each in a conversation of"
-        " its own."
-    )
+def _check_image_count(count: int):
+    if count > 1:
+        raise ValueError(
+            f"The conversation has {count} images. The model sees one image in a conversation,"
+            " which stays in view in later turns. Keep one of them, or ask about each in a"
+            " conversation of its own."
+        )

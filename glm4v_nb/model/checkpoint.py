@@ -1,5 +1,4 @@
-"""The official checkpoint layout: how its tensor names map to the modules here, and which files are
-refused.
+"""The official layout: how its tensor names map to the modules here, and what is refused.
 
 Renaming and splitting happen inside transformers' own loader (and in reverse in
 ``save_pretrained``), through the mapping registered by ``register_official_layout``.
@@ -40,8 +39,7 @@ RENAMINGS = {
 
 
 class SplitQueryKeyValue(ConversionOps):
-    """Cut the decoder's fused projection along rows: the query heads, the key groups, the value
-    groups.
+    """Cut the decoder's fused projection along rows: query heads, key groups, value groups.
 
     transformers 5.23 has a generic ``Split``; 5.17, which is also supported, has only equal chunks.
     """
@@ -53,10 +51,8 @@ class SplitQueryKeyValue(ConversionOps):
         query_rows = config.num_attention_heads * config.kv_channels
         group_rows = config.multi_query_group_num * config.kv_channels
         parts = fused.split([query_rows, group_rows, group_rows], dim=0)
-        # Contiguous copies, so that no part keeps the whole fused tensor alive.
-        return {
-            target: part.contiguous() for target, part in zip(target_patterns, parts, strict=True)
-        }
+        # Copies, so that no part keeps the whole fused tensor alive.
+        return dict(zip(target_patterns, (part.contiguous() for part in parts), strict=True))
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -71,9 +67,8 @@ class JoinQueryKeyValue(Concatenate):
         return SplitQueryKeyValue()
 
 
-def official_layout() -> list:
-    """The conversions between official tensor names and the modules here, in transformers'
-    terms."""
+def register_official_layout(class_name: str):
+    """Make transformers load and save the official layout for the model class of this name."""
     renamings = [WeightRenaming(source, target) for source, target in RENAMINGS.items()]
     splits = [
         WeightConverter(
@@ -83,17 +78,11 @@ def official_layout() -> list:
         )
         for kind in ("weight", "bias")
     ]
-    return renamings + splits
-
-
-def register_official_layout(class_name: str):
-    """Make transformers load and save the official layout for the model class of this name."""
-    register_checkpoint_conversion_mapping(class_name, official_layout(), overwrite=True)
+    register_checkpoint_conversion_mapping(class_name, renamings + splits, overwrite=True)
 
 
 def load_checked(from_pretrained, name_or_path, *args, **kwargs):
-    """Run transformers' loader on a checkpoint that is known to be whole, and refuse a partial
-    result.
+    """Run transformers' loader on a checkpoint known to be whole, and refuse a partial result.
 
     Raises:
         FileNotFoundError: a shard named in the index is missing, or there are no safetensors
@@ -106,25 +95,26 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
             "use_safetensors=False would load pickled weights, which can run any code. Only"
             " safetensors weights are loaded; leave the argument out."
         )
-    kwargs["use_safetensors"] = True
     # Nothing of this model is remote code. transformers would still run a directory's
     # custom_generate/generate.py.
     kwargs.pop("trust_remote_code", None)
     wants_info = kwargs.pop("output_loading_info", False)
-    if name_or_path is not None and Path(name_or_path).is_dir():
-        check_weight_files(Path(name_or_path) / kwargs.get("subfolder", ""))
     # transformers refuses other sizes without saying which; its report is only logged.
     accepts_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-    kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)
+    kwargs |= dict.fromkeys(
+        ("use_safetensors", "output_loading_info", "ignore_mismatched_sizes"), True
+    )
+    if name_or_path is not None and Path(name_or_path).is_dir():
+        check_weight_files(Path(name_or_path) / kwargs.get("subfolder", ""))
     model, info = from_pretrained(name_or_path, *args, **kwargs)
-    if info["mismatched_keys"] and not accepts_other_sizes:
-        name, found, expected = sorted(info["mismatched_keys"])[0]
+    mismatched, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
+    if mismatched and not accepts_other_sizes:
+        name, found, expected = mismatched[0]
         raise ValueError(
-            f"{name_or_path}: {len(info['mismatched_keys'])} tensors have other sizes than"
-            f" config.json describes, first {name!r}: {tuple(found)}, expected {tuple(expected)}."
-            " Download config.json and the weights again, from the same checkpoint."
+            f"{name_or_path}: {len(mismatched)} tensors have other sizes than config.json"
+            f" describes, first {name!r}: {tuple(found)}, expected {tuple(expected)}. Download"
+            " config.json and the weights again, from the same checkpoint."
         )
-    missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
             f"{name_or_path}: the checkpoint lacks {len(missing)} tensors of the model, first"
@@ -141,37 +131,8 @@ def weight_map(directory: Path) -> dict[str, str]:
         ValueError: the index is damaged.
     """
     index_file = directory / INDEX
-    return _read_index(index_file) if index_file.is_file() else {}
-
-
-def check_weight_files(directory: Path):
-    """Compare every weights file of a local checkpoint with the index; reads headers, not
-    weights."""
-    index_file = directory / INDEX
-    single_file = directory / "model.safetensors"
-    if index_file.is_file():
-        files = _indexed_files(index_file)
-    elif single_file.is_file():
-        files = {single_file: None}
-    else:
-        pickled = sorted(path.name for path in directory.glob("*.bin")) or sorted(
-            path.name for path in directory.glob("*.pt*")
-        )
-        reason = (
-            f"only pickled weights ({pickled[0]}), which can run any code when loaded"
-            if pickled
-            else "no weights at all"
-        )
-        raise FileNotFoundError(
-            f"{directory} holds {reason}; expected model.safetensors or"
-            " model.safetensors.index.json with its shards. Download the safetensors files of the"
-            " checkpoint."
-        )
-    for path, expected in files.items():
-        _check_safetensors(path, expected)
-
-
-def _read_index(index_file: Path) -> dict[str, str]:
+    if not index_file.is_file():
+        return {}
     try:
         return dict(json.loads(index_file.read_text())["weight_map"].items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -181,30 +142,52 @@ def _read_index(index_file: Path) -> dict[str, str]:
         ) from error
 
 
-def _indexed_files(index_file: Path) -> dict[Path, set[str]]:
-    files: dict[Path, set[str]] = {}
-    for tensor, shard in _read_index(index_file).items():
-        files.setdefault(index_file.parent / shard, set()).add(tensor)
-    absent = sorted(path.name for path in files if not path.is_file())
+def check_weight_files(directory: Path):
+    """Compare every weights file of a local checkpoint with the index; reads headers, not weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_checked``.
+    """
+    single_file = directory / "model.safetensors"
+    if not (directory / INDEX).is_file():
+        if not single_file.is_file():
+            raise FileNotFoundError(_without_weights(directory))
+        _check_safetensors(single_file, set())
+        return
+    tensors_by_shard: dict[str, set[str]] = {}
+    for tensor, shard in weight_map(directory).items():
+        tensors_by_shard.setdefault(shard, set()).add(tensor)
+    absent = sorted(shard for shard in tensors_by_shard if not (directory / shard).is_file())
     if absent:
         raise FileNotFoundError(
-            f"{index_file.parent}: {len(absent)} of {len(files)} shards named in {index_file.name}"
-            f" are missing, first {absent[0]}. Download the missing files into this directory."
+            f"{directory}: {len(absent)} of {len(tensors_by_shard)} shards named in {INDEX} are"
+            f" missing, first {absent[0]}. Download the missing files into this directory."
         )
-    return files
+    for shard, tensors in tensors_by_shard.items():
+        _check_safetensors(directory / shard, tensors)
 
 
-def _check_safetensors(path: Path, expected: set[str] | None):
+def _without_weights(directory: Path) -> str:
+    pickled = [*sorted(directory.glob("*.bin")), *sorted(directory.glob("*.pt*"))]
+    reason = "no weights at all"
+    if pickled:
+        reason = f"only pickled weights ({pickled[0].name}), which can run any code when loaded"
+    return (
+        f"{directory} holds {reason}; expected model.safetensors or {INDEX} with its shards."
+        " Download the safetensors files of the checkpoint."
+    )
+
+
+def _check_safetensors(path: Path, expected: set[str]):
     try:
         # Opening compares the header with the size of the file, so a truncated file fails here.
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
+            lacking = sorted(expected - set(file.keys()))
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is damaged ({path.stat().st_size:,} bytes; {error}). Expected a complete"
             " safetensors file. Delete it and download it again."
         ) from error
-    lacking = sorted((expected or set()) - names)
     if lacking:
         raise ValueError(
             f"{path} lacks {len(lacking)} tensors that the index places in it, first"

@@ -12,28 +12,13 @@ from pathlib import Path
 from transformers import AutoConfig, GlmConfig, PreTrainedConfig
 
 CONFIG_DIRECTORY = Path(__file__).parent / "configs"
-# Hub ids of the official checkpoint; their config ships with this package
-# (`configs/glm-4v-9b.json`).
+# Hub ids of the official checkpoint, whose config ships with this package.
 OFFICIAL_CHECKPOINTS = ("zai-org/glm-4v-9b", "THUDM/glm-4v-9b")
-OFFICIAL_VISION_KEYS = (
-    "dropout_prob",
-    "hidden_act",
-    "hidden_size",
-    "image_size",
-    "in_channels",
-    "intermediate_size",
-    "layer_norm_eps",
-    "num_heads",
-    "num_hidden_layers",
-    "num_positions",
-    "patch_size",
-    "scaling_factor",
-)
+OFFICIAL = OFFICIAL_CHECKPOINTS[0]
 
 
 class GLM4VVisionConfig(PreTrainedConfig):
-    """The EVA2-CLIP-E image tower. Defaults are GLM-4V-9B's; sizes count features, pixels or
-    positions."""
+    """The EVA2-CLIP-E image tower; sizes count features, pixels or positions."""
 
     model_type = "glm4v_eva2_clip"
     base_config_key = "vision_config"
@@ -53,29 +38,22 @@ class GLM4VVisionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.image_size % (2 * self.patch_size):
-            raise ValueError(
-                f"config.json, vision_config: image_size {self.image_size} is not a multiple of two"
-                f" patches of {self.patch_size} pixels. The tower halves its patch grid, so the"
-                f" grid must be even. Use a multiple of {2 * self.patch_size}."
-            )
         positions = self.patches_per_side**2 + 1
-        if self.num_positions != positions:
-            raise ValueError(
-                f"config.json, vision_config: num_positions is {self.num_positions}, but image_size"
-                f" {self.image_size} and patch_size {self.patch_size} make {positions} (patches and"
-                " one CLS). Correct one of the three."
-            )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"config.json, vision_config: hidden_size {self.hidden_size} is not divisible by"
-                f" num_heads {self.num_heads}. Each head needs the same number of features."
-            )
-        if self.dropout_prob:
-            raise ValueError(
-                f"config.json, vision_config: dropout_prob is {self.dropout_prob}. Only 0.0, the"
-                " value of every released checkpoint, is implemented. Set it to 0.0."
-            )
+        faults = {
+            f"image_size {self.image_size} is not a multiple of two patches of {self.patch_size}"
+            " pixels. The tower halves its patch grid, so the grid must be even. Use a multiple of"
+            f" {2 * self.patch_size}.": self.image_size % (2 * self.patch_size),
+            f"num_positions is {self.num_positions}, but image_size {self.image_size} and"
+            f" patch_size {self.patch_size} make {positions} (patches and one CLS). Correct one of"
+            " the three.": self.num_positions != positions,
+            f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}. Each"
+            " head needs the same number of features.": self.hidden_size % self.num_heads,
+            f"dropout_prob is {self.dropout_prob}. Only 0.0, the value of every released"
+            " checkpoint, is implemented. Set it to 0.0.": self.dropout_prob,
+        }
+        for fault, found in faults.items():
+            if found:
+                raise ValueError(f"config.json, vision_config: {fault}")
 
     @property
     def patches_per_side(self) -> int:
@@ -84,9 +62,15 @@ class GLM4VVisionConfig(PreTrainedConfig):
 
     @property
     def image_tokens(self) -> int:
-        """Positions one image takes in the decoder: the halved grid plus begin- and end-of-image
-        (1602)."""
+        """Positions of an image in the decoder: halved grid, begin- and end-of-image (1602)."""
         return (self.patches_per_side // 2) ** 2 + 2
+
+
+OFFICIAL_VISION_KEYS = tuple(sorted(GLM4VVisionConfig.__annotations__))
+# What other ChatGLM checkpoints may have and GLM-4V-9B has not.
+_FIXED = dict.fromkeys(
+    ("multi_query_attention", "rmsnorm", "post_layer_norm", "original_rope"), True
+) | dict.fromkeys(("add_bias_linear", "tie_word_embeddings"), False)
 
 
 class GLM4VConfig(PreTrainedConfig):
@@ -135,51 +119,30 @@ class GLM4VConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
-        self._refuse_other_architectures()
+        for name, value in _FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"config.json: {name} is {getattr(self, name)}; GLM-4V-9B has {value} and"
+                    " nothing else is implemented. Load a GLM-4V-9B checkpoint."
+                )
         if self.eos_token_id is None:
             self.eos_token_id = [151329, 151336, 151338]
-        if self.vision_config is None:
-            self.vision_config = GLM4VVisionConfig()
-        elif isinstance(self.vision_config, dict):
-            self.vision_config = GLM4VVisionConfig(**self.vision_config)
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = GLM4VVisionConfig(**(self.vision_config or {}))
+        rope = {"rope_type": "default", "rope_theta": 10000.0 * self.rope_ratio}
         self.text_config = GlmConfig(
-            vocab_size=self.padded_vocab_size,
+            **{name: getattr(self, official) for name, official in self.attribute_map.items()},
             hidden_size=self.hidden_size,
-            intermediate_size=self.ffn_hidden_size,
-            num_hidden_layers=self.num_layers,
             num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.multi_query_group_num,
-            head_dim=self.kv_channels,
-            max_position_embeddings=self.seq_length,
             rms_norm_eps=self.layernorm_epsilon,
             attention_bias=self.add_qkv_bias,
             initializer_range=self.initializer_range,
             tie_word_embeddings=False,
             pad_token_id=self.pad_token_id,
             eos_token_id=self.eos_token_id,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 10000.0 * self.rope_ratio,
-                "partial_rotary_factor": 0.5,
-            },
+            rope_parameters=rope | {"partial_rotary_factor": 0.5},
         )
         super().__post_init__(**kwargs)
-
-    def _refuse_other_architectures(self):
-        expected = {
-            "multi_query_attention": True,
-            "rmsnorm": True,
-            "post_layer_norm": True,
-            "add_bias_linear": False,
-            "original_rope": True,
-            "tie_word_embeddings": False,
-        }
-        for name, value in expected.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"config.json: {name} is {getattr(self, name)}; GLM-4V-9B has {value} and"
-                    " nothing else is implemented. Load a GLM-4V-9B checkpoint."
-                )
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -196,8 +159,7 @@ class GLM4VConfig(PreTrainedConfig):
                 " Load zai-org/glm-4v-9b, or use transformers' own Glm classes for text-only"
                 " models."
             )
-        # transformers assigns overrides to the finished object, too late for the derived
-        # text_config.
+        # transformers assigns overrides to the finished object, too late for text_config.
         config_dict = dict(config_dict)
         for key in list(kwargs):
             name = cls.attribute_map.get(key, key)

@@ -16,6 +16,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 # CLIP's constants; source: the original's transforms.Normalize.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_TYPES = (Image.Image, str, Path, np.ndarray, bytes, memoryview)
+_ARRAY = "an array [height, width, 3] of uint8"
+IMAGE_FORMS = f"a PIL image, the path of a local file, its bytes, or {_ARRAY}."
 
 
 def load_image(image) -> Image.Image:
@@ -27,8 +30,7 @@ def load_image(image) -> Image.Image:
 
     Returns:
         RGB image. Transparency is dropped, orientation tags are not applied, an animation gives its
-        first
-        frame: all as in the original.
+        first frame: all as in the original.
 
     Raises:
         FileNotFoundError: no such file.
@@ -42,22 +44,19 @@ def load_image(image) -> Image.Image:
         return _decode("The array", _from_array(image))
     if isinstance(image, (bytes, memoryview)):
         return _decode("The image file", io.BytesIO(image))
-    if isinstance(image, (str, Path)):
-        if str(image).startswith(("http://", "https://", "data:")):
-            raise ValueError(
-                f"{str(image)[:200]} is a URL. Expected a local file: nothing is downloaded on its"
-                " own. Download it first and give its path."
-            )
-        if not Path(image).is_file():
-            raise FileNotFoundError(
-                f"{image} is not a file. Expected the path of an image. Check the path."
-            )
-        with open(image, "rb") as file:
-            return _decode(str(image), file)
-    raise TypeError(
-        f"The image is a {type(image).__name__}. Expected a PIL image, the path of a local file,"
-        " its bytes, or an array [height, width, 3] of uint8. Convert it to one of these."
-    )
+    if not isinstance(image, (str, Path)):
+        kind, advice = type(image).__name__, "Convert it to one of these."
+        raise TypeError(f"The image is a {kind}. Expected {IMAGE_FORMS} {advice}")
+    if str(image).startswith(("http://", "https://", "data:")):
+        raise ValueError(
+            f"{str(image)[:200]} is a URL. Expected a local file: nothing is downloaded on its own."
+            " Download it first and give its path."
+        )
+    if not Path(image).is_file():
+        expected = "Expected the path of an image. Check the path."
+        raise FileNotFoundError(f"{image} is not a file. {expected}")
+    with open(image, "rb") as file:
+        return _decode(str(image), file)
 
 
 class GLM4VImageProcessor(BaseImageProcessor):
@@ -76,9 +75,8 @@ class GLM4VImageProcessor(BaseImageProcessor):
 
     def __init__(self, size=1120, image_mean=IMAGE_MEAN, image_std=IMAGE_STD, **kwargs):
         super().__init__(**kwargs)
-        side = size
-        if isinstance(size, dict) and size.get("height") == size.get("width"):
-            side = size.get("height")
+        is_square = isinstance(size, dict) and size.get("height") == size.get("width")
+        side = size.get("height") if is_square else size
         if not isinstance(side, int) or side < 1:
             raise ValueError(
                 f"The image size is {size}. Expected one whole number of pixels, the same for"
@@ -94,13 +92,11 @@ class GLM4VImageProcessor(BaseImageProcessor):
         return self.size["height"]
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """RGB image of any size → RGB image of ``image_size`` × ``image_size``, Pillow's bicubic
-        filter."""
+        """RGB image of any size → of ``image_size`` × ``image_size``, Pillow's bicubic filter."""
         return image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
 
     def preprocess(self, images, return_tensors="pt") -> BatchFeature:
-        """Load, resize and normalise one image or a list of images (see ``load_image`` for what one
-        may be).
+        """Load, resize and normalise one image or a list of images, as ``load_image`` takes them.
 
         Returns:
             ``BatchFeature`` with ``pixel_values``, float32 [number of images, 3, image_size,
@@ -111,27 +107,22 @@ class GLM4VImageProcessor(BaseImageProcessor):
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if not images:
-            raise ValueError(
-                "There are no images. Expected at least one. For text alone leave images out."
-            )
-        mean = np.array(self.image_mean, np.float32).reshape(3, 1, 1)
-        std = np.array(self.image_std, np.float32).reshape(3, 1, 1)
+            expected = "Expected at least one. For text alone leave images out."
+            raise ValueError(f"There are no images. {expected}")
+        mean, std = np.array((self.image_mean, self.image_std), np.float32).reshape(2, 3, 1, 1)
         pixel_values = np.empty((len(images), 3, self.image_size, self.image_size), np.float32)
         for row, image in zip(pixel_values, images, strict=True):
-            # Divide, subtract, divide in float32: torchvision's steps in the original, to the last
-            # bit.
+            # Divide, subtract, divide in float32: the original's steps, to the last bit.
             row[:] = np.moveaxis(np.asarray(self.resize(load_image(image))), -1, 0)
             row /= 255
             row -= mean
             row /= std
-        if return_tensors is None:
-            return BatchFeature({"pixel_values": list(pixel_values)})
-        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        rows = pixel_values if return_tensors else list(pixel_values)
+        return BatchFeature({"pixel_values": rows}, tensor_type=return_tensors)
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """Read the saved settings, or the size from config.json: the official files have no
-        settings."""
+        """Read the saved settings; the official files have none, only the size in config.json."""
         try:
             return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         except OSError:
@@ -142,8 +133,7 @@ class GLM4VImageProcessor(BaseImageProcessor):
 
 
 def checkpoint_image_size(pretrained_model_name_or_path, **kwargs) -> int | None:
-    """``vision_config.image_size`` of the checkpoint's config.json in pixels, None if there is no
-    such file.
+    """``vision_config.image_size`` of a checkpoint's config.json in pixels, None without one.
 
     Raises:
         ValueError: config.json has no vision_config.
@@ -168,49 +158,46 @@ def _decode(name, source) -> Image.Image:
     """RGB copy of an opened PIL image, or of what ``Image.open`` takes."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings(
-            "ignore", "Palette images with Transparency"
-        )  # dropped, as in the original
+        # Transparency is dropped, as in the original.
+        warnings.filterwarnings("ignore", "Palette images with Transparency")
         try:
             image = source if isinstance(source, Image.Image) else Image.open(source)
-            _refuse_unusable(image, name)
-            return image.convert("RGB")
+            fault = _fault(image)
+            rgb = None if fault else image.convert("RGB")
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"{name} has too many pixels: more than {Image.MAX_IMAGE_PIXELS:,}, where a small"
                 " file can fill the memory. Expected a photograph or a screenshot. Scale it down"
                 " first, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
             ) from error
-        except (_UnusableImage, MemoryError):
+        except MemoryError:
             raise
         except Exception as error:  # decoders meet damaged files with errors of many types
             raise ValueError(
                 f"{name} cannot be read as an image ({error}). Expected a complete PNG, JPEG, GIF,"
                 " WebP or other file that Pillow opens. Save or download it again."
             ) from error
+    if fault:
+        raise ValueError(f"{name} {fault}")
+    return rgb
 
 
-class _UnusableImage(ValueError):
-    pass
-
-
-def _refuse_unusable(image, name):
+def _fault(image: Image.Image) -> str | None:
+    """What makes an image unusable, and what to do."""
     if image.mode.startswith(("I", "F")):
-        raise _UnusableImage(
-            f"{name} has pixels of mode {image.mode}, more than 8 bits. Expected 8 bits a channel:"
+        return (
+            f"has pixels of mode {image.mode}, more than 8 bits. Expected 8 bits a channel:"
             " Pillow would turn everything above 255 white. Scale the values to 0..255 and convert"
             " to mode L or RGB."
         )
     if 0 in image.size:
-        raise _UnusableImage(
-            f"{name} is {image.width}×{image.height} pixels. Expected at least one. Use another."
-        )
+        return f"is {image.width}×{image.height} pixels. Expected at least one. Use another."
+    return None
 
 
-def _from_array(array) -> Image.Image:
-    if array.dtype != np.uint8 or not (
-        array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    ):
+def _from_array(array: np.ndarray) -> Image.Image:
+    channels = array.shape[2:] or (3,)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in ((3,), (4,)):
         raise ValueError(
             f"The array is {array.dtype} of shape {array.shape}. Expected uint8 of shape [height,"
             " width, 3]. Convert it: channels last, values 0..255."

@@ -1,5 +1,4 @@
-"""GLM-4V-9B on current transformers: the image tower in front of transformers' own ``GlmModel``
-decoder.
+"""GLM-4V-9B: the image tower in front of transformers' own ``GlmModel`` decoder.
 
 Modules are registered in the order data flows (tower, decoder, head), so an automatic device map
 puts the tower on the first GPU, where the images arrive. The official implementation registers it
@@ -17,7 +16,7 @@ from transformers.utils import can_return_tuple
 
 from glm4v_nb.model.checkpoint import load_checked
 from glm4v_nb.model.configuration import GLM4VConfig
-from glm4v_nb.model.splicing import expand_image_positions, merge_image_features
+from glm4v_nb.model.splicing import ExpandedPrompt, expand_image_positions, merge_image_features
 from glm4v_nb.model.vision import GLM4VVisionTower
 
 
@@ -60,23 +59,9 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As transformers' own, but refuses damaged or incomplete checkpoints and pickled
-        weights."""
-        return load_checked(
-            super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs
-        )
-
-    def get_input_embeddings(self):
-        return self.language_model.embed_tokens
-
-    def set_input_embeddings(self, value):
-        self.language_model.embed_tokens = value
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings):
-        self.lm_head = new_embeddings
+        """As transformers' own, but refuses damaged or incomplete checkpoints and pickles."""
+        loader = super().from_pretrained
+        return load_checked(loader, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (images, 3, side, side) to decoder embeddings (images, image_tokens, hidden)."""
@@ -111,34 +96,17 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep: logits of only the last so many positions (0: all).
             image_mask: (batch, length); given when the prompt is already expanded.
         """
-        is_prompt = (
-            input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling()
-        )
-        if image_mask is None and (is_prompt or pixel_values is not None):
-            images = self._count_images(pixel_values)
-            if images or (input_ids == self.config.boi_token_id).any():
-                prompt = expand_image_positions(
-                    self.config, input_ids, attention_mask, position_ids, labels, images
-                )
-                input_ids, attention_mask, position_ids = (
-                    prompt.input_ids,
-                    prompt.attention_mask,
-                    prompt.position_ids,
-                )
-                image_mask, labels = prompt.image_mask, prompt.labels
-            else:
-                self._check_context(input_ids)
-
+        if image_mask is None:
+            prompt = self._expanded(input_ids, pixel_values, attention_mask, position_ids, labels)
+            if prompt is not None:
+                input_ids, labels, image_mask = prompt.input_ids, prompt.labels, prompt.image_mask
+                attention_mask, position_ids = prompt.attention_mask, prompt.position_ids
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(input_ids)
         if pixel_values is not None:
-            features = self.get_image_features(pixel_values).to(
-                inputs_embeds.device, inputs_embeds.dtype
-            )
-            inputs_embeds = merge_image_features(
-                inputs_embeds, features, image_mask.to(inputs_embeds.device)
-            )
-
+            device, dtype = inputs_embeds.device, inputs_embeds.dtype
+            features = self.get_image_features(pixel_values).to(device, dtype)
+            inputs_embeds = merge_image_features(inputs_embeds, features, image_mask.to(device))
         if image_mask is not None and attention_mask is None and past_key_values is None:
             # Without a mask or a cache, transformers takes the repeated position of the patches for
             # the start of another packed sequence and cuts the attention there.
@@ -152,9 +120,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states = outputs.last_hidden_state[:, kept]
-        logits = self.lm_head(hidden_states)
-        loss = None
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, kept]), None
         if labels is not None:
             vocabulary = self.config.padded_vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
@@ -167,8 +133,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def generate(self, inputs=None, generation_config=None, streamer=None, **kwargs):
-        """As transformers' own; returns the prompt as given (images unexpanded) followed by the new
-        tokens.
+        """As transformers' own; returns the prompt as given (images unexpanded), then new tokens.
 
         ``max_length`` counts an image as its 1602 positions, as the model's context does.
         """
@@ -191,32 +156,46 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_mask=prompt.image_mask,
             **kwargs,
         )
-        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
-        copies = len(sequences) // len(input_ids)
+        is_plain = isinstance(outputs, torch.Tensor)
+        sequences = outputs if is_plain else outputs.sequences
         new_tokens = sequences[:, prompt.input_ids.shape[1] :]
-        sequences = torch.cat(
-            (input_ids.repeat_interleave(copies, 0).to(new_tokens.device), new_tokens), dim=1
-        )
-        if isinstance(outputs, torch.Tensor):
+        given = input_ids.repeat_interleave(len(sequences) // len(input_ids), 0)
+        sequences = torch.cat((given.to(new_tokens.device), new_tokens), dim=1)
+        if is_plain:
             return sequences
         outputs.sequences = sequences
         return outputs
 
-    def prepare_inputs_for_generation(
-        self, input_ids, is_first_iteration=False, image_mask=None, **kwargs
-    ):
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
-        )
-        # The image is in the cache after the first step; without a cache the whole prompt runs
-        # again.
+    def prepare_inputs_for_generation(self, input_ids, image_mask=None, **kwargs):
+        """As transformers' own, with the image where its positions are computed."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        is_first_iteration = kwargs.get("is_first_iteration", False)
+        # The image is in the cache after the first step; without one the whole prompt runs again.
         if image_mask is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
             image_mask = functional.pad(image_mask, (0, input_ids.shape[1] - image_mask.shape[1]))
-            image_mask = image_mask[:, -inputs["input_ids"].shape[1] :]
-            inputs["image_mask"] = image_mask
-            if not image_mask.any():  # a later turn, with the image in the cache it continues
+            inputs["image_mask"] = image_mask[:, -inputs["input_ids"].shape[1] :]
+            if not inputs["image_mask"].any():  # a later turn, whose image is in the cache
                 inputs.pop("pixel_values", None)
         return inputs
+
+    def _expanded(self, input_ids, pixel_values, *others) -> ExpandedPrompt | None:
+        """The prompt with room for its images; None without any, and in a decode step.
+
+        ``others``: attention_mask, position_ids and labels.
+        """
+        is_prompt = input_ids is not None and input_ids.shape[1] > 1
+        if pixel_values is None and (not is_prompt or torch.compiler.is_compiling()):
+            return None
+        images = self._count_images(pixel_values)
+        if images or (input_ids == self.config.boi_token_id).any():
+            return expand_image_positions(self.config, input_ids, *others, images)
+        length, limit = input_ids.shape[1], self.config.seq_length
+        if length > limit:
+            raise ValueError(
+                f"The prompt has {length} tokens, but the model's context is {limit} (seq_length)."
+                " Shorten the text."
+            )
+        return None
 
     def _count_images(self, pixel_values: torch.Tensor | None) -> int:
         if pixel_values is None:
@@ -230,13 +209,6 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 " the checkpoint's own processor (AutoProcessor)."
             )
         return len(pixel_values)
-
-    def _check_context(self, input_ids: torch.Tensor):
-        if input_ids.shape[1] > self.config.seq_length:
-            raise ValueError(
-                f"The prompt has {input_ids.shape[1]} tokens, but the model's context is "
-                f"{self.config.seq_length} (seq_length). Shorten the text."
-            )
 
 
 class _UnexpandedPrompt(BaseStreamer):

@@ -3,7 +3,7 @@
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.models.auto import image_processing_auto
 
-from glm4v_nb.model.chat import is_batch, parse_conversation, refuse_options
+from glm4v_nb.model.chat import is_batch, parse_conversation
 from glm4v_nb.model.configuration import GLM4VVisionConfig
 from glm4v_nb.model.image_processing import GLM4VImageProcessor, checkpoint_image_size
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
@@ -35,8 +35,7 @@ class GLM4VProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load from the official files (config.json, tokenizer_config.json, tokenizer.model) or
-        saved ones.
+        """Load from the official files or from saved ones.
 
         No remote code runs, whatever the files name. The image size is that of the saved processor
         or else of config.json, or else of tokenizer_config.json.
@@ -70,31 +69,22 @@ class GLM4VProcessor(ProcessorMixin):
         self,
         conversation,
         *,
-        add_generation_prompt=False,
-        continue_final_message=False,
         tokenize=True,
         padding=True,
-        max_length=None,
-        pad_to_multiple_of=None,
         return_tensors="pt",
         return_dict=True,
         processor_kwargs=None,
-        tools=None,
-        documents=None,
-        chat_template=None,
-        truncation=False,
-        return_assistant_tokens_mask=False,
-        sanitize_control_tokens=True,
+        **options,
     ):
         """Turn one conversation, or a list of conversations, into the model's inputs.
 
-        The forms of a message are described in ``chat.parse_conversation``; the other arguments in
-        ``ChatGLM4Tokenizer.apply_chat_template``. Unlike in most processors ``tokenize`` is on by
-        default, since the rendered text is only for reading.
+        The forms of a message are described in ``chat.parse_conversation``. Unlike in most
+        processors ``tokenize`` is on by default, since the rendered text is only for reading.
 
         Args:
             processor_kwargs: padding, max_length, pad_to_multiple_of or return_tensors, as
                 transformers' pipelines pass them.
+            options: with the other arguments those of ``ChatGLM4Tokenizer.apply_chat_template``.
 
         Returns:
             ``BatchFeature`` with ``input_ids`` and ``attention_mask`` [n, L], padded on the left,
@@ -105,33 +95,13 @@ class GLM4VProcessor(ProcessorMixin):
             ValueError, TypeError, FileNotFoundError: as the tokenizer's method and
                 ``image_processing.load_image``; an image placeholder without an image.
         """
-        refuse_options(
-            tools=tools,
-            documents=documents,
-            chat_template=chat_template,
-            truncation=truncation,
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
-        )
-        options = {
-            "padding": padding,
-            "max_length": max_length,
-            "pad_to_multiple_of": pad_to_multiple_of,
-            "return_tensors": return_tensors,
-            **(processor_kwargs or {}),
-        }
+        options |= {"padding": padding, "return_tensors": return_tensors}
+        options |= processor_kwargs or {}
         if options["return_tensors"] == "auto":
             options["return_tensors"] = "pt"
-        batched = is_batch(conversation)
-        images = [
-            image for one in (conversation if batched else [conversation]) for image in _images(one)
-        ]
-        encoded = self.tokenizer.apply_chat_template(
-            conversation,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tokenize=tokenize,
-            **options,
-        )
+        conversations = conversation if is_batch(conversation) else [conversation]
+        images = [image for one in conversations for image in _images(one)]
+        encoded = self.tokenizer.apply_chat_template(conversation, tokenize=tokenize, **options)
         if not tokenize:
             return encoded
         if not return_dict:
@@ -203,9 +173,8 @@ def register_processing(config_class):
     AutoProcessor.register(config_class, GLM4VProcessor, exist_ok=True)
     # The mapping behind AutoImageProcessor, because transformers 5.17 exports that class only
     # beside torchvision.
-    image_processing_auto.IMAGE_PROCESSOR_MAPPING.register(
-        config_class, {"pil": GLM4VImageProcessor}, exist_ok=True
-    )
+    mapping = image_processing_auto.IMAGE_PROCESSOR_MAPPING
+    mapping.register(config_class, {"pil": GLM4VImageProcessor}, exist_ok=True)
 
 
 def _only_image(image):
@@ -216,9 +185,8 @@ def _only_image(image):
 
 
 def _images(conversation) -> list:
-    images = [
-        message.image for message in parse_conversation(conversation) if message.image is not None
-    ]
+    parsed = parse_conversation(conversation)
+    images = [message.image for message in parsed if message.image is not None]
     if any(image is True for image in images):
         raise ValueError(
             "A message has an image placeholder but no image. Expected the image itself beside it."

@@ -54,51 +54,30 @@ def expand_image_positions(
         ValueError: images and placeholders do not match, the mask is of another shape than the ids,
             or a prompt exceeds ``config.seq_length``.
     """
-    batch, length = input_ids.shape
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    elif attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has the shape {tuple(attention_mask.shape)}, but input_ids"
             f" {tuple(input_ids.shape)}; they must be equal. In a later turn pass the whole"
             " conversation again: what the cache holds is not computed twice."
         )
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
     if position_ids is None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    position_ids = position_ids.expand(batch, -1)
-
-    starts = [_image_start(config, row, index) for index, row in enumerate(input_ids.tolist())]
+    position_ids = position_ids.expand(len(input_ids), -1)
+    starts = [_image_start(config, row, ids) for row, ids in enumerate(input_ids.tolist())]
     _check_image_count(sum(start is not None for start in starts), image_count)
-    extra = config.vision_config.image_tokens - 3
-    has_image = any(start is not None for start in starts)
-    _check_length(config, attention_mask, starts, extra)
-    if not has_image:
-        return ExpandedPrompt(
-            input_ids,
-            attention_mask,
-            position_ids,
-            torch.zeros_like(input_ids, dtype=torch.bool),
-            labels,
-        )
+    _check_length(config, attention_mask, starts)
+    if not image_count:
+        no_image = torch.zeros_like(input_ids, dtype=torch.bool)
+        return ExpandedPrompt(input_ids, attention_mask, position_ids, no_image, labels)
 
-    # For each expanded position, the unexpanded position it is a copy of. -1 marks new padding on
-    # the left.
-    source = torch.empty(batch, length + extra, dtype=torch.long)
-    image_mask = torch.zeros(batch, length + extra, dtype=torch.bool)
-    for row, start in enumerate(starts):
-        if start is None:
-            source[row] = torch.cat((torch.full((extra,), -1), torch.arange(length)))
-        else:
-            placeholder = torch.full((extra,), start + 1)
-            source[row] = torch.cat(
-                (torch.arange(start + 2), placeholder, torch.arange(start + 2, length))
-            )
-            image_mask[row, start : start + extra + 3] = True
+    source, image_mask = _sources(starts, input_ids.shape[1], config.vision_config.image_tokens)
     source, image_mask = source.to(input_ids.device), image_mask.to(input_ids.device)
-    new_padding = source < 0
 
     def spread(tensor, padding_value):
-        return tensor.gather(1, source.clamp(min=0)).masked_fill(new_padding, padding_value)
+        copies = tensor.gather(1, source.clamp(min=0))
+        return copies.masked_fill(source < 0, padding_value)
 
     if labels is not None:
         labels = spread(labels, IGNORED_LABEL).masked_fill(image_mask, IGNORED_LABEL)
@@ -127,7 +106,22 @@ def merge_image_features(
     return torch.where(image_mask[..., None], placed, embeddings)
 
 
-def _image_start(config: GLM4VConfig, ids: list[int], row: int) -> int | None:
+def _sources(starts: list[int | None], length: int, image_tokens: int):
+    """For each expanded position the unexpanded one it is a copy of, -1 for new padding on the
+    left; and whether it is of an image."""
+    extra = image_tokens - 3
+    source = torch.empty(len(starts), length + extra, dtype=torch.long)
+    image_mask = torch.zeros(len(starts), length + extra, dtype=torch.bool)
+    for row, start in enumerate(starts):
+        copies, at = (-1, 0) if start is None else (start + 1, start + 2)
+        positions = torch.arange(length)
+        source[row] = torch.cat((positions[:at], torch.full((extra,), copies), positions[at:]))
+        if start is not None:
+            image_mask[row, start : start + image_tokens] = True
+    return source, image_mask
+
+
+def _image_start(config: GLM4VConfig, row: int, ids: list[int]) -> int | None:
     """Index of begin-of-image in one prompt, None without an image."""
     count = ids.count(config.boi_token_id)
     if count == 0 and config.eoi_token_id not in ids:
@@ -137,8 +131,8 @@ def _image_start(config: GLM4VConfig, ids: list[int], row: int) -> int | None:
             f"Prompt {row} holds {count} image placeholders; GLM-4V-9B takes one image per prompt."
             " Ask about one image at a time, or paste the images into one picture."
         )
-    start = ids.index(config.boi_token_id) if count else None
-    if start is None or start + 2 >= len(ids) or ids[start + 2] != config.eoi_token_id:
+    start = ids.index(config.boi_token_id) if count else len(ids)
+    if ids[start + 2 : start + 3] != [config.eoi_token_id]:
         raise ValueError(
             f"Prompt {row}: begin-of-image ({config.boi_token_id}) and end-of-image"
             f" ({config.eoi_token_id}) must stand around exactly one placeholder id. Build prompts"
@@ -161,21 +155,14 @@ def _check_image_count(placeholders: int, images: int):
         )
 
 
-def _check_length(
-    config: GLM4VConfig, attention_mask: torch.Tensor, starts: list[int | None], extra: int
-):
-    for row, (tokens, start) in enumerate(
-        zip(attention_mask.sum(dim=1).tolist(), starts, strict=True)
-    ):
-        positions = tokens + (extra if start is not None else 0)
+def _check_length(config: GLM4VConfig, attention_mask: torch.Tensor, starts: list[int | None]):
+    image_tokens = config.vision_config.image_tokens
+    for row, tokens in enumerate(attention_mask.sum(dim=1).tolist()):
+        has_image = starts[row] is not None
+        positions = tokens + (image_tokens - 3 if has_image else 0)
         if positions > config.seq_length:
+            image = f" ({image_tokens} of them the image)" if has_image else ""
             raise ValueError(
-                f"Prompt {row} takes {positions} positions"
-                + (
-                    f" ({config.vision_config.image_tokens} of them the image)"
-                    if start is not None
-                    else ""
-                )
-                + f", but the model's context is {config.seq_length} (seq_length). Shorten the"
-                " text."
+                f"Prompt {row} takes {positions} positions{image}, but the model's context is"
+                f" {config.seq_length} (seq_length). Shorten the text."
             )

@@ -11,27 +11,21 @@ import json
 from pathlib import Path
 
 from tokenizers import AddedToken, processors
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from glm4v_nb.model.chat import (
+    IMAGE_TOKENS,
     PREFIX,
     ROLES,
-    conversation_ids,
-    conversation_text,
     is_batch,
     parse_conversation,
+    prompt_pieces,
     refuse_options,
 )
 
 END_OF_TEXT = "<|endoftext|>"
-REQUIRED_SPECIAL_TOKENS = (
-    *PREFIX,
-    END_OF_TEXT,
-    *(f"<|{role}|>" for role in ROLES),
-    "<|begin_of_image|>",
-    "<|end_of_image|>",
-)
+REQUIRED_SPECIAL_TOKENS = (*PREFIX, *IMAGE_TOKENS, *(f"<|{role}|>" for role in ROLES))
 
 
 def read_ranks(vocab_file) -> dict[bytes, int]:
@@ -111,38 +105,31 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         special_tokens = _special_tokens(added_tokens_decoder)
         backend.add_special_tokens(list(special_tokens.values()))
         for token_id, token in special_tokens.items():
-            if backend.token_to_id(token.content) != token_id:
+            here = backend.token_to_id(token.content)
+            if here != token_id:
                 raise ValueError(
                     f"tokenizer_config.json gives {token.content} the id {token_id}, but with this"
-                    f" tokenizer.model it is {backend.token_to_id(token.content)}. Special tokens"
-                    " follow the vocabulary's last rank without a gap. Take both files from the"
-                    " same checkpoint."
+                    f" tokenizer.model it is {here}. Special tokens follow the vocabulary's last"
+                    " rank without a gap. Take both files from the same checkpoint."
                 )
-        special_ids = {token.content: token_id for token_id, token in special_tokens.items()}
         backend.post_processor = processors.TemplateProcessing(
             single=[*PREFIX, "$A"],
             pair=[*PREFIX, "$A", "$B", END_OF_TEXT],
-            special_tokens=[(name, special_ids[name]) for name in (*PREFIX, END_OF_TEXT)],
+            special_tokens=[(name, backend.token_to_id(name)) for name in (*PREFIX, END_OF_TEXT)],
         )
         self._tokenizer = backend
 
         # The file's "auto_map" names remote code that this class replaces.
         kwargs.pop("auto_map", None)
-        kwargs.setdefault("split_special_tokens", True)
-        kwargs.setdefault("pad_token", END_OF_TEXT)
-        kwargs.setdefault("eos_token", END_OF_TEXT)
-        super().__init__(
-            vocab_file=vocab_file,
-            added_tokens_decoder=special_tokens,
-            image_size=image_size,
-            **kwargs,
-        )
+        defaults = dict.fromkeys(("pad_token", "eos_token"), END_OF_TEXT)
+        defaults["split_special_tokens"] = True
+        kwargs |= {"added_tokens_decoder": special_tokens, "image_size": image_size}
+        super().__init__(vocab_file=vocab_file, **defaults | kwargs)
         self.image_size = image_size
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):
-        """Leave the files to ``__init__``: tokenizer.model is neither SentencePiece nor a
-        tokenizer.json."""
+        """Leave the files to ``__init__``: tokenizer.model is no SentencePiece model."""
         kwargs.pop("tokenizer_file", None)
         kwargs.pop("trust_remote_code", None)
         return kwargs
@@ -150,14 +137,12 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     @classmethod
     def _patch_mistral_regex(cls, tokenizer, *args, **kwargs):
         # For vocabularies above 100,000 tokens the base class asks whether this is a Mistral model,
-        # over the network for a hub id, and 5.17 takes a config.json without transformers_version
-        # for one.
+        # over the network for a hub id; 5.17 takes a config.json without its version for one.
         return tokenizer
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
-        return super()._encode_plus(
-            _replace_lone_surrogates(text), _replace_lone_surrogates(text_pair), **kwargs
-        )
+        texts = _replace_lone_surrogates((text, text_pair))
+        return super()._encode_plus(*texts, **kwargs)
 
     def apply_chat_template(
         self,
@@ -166,17 +151,10 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         add_generation_prompt=False,
         continue_final_message=False,
         tokenize=True,
-        padding=False,
-        max_length=None,
-        pad_to_multiple_of=None,
         return_tensors=None,
         return_dict=True,
-        tools=None,
-        documents=None,
-        chat_template=None,
-        truncation=False,
-        return_assistant_tokens_mask=False,
         sanitize_control_tokens=True,
+        **options,
     ):
         """Turn one conversation, or a list of conversations, into ids.
 
@@ -194,8 +172,9 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
                 ``add_generation_prompt``.
             tokenize: False gives readable text instead. It cannot be turned back into a prompt:
                 special tokens in text stay text.
-            padding, max_length, pad_to_multiple_of, return_tensors, return_dict: as in
-                transformers.
+            return_tensors, return_dict: as in transformers.
+            options: those of ``pad``, as padding, max_length and pad_to_multiple_of. Others that
+                transformers has are refused.
 
         Returns:
             ``BatchEncoding`` with ``input_ids`` and ``attention_mask``, each a list of length L for
@@ -208,34 +187,34 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
                 does not have.
             TypeError: a message, its content or its image is of another type.
         """
-        refuse_options(
-            tools=tools,
-            documents=documents,
-            chat_template=chat_template,
-            truncation=truncation,
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
-        )
+        refuse_options(options)
         if add_generation_prompt and continue_final_message:
             raise ValueError(
                 "add_generation_prompt and continue_final_message are both set. The model either"
                 " starts a new message or continues the last one. Set one of them."
             )
         batched = is_batch(conversation)
-        conversations = [
-            parse_conversation(one) for one in (conversation if batched else [conversation])
+        prompts = [
+            prompt_pieces(parse_conversation(one), add_generation_prompt)
+            for one in (conversation if batched else [conversation])
         ]
         if not tokenize:
-            texts = [conversation_text(one, add_generation_prompt) for one in conversations]
+            texts = ["".join(text for _, text in pieces) for pieces in prompts]
             return texts if batched else texts[0]
-        rows = [conversation_ids(self, one, add_generation_prompt) for one in conversations]
-        encoded: BatchEncoding = self.pad(
-            {"input_ids": rows if batched or return_tensors else rows[0]},
-            padding=padding,
-            max_length=max_length,
-            pad_to_multiple_of=pad_to_multiple_of,
-            return_tensors=return_tensors,
-        )
+        rows = [self._ids_of(pieces) for pieces in prompts]
+        ids = {"input_ids": rows if batched or return_tensors else rows[0]}
+        encoded = self.pad(ids, return_tensors=return_tensors, **{"padding": False} | options)
         return encoded if return_dict else encoded["input_ids"]
+
+    def _ids_of(self, pieces: list[tuple[bool, str]]) -> list[int]:
+        as_typed = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        ids = []
+        for is_special, text in pieces:
+            if is_special:
+                ids.append(self.convert_tokens_to_ids(text))
+            else:
+                ids += self.encode(text, **as_typed)
+        return ids
 
     def _save_pretrained(
         self, save_directory, file_names, legacy_format=None, filename_prefix=None
@@ -248,39 +227,29 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
             config.pop(not_official, None)
         config["additional_special_tokens"] = config.pop("extra_special_tokens", [])
         config["added_tokens_decoder"] = {
-            str(token_id): {
-                "content": token.content,
-                "lstrip": token.lstrip,
-                "normalized": token.normalized,
-                "rstrip": token.rstrip,
-                "single_word": token.single_word,
-                "special": token.special,
-            }
+            str(token_id): token.__getstate__()
             for token_id, token in self.added_tokens_decoder.items()
         }
-        config_file.write_text(
-            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        config_file.write_text(text, encoding="utf-8")
         return (*file_names, *self.save_vocabulary(str(save_directory), filename_prefix))
 
 
 def _special_tokens(added_tokens_decoder) -> dict[int, AddedToken]:
-    tokens = {}
-    for token_id, token in sorted(
-        (added_tokens_decoder or {}).items(), key=lambda item: int(item[0])
-    ):
-        content = token["content"] if isinstance(token, dict) else str(token)
-        # Special, or typed text that spells it would become the token.
-        tokens[int(token_id)] = AddedToken(content, special=True, normalized=False)
-    contents = {token.content for token in tokens.values()}
-    missing = [name for name in REQUIRED_SPECIAL_TOKENS if name not in contents]
+    contents = {
+        int(token_id): token["content"] if isinstance(token, dict) else str(token)
+        for token_id, token in (added_tokens_decoder or {}).items()
+    }
+    missing = [name for name in REQUIRED_SPECIAL_TOKENS if name not in contents.values()]
     if missing:
         raise ValueError(
             f"tokenizer_config.json: added_tokens_decoder has no {', '.join(missing)}. A"
             " conversation with this model needs them. Put the official tokenizer_config.json"
             " beside tokenizer.model."
         )
-    return tokens
+    # Special, or typed text that spells one would become the token.
+    options = {"special": True, "normalized": False}
+    return {number: AddedToken(contents[number], **options) for number in sorted(contents)}
 
 
 def _replace_lone_surrogates(text):

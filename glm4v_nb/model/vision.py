@@ -1,5 +1,4 @@
-"""The image tower of GLM-4V-9B: an EVA2-CLIP-E encoder, a convolution that halves its grid, a
-projector.
+"""The image tower: an EVA2-CLIP-E encoder, a convolution that halves its grid, a projector.
 
 Every parameter belongs to a module whose ``forward`` uses it, and every module with a residual
 connection is listed as unsplittable in ``modeling.py``. accelerate moves weights per module, so
@@ -9,33 +8,27 @@ this is what lets the tower run with parts of it on the CPU or on disk.
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import CLIPMLP
 
 from glm4v_nb.model.configuration import GLM4VConfig, GLM4VVisionConfig
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out: query, key, value are (batch, heads, length, features); no mask is
-    used."""
-    weights = (
-        (query @ key.transpose(-1, -2) * scaling)
-        .softmax(dim=-1, dtype=torch.float32)
-        .to(query.dtype)
-    )
+    """Attention written out; query, key, value: (batch, heads, length, features); no mask."""
+    weights = torch.softmax(query @ key.transpose(-1, -2) * scaling, -1, dtype=torch.float32)
+    weights = weights.to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
 
 
 class GLM4VPatchEmbedding(nn.Module):
-    """Image (batch, channels, side, side) to (batch, 1 + patches, hidden): CLS first, positions
-    added."""
+    """Images (batch, channels, side, side) to (batch, 1 + patches, hidden), CLS first."""
 
     def __init__(self, config: GLM4VVisionConfig):
         super().__init__()
-        self.proj = nn.Conv2d(
-            config.in_channels, config.hidden_size, config.patch_size, config.patch_size
-        )
+        channels, patch = config.in_channels, config.patch_size
+        self.proj = nn.Conv2d(channels, config.hidden_size, patch, stride=patch)
         self.cls_embedding = nn.Parameter(torch.zeros(1, config.hidden_size))
         self.position_embedding = nn.Embedding(config.num_positions, config.hidden_size)
 
@@ -43,22 +36,19 @@ class GLM4VPatchEmbedding(nn.Module):
         patches = self.proj(pixel_values).flatten(2).transpose(1, 2)
         cls = self.cls_embedding.expand(patches.shape[0], 1, -1)
         embeddings = torch.cat((cls, patches), dim=1)
-        # The module is called, not its weight read: an offloaded weight is only there during the
-        # call.
+        # The module is called, not its weight read: an offloaded one is only there in the call.
         positions = torch.arange(embeddings.shape[1], device=embeddings.device)
         return embeddings + self.position_embedding(positions)
 
 
 class GLM4VVisionAttention(nn.Module):
-    """Full (not causal) attention over all patches, query, key and value fused in one
-    projection."""
+    """Full (not causal) attention over all patches; query, key and value in one projection."""
 
     def __init__(self, config: GLM4VConfig):
         super().__init__()
         vision = config.vision_config
-        self.config = (
-            config  # the whole model's: it names the attention implementation, also after a change
-        )
+        # The whole model's: it names the attention implementation, also after a change.
+        self.config = config
         self.head_size = vision.hidden_size // vision.num_heads
         self.scaling = self.head_size**-0.5
         self.is_causal = False
@@ -69,31 +59,15 @@ class GLM4VVisionAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         fused = self.query_key_value(hidden_states).view(batch, length, 3, -1, self.head_size)
         query, key, value = fused.permute(2, 0, 3, 1, 4)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
-        output, _ = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask=None,
-            scaling=self.scaling,
-            dropout=0.0,
-            is_causal=False,
-        )
+        chosen = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
+        options = {"scaling": self.scaling, "dropout": 0.0, "is_causal": False}
+        output, _ = attention(self, query, key, value, attention_mask=None, **options)
         return self.dense(output.reshape(batch, length, -1))
 
 
-class GLM4VVisionMLP(nn.Module):
-    def __init__(self, config: GLM4VVisionConfig):
-        super().__init__()
-        self.activation = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(hidden_states)))
+class GLM4VVisionMLP(CLIPMLP):
+    """Two projections with an activation between, (batch, length, hidden) to the same."""
 
 
 class GLM4VVisionLayer(GradientCheckpointingLayer):
@@ -113,8 +87,7 @@ class GLM4VVisionLayer(GradientCheckpointingLayer):
 
 
 class GLM4VProjector(nn.Module):
-    """Gated projection of (batch, patches, decoder hidden) into the decoder's embedding space, same
-    shape."""
+    """Gated projection of (batch, patches, decoder hidden) into the decoder's embedding space."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -131,8 +104,7 @@ class GLM4VProjector(nn.Module):
 
 
 class GLM4VImageBoundary(nn.Module):
-    """Puts the learned begin- and end-of-image vectors around the patches, then divides all by a
-    constant."""
+    """Learned begin- and end-of-image vectors around the patches, all divided by a constant."""
 
     def __init__(self, hidden_size: int, scaling_factor: float):
         super().__init__()
@@ -141,25 +113,20 @@ class GLM4VImageBoundary(nn.Module):
         self.eoi = nn.Parameter(torch.zeros(1, 1, hidden_size))
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        batch = patches.shape[0]
-        features = torch.cat(
-            (self.boi.expand(batch, -1, -1), patches, self.eoi.expand(batch, -1, -1)), dim=1
-        )
-        return features / self.scaling_factor
+        begin, end = (vector.expand(len(patches), -1, -1) for vector in (self.boi, self.eoi))
+        return torch.cat((begin, patches, end), dim=1) / self.scaling_factor
 
 
 class GLM4VVisionTower(nn.Module):
-    """Images (batch, 3, side, side) to features (batch, image_tokens, decoder hidden): 1602 at full
-    size."""
+    """Images (batch, 3, side, side) to features (batch, image_tokens, decoder hidden)."""
 
     def __init__(self, config: GLM4VConfig):
         super().__init__()
         vision = config.vision_config
         self.patches_per_side = vision.patches_per_side
         self.patch_embedding = GLM4VPatchEmbedding(vision)
-        self.layers = nn.ModuleList(
-            GLM4VVisionLayer(config) for _ in range(vision.num_hidden_layers)
-        )
+        layers = (GLM4VVisionLayer(config) for _ in range(vision.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
         self.conv = nn.Conv2d(vision.hidden_size, config.hidden_size, kernel_size=2, stride=2)
         self.linear_proj = GLM4VProjector(config.hidden_size, config.ffn_hidden_size)
         self.boundary = GLM4VImageBoundary(config.hidden_size, vision.scaling_factor)
@@ -168,10 +135,7 @@ class GLM4VVisionTower(nn.Module):
         hidden_states = self.patch_embedding(pixel_values)
         for layer in self.layers:
             hidden_states = layer(hidden_states)
-        patches = hidden_states[:, 1:]
-        batch, _, features = patches.shape
-        grid = patches.view(batch, self.patches_per_side, self.patches_per_side, features).permute(
-            0, 3, 1, 2
-        )
+        patches, side = hidden_states[:, 1:], self.patches_per_side
+        grid = patches.view(len(patches), side, side, -1).permute(0, 3, 1, 2)
         halved = self.conv(grid).flatten(2).transpose(1, 2)
         return self.boundary(self.linear_proj(halved))

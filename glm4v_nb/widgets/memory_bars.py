@@ -5,11 +5,10 @@ from dataclasses import fields
 
 import ipywidgets as widgets
 
-from glm4v_nb.widgets import parts
+from glm4v_nb.widgets import html
 from simgpu import CardMemory
 
 REFRESH_SECONDS = 0.1
-_FIELDS = [field.name for field in fields(CardMemory)]
 
 
 class MemoryBars(widgets.VBox):
@@ -21,20 +20,17 @@ class MemoryBars(widgets.VBox):
     """
 
     def __init__(self, rig):
-        self._bars = widgets.HTML(parts.memory_bars(rig.memory(), rig.provenance))
-        self._stage = widgets.HTML(parts.note("not running"))
+        self._bars = widgets.HTML(html.memory_bars(rig.memory(), rig.provenance))
+        self._stage = widgets.HTML(html.note("not running"))
         self._shown = 0.0
         self._waiting: dict | None = None
-        super().__init__([widgets.HTML(parts.STYLE), self._stage, self._bars])
+        super().__init__([widgets.HTML(html.STYLE), self._stage, self._bars])
 
-    def __repr__(
-        self,
-    ):  # what is stored in a notebook instead of the widget; the default lists every trait
+    def __repr__(self):  # stored in a notebook instead of the widget; ipywidgets' lists every trait
         return "MemoryBars()"
 
     def update(self, sample: dict):
-        """Show a monitor's sample, unless the last one was shown less than 0.1 s ago and has the
-        same stages."""
+        """Show a monitor's sample, unless the same stages were shown less than 0.1 s ago."""
         again = self._waiting is not None and self._waiting["stages"] == sample["stages"]
         self._waiting = sample
         if not again or time.monotonic() - self._shown >= REFRESH_SECONDS:
@@ -42,11 +38,11 @@ class MemoryBars(widgets.VBox):
 
     def show(self):
         """Show the latest sample now."""
-        if self._waiting is None:
+        sample = self._waiting
+        if sample is None:
             return
         self._shown = time.monotonic()
-        memory = [
-            CardMemory(**{name: card[name] for name in _FIELDS}) for card in self._waiting["cards"]
-        ]
-        self._stage.value = parts.note(" › ".join(self._waiting["stages"]) or "between stages")
-        self._bars.value = parts.memory_bars(memory, self._waiting["provenance"])
+        names = [field.name for field in fields(CardMemory)]
+        memory = [CardMemory(*(card[name] for name in names)) for card in sample["cards"]]
+        self._stage.value = html.note(" › ".join(sample["stages"]) or "between stages")
+        self._bars.value = html.memory_bars(memory, sample["provenance"])

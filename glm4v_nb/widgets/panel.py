@@ -1,5 +1,4 @@
-"""``PromptPanel``: ask a model about a picture, with streaming, Stop, and the memory of every
-card."""
+"""``PromptPanel``: ask a model about a picture, with streaming, Stop and the cards' memory."""
 
 import contextlib
 import threading
@@ -14,12 +13,13 @@ from glm4v_nb.cleanup import clear_frames, empty_caches
 from glm4v_nb.inference import Sampling, Stream, load, stream
 from glm4v_nb.miniature.scenes import sample_pictures
 from glm4v_nb.model.image_processing import load_image
-from glm4v_nb.widgets import parts
+from glm4v_nb.widgets import html
 from simgpu import Rig
 
 STATES = ("idle", "loading", "running", "stopping", "error")
 REFRESH_SECONDS = 0.1
 NO_PICTURE = "(no picture)"
+READY = "Ready: ask about the picture, or without one."
 
 
 class PromptPanel(widgets.VBox):
@@ -65,25 +65,22 @@ class PromptPanel(widgets.VBox):
         self._worker: threading.Thread | None = None
         self._lock = threading.RLock()
         self._waiting_upload: dict | None = None
-        self._build()
-        super().__init__(self._layout())
+        super().__init__(self._build())
         self.add_class("glm4v-panel")
+        self._show_history()
         if self.samples:
             self.sample.value = next(iter(self.samples))
-        self._enter("idle", "Ready: ask about the picture, or without one.")
+        self._enter("idle", READY)
         self._refresh_memory()
 
-    def __repr__(
-        self,
-    ):  # what is stored in a notebook instead of the widget; the default lists every trait
+    def __repr__(self):  # stored in a notebook instead of the widget; ipywidgets' lists every trait
         return f"PromptPanel({self.state})"
 
     @classmethod
     def from_checkpoint(
         cls, checkpoint, *, panel_options: dict | None = None, **load_options
     ) -> "PromptPanel":
-        """A panel that shows at once and loads the checkpoint meanwhile; arguments as
-        ``inference.load``."""
+        """A panel that shows at once and loads meanwhile; arguments as ``inference.load``."""
         panel = cls(**(panel_options or {}))
         panel._enter("loading", f"Loading {checkpoint} ...")
         panel._start(panel._load, checkpoint, load_options)
@@ -103,26 +100,22 @@ class PromptPanel(widgets.VBox):
         if self.state not in ("idle", "error"):  # a second click on its way
             return
         if self.model is None:
-            self._enter(
-                "error", "No model is loaded. Make the panel with a model, or with from_checkpoint."
-            )
-            return
-        if self._hung is not None and self._hung.running:
-            self._enter(
-                "error",
-                "The answer that was given up still runs: wait for its end, or restart the kernel.",
-            )
-            return
-        if not question:
-            self._enter("idle", "The question is empty: write one, then press Ask or Ctrl+Enter.")
-            return
-        message = {"role": "user", "content": question}
-        if self.image is not None and not self.history:
-            message["image"] = self.image  # stays in view for the whole conversation
-        sampling = Sampling(self.max_tokens.value, self.temperature.value, self.top_p.value)
-        self._stop_pressed.clear()
-        self._enter("running", "Reading the picture and the question ...")
-        self._start(self._answer, [*self.history, message], sampling)
+            how = "Make the panel with a model, or with from_checkpoint."
+            self._enter("error", f"No model is loaded. {how}")
+        elif self._hung is not None and self._hung.running:
+            how = "wait for its end, or restart the kernel."
+            self._enter("error", f"The answer that was given up still runs: {how}")
+        elif not question:
+            how = "write one, then press Ask or Ctrl+Enter."
+            self._enter("idle", f"The question is empty: {how}")
+        else:
+            message = {"role": "user", "content": question}
+            if self.image is not None and not self.history:
+                message["image"] = self.image  # stays in view for the whole conversation
+            sampling = Sampling(self.max_tokens.value, self.temperature.value, self.top_p.value)
+            self._stop_pressed.clear()
+            self._enter("running", "Reading the picture and the question ...")
+            self._start(self._answer, [*self.history, message], sampling)
 
     def stop(self, _=None):
         """End the answer within one token; what came so far is kept."""
@@ -142,9 +135,8 @@ class PromptPanel(widgets.VBox):
     # The worker
 
     def _start(self, work: Callable, *arguments):
-        self._worker = threading.Thread(
-            target=work, args=arguments, name="glm4v-nb panel", daemon=True
-        )
+        name = "glm4v-nb panel"
+        self._worker = threading.Thread(target=work, args=arguments, name=name, daemon=True)
         self._worker.start()
 
     def _load(self, checkpoint, options: dict):
@@ -152,46 +144,42 @@ class PromptPanel(widgets.VBox):
             self.model, self.processor = load(checkpoint, **options)
         except Exception as error:
             self._fail(error, None)
-            return
-        self._finish("idle", "Ready.")
+        else:
+            self._finish("idle", "Ready.")
 
     def _answer(self, messages: list[dict], sampling: Sampling):
-        watching = threading.Event()
-        threading.Thread(target=self._watch, args=(watching,), daemon=True).start()
+        answered = threading.Event()
+        threading.Thread(target=self._watch_memory, args=(answered,), daemon=True).start()
         try:
             with self.rig, self.rig.stage("question"):
                 if self.rehearse is None:
                     answer = self._streamed(messages, sampling)
                 else:
                     self.rehearse(messages, sampling)
-            if (
-                self.rehearse is not None
-            ):  # outside the rig: the model that answers is not on its cards
+            if self.rehearse is not None:  # the model that answers is not on the rig's cards
                 answer = self._streamed(messages, sampling)
         except Exception as error:
             self._fail(error, sampling)
             return
         finally:
             self._stream = None
-            watching.set()
-        note = parts.answer_note(answer)
+            answered.set()
+        question, note = messages[-1]["content"], html.answer_note(answer)
         self.history = [*messages, {"role": "assistant", "content": answer.text}]
-        self._turns.append(parts.turn("You", messages[-1]["content"]))
-        self._turns.append(parts.turn("Model", answer.text or "(no text)", note))
+        self._turns.append(html.turn("You", question))
+        self._turns.append(html.turn("Model", answer.text or "(no text)", note))
         self._show_history()
-        if self.question.value.strip() == messages[-1]["content"]:
+        if self.question.value.strip() == question:
             self.question.value = ""  # unless the next one is being written
-        ending = {"cancelled": "Stopped.", "length": "Reached max tokens."}.get(
-            answer.finish, "Done."
-        )
+        endings = {"cancelled": "Stopped.", "length": "Reached max tokens."}
+        ending = endings.get(answer.finish, "Done.")
         self._finish("idle", f"{ending} {note} · first token {answer.first_token_seconds:.2f} s")
 
     def _streamed(self, messages, sampling):
-        asked = parts.turn("You", messages[-1]["content"])
+        asked = html.turn("You", messages[-1]["content"])
+        options = {"timeout_seconds": self.timeout_seconds}
         text, shown = "", 0.0
-        with stream(
-            self.model, self.processor, messages, sampling, timeout_seconds=self.timeout_seconds
-        ) as pieces:
+        with stream(self.model, self.processor, messages, sampling, **options) as pieces:
             with self._lock:
                 self._stream = pieces
                 if self._stop_pressed.is_set():  # pressed before there was anything to cancel
@@ -200,28 +188,27 @@ class PromptPanel(widgets.VBox):
                 text += piece
                 if time.monotonic() - shown > REFRESH_SECONDS:
                     shown = time.monotonic()
-                    self._show_history(asked + parts.turn("Model", text + " ▌"))
-                    self._progress(
-                        f"{pieces.new_tokens} tokens · {pieces.tokens_per_second:.1f} tokens/s"
-                    )
+                    self._show_history(asked + html.turn("Model", text + " ▌"))
+                    speed = f"{pieces.tokens_per_second:.1f} tokens/s"
+                    self._show_progress(f"{pieces.new_tokens} tokens · {speed}")
         return pieces.answer
 
-    def _watch(self, finished: threading.Event):
-        while not finished.wait(2 * REFRESH_SECONDS):
+    def _watch_memory(self, answered: threading.Event):
+        while not answered.wait(2 * REFRESH_SECONDS):
             self._refresh_memory()
 
     def _fail(self, error: Exception, sampling: Sampling | None):
         if isinstance(error, TimeoutError):
             self._hung = self._stream
-        if isinstance(error, torch.OutOfMemoryError):
+        if not isinstance(error, torch.OutOfMemoryError):
+            message = f"{type(error).__name__}: {error}"
+        elif sampling is not None:
+            message = html.out_of_memory_advice(error, sampling.max_new_tokens)
+        else:
             message = (
                 "Out of memory while loading: spread the model over more GPUs (device_map='auto'),"
                 f" or take fewer bytes a parameter. {error}"
-                if sampling is None
-                else parts.out_of_memory_advice(error, sampling.max_new_tokens)
             )
-        else:
-            message = f"{type(error).__name__}: {error}"
         clear_frames(error)
         # While a cell holds the rig its caches are not ours to empty, and entering it is refused.
         with contextlib.suppress(RuntimeError), self.rig:
@@ -237,12 +224,12 @@ class PromptPanel(widgets.VBox):
             for control in self._controls:
                 control.disabled = state not in ("idle", "error")
             self.stop_button.disabled = state != "running"
-            self.status.value = parts.status(state, message)
+            self.status.value = html.status(state, message)
 
-    def _progress(self, message: str):
+    def _show_progress(self, message: str):
         with self._lock:  # Stop may be pressed this very moment
             if self.state == "running":
-                self.status.value = parts.status("running", message)
+                self.status.value = html.status("running", message)
 
     def _finish(self, state: str, message: str):
         self._enter(state, message)
@@ -252,16 +239,14 @@ class PromptPanel(widgets.VBox):
             self._take(file)
 
     def _show_history(self, unfinished: str = ""):
-        if not self._turns and not unfinished:
-            self.conversation.value = parts.note("The conversation appears here.")
-        else:
-            self.conversation.value = "".join(self._turns) + unfinished
+        turns = "".join(self._turns) + unfinished
+        self.conversation.value = turns or html.note("The conversation appears here.")
 
     def _refresh_memory(self):
         try:
-            self.memory.value = parts.memory_bars(self.rig.memory(), self.rig.provenance)
+            self.memory.value = html.memory_bars(self.rig.memory(), self.rig.provenance)
         except RuntimeError as error:  # CUDA answers nothing any more after some errors
-            self.memory.value = parts.note(f"The memory cannot be read: {error}")
+            self.memory.value = html.note(f"The memory cannot be read: {error}")
 
     def _forget(self, message: str):
         self.history, self._turns = [], []
@@ -290,18 +275,16 @@ class PromptPanel(widgets.VBox):
         name, content = file["name"], bytes(file["content"])
         try:
             if len(content) != file["size"]:
-                raise ValueError(
-                    f"only {len(content):,} of {file['size']:,} bytes arrived; upload it again."
-                )
+                arrived = f"only {len(content):,} of {file['size']:,} bytes arrived"
+                raise ValueError(f"{arrived}; upload it again.")
             image = load_image(content)
         except (ValueError, OSError) as error:
             self._enter("error", f"{name}: {error} The picture before it is still chosen.")
             return
         label = f"Uploaded: {name}"
         self.samples[label] = image
-        self.sample.unobserve(
-            self._sample_chosen, "value"
-        )  # new options choose the first for a moment
+        # New options choose the first for a moment.
+        self.sample.unobserve(self._sample_chosen, "value")
         self.sample.options = [NO_PICTURE, *self.samples]
         self.sample.value = label
         self.sample.observe(self._sample_chosen, "value")
@@ -309,95 +292,69 @@ class PromptPanel(widgets.VBox):
 
     def _show_picture(self, image: Image.Image | None, name: str):
         self.image = image
-        self.picture.value = parts.picture(image, name)
+        self.picture.value = html.picture(image, name)
         if self.history:
-            self._forget(
-                "New picture, new conversation: the model sees one picture in a conversation."
-            )
+            why = "the model sees one picture in a conversation."
+            self._forget(f"New picture, new conversation: {why}")
         else:
-            self._enter("idle", "Ready: ask about the picture, or without one.")
+            self._enter("idle", READY)
 
     # The widgets
 
-    def _build(self):
-        wide = widgets.Layout(width="100%")
+    def _build(self) -> list[widgets.Widget]:
+        """Make the controls, which are attributes, and lay them out in two columns."""
+        wide = {"layout": {"width": "100%"}}
         self.sample = widgets.Dropdown(
-            options=[NO_PICTURE, *self.samples], value=NO_PICTURE, description="Sample", layout=wide
+            options=[NO_PICTURE, *self.samples], value=NO_PICTURE, **wide
         )
-        self.upload = widgets.FileUpload(
-            accept="image/*", multiple=False, description="Upload a picture", layout=wide
-        )
-        self.picture = widgets.HTML()
-        self.conversation = widgets.HTML()
-        self.conversation.add_class("glm4v-history")
-        self.question = widgets.Textarea(
-            placeholder="Ask about the picture (Ctrl+Enter sends)",
-            description="Question",
-            rows=3,
-            layout=wide,
-        )
-        label = {"description_width": "initial"}
-        self.max_tokens = widgets.BoundedIntText(
-            value=128,
-            min=1,
-            max=8192,
-            description="Max tokens",
-            style=label,
-            layout={"width": "150px"},
-        )
-        slider = {
-            "step": 0.05,
-            "readout_format": ".2f",
-            "layout": {"width": "250px"},
-            "style": label,
-        }
-        self.temperature = widgets.FloatSlider(
-            value=0.0, min=0, max=2, description="Temperature", **slider
-        )
-        self.top_p = widgets.FloatSlider(value=1.0, min=0.05, max=1, description="Top-p", **slider)
-        self.ask_button = widgets.Button(
-            description="Ask", button_style="primary", tooltip="Send the question (Ctrl+Enter)"
-        )
-        self.ask_button.add_class("glm4v-ask")
-        self.stop_button = widgets.Button(
-            description="Stop", button_style="danger", tooltip="End the answer"
-        )
-        self.stop_button.add_class("glm4v-stop")
-        self.clear_button = widgets.Button(
-            description="New conversation", tooltip="Forget the conversation"
-        )
+        self.sample.description = "Sample"
+        self.upload = widgets.FileUpload(accept="image/*", description="Upload a picture", **wide)
+        hint = "Ask about the picture (Ctrl+Enter sends)"
+        self.question = widgets.Textarea(placeholder=hint, rows=3, **wide)
+        self.question.description = "Question"
+        self.picture, self.conversation = widgets.HTML(), widgets.HTML()
         self.status, self.memory = widgets.HTML(), widgets.HTML()
-        self._settings = (self.max_tokens, self.temperature, self.top_p)
-        self._controls = (
-            self.sample,
-            self.upload,
-            *self._settings,
-            self.ask_button,
-            self.clear_button,
-        )
-        self._show_history()
+        buttons, settings = self._build_buttons(), self._build_settings()
+        self._controls = (self.sample, self.upload, *settings, self.ask_button, self.clear_button)
         self.sample.observe(self._sample_chosen, "value")
         self.upload.observe(self._uploaded, "value")
-        self.ask_button.on_click(self.ask)
-        self.stop_button.on_click(self.stop)
-        self.clear_button.on_click(self.clear)
+        for widget, name in ((self.conversation, "history"), (self.ask_button, "ask")):
+            widget.add_class(f"glm4v-{name}")
+        picture = [self.sample, self.upload, self.picture, self.memory]
+        talk = [
+            self.conversation,
+            self.question,
+            widgets.HBox(buttons),
+            widgets.HBox(settings).add_class("glm4v-settings"),
+            self.status,
+        ]
+        columns = widgets.HBox().add_class("glm4v-columns")
+        columns.children = [
+            widgets.VBox(picture).add_class("glm4v-picture-column"),
+            widgets.VBox(talk).add_class("glm4v-talk-column"),
+        ]
+        return [widgets.HTML(html.STYLE + html.CONTROL_ENTER), columns]
 
-    def _layout(self) -> list[widgets.Widget]:
-        picture = widgets.VBox(
-            [self.sample, self.upload, self.picture, self.memory],
-            layout={"width": "280px", "flex": "0 0 auto"},
-        )
-        talk = widgets.VBox(
-            [
-                self.conversation,
-                self.question,
-                widgets.HBox([self.ask_button, self.stop_button, self.clear_button]),
-                widgets.HBox(self._settings, layout={"flex_flow": "row wrap"}),
-                self.status,
-            ],
-            layout={"flex": "1 1 24rem", "min_width": "0"},
-        )
-        columns = widgets.HBox(
-            [picture, talk], layout={"flex_flow": "row wrap", "grid_gap": "16px"}
-        )
-        return [widgets.HTML(parts.STYLE + parts.CONTROL_ENTER), columns]
+    def _build_buttons(self) -> list[widgets.Button]:
+        self.ask_button, self.stop_button, self.clear_button = buttons = [
+            widgets.Button(description=text, tooltip=tooltip, button_style=style)
+            for text, tooltip, style in (
+                ("Ask", "Send the question (Ctrl+Enter)", "primary"),
+                ("Stop", "End the answer", "danger"),
+                ("New conversation", "Forget the conversation", ""),
+            )
+        ]
+        for button, pressed in zip(buttons, (self.ask, self.stop, self.clear), strict=True):
+            button.on_click(pressed)
+        self.stop_button.add_class("glm4v-stop")
+        return buttons
+
+    def _build_settings(self) -> list[widgets.Widget]:
+        self.max_tokens = widgets.BoundedIntText(128, min=1, max=8192, layout={"width": "150px"})
+        slider = {"step": 0.05, "layout": {"width": "250px"}}
+        self.temperature = widgets.FloatSlider(0.0, min=0, max=2, **slider)
+        self.top_p = widgets.FloatSlider(1.0, min=0.05, max=1, **slider)
+        settings = [self.max_tokens, self.temperature, self.top_p]
+        for widget, name in zip(settings, ("Max tokens", "Temperature", "Top-p"), strict=True):
+            widget.description, widget.style.description_width = name, "initial"
+        return settings

@@ -266,6 +266,14 @@ def test_wrong_use_is_one_line_on_stderr_and_exit_code_2(command, case, json_opt
     assert "Traceback" not in err
 
 
+def test_an_interrupted_command_exits_with_130_and_prints_nothing(command, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glm4v_nb.fit.fit", interrupted)
+    assert command("fit", "--card", "L4") == (130, "", "")
+
+
 def test_an_unknown_command_is_wrong_use(command):
     code, out, err = command("fitt")
     assert (code, out) == (2, "")

@@ -31,7 +31,7 @@ def driver(monkeypatch):
         "nvmlDeviceGetCount": lambda: 2,
         "nvmlDeviceGetHandleByIndex": lambda index: index,
         "nvmlDeviceGetName": lambda handle: "NVIDIA L4",
-        "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(
+        "nvmlDeviceGetMemoryInfo": lambda handle, version=None: types.SimpleNamespace(
             used=handle * GIB, total=22 * GIB
         ),
         "nvmlDeviceGetComputeRunningProcesses": lambda handle: [process] * handle,

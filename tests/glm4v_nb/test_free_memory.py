@@ -12,7 +12,7 @@ from rig_fixtures import GOLDEN, MIB, counters, load, split_in_two
 from traitlets.config import Config
 
 from glm4v_nb.cleanup import clear_frames, free_memory, with_smaller_batches
-from glm4v_nb.holders import find_holders, sizes, tensors_in
+from glm4v_nb.tensor_holders import bytes_on_cards, find_holders, tensors_in
 from glm4v_nb.workload import Workload, make_prompt, prefill
 from simgpu import Rig
 
@@ -78,7 +78,7 @@ def test_an_error_does_not_lead_to_the_tensor_there_was_no_room_for(rig):
     held = torch.empty(15 * 2**30, dtype=torch.uint8, device="cuda")
     with pytest.raises(torch.OutOfMemoryError) as failed:
         held + 1
-    assert sizes(tensors_in(failed.value)) == {0: 15 * 2**30}
+    assert bytes_on_cards(tensors_in(failed.value)) == {0: 15 * 2**30}
 
 
 # --- the hiding places, each alone

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 from rig_fixtures import GIB
 
-from glm4v_nb.fit import fit
+from glm4v_nb.fit import Deployment, fit
 from glm4v_nb.limits import (
     MOST_SAMPLES,
     Edge,
     Trials,
-    _bisect,
+    bisect,
     frontier,
     frontier_tokens,
     largest_batch,
@@ -25,22 +25,22 @@ from simgpu import Rig
 IMAGE = Workload(new_tokens=1)
 
 
-class Bar:
-    """Counts what a progress bar is told."""
+class Report:
+    """Keeps what a progress display is told."""
 
     def __init__(self):
-        self.updates, self.texts = 0, []
+        self.steps, self.texts = 0, []
 
-    def update(self):
-        self.updates += 1
-
-    def set_postfix_str(self, text):
-        self.texts.append(text)
+    def __call__(self, text=None):
+        if text is None:
+            self.steps += 1
+        else:
+            self.texts.append(text)
 
 
 @pytest.fixture(scope="module")
 def two_l4():
-    return Trials("L4", 2)
+    return Trials(Deployment("L4", 2))
 
 
 @pytest.mark.parametrize("edge", [0, 1, 2, 7, 100, 4095, 4096])
@@ -52,13 +52,13 @@ def test_bisection_finds_the_edge_from_any_guess_and_has_run_both_sides_of_it(ed
         tried.add(size)
         return size <= edge
 
-    assert _bisect(fits, 4096, guess) == edge
+    assert bisect(fits, 4096, guess) == edge
     assert {size for size in (edge, edge + 1) if 1 <= size <= 4096} <= tried
     assert len(tried) <= 30, "one by one would be up to 4096"
 
 
 def test_bisection_of_nothing_finds_nothing():
-    assert _bisect(lambda size: True, 0, 5) == 0
+    assert bisect(lambda size: True, 0, 5) == 0
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(two_l4):
@@ -119,7 +119,7 @@ def test_every_run_starts_from_the_same_bytes_whatever_ran_before(two_l4):
 
 
 def test_something_left_on_the_cards_is_an_error_and_not_a_wrong_answer(two_l4, monkeypatch):
-    from glm4v_nb import limits as module
+    from glm4v_nb import fit as module
 
     kept = []
 
@@ -134,16 +134,16 @@ def test_something_left_on_the_cards_is_an_error_and_not_a_wrong_answer(two_l4, 
     kept.clear()
 
 
-def test_a_bar_is_told_of_every_run_but_a_remembered_one(two_l4, monkeypatch):
-    bar = Bar()
-    monkeypatch.setattr(two_l4, "bar", bar)
+def test_a_progress_display_is_told_of_every_run_but_a_remembered_one(two_l4, monkeypatch):
+    report = Report()
+    monkeypatch.setattr(two_l4, "report", report)
     for _ in range(2):
         two_l4.run(Workload(batch_size=3, images=0, text_tokens=9, new_tokens=1))
-    assert bar.texts == ["3 x 0 images, 9 tokens"]
+    assert report.texts == ["3 x 0 images, 9 tokens"]
 
 
 def test_a_workload_that_has_run_is_not_run_again(two_l4, monkeypatch):
-    from glm4v_nb import limits as module
+    from glm4v_nb import fit as module
 
     result = two_l4.run(IMAGE)
     monkeypatch.setattr(module, "run_workload", None)
@@ -151,22 +151,23 @@ def test_a_workload_that_has_run_is_not_run_again(two_l4, monkeypatch):
 
 
 def test_weights_that_do_not_fit_leave_no_batch_no_context_and_no_map():
-    bar = Bar()
-    found = limits(Trials("L4", 1, bar=bar), Workload(), bar)
+    report = Report()
+    found = limits(Trials(Deployment("L4", 1), report), Workload())
     assert found.result.oom.phase == "load"
     assert found.largest_batch == found.longest_context == Edge(0, "memory")
     assert found.recommendation is None
-    assert bar.updates == 4
+    assert report.steps == 4
     assert found.to_dict()["recommendation"] is None
 
 
-def test_the_frontier_falls_and_its_ends_fit(two_l4):
-    bar = Bar()
+def test_the_frontier_falls_and_its_ends_fit(two_l4, monkeypatch):
+    report = Report()
+    monkeypatch.setattr(two_l4, "report", report)
     workload = Workload(images=0, new_tokens=1)
-    found = frontier(two_l4, workload, [8192, 1024, 4096], bar)
+    found = frontier(two_l4, workload, [8192, 1024, 4096])
     assert list(found) == [1024, 4096, 8192]
     assert MOST_SAMPLES > found[1024] > found[4096] > found[8192] > 0
-    assert bar.updates == 3
+    assert report.steps == 3
     for tokens, size in found.items():
         sized = replace(workload, text_tokens=tokens, new_tokens=0)
         assert two_l4.run(replace(sized, batch_size=size)).fits
@@ -213,9 +214,8 @@ def test_a_batch_of_images_gets_less_weights_beside_the_tower_and_the_lines_make
     model = run_lines(best.code, "L4", 2)
     assert as_indices(model.hf_device_map) == best.placement != two_l4.device_map
     # What it recommends does carry further.
-    assert (
-        largest_batch(Trials("L4", 2, device_map=best.placement), IMAGE).size > workload.batch_size
-    )
+    on_this_map = Trials(Deployment("L4", 2, device_map=best.placement))
+    assert largest_batch(on_this_map, IMAGE).size > workload.batch_size
 
 
 def test_a_batch_that_auto_does_not_hold_gets_a_map_that_does(two_l4):
@@ -227,7 +227,7 @@ def test_a_batch_that_auto_does_not_hold_gets_a_map_that_does(two_l4):
 
 
 def test_one_large_card_needs_no_strategy():
-    best = recommend(Trials("H100"), Workload(new_tokens=1))
+    best = recommend(Trials(Deployment("H100")), Workload(new_tokens=1))
     assert best.device_map == {"": 0}
     assert {
         parameter.device.index for parameter in run_lines(best.code, "H100", 1).parameters()
@@ -244,4 +244,4 @@ def test_one_large_card_needs_no_strategy():
 )
 def test_trials_refuse_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Trials(**arguments)
+        Trials(Deployment(**arguments))

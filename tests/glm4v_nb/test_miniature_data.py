@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from glm4v_nb.miniature import feed, questions, scenes, train
-from glm4v_nb.miniature.vocabulary import grammar_words, save_vocabulary
+from glm4v_nb.miniature import questions, scenes
 from glm4v_nb.model import GLM4VForConditionalGeneration
 from glm4v_nb.model.splicing import IGNORED_LABEL
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
+from tools.miniature import feed, train
+from tools.miniature.vocabulary import grammar_words, save_vocabulary
 
-CHINESE = {
-    **{zh: en for en, zh in questions.SHAPES_ZH.items()},
-    **{zh: en for en, zh in questions.COLOURS_ZH.items()},
-}
+CHINESE = {questions.CHINESE[word]: word for word in (*scenes.SHAPES, *scenes.COLOURS)}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +67,8 @@ def test_every_answer_agrees_with_the_objects_of_its_scene():
             assert [getattr(one, kind) for one in found] == [given], question
         elif kind == "where":
             (one,) = found
-            assert answer in (scenes.CELLS[one.cell], questions.CELLS_ZH[scenes.CELLS[one.cell]])
+            cell = scenes.CELLS[one.cell]
+            assert answer in (cell, questions.CHINESE[cell])
         elif kind == "larger":
             (one,) = matching(scene, answer)
             assert one in scene.objects and to_english(answer).split()[0] in to_english(question)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from glm4v_nb.miniature import train
-from glm4v_nb.miniature.feed import Feed
-from glm4v_nb.miniature.vocabulary import save_vocabulary
+from tools.miniature import train
+from tools.miniature.feed import Feed
+from tools.miniature.vocabulary import save_vocabulary
 
 SMALL = (
     "--device cpu --workers 0 --batch-size 4 --pool 64 --steps 3 --log-every 1 --evaluate 3".split()

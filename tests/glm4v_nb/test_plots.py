@@ -1,17 +1,11 @@
 """Plots show the figures they are given; how they look is for people to judge."""
 
 import pytest
+from benchmark_program import load_benchmark
 
-from glm4v_nb import plots, timeline
+from glm4v_nb import plots
 from glm4v_nb.placement import PlacedModule
-from glm4v_nb.plots import (
-    COLOURS,
-    plot_device_map,
-    plot_frontier,
-    plot_memory_bars,
-    plot_path,
-    plot_training_curve,
-)
+from glm4v_nb.plots import COLOURS, plot_device_map, plot_frontier, plot_memory_bars, plot_path
 
 GIB = 2**30
 BLOCKS = [
@@ -44,17 +38,9 @@ def test_every_picture_says_where_its_figures_come_from():
 def test_no_plot_is_without_a_test_of_its_label():
     """A notebook's picture counts as labelled if one of these draws it; test_monitor.py tests the
     timeline's."""
-    plots_here = {
-        name for module in (plots, timeline) for name in vars(module) if name.startswith("plot_")
-    }
+    plots_here = {name for name in vars(plots) if name.startswith("plot_")}
     assert plots_here == {
-        *(
-            "plot_memory_bars",
-            "plot_device_map",
-            "plot_frontier",
-            "plot_training_curve",
-            "plot_timeline",
-        ),
+        *("plot_memory_bars", "plot_device_map", "plot_frontier", "plot_timeline"),
         "plot_path",  # which draws nothing
     }
 
@@ -78,24 +64,6 @@ def test_colours_of_a_picture_differ():
     assert len({COLOURS[kind] for kind in kinds}) == len(kinds)
 
 
-def test_a_training_curve_says_what_it_was_measured_on():
-    origin = {
-        "device": "NVIDIA H100",
-        "torch": "2.11.0",
-        "transformers": "5.17.0",
-        "date": "2026-11-23",
-    }
-    steps = [{"step": 1, "seconds": 60, "loss": 2.0}, {"step": 2, "seconds": 120, "loss": 1.0}]
-    (axes,) = plot_training_curve([origin, *steps]).axes
-    assert list(axes.lines[0].get_xdata()) == [1, 2] and list(axes.lines[0].get_ydata()) == [
-        2.0,
-        1.0,
-    ]
-    assert axes.get_xlabel() == (
-        "minutes · measured on NVIDIA H100\ntorch 2.11.0, transformers 5.17.0, 2026-11-23"
-    )
-
-
 def test_a_frontier_promises_between_two_lengths_only_what_the_longer_one_allows():
     axes = plot_frontier({"text": {512: 20, 32: 40}, "image": {32: 8, 512: 0}}).axes[0]
     line, shade = axes.patches[:2]
@@ -111,3 +79,22 @@ def test_a_picture_that_could_not_be_written_is_refused_before_the_work(tmp_path
         plot_path(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="There is no folder"):
         plot_path(tmp_path / "missing" / "a.png")
+
+
+def test_a_training_curve_says_what_it_was_measured_on():
+    origin = {
+        "device": "NVIDIA H100",
+        "torch": "2.11.0",
+        "transformers": "5.17.0",
+        "date": "2026-11-23",
+    }
+    steps = [{"step": 1, "seconds": 60, "loss": 2.0}, {"step": 2, "seconds": 120, "loss": 1.0}]
+    program = load_benchmark("miniature_curve")
+    (axes,) = program.plot_training_curve([origin, *steps]).axes
+    assert list(axes.lines[0].get_xdata()) == [1, 2] and list(axes.lines[0].get_ydata()) == [
+        2.0,
+        1.0,
+    ]
+    assert axes.get_xlabel() == (
+        "minutes · measured on NVIDIA H100\ntorch 2.11.0, transformers 5.17.0, 2026-11-23"
+    )

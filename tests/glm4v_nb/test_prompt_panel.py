@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from glm4v_nb.inference import load
 from glm4v_nb.miniature import CHECKPOINT
-from glm4v_nb.widgets import PromptPanel, parts
+from glm4v_nb.miniature.scenes import encode
+from glm4v_nb.widgets import PromptPanel, html
 from glm4v_nb.workload import Workload, make_prompt, prefill
 from simgpu import Rig
 
@@ -127,7 +128,7 @@ def test_only_stop_can_be_pressed_while_it_runs_and_nothing_while_it_stops(panel
 
 def test_progress_does_not_undo_a_stop(panel):
     panel._enter("stopping", "Stopping ...")
-    panel._progress("12 tokens")
+    panel._show_progress("12 tokens")
     assert panel.state == "stopping" and "12 tokens" not in panel.status.value
 
 
@@ -296,7 +297,7 @@ def test_a_bad_upload_leaves_the_picture_and_the_conversation(panel, content):
 
 def test_a_good_upload_starts_a_new_conversation_with_it(panel):
     ask(panel)
-    uploaded(panel, "<i>.png", parts.encode(Image.new("RGB", (31, 17), "red"), "PNG"))
+    uploaded(panel, "<i>.png", encode(Image.new("RGB", (31, 17), "red"), "PNG"))
     assert panel.image.size == (31, 17) and panel.history == []
     assert "&lt;i&gt;.png · 31 × 17 pixels" in panel.picture.value
     assert panel.sample.value == "Uploaded: <i>.png"
@@ -304,7 +305,7 @@ def test_a_good_upload_starts_a_new_conversation_with_it(panel):
 
 
 def test_an_uploaded_picture_can_be_taken_away_and_chosen_again(panel):
-    uploaded(panel, "mine.png", parts.encode(Image.new("RGB", (31, 17), "red"), "PNG"))
+    uploaded(panel, "mine.png", encode(Image.new("RGB", (31, 17), "red"), "PNG"))
     panel.sample.value = "(no picture)"
     assert panel.image is None
     panel.sample.value = "Uploaded: mine.png"
@@ -317,7 +318,7 @@ def test_a_picture_that_arrives_while_an_answer_runs_waits_for_its_end(panel, en
     panel.ask()
     wait_until(lambda: panel._stream is not None)
     before = panel.image
-    uploaded(panel, "late.png", parts.encode(Image.new("RGB", (31, 17), "red"), "PNG"))
+    uploaded(panel, "late.png", encode(Image.new("RGB", (31, 17), "red"), "PNG"))
     assert panel.image is before and panel.state == "running"
     panel.stop()
     assert panel.wait(20)
@@ -374,15 +375,15 @@ def test_sample_pictures_of_any_kind_are_taken(loaded):
 
 def test_every_text_from_outside_is_escaped():
     attack = "<script>alert('1')</script>"
-    for html in (
-        parts.turn("You", attack),
-        parts.turn("Model", "x", attack),
-        parts.status("error", attack),
-        parts.picture(None, attack),
-        parts.picture(Image.new("RGB", (8, 8)), attack),
-        parts.memory_bars(Rig.here().memory(), attack),
+    for shown in (
+        html.turn("You", attack),
+        html.turn("Model", "x", attack),
+        html.status("error", attack),
+        html.picture(None, attack),
+        html.picture(Image.new("RGB", (8, 8)), attack),
+        html.memory_bars(Rig.here().memory(), attack),
     ):
-        assert "<script" not in html and "&lt;script&gt;" in html
+        assert "<script" not in shown and "&lt;script&gt;" in shown
 
 
 def test_no_widget_of_the_panel_is_an_output(panel):

@@ -15,7 +15,7 @@ import torch
 from rig_fixtures import MIB, load
 from transformers import DynamicCache
 
-from glm4v_nb.timeline import parts_of, plot_timeline
+from glm4v_nb.plots import memory_by_purpose, plot_timeline
 from glm4v_nb.widgets.memory_bars import MemoryBars
 from glm4v_nb.workload import Workload, decode, make_prompt, prefill
 from simgpu import Rig, monitor
@@ -96,7 +96,7 @@ def test_a_peak_that_is_the_last_thing_of_a_stage_is_among_its_samples(path):
 def test_the_parts_of_a_card_sum_to_what_is_allocated_reserved_and_used(run):
     for sample in run[1]:
         for card in sample["cards"]:
-            parts = parts_of(card)
+            parts = memory_by_purpose(card)
             assert sum(card[name] for name in PARTS) == card["allocated_bytes"]
             inside = sum(
                 size
@@ -113,7 +113,7 @@ def test_nobody_else_is_on_a_simulated_card_also_where_kernels_and_driver_take_a
         torch.zeros(8, 8, device="cuda") @ torch.zeros(8, 8, device="cuda")
     (card,) = read_samples(path)[-1]["cards"]
     assert (card["own_bytes"], card["others_bytes"]) == (card["used_bytes"], 0)
-    assert parts_of(card)["CUDA context"] == rig.card.outside_bytes
+    assert memory_by_purpose(card)["CUDA context"] == rig.card.outside_bytes
 
 
 def test_weights_are_what_the_load_left_and_the_kv_cache_grows_with_decoding(run):
@@ -366,7 +366,7 @@ def test_bytes_of_other_processes_are_what_nvml_counts_beside_this_one(faked_gpu
     card = sampled(path)
     assert (card["used_bytes"], card["own_bytes"]) == (3000 * MIB, 1600 * MIB)
     assert card["others_bytes"] == 1400 * MIB
-    parts = parts_of(card)
+    parts = memory_by_purpose(card)
     assert (parts["other processes"], parts["CUDA context"]) == (1400 * MIB, 600 * MIB)
     assert sum(parts.values()) == 3000 * MIB
 
@@ -380,7 +380,7 @@ def test_where_nvml_does_not_tell_this_process_from_others_the_sample_says_null(
     faked_gpu.processes = [process(os.getpid() + offset, size) for offset, size in listed]
     card = sampled(path)
     assert (card["own_bytes"], card["others_bytes"]) == (None, None)
-    assert parts_of(card)["outside PyTorch"] == 2000 * MIB
+    assert memory_by_purpose(card)["outside PyTorch"] == 2000 * MIB
 
 
 def test_nvml_is_begun_once_for_all_samples_and_ended(faked_gpu, path):

@@ -1,5 +1,4 @@
-"""Finds the names that keep tensors on cards alive: variables of a notebook, of running functions,
-of modules."""
+"""Which variables of notebooks, running functions and modules keep tensors on cards alive."""
 
 import gc
 import inspect
@@ -13,25 +12,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simgpu.device import DEVICE_TYPE
+from simgpu.units import bytes_in_words
 
 # Classes, modules and fake-tensor modes lead to everything; what notebooks are run by leads to
 # every variable.
 _TOO_WIDE = (type, types.ModuleType, TorchDispatchMode)
-_MACHINERY = {
-    "IPython",
-    "ipykernel",
-    "asyncio",
-    "concurrent",
-    "logging",
-    "threading",
-    "tornado",
-    "traitlets",
-    "zmq",
-}
+_MACHINERY = "IPython ipykernel asyncio concurrent logging threading tornado traitlets zmq".split()
 
 
 @dataclass(frozen=True)
-class Holder:
+class TensorHolder:
     """A name that leads to tensors on cards.
 
     Attributes:
@@ -46,25 +36,13 @@ class Holder:
     bytes: dict[int, int]
 
     def __str__(self):
-        return f"{self.name} ({self.kind}): {on_cards(self.bytes)}"
-
-
-def on_cards(sizes: dict[int, int]) -> str:
-    """Bytes per card in words: "12.97 GiB on card 0, 3.0 MiB on card 1"."""
-    return ", ".join(f"{in_words(sizes[card])} on card {card}" for card in sorted(sizes))
-
-
-def in_words(size: int) -> str:
-    """Bytes with a unit: GiB with two decimals, smaller sizes with one."""
-    for unit, scale, decimals in (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
-        if size >= scale:
-            return f"{size / scale:.{decimals}f} {unit}"
-    return f"{size} bytes"
+        sizes = [f"{bytes_in_words(self.bytes[n])} on card {n}" for n in sorted(self.bytes)]
+        return f"{self.name} ({self.kind}): {', '.join(sizes)}"
 
 
 def find_holders(
     namespace: dict, hidden: dict, outermost: types.FrameType | None = None
-) -> list[Holder]:
+) -> list[TensorHolder]:
     """Everything with a name that keeps tensors on cards alive, most bytes first.
 
     Args:
@@ -74,38 +52,35 @@ def find_holders(
         outermost: frame to begin with; functions running below it are looked at too. Default: the
             caller's.
     """
-    tensors = [obj for obj in gc.get_objects() if _is_card_tensor(obj)]
-    if not tensors:
-        return []
-    roots = [
-        (name, value)
-        for name, value in namespace.items()
-        if not (name in hidden and hidden[name] is value)
-        and not issubclass(type(value), types.ModuleType)
-    ]
-    roots += _running_variables(outermost or inspect.currentframe().f_back, namespace)
-    found, named = [], set()
-    for name, value in roots:
-        held = tensors_in(value)
-        named.update(id(tensor) for tensor in held)
-        found.append((name, type(value).__name__, held))
-    storages = {_storage(tensor) for tensor in tensors if id(tensor) in named}
-    rest = [tensor for tensor in tensors if _storage(tensor) not in storages]
-    if (
-        rest
-    ):  # a look into every imported module takes a moment, so only when something is unexplained
-        seen = {}
-        for name, value in _module_variables(namespace):
-            held = tensors_in(value, seen)
-            found.append((name, type(value).__name__, held))
-            storages.update(_storage(tensor) for tensor in held)
-        rest = [tensor for tensor in rest if _storage(tensor) not in storages]
-        largest = max(rest, key=lambda tensor: tensor.untyped_storage().nbytes(), default=None)
-        if largest is not None:
-            name = f"{len(rest)} tensors no variable leads to, the largest {tuple(largest.shape)}"
-            found.append((name, "unnamed", rest))
-    holders = [Holder(name, kind, sizes(held)) for name, kind, held in found if held]
-    return sorted(holders, key=lambda holder: -sum(holder.bytes.values()))
+    unexplained = [obj for obj in gc.get_objects() if _is_card_tensor(obj)]
+    found = []
+
+    def look_at(variables, seen=None):
+        nonlocal unexplained
+        explained = set()
+        for name, value in variables:
+            tensors = tensors_in(value, seen)
+            if tensors:
+                found.append(TensorHolder(name, type(value).__name__, bytes_on_cards(tensors)))
+                explained.update(map(_storage, tensors))
+        unexplained = [tensor for tensor in unexplained if _storage(tensor) not in explained]
+
+    if unexplained:
+        look_at(
+            (name, value)
+            for name, value in namespace.items()
+            if not (name in hidden and hidden[name] is value)
+            and not issubclass(type(value), types.ModuleType)
+        )
+        look_at(_running_variables(outermost or inspect.currentframe().f_back, namespace))
+    if unexplained:  # a look into every imported module takes a moment
+        look_at(_module_variables(namespace), {})
+    if unexplained:
+        largest = max(unexplained, key=lambda tensor: tensor.untyped_storage().nbytes())
+        count, shape = len(unexplained), tuple(largest.shape)
+        name = f"{count} tensors no variable leads to, the largest {shape}"
+        found.append(TensorHolder(name, "unnamed", bytes_on_cards(unexplained)))
+    return sorted(found, key=lambda holder: -sum(holder.bytes.values()))
 
 
 def tensors_in(value, seen: dict | None = None) -> list[torch.Tensor]:
@@ -128,11 +103,10 @@ def tensors_in(value, seen: dict | None = None) -> list[torch.Tensor]:
     return found
 
 
-def sizes(tensors: list[torch.Tensor]) -> dict[int, int]:
+def bytes_on_cards(tensors: list[torch.Tensor]) -> dict[int, int]:
     """Card index to bytes; views of one storage count once."""
-    storages = {_storage(tensor): tensor for tensor in tensors}
     total = Counter()
-    for tensor in storages.values():
+    for tensor in {_storage(tensor): tensor for tensor in tensors}.values():
         total[tensor.device.index] += tensor.untyped_storage().nbytes()
     return dict(total)
 
@@ -151,10 +125,8 @@ def _contents(obj) -> list:
     kind = type(obj)
     if issubclass(kind, _TOO_WIDE) or kind.__module__.partition(".")[0] in _MACHINERY:
         return []
-    if kind is dict and (
-        "__builtins__" in obj or "__spec__" in obj
-    ):  # a module's or the notebook's variables
-        return []
+    if kind is dict and ("__builtins__" in obj or "__spec__" in obj):
+        return []  # a module's or the notebook's variables
     if kind is types.FunctionType:  # all but its globals
         return [obj.__closure__, obj.__defaults__, obj.__kwdefaults__, obj.__dict__]
     contents = gc.get_referents(obj)
@@ -165,23 +137,21 @@ def _contents(obj) -> list:
 
 def _running_variables(frame, namespace):
     """Variables of the functions now running, from ``frame`` outwards to the notebook's cell."""
-    while frame is not None and (_in_function(frame) or frame.f_globals is not namespace):
+    while frame is not None and (_is_function(frame) or frame.f_globals is not namespace):
         code = frame.f_code
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _MACHINERY:
+            place = f"{code.co_name} of {Path(code.co_filename).name}:{frame.f_lineno}"
             for name, value in _locals(frame).items():
-                yield (
-                    f"{name} in {code.co_name} of {Path(code.co_filename).name}:{frame.f_lineno}",
-                    value,
-                )
+                yield f"{name} in {place}", value
         frame = frame.f_back
 
 
-def _in_function(frame) -> bool:
-    return frame is not None and bool(frame.f_code.co_flags & inspect.CO_OPTIMIZED)
+def _is_function(frame) -> bool:
+    return bool(frame.f_code.co_flags & inspect.CO_OPTIMIZED)
 
 
 def _locals(frame) -> dict:
-    if not _in_function(frame):
+    if not _is_function(frame):
         return {}  # a module's own variables
     shown = frame.f_locals
     values = dict(shown)

@@ -1,8 +1,9 @@
-"""What the panel shows, as HTML; every text that comes from outside is escaped here."""
+"""What the widgets show, as HTML; every text that comes from outside is escaped here."""
 
 import base64
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 from PIL import Image
 
@@ -11,52 +12,24 @@ from glm4v_nb.miniature.scenes import encode
 from simgpu import CardMemory
 from simgpu.oom import parse_out_of_memory
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 THUMBNAIL_PIXELS = 240
 
-# The colours follow JupyterLab's theme; elsewhere the fallbacks hold.
-STYLE = """<style>
-.glm4v-panel { max-width: 64rem; padding: 4px; }
-.glm4v-panel .widget-textarea textarea, .glm4v-panel select { box-sizing: border-box; }
-/* Upside down and back, the browser keeps the newest words in view. */
-.glm4v-panel .glm4v-history { max-height: 24rem; overflow-y: auto; display: flex; flex-direction: column-reverse; }
-.glm4v-history > * { flex: none; }
-.glm4v-picture { max-width: 100%; border: 1px solid var(--jp-border-color2, #ccc); }
-.glm4v-turn { margin: 6px 0; padding: 6px 10px; border-radius: 6px; white-space: pre-wrap; line-height: 1.4;
-  overflow-wrap: anywhere; color: var(--jp-ui-font-color1, #222); }
-.glm4v-user { background: var(--jp-layout-color2, #eee); margin-left: 15%; }
-.glm4v-model { border: 1px solid var(--jp-border-color2, #ccc); margin-right: 15%; }
-.glm4v-who, .glm4v-note { color: var(--jp-ui-font-color2, #555); font-size: 0.85em; line-height: 1.35; }
-.glm4v-status { padding: 4px 10px; border-left: 4px solid #0072B2; line-height: 1.4; overflow-wrap: anywhere;
-  color: var(--jp-ui-font-color1, #222); }
-.glm4v-status-error { border-left-color: #D55E00; }
-.glm4v-status-running, .glm4v-status-stopping, .glm4v-status-loading { border-left-color: #E69F00; }
-.glm4v-bar { position: relative; height: 14px; border-radius: 3px; background: var(--jp-layout-color2, #eee);
-  border: 1px solid var(--jp-border-color2, #ccc); overflow: hidden; }
-.glm4v-bar div { position: absolute; top: 0; bottom: 0; left: 0; }
-</style>"""
 
-# ipywidgets has no key events: one listener for the page presses Ask of the panel that has the
-# focus.
-CONTROL_ENTER = (
-    "<img alt='' src='data:,' style='display:none' onerror=\""
-    "if (!window.glm4vControlEnter) { window.glm4vControlEnter = true;"
-    "document.addEventListener('keydown', event => {"
-    "if (!(event.ctrlKey || event.metaKey) || event.key !== 'Enter') return;"
-    "const panel = event.target.closest && event.target.closest('.glm4v-panel');"
-    "if (!panel || event.target.tagName !== 'TEXTAREA') return;"
-    "event.preventDefault(); event.stopPropagation();"
-    # The last keystroke has to reach the kernel before the click does.
-    "setTimeout(() => panel.querySelector('.glm4v-ask').click(), 150);"
-    '}, true); }">'
-)
+def _file(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+STYLE = f"<style>{_file('panel.css')}</style>"
+# Scripts of a widget's HTML do not run; the error of an image that cannot be shown does.
+_ON_ERROR = escape(_file("control_enter.js"))
+CONTROL_ENTER = f'<img alt="" src="data:," style="display:none" onerror="{_ON_ERROR}">'
 
 
 def gib(size_bytes: int) -> str:
-    """ "1.25 GiB", or MiB below a tenth of one."""
-    return (
-        f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB / 10 else f"{size_bytes / 2**20:.0f} MiB"
-    )
+    """ "1.25 GiB", or MiB below a tenth of one: bars of one picture are read side by side."""
+    is_small = size_bytes < GIB / 10
+    return f"{size_bytes / MIB:.0f} MiB" if is_small else f"{size_bytes / GIB:.2f} GiB"
 
 
 def note(text: str) -> str:
@@ -95,14 +68,10 @@ def memory_bars(memory: Sequence[CardMemory], provenance: str) -> str:
     rows = []
     for card in memory:
         label = "Host memory" if card.card == "host" else f"GPU {card.index} · {card.card}"
-        used, peak = (
-            100 * size / card.capacity_bytes
-            for size in (card.reserved_bytes, card.peak_reserved_bytes)
-        )
-        text = (
-            f"{label}: {gib(card.reserved_bytes)} of {gib(card.capacity_bytes)}, "
-            f"peak {gib(card.peak_reserved_bytes)}"
-        )
+        sizes = (card.reserved_bytes, card.peak_reserved_bytes, card.capacity_bytes)
+        used, peak, capacity = map(gib, sizes)
+        text = f"{label}: {used} of {capacity}, peak {peak}"
+        used, peak = (100 * size / card.capacity_bytes for size in sizes[:2])
         rows.append(
             f"{note(text)}<div class='glm4v-bar' role='meter' aria-label='{escape(label)}'"
             f" aria-valuemin='0' aria-valuemax='100' aria-valuenow='{used:.0f}'"
@@ -117,8 +86,9 @@ def out_of_memory_advice(error: BaseException, max_new_tokens: int) -> str:
     """What was missing where, and what to change."""
     try:
         found = parse_out_of_memory(error)
-        where = f"{gib(found.short_bytes)} short on GPU {found.device}"
-        where += f" (a tensor of {gib(found.tried_bytes)} for {gib(found.free_bytes)} free)"
+        sizes = (found.short_bytes, found.tried_bytes, found.free_bytes)
+        short, tried, free = map(gib, sizes)
+        where = f"{short} short on GPU {found.device} (a tensor of {tried} for {free} free)"
     except ValueError:
         where = str(error).splitlines()[0][:200]
     return (
@@ -129,8 +99,7 @@ def out_of_memory_advice(error: BaseException, max_new_tokens: int) -> str:
 
 
 def picture(image: Image.Image | None, name: str) -> str:
-    """A thumbnail of at most 240 pixels a side with its name and size; the name alone without an
-    image."""
+    """A thumbnail of at most 240 pixels a side with name and size; or the name alone."""
     if image is None:
         return note(name)
     small = image.copy()

@@ -1,4 +1,4 @@
-"""Train the miniature: ``python -m glm4v_nb.miniature.train --output DIR``.
+"""Train the miniature: ``python -m tools.miniature.train --output DIR``.
 
 The weights are kept in float32 and the forward pass runs under bfloat16 autocast; the checkpoint is
 saved in bfloat16 in the official layout, every minute and at the end. Examples are kept on the
@@ -21,12 +21,12 @@ from torch import nn
 from torch.nn import functional
 
 from glm4v_nb.miniature.evaluate import evaluate
-from glm4v_nb.miniature.feed import CHUNK, IGNORED, ROWS, TEXT_LENGTH, ConversationEncoder, Feed
-from glm4v_nb.miniature.vocabulary import save_vocabulary
-from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration, register
+from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration
 from glm4v_nb.model.image_processing import IMAGE_MEAN, IMAGE_STD
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
 from glm4v_nb.training import enable_gradient_checkpointing
+from tools.miniature.feed import CHUNK, IGNORED, ROWS, TEXT_LENGTH, ConversationEncoder, Feed
+from tools.miniature.vocabulary import save_vocabulary
 
 IMAGE_SIZE = 168
 SAVE_SECONDS = 60.0
@@ -183,7 +183,6 @@ def _batches(feed: Feed, size: int, repeat: int, pool: int, device: torch.device
 
 def train(options: argparse.Namespace) -> None:
     """Train, log, save and evaluate as the options say."""
-    register()
     directory = Path(options.output)
     special = save_vocabulary(directory, IMAGE_SIZE)
     tokenizer = ChatGLM4Tokenizer.from_pretrained(directory)

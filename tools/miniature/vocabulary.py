@@ -12,14 +12,14 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from glm4v_nb.miniature.questions import CELLS_ZH, COLOURS_ZH, PLURALS, QUESTIONS, SHAPES_ZH
+from glm4v_nb.miniature.questions import CHINESE, PLURALS, QUESTIONS
 from glm4v_nb.miniature.scenes import CELLS, COLOURS, SHAPES
 
 # In the official order and number; their ids follow the ordinary ones.
 SPECIAL_TOKENS = (
     "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>",
-    "<|assistant|>", "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>",
-    "<|end_of_video|>",
+    "<|assistant|>", "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>",
+    "<|begin_of_video|>", "<|end_of_video|>",
 )  # fmt: skip
 ANSWER_WORDS = "a an at in on the yes no nothing there is object objects shapes and or of".split()
 CHINESE_WORDS = (
@@ -38,9 +38,7 @@ def grammar_words() -> list[str]:
             english.update(re.findall(r"[A-Za-z]+", re.sub(r"\{.\}", " ", form)))
     cased = {form for word in english for form in (word, word.lower(), word.capitalize())}
     words = {space + word for word in cased for space in ("", " ")}
-    words.update(
-        CHINESE_WORDS, SHAPES_ZH.values(), COLOURS_ZH.values(), CELLS_ZH.values(), "？。，"
-    )
+    words.update(CHINESE_WORDS, CHINESE.values(), "？。，")
     return sorted(words)
 
 
