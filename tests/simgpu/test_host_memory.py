@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -231,10 +232,12 @@ def test_every_measured_figure_is_what_the_simulator_says(benchmark, path):
     figures = benchmark.compare(results)
     assert [figure for figure in figures if not figure.right] == []
     assert len(figures) >= 4 * 7
-    stored = json.loads((path.parent / "simulated" / path.name).read_text())["figures"]
-    assert [[one.case, one.name, one.least, one.most] for one in figures] == [
-        list(one.values()) for one in stored
-    ], "python tools/accuracy.py --simulate stores them again"
+    stored = json.loads((path.parent / "simulated" / path.name).read_text())
+    libraries = ("torch", "transformers", "accelerate")
+    if all(version(name).startswith(stored["provenance"][name]) for name in libraries):
+        assert [[one.case, one.name, one.least, one.most] for one in figures] == [
+            list(one.values()) for one in stored["figures"]
+        ], "python tools/accuracy.py --simulate stores them again"
     assert {figure.case.split(", ")[0] for figure in figures} == {"one file", "shards", "full size"}
     for case in results["cases"]:
         assert case["measured"]["samples"] > 0
