@@ -45,8 +45,8 @@ _observer: Observer | None = None
 _ATEN = torch.ops.aten
 # Operators that make no storage. Half of all calls are one of these, and torch's general path for
 # fake tensors takes several times as long for them as their shape rule.
-_VIEWS = {_ATEN.alias, _ATEN.detach, _ATEN.expand, _ATEN.permute, _ATEN.t, _ATEN.unsqueeze}
-_VIEWS = {packet.default for packet in (*_VIEWS, _ATEN.view)}
+_DEFAULT_OVERLOADS = ("alias", "detach", "expand", "permute", "t", "unsqueeze", "view")
+_VIEWS = {getattr(_ATEN, name).default for name in _DEFAULT_OVERLOADS}
 _VIEWS |= {_ATEN.select.int, _ATEN.slice.Tensor, _ATEN.transpose.int}
 
 
