@@ -22,7 +22,7 @@ from rich.table import Table
 GIB = 2**30
 # The base of typer's errors of wrong use; typer itself gives it no public name.
 UsageError = typer.BadParameter.__base__
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_STRATEGIES = "auto, balanced, balanced_low_0 or sequential"
 
 app = typer.Typer(
     help="GLM-4V-9B on several GPUs, simulated or real.",
@@ -31,59 +31,42 @@ app = typer.Typer(
 )
 
 
+def _option(kind: type, words: str, *names: str, **more):
+    """The annotation of an option: type, what --help says, and names other than the parameter's."""
+    return Annotated[kind, typer.Option(*names, help=words, **more)]
+
+
 @app.command()
 def fit(
     context: typer.Context,
-    card: Annotated[
-        str, typer.Option(help='Kind of GPU card, such as L4, "RTX 4090", A100-80, H100.')
-    ],
-    count: Annotated[int, typer.Option(help="How many of them.")] = 1,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device_map: Annotated[
-        str,
-        typer.Option(
-            help="auto, balanced, balanced_low_0 or sequential; or modules and cards as JSON,"
-            " or a JSON file."
-        ),
-    ] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 1,
-    images: Annotated[int, typer.Option(help="Images per sample, 0 or 1.")] = 1,
-    text_tokens: Annotated[
-        int, typer.Option(help="Prompt tokens, the image's 1602 positions not counted.")
-    ] = 32,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
-    train: Annotated[
-        bool, typer.Option("--train", help="One training step instead of generation.")
-    ] = False,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="With --train: recompute activations.")
-    ] = False,
-    trained: Annotated[
-        str,
-        typer.Option(help="With --train: everything, decoder (the image tower frozen) or lora."),
-    ] = "everything",
-    optimizer: Annotated[
-        str, typer.Option(help="With --train: adamw adds its states and first update.")
-    ] = "",
-    alloc_conf: Annotated[
-        str | None,
-        typer.Option(
-            help="PyTorch's PYTORCH_CUDA_ALLOC_CONF, for example expandable_segments:True."
-        ),
-    ] = None,
-    limits: Annotated[
-        bool,
-        typer.Option(
-            "--limits", help="Also the largest batch, the longest context and the best device map."
-        ),
-    ] = False,
-    frontier: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Draw batch x tokens that fit into this .png, .svg or .pdf."
-        ),
-    ] = None,
-    as_json: AsJson = False,
+    card: _option(str, 'Kind of GPU card, such as L4, "RTX 4090", A100-80, H100.'),
+    count: _option(int, "How many of them.") = 1,
+    dtype: _option(str, "bfloat16, float16 or float32.") = "bfloat16",
+    device_map: _option(
+        str, f"{_STRATEGIES}; or modules and cards as JSON, or a JSON file."
+    ) = "auto",
+    batch_size: _option(int, "Samples at a time.") = 1,
+    images: _option(int, "Images per sample, 0 or 1.") = 1,
+    text_tokens: _option(int, "Prompt tokens, the image's 1602 positions not counted.") = 32,
+    new_tokens: _option(int, "Tokens to generate.") = 128,
+    train: _option(bool, "One training step instead of generation.", "--train") = False,
+    gradient_checkpointing: _option(
+        bool, "With --train: recompute activations.", "--gradient-checkpointing"
+    ) = False,
+    trained: _option(
+        str, "With --train: everything, decoder (the image tower frozen) or lora."
+    ) = "everything",
+    optimizer: _option(str, "With --train: adamw adds its states and first update.") = "",
+    alloc_conf: _option(
+        str | None, "PyTorch's PYTORCH_CUDA_ALLOC_CONF, for example expandable_segments:True."
+    ) = None,
+    limits: _option(
+        bool, "Also the largest batch, the longest context and the best device map.", "--limits"
+    ) = False,
+    frontier: _option(
+        str | None, "Draw batch x tokens that fit into this .png, .svg or .pdf.", metavar="FILE"
+    ) = None,
+    as_json: _option(bool, "Print one JSON object.", "--json") = False,
 ):
     """Will it fit? Runs the full-size model on simulated cards; exit code 0 if it fits, 3 if not.
 
@@ -241,10 +224,10 @@ def _print_limits(found):
 
 @app.command()
 def doctor(
-    as_json: AsJson = False,
-    as_report: Annotated[
-        bool, typer.Option("--report", help="Print one block of text to paste into a bug report.")
-    ] = False,
+    as_json: _option(bool, "Print one JSON object.", "--json") = False,
+    as_report: _option(
+        bool, "Print one block of text to paste into a bug report.", "--report"
+    ) = False,
 ):
     """Is this machine ready? Checks driver, GPUs, libraries, memory, disk; exit code 1 if something
     must be mended."""

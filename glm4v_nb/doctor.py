@@ -190,15 +190,15 @@ def _gpus():
             yield _finding(f"GPU {index}", major >= 8, found, advice)
 
 
-def _multiply(device: torch.device):
-    """Allocate, multiply and check the result.
+def _multiply(device: torch.device, side: int = 1024):
+    """Allocate, multiply and check the result; ``side`` up to 2048, which float16 holds exactly.
 
     Raises:
         ValueError: the product is wrong.
         RuntimeError: from CUDA.
     """
-    ones = torch.ones(1024, 1024, dtype=torch.float16, device=device)
-    if not bool(((ones @ ones) == 1024).all()):
+    ones = torch.ones(side, side, dtype=torch.float16, device=device)
+    if not bool(((ones @ ones) == side).all()):
         raise ValueError("a matrix product came out wrong")
 
 

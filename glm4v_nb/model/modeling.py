@@ -89,9 +89,8 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: (batch, length).
             pixel_values: (images, 3, side, side), in the order of the prompts that have an image.
             attention_mask: (batch, length), or (batch, cached + length) with a cache.
-            position_ids: (batch, length); numbering of the unexpanded prompt. Give them in a decode
-                step after an image (``generate`` does): without them the cache's length counts,
-                which has 1602 per image.
+            position_ids: (batch, length); numbering of the unexpanded prompt. Needed in a decode
+                step after an image (``generate`` gives them): else the cache's length counts.
             labels: (batch, length); image positions are ignored by the loss.
             logits_to_keep: logits of only the last so many positions (0: all).
             image_mask: (batch, length); given when the prompt is already expanded.
@@ -124,13 +123,8 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if labels is not None:
             vocabulary = self.config.padded_vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        rest = {name: outputs[name] for name in outputs if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
     def generate(self, inputs=None, generation_config=None, streamer=None, **kwargs):
         """As transformers' own; returns the prompt as given (images unexpanded), then new tokens.

@@ -161,8 +161,7 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         The ids are put together piece by piece, never through rendered text, so special-token text
         in a message stays ordinary text (``sanitize_control_tokens`` is accepted and always true).
         An image takes the three ids begin-of-image, placeholder, end-of-image; its pixels come from
-        ``GLM4VProcessor.apply_chat_template``. The forms of a message are described in
-        ``chat.parse_conversation``.
+        the processor. The forms of a message are described in ``chat.parse_conversation``.
 
         Args:
             conversation: list of messages, or list of such lists.

@@ -38,7 +38,8 @@ def test_every_picture_says_where_its_figures_come_from():
 def test_no_plot_is_without_a_test_of_its_label():
     """A notebook's picture counts as labelled if one of these draws it; test_monitor.py tests the
     timeline's."""
-    plots_here = {name for name in vars(plots) if name.startswith("plot_")}
+    modules = (plots, plots.memory, plots.style, plots.timeline)
+    plots_here = {name for each in modules for name in vars(each) if name.startswith("plot_")}
     assert plots_here == {
         *("plot_memory_bars", "plot_device_map", "plot_frontier", "plot_timeline"),
         "plot_path",  # which draws nothing

@@ -181,6 +181,18 @@ def _batches(feed: Feed, size: int, repeat: int, pool: int, device: torch.device
         owed += size / repeat
 
 
+def _optimizer(model: nn.Module, rate: float, device: torch.device) -> torch.optim.AdamW:
+    """Matrices decay, vectors do not."""
+    decayed = [value for value in model.parameters() if value.ndim > 1]
+    others = [value for value in model.parameters() if value.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        lr=rate,
+        betas=(0.9, 0.98),
+        fused=device.type == "cuda",
+    )
+
+
 def train(options: argparse.Namespace) -> None:
     """Train, log, save and evaluate as the options say."""
     directory = Path(options.output)
@@ -195,14 +207,7 @@ def train(options: argparse.Namespace) -> None:
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     trainer = Trainer(model, ConversationEncoder(tokenizer).prefix()).to(device)
-    decayed = [value for value in model.parameters() if value.ndim > 1]
-    others = [value for value in model.parameters() if value.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-        lr=options.learning_rate,
-        betas=(0.9, 0.98),
-        fused=device.type == "cuda",
-    )
+    optimizer = _optimizer(model, options.learning_rate, device)
     autocast = torch.autocast(device.type, torch.bfloat16)
     start, saved, step = time.monotonic(), 0.0, 0
     pool = math.ceil(options.pool / CHUNK) * CHUNK
