@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .outcome import FinishedRun, RunSpec
-from .pool import Progress
-from .records import in_words
+from .runner import Progress
+from .store import FinishedRun, RunSpec
+from .words import in_words
 
 STYLES = {"done": "green", "oom": "magenta", "not run": "yellow"}
 _LONGEST_TABLE = 16
@@ -44,7 +44,7 @@ class Display:
     def __init__(self, specs: Sequence[RunSpec], workers: int, console: Console):
         self._specs = {spec.id: spec for spec in specs}
         self._workers, self._console = workers, console
-        self._note = ""
+        self._said = 0
         self._seen: set[str] = set()
         self._begun = time.monotonic()
         self._known_before: int | None = None
@@ -62,7 +62,7 @@ class Display:
             self._live.stop()
 
     def show(self, progress: Progress):
-        """Called by the pool; prints what has ended since the last time and renews the table."""
+        """Called by the sweep; prints what has ended since the last time and renews the table."""
         if self._known_before is None:
             self._known_before = len(progress.outcomes)
             self._seen.update(progress.outcomes)
@@ -76,11 +76,9 @@ class Display:
                     f"{self._known_before} of {progress.total} runs had ended before{hint}",
                     style="dim",
                 )
-        if progress.note not in ("", self._note):
-            self._console.print(
-                escape(progress.note), style="yellow", soft_wrap=True, highlight=False
-            )
-        self._note = progress.note
+        for note in progress.notes[self._said :]:
+            self._console.print(escape(note), style="yellow", soft_wrap=True, highlight=False)
+        self._said = len(progress.notes)
         for name in [name for name in progress.outcomes if name not in self._seen]:
             self._seen.add(name)
             run = FinishedRun(spec=self._specs[name], outcome=progress.outcomes[name], records=[])

@@ -19,10 +19,9 @@ from functools import cached_property
 from pathlib import Path
 
 import nbformat
-from IPython.core.inputtransformer2 import TransformerManager
 
-from .outcome import Value
-from .reach import Reach
+from .reads import Reads
+from .store import Value
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -51,22 +50,22 @@ class ParsedNotebook:
         Raises ParameterError for a cell that is not Python even after IPython's own rewriting of
         magics.
         """
-        reach = Reach(self.parameters, parse_cell)
+        reads = Reads(self.parameters)
         for number, source in self.later_cells:
             try:
-                reach.follow(parse_cell(source), number)
+                reads.follow(source, number)
             except SyntaxError as error:
                 raise ParameterError(
                     f"{self.file}: code cell {number} is not valid Python ({error.msg}, line"
                     f" {error.lineno}); correct it, or write a magic with its %"
                 ) from None
         reasons = {}
-        for name in self.parameters.keys() - reach.reached:
-            if name in reach.pending:
+        for name in self.parameters.keys() - reads.read:
+            if name in reads.held:
                 reasons[name] = "nothing reads it; read it in a later cell or remove it"
             else:
                 reasons[name] = (
-                    f"code cell {reach.rebound[name]} gives the name another value before anything"
+                    f"code cell {reads.rebound[name]} gives the name another value before anything"
                     " reads it; use another name there"
                 )
         return reasons
@@ -119,7 +118,7 @@ def check_override(notebook: Path | str | ParsedNotebook, name: str, value: Valu
     float.
 
     The value reaches the code if some module-level path through the later cells reads the name
-    before binding it; see ``Reach`` for what counts.
+    before binding it; see ``Reads`` for what counts.
 
     Raises:
         ParameterError: there is no such parameter, the value has another type than the default, or
@@ -246,18 +245,6 @@ def _read_assignments(source: str, path: Path) -> dict[str, Value]:
             )
         parameters[name] = value
     return parameters
-
-
-def parse_cell(source: str) -> ast.Module:
-    """The code of a cell as a tree, its magics and shell commands as the calls that IPython makes
-    of them.
-
-    Raises SyntaxError.
-    """
-    with warnings.catch_warnings():
-        # An invalid escape in a lesson's string is that lesson's matter.
-        warnings.simplefilter("ignore")
-        return ast.parse(TransformerManager().transform_cell(source))
 
 
 def _converted(value: Value, default: Value) -> Value:

@@ -82,3 +82,25 @@ def parse_out_of_memory(message: str | BaseException) -> OutOfMemoryMessage:
 def _bytes(size: str) -> int:
     number, unit = size.split()
     return round(float(number) * _UNITS[unit])
+
+
+def explain(error: str, traceback: str) -> dict[str, int | str | None] | None:
+    """Where a run ran out of memory, for reports: ``device``, ``phase`` and ``short_bytes``, None
+    for what the texts do not say; None as a whole where they say nothing.
+
+    Args:
+        error: the error's line.
+        traceback: with the notes behind the message, among them the rig's stage.
+    """
+    # Before the message are lines of code, which may hold the same words.
+    _, found, notes = traceback.rpartition("out of memory")
+    phase = re.search(r"in the stage \"([^\"]+)\"", notes) if found else None
+    try:
+        message = parse_out_of_memory(error)
+    except ValueError:
+        return {"device": None, "phase": phase[1], "short_bytes": None} if phase else None
+    return {
+        "device": message.device,
+        "phase": phase and phase[1],
+        "short_bytes": message.short_bytes,
+    }

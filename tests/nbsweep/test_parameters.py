@@ -14,9 +14,9 @@ from nbsweep.parameters import (
     parse_value,
     read_parameters,
 )
-from nbsweep.registry import DEFAULT_REGISTRY, load_registry
+from nbsweep.registry import load_registry
 
-REGISTERED = [DEFAULT_REGISTRY.parent / entry.file for entry in load_registry().notebook]
+REGISTERED = [load_registry().folder / entry.file for entry in load_registry().notebook]
 DEFAULTS = 'card = "L4"\ncount = 2\nshare = 0.5\ntrain = False\nlimits_gib = [12, 20]'
 
 

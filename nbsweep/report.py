@@ -18,20 +18,21 @@ from typing import Any, get_args
 
 import jinja2
 
-from .files import write_whole
-from .outcome import FinishedRun, OutOfMemoryCause, Status, Value, read_sweep
-from .sweep_compare import by_parameters, compare
-from .sweep_tables import csv_bytes, distinct, is_number, parquet_bytes, runs_table, status_of
+from .compare import by_parameters, compare
+from .provenance import DISTRIBUTION
+from .store import FinishedRun, OutOfMemoryCause, Record, Status, Value, read_sweep, write_whole
+from .tables import csv_bytes, distinct, parquet_bytes, runs_table, status_of
+from .words import is_number, unit_for
 
 STATUSES = (*get_args(Status), "unfinished")
 NO_PARQUET = (
     "runs.parquet was not written: pyarrow is not installed. Run `pip install pyarrow`, then report"
     " again."
 )
-_SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+_HERE = Path(__file__).parent
 # Autoescaping is on for every value: titles, parameters and errors are text written by notebooks.
 _TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    loader=jinja2.FileSystemLoader(_HERE),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -39,7 +40,7 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def write_sweep_report(directory: Path | str) -> Path:
+def write_report(directory: Path | str) -> Path:
     """Write report.html, runs.csv and, where pyarrow is installed, runs.parquet; returns the path
     of report.html.
 
@@ -94,7 +95,7 @@ def write_comparison(
     rows = []
     for change in changes:
         cells = [change.kind, change.notebook, *(change.parameters.get(name) for name in given)]
-        unit, size = _scale(change.unit, [change.before, change.after])
+        unit, size = unit_for(change.unit, [change.before, change.after])
         cells += [change.name or None, unit or None]
         cells += [_scaled(change.before, size), _scaled(change.after, size)]
         cells.append(None if change.relative is None else 100 * change.relative)
@@ -116,36 +117,60 @@ def write_comparison(
     )
 
 
+_Columns = list[tuple[str, str, str]]  # name, group, unit
+
+
 def _report_table(runs: Sequence[FinishedRun], directory: Path) -> dict[str, Any]:
     """The page's table and pictures: columns, rows, failures, and whether there is an OOM frontier
     to draw."""
     given = distinct(name for run in runs for name in run.spec.given)
-    found = [{(record.name, record.unit): record for record in run.records} for run in runs]
-    scales = {
-        key: _scale(key[1], [records[key].value for records in found if key in records])
-        for key in distinct(chain(*found))
+    recorded = [{(record.name, record.unit): record for record in run.records} for run in runs]
+    units = {
+        key: unit_for(key[1], [records[key].value for records in recorded if key in records])
+        for key in distinct(chain(*recorded))
     }
     failures = _failures(runs, given)
     failure_of = {index: failure["tag"] for failure in failures for index in failure["runs"]}
-    columns = [(name, "run", "") for name in ("run", "notebook", "status", "failure")]
-    columns += [("seconds", "clock", ""), *((name, "parameter", "") for name in given)]
-    columns += [(name, "scalar", unit) for (name, _), (unit, _) in scales.items()]
-    columns.append(("error", "run", ""))
     rows = []
-    for index, (run, records) in enumerate(zip(runs, found, strict=True)):
-        outcome, cause = run.outcome, run.outcome and run.outcome.oom
-        cells = [run.spec.id, run.spec.notebook, status_of(run), failure_of.get(index)]
-        labels = {len(cells): "measured, wall clock"} if outcome else {}
-        cells += [outcome and outcome.seconds, *(run.spec.parameters.get(name) for name in given)]
-        for key, (_, size) in scales.items():
-            if key in records:
-                labels[len(cells)] = records[key].label
-            cells.append(_scaled(records[key].value, size) if key in records else None)
-        cells.append(outcome and outcome.error)
-        row = {"cells": cells, "labels": labels, "oom": cause and _short(cause)}
-        row["short_gib"] = cause and cause.short_bytes and cause.short_bytes / 2**30
+    for index, (run, records) in enumerate(zip(runs, recorded, strict=True)):
+        row = _row(run, failure_of.get(index), given, records, units)
         row["executed"] = (directory / run.spec.id / "executed.html").is_file()
         rows.append(row)
+    table = _table(_columns(given, units), rows)
+    return {**table, "failures": failures, "frontier": _has_frontier(runs, given)}
+
+
+def _columns(given: Sequence[str], units: dict[tuple[str, str], tuple[str, int]]) -> _Columns:
+    columns = [(name, "run", "") for name in ("run", "notebook", "status", "failure")]
+    columns += [("seconds", "clock", ""), *((name, "parameter", "") for name in given)]
+    columns += [(name, "scalar", unit) for (name, _), (unit, _) in units.items()]
+    return [*columns, ("error", "run", "")]
+
+
+def _row(
+    run: FinishedRun,
+    failure: str | None,
+    given: Sequence[str],
+    records: dict[tuple[str, str], Record],
+    units: dict[tuple[str, str], tuple[str, int]],
+) -> dict[str, Any]:
+    """A run's cells, in the order of ``_columns``, and the labels of those that have one."""
+    outcome, cause = run.outcome, run.outcome and run.outcome.oom
+    cells = [run.spec.id, run.spec.notebook, status_of(run), failure]
+    labels = {len(cells): "measured, wall clock"} if outcome else {}
+    cells += [outcome and outcome.seconds, *(run.spec.parameters.get(name) for name in given)]
+    for key, (_, size) in units.items():
+        if key in records:
+            labels[len(cells)] = records[key].label
+        cells.append(_scaled(records[key].value, size) if key in records else None)
+    cells.append(outcome and outcome.error)
+    short_gib = cause and cause.short_bytes and cause.short_bytes / 2**30
+    oom = cause and _short(cause)
+    return {"cells": cells, "labels": labels, "oom": oom, "short_gib": short_gib}
+
+
+def _has_frontier(runs: Sequence[FinishedRun], given: Sequence[str]) -> bool:
+    """Whether some runs fit and some do not, along a number and another parameter."""
     values = {name: [run.spec.parameters.get(name) for run in runs] for name in given}
     numbers = [name for name in given if len(set(filter(is_number, values[name]))) > 1]
     varied = [
@@ -153,13 +178,11 @@ def _report_table(runs: Sequence[FinishedRun], directory: Path) -> dict[str, Any
         for name in given
         if len({json.dumps(value) for value in values[name] if value is not None}) > 1
     ]
-    frontier = (
-        {"done", "oom"} <= {status_of(run) for run in runs} and bool(numbers) and len(varied) > 1
-    )
-    return {**_table(columns, rows), "failures": failures, "frontier": frontier}
+    both = {"done", "oom"} <= {status_of(run) for run in runs}
+    return both and bool(numbers) and len(varied) > 1
 
 
-def _table(columns: list[tuple[str, str, str]], rows: list[dict]) -> dict[str, list]:
+def _table(columns: _Columns, rows: list[dict]) -> dict[str, list]:
     """Columns (name, group, unit) as the page wants them, and the cells of rows as JSON takes them.
 
     A column is hidden where it says nothing, and has a label where all its cells have the same.
@@ -213,10 +236,10 @@ def _failures(runs: Sequence[FinishedRun], given: Sequence[str]) -> list[dict[st
 def _versions(runs: Sequence[FinishedRun]) -> dict[str, Counter]:
     """Package → version → in how many runs, the notebooks' own first, by number and hash; then
     commit and GPUs."""
-    found = {"glm4v-nb": Counter(f"{run.spec.version} ({run.spec.package[:12]})" for run in runs)}
+    found = {DISTRIBUTION: Counter(f"{run.spec.version} ({run.spec.package[:12]})" for run in runs)}
     for run in runs:
         for name, version in (run.outcome.versions if run.outcome else {}).items():
-            if name.replace("_", "-") != "glm4v-nb":
+            if name.replace("_", "-") != DISTRIBUTION:
                 found.setdefault(name, Counter())[version] += 1
     outcomes = [run.outcome for run in runs if run.outcome]
     found["commit"] = Counter(outcome.commit or "unknown" for outcome in outcomes)
@@ -228,21 +251,13 @@ def _gpus(names: list[str] | None) -> str:
     return "unknown" if names is None else "; ".join(names) or "none"
 
 
-def _scale(unit: str, values: Sequence[Value | None]) -> tuple[str, int]:
-    """The unit to show bytes in and its size, from the largest of them; other units as they are."""
-    numbers = [abs(value) for value in values if is_number(value)]
-    if unit.lower() not in ("bytes", "byte", "b") or not numbers:
-        return unit, 1
-    return next((found for found in _SIZES if max(numbers) >= found[1]), (unit, 1))
-
-
 def _scaled(value: Value | None, size: int) -> Value | None:
     return value / size if size > 1 and is_number(value) else value
 
 
 def _short(cause: OutOfMemoryCause) -> str:
     """Where a run ran out of memory, as words."""
-    unit, size = _scale("bytes", [cause.short_bytes])
+    unit, size = unit_for("bytes", [cause.short_bytes])
     missing = (
         "unknown bytes"
         if cause.short_bytes is None
@@ -270,8 +285,11 @@ _TEMPLATES.filters |= {"show": _show, "counted": _count, "gpus": _gpus}
 
 def _write_page(path: Path, **content) -> Path:
     # The nonce lets the page's own script run and no other, should escaping ever fail.
-    page = _TEMPLATES.get_template("sweep_report.html.jinja").render(
-        nonce=secrets.token_hex(16), **content
+    page = _TEMPLATES.get_template("report.html").render(
+        nonce=secrets.token_hex(16),
+        style=(_HERE / "report.css").read_text(encoding="utf-8"),
+        script=(_HERE / "report.js").read_text(encoding="utf-8"),
+        **content,
     )
     write_whole(path, page.encode())
     return path

@@ -10,8 +10,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from .outcome import FinishedRun, Value, read_sweep
-from .sweep_tables import distinct, is_number, status_of
+from .store import FinishedRun, Value, read_sweep
+from .tables import distinct, status_of
+from .words import is_number
 
 
 class Change(BaseModel):

@@ -1,4 +1,4 @@
-"""The rules for a stored notebook. ``check_notebook`` applies them, with those of ``output_rules``,
+"""The rules for a stored notebook. ``check_notebook`` applies them, with those of ``outputs``,
 and runs nothing.
 
 What no rule can see: the words inside a picture's pixels (instead the cell must show where they
@@ -18,10 +18,11 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from nbsweep.parameters import ParameterError, parse_notebook
+from nbsweep.registry import NotebookEntry
+
 from .machine_traces import find_machine_traces
-from .output_rules import Problem, cell_tree, check_outputs, check_printed_figures
-from .parameters import ParameterError, parse_notebook
-from .registry import NotebookEntry
+from .outputs import Problem, cell_tree, check_outputs, check_printed_figures
 
 # The suite's largest has 285 KB. A page of this size still opens at once, and its changes can be
 # reviewed.
@@ -153,7 +154,8 @@ def _check_registered(notebook: NotebookNode, entry: NotebookEntry | None) -> It
         yield "registered", "registry.toml does not list it", "Add a [[notebook]] entry."
         return
     heading = notebook.cells[0].source.partition("\n")[0] if notebook.cells else ""
-    expected = f"# {entry.number} · {entry.title}"
+    number = f"{entry.number} · " if entry.number.isdecimal() else ""
+    expected = f"# {number}{entry.title}"
     if heading != expected:
         problem = f"it begins with {heading!r}; expected {expected!r}, as in registry.toml"
         yield "registered", problem, "Make the two agree."

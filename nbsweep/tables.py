@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .outcome import FinishedRun, OutOfMemoryCause, Value
+from .store import FinishedRun, OutOfMemoryCause, Value
 
 
 def runs_table(runs: Sequence[FinishedRun]) -> dict[str, list[Value | None]]:
@@ -81,10 +80,6 @@ def _one_type(values: list[Value | None]) -> list:
     if kinds <= {int, float} and fits:
         return [None if value is None else float(value) for value in values]
     return [value if isinstance(value, str | None) else json.dumps(value) for value in values]
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def status_of(run: FinishedRun) -> str:

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from nbformat import NotebookNode
 from PIL import Image
 
+from nbsweep.reads import parse_cell
+from nbsweep.records import LABELS
+
 from .machine_traces import find_machine_traces
-from .parameters import parse_cell
-from .records import LABELS
 
 # Tags of cells, beside papermill's "parameters" and nbval's own.
 STDERR_TAG = "writes-stderr"

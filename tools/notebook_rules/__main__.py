@@ -1,4 +1,4 @@
-"""Do the stored notebooks keep the rules? `python -m nbsweep.validate [NOTEBOOK ...]` says where
+"""Do the stored notebooks keep the rules? `python tools/notebook_rules [NOTEBOOK ...]` says where
 not.
 
 With --execute, which is `make validate`, nbval then runs every cell and compares those marked for
@@ -15,41 +15,40 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .registry import DEFAULT_REGISTRY, RegistryError, load_registry
-from .rules import Finding, check_notebook
+from nbsweep.registry import FILE, RegistryError, find_notebook, load_registry
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from notebook_rules.stored import Finding, check_notebook
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = (ROOT / "notebooks", ROOT / "sweeps" / "targets")
 
 
-def validate(
-    notebooks: Sequence[str] = (), registry: Path | str = DEFAULT_REGISTRY
-) -> tuple[list[Path], list[Finding]]:
+def validate(notebooks: Sequence[str] = ()) -> tuple[list[Path], list[Finding]]:
     """Check notebooks without running them; returns which, and what was found.
 
     Args:
-        notebooks: numbers as in the registry, or paths of .ipynb files, which the registry need not
-            list; all of the registry's when empty.
-        registry: the registry.toml to go by.
+        notebooks: numbers as in the registry, or paths of .ipynb files, which no registry need
+            list; all of the lessons and of what the sweeps run when empty.
 
     Raises:
-        RegistryError: the registry is not right, or there is no such notebook.
+        RegistryError: a registry is not right, or there is no such notebook.
         OSError: a notebook cannot be read.
         RuntimeError: nb-clean is not installed.
     """
-    registry = Path(registry).resolve()
-    listed = load_registry(registry)
-    entries = {registry.parent / entry.file: entry for entry in listed.notebook}
-    named = [Path(name).resolve() for name in notebooks if name.endswith(".ipynb")]
-    if absent := [path.name for path in named if not path.is_file()]:
-        raise RegistryError(
-            f"there is no file {', '.join(absent)}; name a notebook's number, or its path"
-        )
-    numbers = [name for name in notebooks if not name.endswith(".ipynb")]
-    chosen = (
-        [registry.parent / entry.file for entry in listed.select(numbers)]
-        if numbers or not named
-        else []
-    )
-    paths = list(dict.fromkeys(chosen + named))
-    return paths, [finding for path in paths for finding in check_notebook(path, entries.get(path))]
+    lessons, targets = (load_registry(folder / FILE) for folder in FOLDERS)
+    if not notebooks:
+        notebooks = [entry.number for entry in lessons.notebook]
+        notebooks += [str(targets.folder / entry.file) for entry in targets.notebook]
+    found = {}
+    for name in notebooks:
+        if name.endswith(".ipynb") and not Path(name).is_file():
+            raise RegistryError(f"there is no file {name}; name a notebook's number, or its path")
+        notebook = find_notebook(name, Path.cwd(), lessons)
+        listed = notebook.entry in notebook.registry.notebook
+        found[notebook.path] = notebook.entry if listed else None
+    findings = [finding for path, entry in found.items() for finding in check_notebook(path, entry)]
+    return list(found), findings
 
 
 def execute(paths: Sequence[Path], workers: int = 2) -> int:
@@ -59,31 +58,21 @@ def execute(paths: Sequence[Path], workers: int = 2) -> int:
     Raises:
         RegistryError: a notebook lies elsewhere, where neither that file nor conftest.py holds.
     """
-    if strangers := [path.name for path in paths if path.parent != DEFAULT_REGISTRY.parent]:
+    if strangers := [path.name for path in paths if path.parent not in FOLDERS]:
         raise RegistryError(
-            f"{', '.join(strangers)} is not in {DEFAULT_REGISTRY.parent.name}/, and --execute runs"
+            f"{', '.join(strangers)} is not in notebooks/ or sweeps/targets/, and --execute runs"
             " only what is; move it there, or leave out --execute"
         )
     sys.stdout.flush()  # before what pytest prints
-    repository = DEFAULT_REGISTRY.parents[1]
-    names = [str(path.relative_to(repository)) for path in paths]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-n",
-        str(min(workers, len(paths))),
-        "--dist",
-        "loadfile",
-        *names,
-    ]
-    return subprocess.call(command, cwd=repository, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    command = [sys.executable, "-m", "pytest", "-n", str(min(workers, len(paths)))]
+    command += ["--dist", "loadfile", *(str(path.relative_to(ROOT)) for path in paths)]
+    return subprocess.call(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m nbsweep.validate", description="Check the stored notebooks."
+        prog="python tools/notebook_rules", description="Check the stored notebooks."
     )
     parser.add_argument(
         "notebooks",

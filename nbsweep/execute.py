@@ -1,0 +1,391 @@
+"""Does one run, here or on another host: a kernel, the notebook's cells, and how it ended.
+
+A run works in a scratch folder of its own and returns what it left; who asked for it writes that
+down. Every process of a run carries a mark in its environment, so that all of them are found and
+ended, and nobody else's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import importlib.metadata
+import os
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import nbformat
+import psutil
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from papermill.exceptions import strip_color
+from papermill.parameterize import parameterize_notebook
+
+from .provenance import (
+    commit_of,
+    gpu_names,
+    installed_versions,
+    package_folder,
+    package_hash,
+    platform_description,
+    without_private_paths,
+)
+from .records import RECORDS_VARIABLE
+from .registry import Registry
+from .store import RECORDS, RESULT_FILES, Outcome, OutOfMemoryCause, RunSpec, now
+
+CAUSES = "nbsweep.causes"
+# In the environment of a run's processes; its value, a word that nobody else has, is in this file.
+MARK = "NBSWEEP_RUN"
+MARK_FILE = "mark"
+START_SECONDS = 120
+WATCH_SECONDS = 0.2
+
+# A kernel dies with whoever started it, whatever killed that. This asks Linux for it before it
+# becomes the kernel; elsewhere the kernel looks for its parent once a second.
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+libc = ctypes.CDLL(None)
+if hasattr(libc, "prctl"):
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    os._exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class SourceChanged(RuntimeError):
+    """What a run is named by is not what it would run, or has run; it counts as not run."""
+
+
+class Stopped(RuntimeError):
+    """Nobody waits for a run any more; its processes have been ended."""
+
+
+class Link(Protocol):
+    """How a run that is being done is connected with whoever asked for it."""
+
+    def begin(self) -> Path | None:
+        """Called first, in the run's thread; returns where scratch folders may be made."""
+
+    def at_cell(self, cell: int, cells: int) -> None:
+        """The run is at a code cell, counted from 1."""
+
+    def unwanted(self) -> bool:
+        """Whether the run is to be stopped; asked a few times a second."""
+
+    def stopped(self) -> Exception:
+        """What to raise then."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with all that is needed to do it.
+
+    Attributes:
+        notebook: the file's bytes.
+        folder: where the notebook is, and is run; None on a host that does not have it.
+        scratch: what the run may fill and remove; None where the host is to choose.
+        threads: that its kernel may compute with, unless OMP_NUM_THREADS is set.
+        registry: of the notebook: packages, libraries and environment count.
+        private: folders whose paths are left out of what the run leaves.
+    """
+
+    spec: RunSpec
+    notebook: bytes
+    folder: Path | None
+    scratch: Path | None
+    threads: int
+    registry: Registry
+    private: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended, and the files it left, by name."""
+
+    outcome: Outcome
+    files: dict[str, bytes]
+
+
+def execute(job: Job, link: Link) -> Ended:
+    """Do a run in this thread; a notebook that fails is a result, not an exception.
+
+    Raises:
+        SourceChanged: the packages are not, or no longer, those that the run is named by.
+        OSError: this machine cannot do it, as with a full disk.
+        Exception: ``link.stopped()``.
+    """
+    parent = link.begin()
+    _check_packages(job)
+    with _scratch(job.scratch, parent) as scratch:
+        folder = job.folder
+        if folder is None:
+            folder = scratch / "notebooks"
+            folder.mkdir()
+            (folder / job.spec.notebook).write_bytes(job.notebook)
+        started, begin = now(), time.monotonic()
+        result = _run_cells(job, link, folder, scratch)
+        result["seconds"] = round(time.monotonic() - begin, 3)
+        if link.unwanted():
+            raise link.stopped()
+        _check_packages(job)
+        clean = functools.partial(without_private_paths, folders=(*job.private, scratch))
+        for name in {"error", "traceback"} & result.keys():
+            result[name] = clean(_encodable(result[name]))
+        files = _files(result.pop("notebook", None), scratch, clean)
+    return Ended(_outcome(job, started, result), files)
+
+
+def _check_packages(job: Job):
+    packages = job.registry.packages
+    if (found := package_hash(packages)) != job.spec.package:
+        raise SourceChanged(
+            f"{', '.join(packages)} changed: the source is {found}, expected {job.spec.package}"
+        )
+
+
+@contextlib.contextmanager
+def _scratch(scratch: Path | None, parent: Path | None) -> Iterator[Path]:
+    if scratch is None:
+        scratch = Path(tempfile.mkdtemp(prefix="nbsweep-", dir=parent))
+    else:
+        end_leftovers(scratch)
+        scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        end_leftovers(scratch)
+
+
+def end_leftovers(scratch: Path):
+    """End every process of the run that has, or had, this scratch folder, and remove it."""
+    with contextlib.suppress(OSError):
+        end_marked((scratch / MARK_FILE).read_text(encoding="utf-8"))
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def end_marked(mark: str):
+    """Kill every process with this mark, in sessions of their own too, until there is none."""
+    for _ in range(5):
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(MARK) == mark and process.pid != os.getpid():
+                    process.kill()
+                    found.append(process)
+        if not found:
+            return
+        psutil.wait_procs(found, timeout=1)
+
+
+class _ThisPython(KernelSpecManager):
+    """Knows one kernel: of this Python, whatever the user has registered under its name."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        kernel = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        die = [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid())]
+        return KernelSpec(argv=[*die, *kernel], display_name=kernel_name, language="python")
+
+
+def _run_cells(job: Job, link: Link, folder: Path, scratch: Path) -> dict:
+    """Run the cells; returns what an ``Outcome`` says of it, and the notebook as it is then."""
+    spec, mark, begun = job.spec, secrets.token_hex(16), 0
+    notebook = _with_parameters(job)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    cells = len(code) - bool(spec.given)
+    (scratch / MARK_FILE).write_text(mark, encoding="utf-8")
+
+    def at_cell(cell, cell_index):
+        nonlocal begun
+        if "injected-parameters" not in cell.metadata.get("tags", []):
+            begun += 1
+            link.at_cell(begun, cells)
+
+    environment = {"OMP_NUM_THREADS": str(job.threads)} | os.environ | job.registry.environment
+    environment |= {MARK: mark, RECORDS_VARIABLE: str(scratch.resolve() / RECORDS)}
+    client = NotebookClient(
+        notebook,
+        km=AsyncKernelManager(
+            kernel_name="python3",
+            kernel_spec_manager=_ThisPython(),
+            connection_file=str(scratch.resolve() / "connection.json"),
+        ),
+        timeout=None,
+        startup_timeout=START_SECONDS,
+        force_raise_errors=True,
+        resources={"metadata": {"path": str(folder)}},
+        # ipykernel 7.4 warns at every start that loopback traffic is not encrypted.
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        on_cell_execute=at_cell,
+    )
+    result = {"status": "done", "cells": cells}
+    with _watch(mark, spec.timeout_seconds, link) as late:
+        try:
+            # In this very thread: a kernel dies with the thread that started it.
+            with (scratch / "executed.kernel.log").open("wb") as log:
+                asyncio.run(client.async_execute(env=environment, stderr=log, cleanup_kc=True))
+        except CellExecutionError as error:
+            # As papermill has it: a notebook may end itself.
+            if error.ename != "SystemExit" or error.evalue not in ("", "0"):
+                result |= {"status": "failed", "error": _one_line(error.ename, error.evalue)}
+                result["traceback"] = strip_color(error.traceback)
+        except DeadKernelError:
+            text = "kernel died (killed, out of memory, or a crash in native code)"
+            result |= {"status": "killed", "error": text}
+        except OSError:
+            raise
+        except Exception as error:
+            # Not the notebook's own: its kernel did not start, or was killed as it did.
+            text = _one_line(type(error).__name__, str(error))
+            result |= {"status": "killed", "error": f"kernel did not start or answer: {text}"}
+    if late.is_set() and result["status"] == "killed":
+        text = f"stopped after {spec.timeout_seconds:g} seconds, its timeout_seconds"
+        result |= {"status": "timeout", "error": text}
+    if result["status"] != "done":
+        result["failed_cell"] = begun or None
+    return result | ({"notebook": notebook} if begun else {})
+
+
+def _with_parameters(job: Job) -> nbformat.NotebookNode:
+    notebook = nbformat.v4.upgrade(nbformat.reads(job.notebook.decode(), as_version=4))
+    if given := {name: job.spec.parameters[name] for name in job.spec.given}:
+        # papermill looks for these, and notes there what it injects.
+        notebook.metadata["papermill"] = {}
+        for cell in notebook.cells:
+            cell.metadata.setdefault("tags", [])
+        notebook = parameterize_notebook(notebook, given, kernel_name="python3", language="python")
+    notebook.metadata.pop("papermill", None)
+    return notebook
+
+
+@contextlib.contextmanager
+def _watch(mark: str, seconds: float, link: Link) -> Iterator[threading.Event]:
+    """While a run goes on, end its processes once ``seconds`` have passed, which sets the event, or
+    when it is unwanted."""
+    ended, late = threading.Event(), threading.Event()
+    deadline = time.monotonic() + seconds
+
+    def watch():
+        while not ended.wait(WATCH_SECONDS):
+            if time.monotonic() > deadline:
+                late.set()
+            if late.is_set() or link.unwanted():
+                end_marked(mark)
+
+    watcher = threading.Thread(target=watch, name="watch a run", daemon=True)
+    watcher.start()
+    try:
+        yield late
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _one_line(name: str, message: str) -> str:
+    """An error as its type and the first line of its message that says something."""
+    lines = [" ".join(line.split()) for line in strip_color(message or "").split("\n")]
+    return f"{name}: {next(filter(None, lines), '')}".removesuffix(": ")
+
+
+def _encodable(text: str) -> str:
+    """A text without the halves of characters that file names and messages may hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _files(notebook, scratch: Path, clean: Callable[[str], str]) -> dict[str, bytes]:
+    """What a run leaves beside its outcome, by name."""
+    files = {}
+    if notebook is not None:
+        for cell in notebook.cells:
+            for output in cell.get("outputs", []):
+                _clean_output(output, clean)
+        text = nbformat.writes(notebook)
+        files["executed.ipynb"] = _encodable(text).encode()
+        files["executed.html"] = _page(notebook)
+    for name in (RECORDS, "executed.kernel.log"):
+        if (scratch / name).is_file() and (content := (scratch / name).read_bytes()):
+            files[name] = content
+    if log := files.get("executed.kernel.log"):
+        files["executed.kernel.log"] = clean(log.decode(errors="replace")).encode()
+    return {name: files[name] for name in RESULT_FILES if files.get(name)}
+
+
+def _clean_output(output: nbformat.NotebookNode, clean: Callable[[str], str]):
+    """Take the paths of this machine out of an output's texts; pictures have none."""
+    for name in {"text", "evalue"} & output.keys():
+        output[name] = clean(output[name])
+    if "traceback" in output:
+        output["traceback"] = [clean(line) for line in output["traceback"]]
+    for kind, content in output.get("data", {}).items():
+        if isinstance(content, str) and (kind.startswith("text/") or kind.endswith("xml")):
+            output["data"][kind] = clean(content)
+
+
+def _page(notebook: nbformat.NotebookNode) -> bytes:
+    """A notebook as a page to read that asks nothing of other places; none where it cannot be
+    rendered: a run without that page is better than one that stops."""
+    from nbconvert import HTMLExporter
+
+    elsewhere = {"require_js_url": "", "mathjax_url": "", "jquery_url": "", "mermaid_js_url": ""}
+    try:
+        exporter = HTMLExporter(template_name="lab", embed_images=True, **elsewhere)
+        page, _ = exporter.from_notebook_node(
+            notebook, resources={"metadata": {"name": "executed"}}
+        )
+        return _encodable(page).encode()
+    except Exception:
+        return b""
+
+
+def _outcome(job: Job, started: str, result: dict) -> Outcome:
+    """The class of a run's end, and for an error what groups it with others of the same cause."""
+    status, error = result["status"], result.get("error")
+    if error is not None:
+        result["signature"] = signature_of(error)
+        if status == "failed" and error.partition(":")[0].endswith("OutOfMemoryError"):
+            cause = cause_of(error, result["traceback"])
+            result |= {"status": "oom", "oom": cause}
+            result["signature"] = f"out of memory in {cause.phase or 'an unnamed stage'}"
+    return Outcome(
+        started=started,
+        versions=installed_versions(job.registry.libraries),
+        platform=platform_description(),
+        cards=gpu_names(),
+        commit=commit_of(package_folder(job.registry.packages[0])),
+        **result,
+    )
+
+
+def cause_of(error: str, traceback: str) -> OutOfMemoryCause:
+    """Device, phase and bytes short of an out-of-memory error, as far as an installed package can
+    read its text.
+
+    Those packages are entry points of the group "nbsweep.causes": functions of the error's line and
+    its traceback that return {"device", "phase", "short_bytes"}, or None.
+    """
+    for point in importlib.metadata.entry_points(group=CAUSES):
+        if found := point.load()(error, traceback):
+            return OutOfMemoryCause(**found)
+    return OutOfMemoryCause()
+
+
+def signature_of(error: str) -> str:
+    """The error without what differs between runs of the same cause: addresses, numbers, paths,
+    quoted texts."""
+    text = re.sub(r"0x[0-9a-fA-F]+", "0x…", error)
+    text = re.sub(r"'[^']*'|\"[^\"]*\"", "…", text)
+    text = re.sub(r"(?<![\w.])[~.]?/[^\s:,)]+", "/…", text)
+    return re.sub(r"\d+(?:[.,]\d+)*", "#", text)
