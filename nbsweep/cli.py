@@ -173,6 +173,8 @@ def run_app(application: typer.Typer, name: str, arguments: list[str] | None = N
     arguments = [str(each) for each in (sys.argv[1:] if arguments is None else arguments)]
     try:
         return application(arguments or ["--help"], prog_name=name, standalone_mode=False) or 0
+    except typer.Abort:
+        return _fail("interrupted before anything was begun", 130)
     except UsageError as error:
         return _fail(error.format_message(), 2)
     except ValueError as error:

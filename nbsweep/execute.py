@@ -224,11 +224,7 @@ def _run_cells(job: Job, link: Link, folder: Path, scratch: Path) -> dict:
             connection_file=str(scratch.resolve() / "connection.json"),
         ),
         timeout=None,
-        startup_timeout=START_SECONDS,
         force_raise_errors=True,
-        resources={"metadata": {"path": str(folder)}},
-        # ipykernel 7.4 warns at every start that loopback traffic is not encrypted.
-        extra_arguments=["--IPKernelApp.log_level=ERROR"],
         on_cell_execute=at_cell,
     )
     result = {"status": "done", "cells": cells}
@@ -236,7 +232,7 @@ def _run_cells(job: Job, link: Link, folder: Path, scratch: Path) -> dict:
         try:
             # In this very thread: a kernel dies with the thread that started it.
             with (scratch / "executed.kernel.log").open("wb") as log:
-                asyncio.run(client.async_execute(env=environment, stderr=log, cleanup_kc=True))
+                asyncio.run(_with_kernel(client, env=environment, stderr=log, cwd=str(folder)))
         except CellExecutionError as error:
             # As papermill has it: a notebook may end itself.
             if error.ename != "SystemExit" or error.evalue not in ("", "0"):
@@ -257,6 +253,28 @@ def _run_cells(job: Job, link: Link, folder: Path, scratch: Path) -> dict:
     if result["status"] != "done":
         result["failed_cell"] = begun or None
     return result | ({"notebook": notebook} if begun else {})
+
+
+async def _with_kernel(client: NotebookClient, **options):
+    """Execute a client's notebook in a kernel that is started for it and ended after it."""
+    # Not by nbclient itself: of a kernel that dies as it starts it leaves work for Python's end.
+    # ipykernel 7.4 warns at every start that loopback traffic is not encrypted.
+    quiet = ["--IPKernelApp.log_level=ERROR", "--HistoryManager.hist_file=:memory:"]
+    await client.km.start_kernel(extra_arguments=quiet, **options)
+    client.kc = client.km.client()
+    client.kc.start_channels()
+    ready = False
+    try:
+        await client.kc.wait_for_ready(timeout=START_SECONDS)
+        client.kc.allow_stdin = False
+        await client.async_execute()
+        ready = True
+    except CellExecutionError:
+        ready = True
+        raise
+    finally:
+        client.kc.stop_channels()
+        await client.km.shutdown_kernel(now=not ready)
 
 
 def _with_parameters(job: Job) -> nbformat.NotebookNode:
@@ -339,7 +357,7 @@ def _page(notebook: nbformat.NotebookNode) -> bytes:
     rendered: a run without that page is better than one that stops."""
     from nbconvert import HTMLExporter
 
-    elsewhere = {"require_js_url": "", "mathjax_url": "", "jquery_url": "", "mermaid_js_url": ""}
+    elsewhere = {name: "" for name in HTMLExporter.class_trait_names() if name.endswith("_url")}
     try:
         exporter = HTMLExporter(template_name="lab", embed_images=True, **elsewhere)
         page, _ = exporter.from_notebook_node(

@@ -118,8 +118,6 @@ def read_sweep_file(path: Path | str, registry: Registry) -> tuple[str, list[Wan
         ) from None
     except UnicodeDecodeError:
         raise SweepFileError(f"{path}: not text in UTF-8; save it as that") from None
-    except tomllib.TOMLDecodeError as error:
-        raise SweepFileError(f"{path}: not valid TOML: {error}; correct that line") from None
     except RecursionError:
         raise SweepFileError(f"{path}: nested too deeply; expected a few levels") from None
     except (SweepFileError, ParameterError, RegistryError) as error:
@@ -133,7 +131,10 @@ def _load(path: Path) -> dict[str, Any]:
             "sweep files are TOML now, not YAML; write it as .toml, with [[runs]] and below it"
             ' notebook = "01", grid.count = [1, 2], set.card = "L4"'
         )
-    return tomllib.loads(text)
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:  # a number of thousands of digits, beside TOML's own
+        raise SweepFileError(f"not valid TOML: {error}; correct that line") from None
 
 
 # An entry of the file, checked: its place, such as runs[0], the notebook as it was found and as it
@@ -236,7 +237,8 @@ def _checked(notebook: ParsedNotebook, name: str, value: Any, place: str) -> Val
     except ParameterError as error:
         default, hint = notebook.parameters.get(name), ""
         if isinstance(default, str) and not isinstance(value, str | list | dict):
-            hint = f'; quote it if text is meant: "{value}"'
+            text = str(value).lower() if isinstance(value, bool) else value
+            hint = f'; quote it if text is meant: "{text}"'
         elif isinstance(default, list) and not isinstance(value, list):
             hint = (
                 "; every value of a list parameter is a list of its own, such as [[1, 2], [3, 4]]"

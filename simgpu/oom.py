@@ -84,23 +84,26 @@ def _bytes(size: str) -> int:
     return round(float(number) * _UNITS[unit])
 
 
-def explain(error: str, traceback: str) -> dict[str, int | str | None] | None:
-    """Where a run ran out of memory, for reports: ``device``, ``phase`` and ``short_bytes``, None
-    for what the texts do not say; None as a whole where they say nothing.
+def explain(error: str, traceback: str = "") -> dict | None:
+    """Where a program ran out of memory, from what it left: its error, and the traceback behind it.
 
     Args:
-        error: the error's line.
-        traceback: with the notes behind the message, among them the rig's stage.
+        error: the exception as text, with or without its class in front.
+        traceback: as Python or Jupyter print it, with the note that ``rig.stage`` adds.
+
+    Returns:
+        ``device`` (index of the card), ``phase`` (name of the stage) and ``short_bytes`` (how much
+        more memory the request needed), each None where the text does not tell; or None if the
+        error is none of PyTorch's out-of-memory errors.
     """
-    # Before the message are lines of code, which may hold the same words.
+    if not re.match(r"[\w.]*OutOfMemoryError\b|CUDA out of memory", error):
+        return None
+    # The note stands behind the message; before it are lines of code, which may contain anything.
     _, found, notes = traceback.rpartition("out of memory")
     phase = re.search(r"in the stage \"([^\"]+)\"", notes) if found else None
+    answer = {"device": None, "phase": phase and phase[1], "short_bytes": None}
     try:
         message = parse_out_of_memory(error)
     except ValueError:
-        return {"device": None, "phase": phase[1], "short_bytes": None} if phase else None
-    return {
-        "device": message.device,
-        "phase": phase and phase[1],
-        "short_bytes": message.short_bytes,
-    }
+        return answer
+    return answer | {"device": message.device, "short_bytes": message.short_bytes}

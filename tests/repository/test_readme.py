@@ -52,7 +52,7 @@ def test_the_experiments_of_the_readme_run_and_report(tmp_path):
     assert [words[1] for words in runs] == ["run", "sweep", "sweep", "report", "sweep"]
     for words in runs:
         if words[1] == "report":  # of what the first command ran
-            words[2] = str(tmp_path / "15_one_fit")
+            words[2] = str(tmp_path / "one_fit")
         elif words[1] == "sweep" and "--dry-run" not in words:
             words.append("--dry-run")  # the runs themselves take minutes
         if words[1] == "run":
@@ -67,7 +67,7 @@ def test_the_experiments_of_the_readme_run_and_report(tmp_path):
             cwd=ROOT,
         )
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "15_one_fit" / "report.html").is_file()
+    assert (tmp_path / "one_fit" / "report.html").is_file()
 
 
 def test_the_dask_commands_of_the_readme_have_options_and_settings_that_dask_knows():

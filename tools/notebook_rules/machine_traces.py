@@ -14,6 +14,7 @@ from pathlib import Path
 # Folders in which machines keep what is theirs. /content is every Colab's, /dev/nvidia0 every
 # driver's; and a name such as /layers/0 is no path at all, so not everything with slashes counts.
 _ROOTS = "home|media|mnt|nix|opt|private|root|scratch|srv|tmp|usr|Users|var|work|workspace"
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _PATTERNS = (
     # Not inside an address or a relative path; after file:// it is a path again.
     re.compile(rf"(?:(?<![\w.~/])|(?<=file://))/(?:{_ROOTS})/[\w.+@-]+"),
@@ -27,6 +28,7 @@ _PATTERNS = (
 def find_machine_traces(text: str) -> list[str]:
     """Every path of some machine, and this machine's host and user name, as they stand in the
     text."""
+    text = _COLOUR.sub("", text)  # a code's last letter would stand before the path
     patterns = (*_PATTERNS, *_of_this_machine())
     found = {match.group() for pattern in patterns for match in pattern.finditer(text)}
     # A folder is named by the path of a file in it.

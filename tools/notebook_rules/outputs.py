@@ -37,6 +37,7 @@ def check_outputs(cell: NotebookNode, outputs: Sequence[NotebookNode]) -> list[P
         *_check_errors(outputs),
         *_check_stderr(cell, outputs),
         *_check_traces(outputs),
+        *_check_readable(outputs),
         *_check_pictures(cell, outputs),
         *_check_records(cell, outputs),
     ]
@@ -87,6 +88,14 @@ def _check_traces(outputs: Sequence[NotebookNode]) -> Iterator[Problem]:
             problem,
             "Print the name of the file, or a path relative to the notebook.",
         )
+
+
+def _check_readable(outputs: Sequence[NotebookNode]) -> Iterator[Problem]:
+    for output in outputs:
+        for kind in output.get("data", {}):
+            if _is_bitmap(kind) and _picture_texts(output.data[kind]) is None:
+                problem = f"its output of kind {kind} is no picture that can be read"
+                yield "format", problem, "Run the notebook again and save it."
 
 
 def _check_pictures(cell: NotebookNode, outputs: Sequence[NotebookNode]) -> Iterator[Problem]:
@@ -156,6 +165,20 @@ def _is_picture(kind: str) -> bool:
     return kind.startswith("image/")
 
 
+def _is_bitmap(kind: str) -> bool:
+    return _is_picture(kind) and not kind.endswith("xml")
+
+
+def _picture_texts(content: str) -> list[str] | None:
+    """The texts in a picture's file; None where it is none, or so large that it is a trap."""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+            image.load()
+            return [str(value) for value in (*image.info.values(), *image.getexif().values())]
+    except Exception:  # whatever Pillow finds wrong, it is the notebook's matter
+        return None
+
+
 def _printed(outputs: Sequence[NotebookNode]) -> list[str]:
     """What a reader reads: printed text, and text and HTML that were shown."""
     texts = [output.text for output in outputs if output.output_type == "stream"]
@@ -174,10 +197,8 @@ def _texts(output: NotebookNode) -> Iterator[str]:
     elif output.output_type == "error":
         yield "\n".join([output.evalue, *output.traceback])
     for kind, content in output.get("data", {}).items():
-        if _is_picture(kind) and not kind.endswith("xml"):
-            with Image.open(io.BytesIO(base64.b64decode(content))) as image:
-                yield from (str(value) for value in image.info.values())
-                yield from (str(value) for value in image.getexif().values())
+        if _is_bitmap(kind):
+            yield from _picture_texts(content) or ()
         else:
             yield content if isinstance(content, str) else json.dumps(content)
     yield json.dumps(output.get("metadata", {}))

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from bs4 import BeautifulSoup
 
-from nbsweep.outcome import Outcome, OutOfMemoryCause, Record, RunSpec, Sweep, read_sweep
-from nbsweep.sweep_compare import Change, compare
-from nbsweep.sweep_report import write_comparison, write_sweep_report
-from nbsweep.sweep_tables import runs_table
+from nbsweep.compare import Change, compare
+from nbsweep.report import write_comparison, write_report
+from nbsweep.store import Outcome, OutOfMemoryCause, Record, RunSpec, Sweep, read_sweep
+from nbsweep.tables import runs_table
 
 GIB = 2**30
 
@@ -77,7 +77,7 @@ def write(tmp_path):
 @pytest.fixture
 def page(write):
     """The page of a sweep: the arguments of ``write``."""
-    return lambda *runs: parsed(write_sweep_report(write(*runs)))
+    return lambda *runs: parsed(write_report(write(*runs)))
 
 
 def parsed(path: Path) -> BeautifulSoup:
@@ -208,7 +208,7 @@ def test_a_run_unfolds_to_its_error_traceback_parameters_and_provenance(page):
 def test_an_executed_notebook_is_linked_where_it_exists(write):
     directory = write((spec_of("a", batch=1), ended()), (spec_of("b", batch=2), ended()))
     (directory / "b" / "executed.html").write_text("read me")
-    links = parsed(write_sweep_report(directory)).select("#table tbody th a")
+    links = parsed(write_report(directory)).select("#table tbody th a")
     assert [link["href"] for link in links] == ["b/executed.html"]
 
 
@@ -318,7 +318,7 @@ def test_text_from_notebooks_stays_text_in_the_page_and_in_its_data(page, attack
 
 def test_the_page_asks_nothing_of_any_other_place(write):
     directory = write((spec_of("a", batch=1), ended(), peak(GIB)), (spec_of("b", batch=2), oom()))
-    soup = parsed(write_sweep_report(directory))
+    soup = parsed(write_report(directory))
     assert not soup.select("[src], link:not([href='data:,']), iframe, object")
     assert (
         "default-src 'none'"
@@ -331,30 +331,28 @@ def test_figures_that_json_has_no_word_for_do_not_break_the_page(write):
     directory = write((spec_of("a", batch=1), ended()))
     line = '{"name": "loss", "value": NaN, "unit": "", "label": "simulated"}\n'
     (directory / "a" / "records.jsonl").write_text(line)
-    soup = parsed(write_sweep_report(directory))
+    soup = parsed(write_report(directory))
     assert "NaN" in data_of(soup)["rows"][0]["cells"]
     assert csv_rows(directory)[0]["loss []"] == "nan"
 
 
 def test_a_list_is_one_cell_of_json(write):
     directory = write((spec_of("a", sizes=[1, 2]), ended()))
-    cells = [
-        words(cell) for cell in parsed(write_sweep_report(directory)).select("#table tbody td")
-    ]
+    cells = [words(cell) for cell in parsed(write_report(directory)).select("#table tbody td")]
     assert "[1, 2]" in cells
     assert csv_rows(directory)[0]["param.sizes"] == "[1, 2]"
 
 
 def test_a_sweep_of_no_runs_has_a_report(write):
     directory = write()
-    soup = parsed(write_sweep_report(directory))
+    soup = parsed(write_report(directory))
     assert words(soup.h1) == "0 of 0 runs done" and soup.find(id="table") is None
     assert (directory / "runs.csv").is_file()
 
 
 def test_a_folder_without_a_sweep_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
-        write_sweep_report(tmp_path)
+        write_report(tmp_path)
 
 
 def test_the_csv_has_a_row_a_run_with_parameters_scalars_in_their_own_unit_and_labels(write):
@@ -362,7 +360,7 @@ def test_the_csv_has_a_row_a_run_with_parameters_scalars_in_their_own_unit_and_l
         (spec_of("a", batch=1), ended(), peak(1), peak(3 * GIB)), (spec_of("b", batch=2), oom()),
         (spec_of("c", batch=3), None),
     )  # fmt: skip
-    write_sweep_report(directory)
+    write_report(directory)
     rows = csv_rows(directory)
     assert list(rows[0]) == [
         "id", "notebook", "status", "seconds", "oom_device", "oom_phase", "oom_short_bytes", "error",
@@ -386,7 +384,7 @@ def test_the_csv_has_a_row_a_run_with_parameters_scalars_in_their_own_unit_and_l
 )  # fmt: skip
 def test_text_in_the_csv_is_no_formula_and_numbers_stay_numbers(write, value, cell):
     directory = write((spec_of("a", parameter=value), ended()))
-    write_sweep_report(directory)
+    write_report(directory)
     assert csv_rows(directory)[0]["param.parameter"] == cell
 
 
@@ -394,7 +392,7 @@ def test_a_name_in_the_csv_is_no_formula(write):
     directory = write(
         (spec_of("a"), ended(), Record(name="=HYPERLINK()", value=1, unit="", label="simulated"))
     )
-    write_sweep_report(directory)
+    write_report(directory)
     assert "'=HYPERLINK() []" in csv_rows(directory)[0]
 
 
@@ -406,7 +404,7 @@ def test_the_parquet_file_holds_the_same_table_with_one_type_a_column(write):
         (spec_of("a", batch=1, rate=1, mixed=1, fast=True, big=2**70), ended(), peak(3 * GIB)),
         (spec_of("b", batch=2, rate=0.5, mixed="two", fast=False, big=1), oom()),
     )
-    write_sweep_report(directory)
+    write_report(directory)
     table = parquet.read_table(directory / "runs.parquet")
     assert table.column_names == list(runs_table(read_sweep(directory)[1]))
     columns = table.to_pydict()
@@ -425,7 +423,7 @@ def test_without_pyarrow_the_report_says_how_to_get_it_and_leaves_no_old_table(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     directory = write((spec_of("a", batch=1), ended()))
     (directory / "runs.parquet").write_bytes(b"of another report")
-    soup = parsed(write_sweep_report(directory))
+    soup = parsed(write_report(directory))
     assert "pip install pyarrow" in capsys.readouterr().out and "pip install pyarrow" in words(
         soup.footer
     )
@@ -434,7 +432,7 @@ def test_without_pyarrow_the_report_says_how_to_get_it_and_leaves_no_old_table(
 
 def test_a_report_that_cannot_be_put_in_place_leaves_the_old_one_and_no_litter(write, monkeypatch):
     directory = write((spec_of("a", batch=1), ended()))
-    write_sweep_report(directory)
+    write_report(directory)
     before = {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()}
     (directory / "a" / "outcome.json").write_text(ended("killed").model_dump_json())
 
@@ -443,7 +441,7 @@ def test_a_report_that_cannot_be_put_in_place_leaves_the_old_one_and_no_litter(w
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space"):
-        write_sweep_report(directory)
+        write_report(directory)
     assert {
         file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()
     } == before

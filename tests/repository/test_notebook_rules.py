@@ -7,29 +7,32 @@ import io
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
-import glm4v_nb.cli
-from nbsweep import machine_traces
-from nbsweep.machine_traces import find_machine_traces
-from nbsweep.registry import NotebookEntry
-from nbsweep.rules import (
+from notebook_rules import __main__ as program
+from notebook_rules import machine_traces
+from notebook_rules.__main__ import main, validate
+from notebook_rules.machine_traces import find_machine_traces
+from notebook_rules.stored import (
     MAX_BYTES,
     NB_CLEAN_OPTIONS,
     RUNNER_VARIABLES,
     asks_for_its_runner,
     check_notebook,
 )
-from nbsweep.validate import main, validate
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import glm4v_nb.cli
+from nbsweep.registry import NotebookEntry
 
 ROOT = Path(__file__).parents[2]
 ENTRY = NotebookEntry(
@@ -55,6 +58,20 @@ def picture(alternative="", **texts):
     data = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": "<Figure>"}
     metadata = {"image/png": {"alt": alternative}} if alternative else {}
     return new_output("display_data", data=data, metadata=metadata)
+
+
+def bomb() -> str:
+    """A picture of 900 million points in a hundred bytes."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    return base64.b64encode(content).decode()
 
 
 def shown(kind, content):
@@ -176,6 +193,24 @@ BAD_CELLS = {
         code("drawing", shown("image/svg+xml", "<svg/>")),
         "where the figures of its picture come from",
         "tag the cell illustration",
+    ),
+    "a picture that is cut off": (
+        "format",
+        code("plot_frontier(points)", shown("image/png", base64.b64encode(b"cut").decode())),
+        "image/png is no picture that can be read",
+        "Run the notebook again",
+    ),
+    "a picture that is a trap": (
+        "format",
+        code("plot_frontier(points)", shown("image/png", bomb())),
+        "image/png is no picture that can be read",
+        "Run the notebook again",
+    ),
+    "a path in colour": (
+        "machine-path",
+        code("print(path)", printed("saved \x1b[32m/home/ada/model\x1b[0m\n")),
+        "names /home/ada,",
+        "relative to the notebook",
     ),
     "a record without a label": (
         "record-label",
@@ -510,13 +545,14 @@ def test_what_a_cell_prints_while_nbval_runs_it_keeps_the_same_rules(tmp_path):
 
 
 def test_the_command_checks_files_prints_json_and_has_three_exit_codes(lesson, tmp_path, capsys):
-    assert main(["15"]) == 0
-    assert capsys.readouterr().out == "1 notebooks, 0 findings\n"
+    target = str(ROOT / "sweeps" / "targets" / "one_fit.ipynb")
+    assert main([target, "1"]) == 0
+    assert capsys.readouterr().out == "2 notebooks, 0 findings\n"
     lesson.cells[3] = code("warn()", printed("UserWarning\n", "stderr"))
     nbformat.write(lesson, tmp_path / "01_lesson.ipynb")
-    assert main([str(tmp_path / "01_lesson.ipynb"), "15", "--json"]) == 1
+    assert main([str(tmp_path / "01_lesson.ipynb"), target, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["notebooks"] == ["15_one_fit.ipynb", "01_lesson.ipynb"]
+    assert found["notebooks"] == ["01_lesson.ipynb", "one_fit.ipynb"]
     assert [each["rule"] for each in found["findings"]] == ["registered", "stderr"]
     for wrong in (["77"], [str(tmp_path / "absent.ipynb")], [str(tmp_path)]):
         assert main(wrong) == 2
@@ -528,7 +564,7 @@ def test_the_command_line_of_the_suite_says_the_same_with_the_same_exit_codes(
 ):
     lesson.cells[3] = code("warn()", printed("UserWarning\n", "stderr"))
     nbformat.write(lesson, tmp_path / "01_lesson.ipynb")
-    for arguments in (["15"], [str(tmp_path / "01_lesson.ipynb"), "--json"], ["77"]):
+    for arguments in (["01"], [str(tmp_path / "01_lesson.ipynb"), "--json"], ["77"]):
         ended = main(arguments), capsys.readouterr()
         assert (glm4v_nb.cli.main(["validate", *arguments]), capsys.readouterr()) == ended
 
@@ -537,11 +573,11 @@ def test_execute_refuses_a_notebook_that_lies_elsewhere_and_json(
     lesson, tmp_path, capsys, monkeypatch
 ):
     nbformat.write(lesson, tmp_path / "01_lesson.ipynb")
-    monkeypatch.setattr("nbsweep.validate.check_notebook", lambda path, entry: [])
+    monkeypatch.setattr(program, "check_notebook", lambda path, entry: [])
     assert main(["--execute", str(tmp_path / "01_lesson.ipynb")]) == 2
     assert "leave out --execute" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        main(["--execute", "--json", "15"])
+        main(["--execute", "--json", "01"])
 
 
 def test_execute_runs_the_chosen_notebooks_with_nbval_and_only_if_the_rules_are_kept(
@@ -551,23 +587,24 @@ def test_execute_runs_the_chosen_notebooks_with_nbval_and_only_if_the_rules_are_
     monkeypatch.setattr(
         subprocess, "call", lambda command, **options: called.append((command, options)) or 1
     )
-    assert main(["--execute", "--workers", "4", "15", "01"]) == 1, (
+    target = str(ROOT / "sweeps" / "targets" / "one_fit.ipynb")
+    assert main(["--execute", "--workers", "4", "01", target]) == 1, (
         "pytest's failure is this command's"
     )
     ((command, options),) = called
     assert command[1:] == [
         *["-m", "pytest", "-n", "2", "--dist", "loadfile"],
-        *["notebooks/01_will_it_fit.ipynb", "notebooks/15_one_fit.ipynb"],
+        *["notebooks/01_will_it_fit.ipynb", "sweeps/targets/one_fit.ipynb"],
     ]
     assert options["cwd"] == ROOT and options["env"]["HF_HUB_OFFLINE"] == "1"
-    monkeypatch.setattr("nbsweep.validate.validate", lambda notebooks: ([], ["a finding"]))
+    monkeypatch.setattr(program, "validate", lambda notebooks: ([], ["a finding"]))
     assert main(["--execute"]) == 1
     assert len(called) == 1
 
 
 def test_without_nb_clean_the_command_fails_and_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert main(["15"]) == 1
+    assert main(["01"]) == 1
     assert "pip install" in capsys.readouterr().err
 
 
@@ -581,14 +618,13 @@ def test_the_package_does_not_ask_who_runs_it_except_to_choose_how_progress_is_s
     ]:
         if found := asks_for_its_runner(ast.parse(path.read_text(encoding="utf-8"))):
             asking[path.relative_to(ROOT).as_posix()] = found
-    # rules.py is not among them: it has its names in one text.
     assert asking == {"nbsweep/display.py": ["for the variable CI"]}
 
 
 def test_lint_pre_commit_and_the_rules_clean_notebooks_with_the_same_options():
     options = " ".join(NB_CLEAN_OPTIONS)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert f"nb-clean check {options} notebooks" in makefile
+    assert f"nb-clean check {options} notebooks sweeps/targets" in makefile
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     entries = {
         hook["id"]: hook["entry"] for repository in config["repos"] for hook in repository["hooks"]
@@ -612,7 +648,8 @@ def test_the_readme_lists_every_rule_and_each_has_a_notebook_here_that_breaks_it
         | {"format"}
     )
     assert listed == broken
-    sources = [ROOT / "nbsweep" / name for name in ("rules.py", "output_rules.py")]
+    rules = ROOT / "tools" / "notebook_rules"
+    sources = [rules / name for name in ("stored.py", "outputs.py")]
     given = re.findall(
         r'(?:yield|Finding\(path.name, "",) "([a-z-]+)"', "".join(map(Path.read_text, sources))
     )
@@ -621,6 +658,7 @@ def test_the_readme_lists_every_rule_and_each_has_a_notebook_here_that_breaks_it
 
 def test_the_registry_is_checked_as_a_whole_when_nothing_is_named():
     paths, findings = validate()
-    assert len(paths) == len(list((ROOT / "notebooks").glob("*.ipynb")))
+    stored = [*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "sweeps" / "targets").glob("*.ipynb")]
+    assert sorted(paths) == sorted(stored)
     assert findings == []
     assert RUNNER_VARIABLES >= {"CI", "GITHUB_ACTIONS"}
