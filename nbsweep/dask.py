@@ -15,15 +15,13 @@ import socket
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .execute import Ended, Job, Link, SourceChanged, execute
 from .plan import Plan
 from .provenance import checkpoint_sizes, package_hash
-from .runner import AGAIN, Progress, unfinished
+from .runner import AGAIN, Progress, RunKilled, Threads
 from .store import RunSpec, SweepError
 
 try:
@@ -120,47 +118,47 @@ def _check_packages(client: Client, packages: Sequence[str]):
         )
 
 
-@dataclass(frozen=True)
 class _WorkerLink(Link):
     """A run's connection with the sweep, on the worker that does it.
 
-    Attributes:
+    Args:
         checkpoint: sizes in bytes of the checkpoint's files by name, as ``checkpoint_sizes`` has
-            them here.
+            them where the sweep is.
         topic: where the run tells at which cell it is.
     """
 
-    spec: RunSpec
-    checkpoint: dict[str, int]
-    topic: str
+    def __init__(self, spec: RunSpec, checkpoint: dict[str, int], topic: str):
+        self.spec, self.checkpoint, self.topic = spec, checkpoint, topic
 
     def begin(self) -> Path:
-        worker = get_worker()
         # Asked from other threads later, which Dask knows nothing of.
-        object.__setattr__(self, "worker", worker)
-        object.__setattr__(self, "task", worker.get_current_task())
-        folder = Path(worker.local_directory)
+        self.worker = get_worker()
+        self.task = self.worker.get_current_task()
+        folder = Path(self.worker.local_directory)
         if self.checkpoint != checkpoint_sizes(self.spec.parameters, folder):
             raise HostError(
-                f"{self.host()} has another checkpoint, or none, at"
+                f"{self.host} has another checkpoint, or none, at"
                 f" {self.spec.parameters['checkpoint']}. Put the same files there on every host,"
                 " and name them by their absolute path"
             )
         return folder
 
     def at_cell(self, cell: int, cells: int):
-        self.worker.log_event(self.topic, {"run": self.spec.id, "cell": cell, "cells": cells})
+        self.worker.log_event(self.topic, (self.spec.id, cell, cells))
 
-    def unwanted(self) -> bool:
-        """Whether the task was cancelled, its client is gone, or its worker lost the scheduler."""
+    @property
+    def wanted(self) -> bool:
+        """Not if the task was cancelled, its client is gone, or its worker lost the scheduler."""
         task = self.worker.state.tasks.get(self.task)
         closing = self.worker.status.name in ("closing", "closed", "failed")
-        return task is None or task.state == "cancelled" or closing
+        return task is not None and task.state != "cancelled" and not closing
 
     def stopped(self) -> Exception:
         return Reschedule()
 
+    @property
     def host(self) -> str:
+        """The worker as errors name it."""
         return f"worker {self.worker.address} on {socket.gethostname()}"
 
 
@@ -176,15 +174,15 @@ def execute_on_worker(job: Job, link: _WorkerLink) -> Ended:
         return execute(job, link)
     except SourceChanged as error:
         raise HostError(
-            f"{link.host()} has another {error}. Install the same there and start its worker again"
+            f"{link.host} has another {error}. Install the same there and start its worker again"
         ) from None
     except OSError as error:
         raise HostError(
-            f"{link.host()} cannot do a run: {error}. See to that host or stop its worker"
+            f"{link.host} cannot do a run: {error}. See to that host or stop its worker"
         ) from None
 
 
-class Cluster:
+class Cluster(Threads):
     """Runs on the workers of a Dask cluster.
 
     Args:
@@ -195,22 +193,14 @@ class Cluster:
     def __init__(self, client: Client, plan: Plan):
         self._client, self._plan = client, plan
         self._address = client.scheduler.address
-        self._began: dict[Future, tuple[RunSpec, float]] = {}
-        self._at_cell: dict[str, Callable[[int, int], None]] = {}
         self._workers: list[dict] = []
         self._most_gpus = 0
         self._looked = 0.0
         self._possible: dict[int, float] = {}  # when runs of so many GPUs were last possible
         self._topic = f"nbsweep-{uuid.uuid4()}"
-        client.subscribe_topic(self._topic, self._told)
+        client.subscribe_topic(self._topic, lambda event: self.tell(*event[1]))
 
-    def _told(self, event):
-        """A worker has said at which cell a run is; called in a thread of Dask."""
-        said = event[1]
-        if at_cell := self._at_cell.get(said["run"]):
-            at_cell(said["cell"], said["cells"])
-
-    def has_room(self, spec: RunSpec) -> bool:
+    def has_room(self, spec: RunSpec, running: Sequence[RunSpec]) -> bool:
         """Whether the cluster can begin this run now.
 
         It is not given all runs at once: Dask counts a worker's death against everything it had
@@ -218,31 +208,25 @@ class Cluster:
         """
         self._look()
         gpus = self._gpus(spec)
-        taken = Counter(self._gpus(other) for other, _ in self._began.values())
-        return taken.total() < self._places(0) and taken[gpus] < self._places(gpus)
+        taken = sum(self._gpus(other) == gpus for other in running)
+        return len(running) < self._places(0) and taken < self._places(gpus)
 
-    def submit(self, job: Job, at_cell: Callable[[int, int], None]) -> Future:
+    def submit(self, job: Job) -> Future:
         """Begin a run on a worker that has the GPUs it asks for."""
         spec = job.spec
         folder = self._plan.notebooks[spec.notebook].path.parent
-        link = _WorkerLink(spec, checkpoint_sizes(spec.parameters, folder), self._topic)
         gpus = self._gpus(spec)
-        future = self._client.submit(
+        return self._client.submit(
             execute_on_worker,
             job,
-            link,
+            _WorkerLink(spec, checkpoint_sizes(spec.parameters, folder), self._topic),
             # Never the key of an earlier try, whose result may still be there.
             key=f"{spec.notebook}-{spec.id}-{uuid.uuid4()}",
             resources={"GPU": gpus} if gpus else None,
         )
-        self._began[future] = (spec, time.monotonic())
-        self._at_cell[spec.id] = at_cell
-        return future
 
     def ended(self, future: Future) -> Ended | None:
         """What a run has brought; None if its worker has died with the result."""
-        spec, began = self._began.pop(future)
-        self._at_cell.pop(spec.id, None)
         if future.status == "finished":
             with contextlib.suppress(TimeoutError):
                 return future.result(timeout=RESULT_SECONDS)
@@ -250,11 +234,11 @@ class Cluster:
         if future.status != "error":
             raise self._lost(f"the run is {future.status} there")
         error = future.exception()
-        if not isinstance(error, KilledWorker):
-            raise SweepError(f"run {spec.id} ({spec.notebook}): {error}; then {AGAIN}.") from None
-        why = f"{error.allowed_failures + 1} workers died one after the other while they did it"
-        seconds = time.monotonic() - began
-        return Ended(unfinished("killed", why, "workers died", seconds), {})
+        if isinstance(error, KilledWorker):
+            raise RunKilled(
+                f"{error.allowed_failures + 1} workers died one after the other while they did it"
+            )
+        raise SweepError(f"run {future.key}: {error}; then {AGAIN}.")
 
     def hopeless(self, specs: Iterable[RunSpec], progress: Progress) -> dict[str, str]:
         """Runs that no worker has been able to take for ``PATIENCE_SECONDS``."""
@@ -279,11 +263,8 @@ class Cluster:
 
     def stop(self, futures: Iterable[Future]):
         """Cancel runs; their workers notice, and end what they were doing."""
-        futures = list(futures)
-        for future in futures:
-            self._began.pop(future, None)
         with contextlib.suppress(Exception):
-            self._client.cancel(futures)
+            self._client.cancel(list(futures))
 
     def _look(self):
         """What workers there are, asked once a second."""

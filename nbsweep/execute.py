@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import nbformat
 import psutil
@@ -74,20 +73,24 @@ class Stopped(RuntimeError):
     """Nobody waits for a run any more; its processes have been ended."""
 
 
-class Link(Protocol):
-    """How a run that is being done is connected with whoever asked for it."""
+class Link:
+    """How a run that is being done is connected with whoever asked for it; here by memory.
+
+    Attributes:
+        at_cell: called with the number of a code cell, from 1, and how many there are.
+        wanted: whether anybody waits for the run; asked a few times a second.
+    """
+
+    def __init__(self, at_cell: Callable[[int, int], None]):
+        self.at_cell = at_cell
+        self.wanted = True
 
     def begin(self) -> Path | None:
-        """Called first, in the run's thread; returns where scratch folders may be made."""
-
-    def at_cell(self, cell: int, cells: int) -> None:
-        """The run is at a code cell, counted from 1."""
-
-    def unwanted(self) -> bool:
-        """Whether the run is to be stopped; asked a few times a second."""
+        """Called first, in the run's thread; where scratch folders may be, None for anywhere."""
 
     def stopped(self) -> Exception:
-        """What to raise then."""
+        """What to raise once the processes of an unwanted run have been ended."""
+        return Stopped()
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def execute(job: Job, link: Link) -> Ended:
         started, begin = now(), time.monotonic()
         result = _run_cells(job, link, folder, scratch)
         result["seconds"] = round(time.monotonic() - begin, 3)
-        if link.unwanted():
+        if not link.wanted:
             raise link.stopped()
         _check_packages(job)
         clean = functools.partial(without_private_paths, folders=(*job.private, scratch))
@@ -300,7 +303,7 @@ def _watch(mark: str, seconds: float, link: Link) -> Iterator[threading.Event]:
         while not ended.wait(WATCH_SECONDS):
             if time.monotonic() > deadline:
                 late.set()
-            if late.is_set() or link.unwanted():
+            if late.is_set() or not link.wanted:
                 end_marked(mark)
 
     watcher = threading.Thread(target=watch, name="watch a run", daemon=True)

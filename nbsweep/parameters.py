@@ -9,16 +9,18 @@ reads) is an error here, before the run.
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import json
-import math
 import re
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import nbformat
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from .reads import Reads
 from .store import Value
@@ -72,9 +74,12 @@ class ParsedNotebook:
 
 
 def parse_notebook(path: Path | str) -> ParsedNotebook:
-    """Read a notebook once for many ``check_override`` calls.
+    """Read a notebook, its parameters with their defaults in the order of their cell.
 
-    Raises ParameterError as ``read_parameters`` does.
+    Raises:
+        ParameterError: the file is no notebook, it has no parameters cell or several, or that cell
+            holds anything but ``name = literal`` lines (bool, int, finite float, str, or a list of
+            one of int, float and str).
     """
     path = Path(path)
     cells = _read_cells(path)
@@ -102,18 +107,7 @@ def parse_notebook(path: Path | str) -> ParsedNotebook:
     return ParsedNotebook(path.name, _read_assignments(sources[position], path), later)
 
 
-def read_parameters(path: Path | str) -> dict[str, Value]:
-    """The parameters of a notebook with their defaults, in the order of its parameters cell.
-
-    Raises:
-        ParameterError: the file is no notebook, it has no parameters cell or several, or that cell
-            holds anything but ``name = literal`` lines (bool, int, finite float, str, or a list of
-            one of int, float and str).
-    """
-    return parse_notebook(path).parameters
-
-
-def check_override(notebook: Path | str | ParsedNotebook, name: str, value: Value) -> Value:
+def check_override(parsed: ParsedNotebook, name: str, value: Value) -> Value:
     """`value` as it is to be given to parameter `name`: an int for a float parameter becomes a
     float.
 
@@ -124,7 +118,6 @@ def check_override(notebook: Path | str | ParsedNotebook, name: str, value: Valu
         ParameterError: there is no such parameter, the value has another type than the default, or
             it would never reach the code.
     """
-    parsed = notebook if isinstance(notebook, ParsedNotebook) else parse_notebook(notebook)
     if name not in parsed.parameters:
         close = difflib.get_close_matches(str(name), parsed.parameters, n=1)
         guess = f"did you mean {close[0]}? It" if close else "it"
@@ -247,50 +240,44 @@ def _read_assignments(source: str, path: Path) -> dict[str, Value]:
     return parameters
 
 
+# What a parameter can be, in the order in which a value's own kind is found: every int would do for
+# a float, too. Strict: to Python True is an int, and "1" would do for 1.
+_FLOAT = Annotated[float, Field(allow_inf_nan=False)]
+_KINDS = {
+    name: TypeAdapter(kind, config=ConfigDict(strict=True))
+    for name, kind in {
+        "a bool": bool,
+        "an int": int,
+        "a float": _FLOAT,
+        "a str": str,
+        "a list of int": list[int],
+        "a list of float": list[_FLOAT],
+        "a list of str": list[str],
+    }.items()
+}
+
+
 def _converted(value: Value, default: Value) -> Value:
     """`value` in the default's type. Raises TypeError for another type, and for a float that is not
     finite."""
-    if not isinstance(default, list):
-        return _plain(value, type(default))
-    if not isinstance(value, list):
-        raise TypeError
-    kind = _item_type(default) or _item_type(value)
-    return [_plain(item, kind) for item in value]
+    lists = [name for name in _KINDS if name.startswith("a list")]
+    for name in lists if default == [] else filter(None, [_kind(default)]):
+        with contextlib.suppress(ValidationError):
+            return _KINDS[name].validate_python(value)
+    raise TypeError
 
 
-def _plain(value: Value, kind: type) -> Value:
-    # type(), not isinstance(): to isinstance True is an int.
-    if kind is float and type(value) is int and abs(value) < 2**1023:
-        value = float(value)
-    if (
-        type(value) is not kind
-        or kind not in (bool, int, float, str)
-        or (kind is float and not math.isfinite(value))
-    ):
-        raise TypeError
-    return value
-
-
-def _item_type(items: list) -> type | None:
-    """int, float (ints among them included) or str; None for an empty list. Raises TypeError for
-    other items."""
-    found = {type(item) for item in items}
-    for kind, allowed in ((int, {int}), (float, {int, float}), (str, {str})):
-        if found and found <= allowed:
-            return kind
-    if found:
-        raise TypeError
+def _kind(value: Value) -> str | None:
+    for name, kind in _KINDS.items():
+        with contextlib.suppress(ValidationError):
+            kind.validate_python(value)
+            return name
     return None
 
 
 def _described(value: Value) -> str:
+    if kind := _kind(value):
+        return kind
     if isinstance(value, list):
-        try:
-            kind = _item_type(value)
-        except TypeError:
-            return "a list of other things than one of int, float and str"
-        return f"a list of {kind.__name__}" if kind else "a list"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "no finite float"
-    name = type(value).__name__
-    return f"an {name}" if name == "int" else f"a {name}"
+        return "a list of other things than one of int, float and str"
+    return "no finite float" if isinstance(value, float) else f"a {type(value).__name__}"

@@ -60,17 +60,12 @@ class Reads:
                 case ast.If():
                     self._use(statement.test)
                     self._branch(([], statement.body), ([], statement.orelse))
-                case ast.While():
-                    self._use(statement.test)
-                    self._run(statement.body + statement.orelse)
-                case ast.For() | ast.AsyncFor():
-                    self._use(ast.Assign([statement.target], statement.iter))
-                    self._run(statement.body + statement.orelse)
-                case ast.With() | ast.AsyncWith():
-                    for item in statement.items:
-                        targets = [item.optional_vars] if item.optional_vars else []
-                        self._use(ast.Assign([*targets, ast.Name("_")], item.context_expr))
-                    self._run(statement.body)
+                case ast.While() | ast.For() | ast.AsyncFor() | ast.With() | ast.AsyncWith():
+                    # What stands before the body, alone.
+                    alone = {name: getattr(statement, name) for name in statement._fields}
+                    empty = {"orelse": []} if "orelse" in alone else {}
+                    self._use(type(statement)(**alone | empty | {"body": [ast.Pass()]}))
+                    self._run(statement.body + getattr(statement, "orelse", []))
                 case ast.Match():
                     self._use(statement.subject)
                     cases = [(_pattern(case), case.body) for case in statement.cases]

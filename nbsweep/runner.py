@@ -9,19 +9,20 @@ scratch folders of its own runs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 
-from .execute import Ended, Job, Link, SourceChanged, Stopped, end_leftovers, execute
+from .execute import Ended, Job, Link, SourceChanged, end_leftovers, execute
 from .plan import Plan
 from .provenance import checkpoint_fingerprint, source_hash
 from .store import (
@@ -68,70 +69,48 @@ class Progress:
             self.notes.append(text)
 
 
-class Executor(Protocol):
-    """Where runs are done: each ``submit`` calls ``execute`` there."""
-
-    def has_room(self, spec: RunSpec) -> bool:
-        """Whether this run could begin now."""
-
-    def submit(self, job: Job, at_cell: Callable[[int, int], None]) -> Any:
-        """Begin a run; returns its future, of ``concurrent.futures`` or of Dask."""
-
-    def ended(self, future: Any) -> Ended | None:
-        """What a future that is done has brought, None if it is to be done again; raises what
-        ``execute`` raises."""
-
-    def hopeless(self, specs: Iterable[RunSpec], progress: Progress) -> dict[str, str]:
-        """Runs among these that nothing has been able to do for too long, by id, and why."""
-
-    def stop(self, futures: Iterable[Any]) -> None:
-        """End what is still running."""
+class RunKilled(RuntimeError):
+    """What did a run has died of it, or with it, too often."""
 
 
 class Threads:
-    """Runs on threads of this process, each with a kernel of its own."""
+    """Where runs are done: on threads of this process, each with a kernel of its own.
+
+    Attributes:
+        tell: called with a run's id, the number of the code cell it is at, and how many there are.
+    """
 
     def __init__(self, workers: int):
         self._workers = workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="run")
-        self._futures: list = []
+        self._links: dict[Any, Link] = {}
+        self.tell: Callable[[str, int, int], None] = lambda run, cell, cells: None
 
-    def has_room(self, spec: RunSpec) -> bool:
-        self._futures = [future for future in self._futures if not future.done()]
-        return len(self._futures) < self._workers
+    def has_room(self, spec: RunSpec, running: Sequence[RunSpec]) -> bool:
+        """Whether this run could begin now, beside those that are running."""
+        return len(running) < self._workers
 
-    def submit(self, job: Job, at_cell: Callable[[int, int], None]):
-        link = _LocalLink(at_cell)
+    def submit(self, job: Job) -> Any:
+        """Begin a run; returns its future, of ``concurrent.futures`` or of Dask."""
+        link = Link(functools.partial(self.tell, job.spec.id))
         future = self._pool.submit(execute, job, link)
-        future.link = link
-        self._futures.append(future)
+        self._links[future] = link
         return future
 
-    def ended(self, future) -> Ended:
+    def ended(self, future: Any) -> Ended | None:
+        """What a future that is done has brought, None if it is to be done again; raises what
+        ``execute`` raises, or RunKilled."""
         return future.result()
 
     def hopeless(self, specs: Iterable[RunSpec], progress: Progress) -> dict[str, str]:
+        """Runs among these that nothing has been able to do for too long, by id, and why."""
         return {}
 
-    def stop(self, futures: Iterable):
+    def stop(self, futures: Iterable[Any]) -> None:
+        """End these runs; there will be no others."""
         for future in futures:
-            future.link.wanted = False
+            self._links[future].wanted = False
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _LocalLink(Link):
-    def __init__(self, at_cell: Callable[[int, int], None]):
-        self.at_cell = at_cell
-        self.wanted = True
-
-    def begin(self) -> None:
-        return None
-
-    def unwanted(self) -> bool:
-        return not self.wanted
-
-    def stopped(self) -> Exception:
-        return Stopped()
 
 
 def carry_out(
@@ -182,7 +161,7 @@ def run_sweep(
     plan: Plan,
     directory: Path,
     workers: int = 1,
-    executor: Executor | None = None,
+    executor: Threads | None = None,
     *,
     force: bool = False,
     retry: bool = False,
@@ -253,9 +232,11 @@ class _Sweep:
             else:
                 self.waiting.append(run.spec)
         self.waiting.sort(key=lambda spec: -plan.notebooks[spec.notebook].entry.minutes)
+        self.local = executor is None
         workers = max(1, min(workers, len(self.waiting)))
-        self.executor: Executor = executor or Threads(workers)
-        self.local, self.threads = executor is None, threads_each(workers) if not executor else 1
+        self.threads = threads_each(workers) if self.local else 1
+        self.executor = executor or Threads(workers)
+        self.executor.tell = self._at_cell
         self.futures: dict[Any, tuple[RunSpec, float]] = {}
         self.woken: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -264,7 +245,8 @@ class _Sweep:
         try:
             while self.waiting or self.futures:
                 for spec in list(self.waiting):
-                    if self.executor.has_room(spec):
+                    running = [other for other, _ in self.futures.values()]
+                    if self.executor.has_room(spec, running):
                         self.waiting.remove(spec)
                         self._begin(spec)
                 with contextlib.suppress(queue.Empty):
@@ -276,11 +258,17 @@ class _Sweep:
         finally:
             self.executor.stop(self.futures)
 
+    def _at_cell(self, run: str, cell: int, cells: int):
+        if run in self.progress.running:
+            self.progress.running[run] = (cell, cells, self.progress.running[run][2])
+
     def _begin(self, spec: RunSpec):
         notebook, folder = self.plan.notebooks[spec.notebook], self.directory / spec.id
         (folder / OUTCOME).unlink(missing_ok=True)
         if not (content := self._unchanged(spec)):
             return
+        began = time.monotonic()
+        self.progress.running[spec.id] = (0, 0, began)
         job = Job(
             spec,
             content,
@@ -290,13 +278,7 @@ class _Sweep:
             notebook.registry,
             (notebook.path.parents[1], self.directory.parent),
         )
-        began = time.monotonic()
-
-        def at_cell(cell: int, cells: int):
-            self.progress.running[spec.id] = (cell, cells, began)
-
-        at_cell(0, 0)
-        future = self.executor.submit(job, at_cell)
+        future = self.executor.submit(job)
         self.futures[future] = (spec, began)
         future.add_done_callback(lambda done: self.woken.put(None))
 
@@ -327,29 +309,39 @@ class _Sweep:
             ended = self.executor.ended(future)
         except SourceChanged as error:
             self._not_run(str(error))
-            return
+        except RunKilled as error:
+            seconds = round(time.monotonic() - began, 3)
+            self._end(spec, "killed", str(error), "workers died", seconds)
         except OSError as error:
             raise SweepError(
                 f"run {spec.id} ({spec.notebook}) could not be done: {error}. See to that and"
                 f" {AGAIN}."
             ) from None
-        if ended is None:
-            self.waiting.append(spec)
-        elif self._unchanged(spec):
-            self._end(spec, ended.outcome, ended.files)
+        else:
+            if ended is None:
+                self.waiting.append(spec)
+            elif self._unchanged(spec):
+                self._keep(spec, ended.outcome, ended.files)
 
     def _give_up(self):
         specs = [*self.waiting, *(spec for spec, _ in self.futures.values())]
         for identity, why in self.executor.hopeless(specs, self.progress).items():
-            spec = next(each for each in specs if each.id == identity)
-            self.waiting = [each for each in self.waiting if each is not spec]
-            for future in [each for each, (other, _) in self.futures.items() if other is spec]:
+            self.waiting = [each for each in self.waiting if each.id != identity]
+            for future in [each for each in self.futures if self.futures[each][0].id == identity]:
                 self.executor.stop([future])
                 del self.futures[future]
             self.progress.running.pop(identity, None)
-            self._end(spec, unfinished("not run", why, "no worker that can"))
+            (spec,) = (each for each in specs if each.id == identity)
+            self._end(spec, "not run", why, "no worker that can", 0.0)
 
-    def _end(self, spec: RunSpec, outcome: Outcome, files: dict[str, bytes] | None = None):
+    def _end(self, spec: RunSpec, status: Status, error: str, signature: str, seconds: float):
+        """Keep how a run ended of which only the sweep can tell."""
+        outcome = Outcome(
+            status=status, started=now(), seconds=seconds, error=error, signature=signature
+        )
+        self._keep(spec, outcome, {})
+
+    def _keep(self, spec: RunSpec, outcome: Outcome, files: dict[str, bytes]):
         try:
             keep(self.directory / spec.id, outcome, files)
         except OSError as error:
@@ -358,10 +350,3 @@ class _Sweep:
                 f" to that and {AGAIN}."
             ) from None
         self.progress.outcomes[spec.id] = outcome
-
-
-def unfinished(status: Status, error: str, signature: str, seconds: float = 0.0) -> Outcome:
-    """How a run ended of which only who asked for it can tell."""
-    return Outcome(
-        status=status, started=now(), seconds=round(seconds, 3), error=error, signature=signature
-    )
