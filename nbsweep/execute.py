@@ -133,14 +133,14 @@ def execute(job: Job, link: Link) -> Ended:
     """
     parent = link.begin()
     _check_packages(job)
-    with _scratch(job.scratch, parent) as scratch:
+    with _scratch(job, parent) as (scratch, mark):
         folder = job.folder
         if folder is None:
             folder = scratch / "notebooks"
             folder.mkdir()
             (folder / job.spec.notebook).write_bytes(job.notebook)
         started, begin = now(), time.monotonic()
-        result = _run_cells(job, link, folder, scratch)
+        result = _run_cells(job, link, folder, scratch, mark)
         result["seconds"] = round(time.monotonic() - begin, 3)
         if not link.wanted:
             raise link.stopped()
@@ -161,23 +161,35 @@ def _check_packages(job: Job):
 
 
 @contextlib.contextmanager
-def _scratch(scratch: Path | None, parent: Path | None) -> Iterator[Path]:
+def _scratch(job: Job, parent: Path | None) -> Iterator[tuple[Path, str]]:
+    """An empty folder, and the mark of the processes that work in it; both are gone afterwards."""
+    scratch, mark = job.scratch, secrets.token_hex(16)
     if scratch is None:
         scratch = Path(tempfile.mkdtemp(prefix="nbsweep-", dir=parent))
     else:
         end_leftovers(scratch)
         scratch.mkdir()
+    (scratch / MARK_FILE).write_text(mark, encoding="utf-8")
     try:
-        yield scratch
+        yield scratch, mark
     finally:
-        end_leftovers(scratch)
+        end_marked(mark)
+        if _mark_of(scratch) == mark:  # and not yet that of another process's next try
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def end_leftovers(scratch: Path):
-    """End every process of the run that has, or had, this scratch folder, and remove it."""
-    with contextlib.suppress(OSError):
-        end_marked((scratch / MARK_FILE).read_text(encoding="utf-8"))
+    """End every process of a run that was killed and had this scratch folder, and remove that."""
+    if mark := _mark_of(scratch):
+        end_marked(mark)
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _mark_of(scratch: Path) -> str:
+    try:
+        return (scratch / MARK_FILE).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def end_marked(mark: str):
@@ -203,13 +215,12 @@ class _ThisPython(KernelSpecManager):
         return KernelSpec(argv=[*die, *kernel], display_name=kernel_name, language="python")
 
 
-def _run_cells(job: Job, link: Link, folder: Path, scratch: Path) -> dict:
+def _run_cells(job: Job, link: Link, folder: Path, scratch: Path, mark: str) -> dict:
     """Run the cells; returns what an ``Outcome`` says of it, and the notebook as it is then."""
-    spec, mark, begun = job.spec, secrets.token_hex(16), 0
+    spec, begun = job.spec, 0
     notebook = _with_parameters(job)
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     cells = len(code) - bool(spec.given)
-    (scratch / MARK_FILE).write_text(mark, encoding="utf-8")
 
     def at_cell(cell, cell_index):
         nonlocal begun
@@ -235,7 +246,8 @@ def _run_cells(job: Job, link: Link, folder: Path, scratch: Path) -> dict:
         try:
             # In this very thread: a kernel dies with the thread that started it.
             with (scratch / "executed.kernel.log").open("wb") as log:
-                asyncio.run(_with_kernel(client, env=environment, stderr=log, cwd=str(folder)))
+                kernel = {"env": environment, "stdout": log, "stderr": log, "cwd": str(folder)}
+                asyncio.run(_with_kernel(client, **kernel))
         except CellExecutionError as error:
             # As papermill has it: a notebook may end itself.
             if error.ename != "SystemExit" or error.evalue not in ("", "0"):
@@ -398,8 +410,10 @@ def cause_of(error: str, traceback: str) -> OutOfMemoryCause:
     its traceback that return {"device", "phase", "short_bytes"}, or None.
     """
     for point in importlib.metadata.entry_points(group=CAUSES):
-        if found := point.load()(error, traceback):
-            return OutOfMemoryCause(**found)
+        # Whatever is wrong with that package, the run has ended.
+        with contextlib.suppress(Exception):
+            if found := point.load()(error, traceback):
+                return OutOfMemoryCause(**found)
     return OutOfMemoryCause()
 
 

@@ -55,7 +55,7 @@ class Progress:
 
     total: int
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    running: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    running: dict[str, tuple[int, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -152,7 +152,7 @@ def carry_out(
             packages = {name for each in plan.notebooks.values() for name in each.registry.packages}
             client = stack.enter_context(connect(scheduler, sorted(packages)))
             executor = Cluster(client, plan)
-        show = stack.enter_context(Display(plan.specs, workers, console)).show
+        show = stack.enter_context(Display(plan.specs, console)).show
         runs = run_sweep(plan, directory, workers, executor, **again, show=show)
     return runs, directory
 
@@ -260,15 +260,14 @@ class _Sweep:
 
     def _at_cell(self, run: str, cell: int, cells: int):
         if run in self.progress.running:
-            self.progress.running[run] = (cell, cells, self.progress.running[run][2])
+            self.progress.running[run] = (cell, cells)
 
     def _begin(self, spec: RunSpec):
         notebook, folder = self.plan.notebooks[spec.notebook], self.directory / spec.id
         (folder / OUTCOME).unlink(missing_ok=True)
         if not (content := self._unchanged(spec)):
             return
-        began = time.monotonic()
-        self.progress.running[spec.id] = (0, 0, began)
+        self.progress.running[spec.id] = (0, 0)
         job = Job(
             spec,
             content,
@@ -279,7 +278,7 @@ class _Sweep:
             (notebook.path.parents[1], self.directory.parent),
         )
         future = self.executor.submit(job)
-        self.futures[future] = (spec, began)
+        self.futures[future] = (spec, time.monotonic())
         future.add_done_callback(lambda done: self.woken.put(None))
 
     def _unchanged(self, spec: RunSpec) -> bytes | None:

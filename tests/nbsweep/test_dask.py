@@ -14,7 +14,7 @@ import pytest
 from dask_cluster import ROOT, dask, end, environment, gone, until, write_notebooks
 from rich.console import Console
 
-from nbsweep import cli, runner, store
+from nbsweep import cli, runner
 from nbsweep import dask as cluster
 from nbsweep.plan import Plan, plan_file
 from nbsweep.registry import NotebookEntry
@@ -207,9 +207,7 @@ def test_an_interrupt_ends_what_runs_on_the_workers(place, output, address):
     plan = make_plan(place, {"number": 1, "mode": "slow at first"})
 
     def interrupt(progress):
-        if [told[:2] for told in progress.running.values()] == [
-            (3, 4)
-        ]:  # as the worker has told it
+        if list(progress.running.values()) == [(3, 4)]:  # as the worker has told it
             raise KeyboardInterrupt
 
     with cluster.connect(address, PACKAGES) as client, pytest.raises(KeyboardInterrupt):

@@ -127,7 +127,7 @@ def test_the_exit_code_says_the_worst_that_happened(registry, statuses, code):
     assert exit_code([finished(status, registry) for status in statuses]) == code
 
 
-def test_the_display_prints_what_ends_and_estimates_what_is_left(registry):
+def test_the_display_prints_what_ends_and_what_holds_the_sweep_up(registry):
     run = finished(
         "oom",
         registry,
@@ -138,14 +138,12 @@ def test_the_display_prints_what_ends_and_estimates_what_is_left(registry):
     assert ending_in_words(run) == "oom: card 1, prefill"
     shown = io.StringIO()
     console = Console(file=shown, width=120)
-    with Display([run.spec], 1, console) as display:
+    with Display([run.spec], console) as display:
         progress = Progress(3, {"earlier": finished("done", registry).outcome})
         display.show(progress)
-        assert display.remaining_seconds(progress) is None
         progress.outcomes[run.spec.id] = run.outcome
         display.show(progress)
         display.show(progress)
-        assert display.remaining_seconds(progress) > 0
         progress.note("waiting for a worker")
         progress.note("waiting for a worker")
         display.show(progress)
@@ -157,6 +155,23 @@ def test_the_display_prints_what_ends_and_estimates_what_is_left(registry):
     print_runs([run, finished("not run", registry)], console)
     assert "1 oom, 1 not run" in shown.getvalue()
     assert "size 3" in shown.getvalue()
+
+
+def test_a_terminal_shows_a_bar_for_every_run_and_at_which_cell_it_is(registry, monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    run = finished("done", registry)
+    shown = io.StringIO()
+    console = Console(file=shown, width=120, force_terminal=True)
+    with Display([run.spec], console) as display:
+        progress = Progress(2, running={run.spec.id: (2, 5)})
+        display.show(progress)
+        display._bars.refresh()
+        assert "01_small.ipynb number=2" in shown.getvalue() and "2/5" in shown.getvalue()
+        progress.running.clear()
+        progress.outcomes[run.spec.id] = run.outcome
+        display.show(progress)
+        display._bars.refresh()
+    assert "all runs  1 done" in shown.getvalue()
 
 
 def test_the_phase_of_an_out_of_memory_error_is_the_note_of_the_innermost_stage_and_no_code():

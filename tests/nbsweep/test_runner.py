@@ -1,4 +1,4 @@
-"""Sweeps on this machine: how runs end, what is repeated, what a run leaves, and what is refused."""
+"""Sweeps on this machine: how runs end, what is repeated, what is left, and what is refused."""
 
 import errno
 import io
