@@ -650,9 +650,8 @@ def test_the_readme_lists_every_rule_and_each_has_a_notebook_here_that_breaks_it
     assert listed == broken
     rules = ROOT / "tools" / "notebook_rules"
     sources = [rules / name for name in ("stored.py", "outputs.py")]
-    given = re.findall(
-        r'(?:yield|Finding\(path.name, "",) "([a-z-]+)"', "".join(map(Path.read_text, sources))
-    )
+    rule = r'(?:yield \(?|Finding\(path.name, "",)\s*"([a-z-]+)",'
+    given = re.findall(rule, "".join(map(Path.read_text, sources)))
     assert set(given) == listed
 
 
