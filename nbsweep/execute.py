@@ -1,8 +1,7 @@
 """Does one run, here or on another host: a kernel, the notebook's cells, and how it ended.
 
 A run works in a scratch folder of its own and returns what it left; who asked for it writes that
-down. Every process of a run carries a mark in its environment, so that all of them are found and
-ended, and nobody else's.
+down.
 """
 
 from __future__ import annotations
@@ -13,10 +12,6 @@ import functools
 import importlib.metadata
 import os
 import re
-import secrets
-import shutil
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,14 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-import psutil
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import strip_color
 from papermill.parameterize import parameterize_notebook
 
+from .kernel import MARK, end_marked, kernel_manager, run_with_kernel, scratch_folder
 from .provenance import (
     commit_of,
     gpu_names,
@@ -46,23 +39,7 @@ from .registry import Registry
 from .store import RECORDS, RESULT_FILES, Outcome, OutOfMemoryCause, RunSpec, now
 
 CAUSES = "nbsweep.causes"
-# In the environment of a run's processes; its value, a word that nobody else has, is in this file.
-MARK = "NBSWEEP_RUN"
-MARK_FILE = "mark"
-START_SECONDS = 120
 WATCH_SECONDS = 0.2
-
-# A kernel dies with whoever started it, whatever killed that. This asks Linux for it before it
-# becomes the kernel; elsewhere the kernel looks for its parent once a second.
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-libc = ctypes.CDLL(None)
-if hasattr(libc, "prctl"):
-    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-if os.getppid() != int(sys.argv[1]):
-    os._exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class SourceChanged(RuntimeError):
@@ -133,7 +110,7 @@ def execute(job: Job, link: Link) -> Ended:
     """
     parent = link.begin()
     _check_packages(job)
-    with _scratch(job, parent) as (scratch, mark):
+    with scratch_folder(job.scratch, parent) as (scratch, mark):
         folder = job.folder
         if folder is None:
             folder = scratch / "notebooks"
@@ -160,61 +137,6 @@ def _check_packages(job: Job):
         )
 
 
-@contextlib.contextmanager
-def _scratch(job: Job, parent: Path | None) -> Iterator[tuple[Path, str]]:
-    """An empty folder, and the mark of the processes that work in it; both are gone afterwards."""
-    scratch, mark = job.scratch, secrets.token_hex(16)
-    if scratch is None:
-        scratch = Path(tempfile.mkdtemp(prefix="nbsweep-", dir=parent))
-    else:
-        end_leftovers(scratch)
-        scratch.mkdir()
-    (scratch / MARK_FILE).write_text(mark, encoding="utf-8")
-    try:
-        yield scratch, mark
-    finally:
-        end_marked(mark)
-        if _mark_of(scratch) == mark:  # and not yet that of another process's next try
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def end_leftovers(scratch: Path):
-    """End every process of a run that was killed and had this scratch folder, and remove that."""
-    if mark := _mark_of(scratch):
-        end_marked(mark)
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _mark_of(scratch: Path) -> str:
-    try:
-        return (scratch / MARK_FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
-
-
-def end_marked(mark: str):
-    """Kill every process with this mark, in sessions of their own too, until there is none."""
-    for _ in range(5):
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == mark and process.pid != os.getpid():
-                    process.kill()
-                    found.append(process)
-        if not found:
-            return
-        psutil.wait_procs(found, timeout=1)
-
-
-class _ThisPython(KernelSpecManager):
-    """Knows one kernel: of this Python, whatever the user has registered under its name."""
-
-    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        kernel = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        die = [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid())]
-        return KernelSpec(argv=[*die, *kernel], display_name=kernel_name, language="python")
-
-
 def _run_cells(job: Job, link: Link, folder: Path, scratch: Path, mark: str) -> dict:
     """Run the cells; returns what an ``Outcome`` says of it, and the notebook as it is then."""
     spec, begun = job.spec, 0
@@ -232,11 +154,7 @@ def _run_cells(job: Job, link: Link, folder: Path, scratch: Path, mark: str) -> 
     environment |= {MARK: mark, RECORDS_VARIABLE: str(scratch.resolve() / RECORDS)}
     client = NotebookClient(
         notebook,
-        km=AsyncKernelManager(
-            kernel_name="python3",
-            kernel_spec_manager=_ThisPython(),
-            connection_file=str(scratch.resolve() / "connection.json"),
-        ),
+        km=kernel_manager(scratch),
         timeout=None,
         force_raise_errors=True,
         on_cell_execute=at_cell,
@@ -247,7 +165,7 @@ def _run_cells(job: Job, link: Link, folder: Path, scratch: Path, mark: str) -> 
             # In this very thread: a kernel dies with the thread that started it.
             with (scratch / "executed.kernel.log").open("wb") as log:
                 kernel = {"env": environment, "stdout": log, "stderr": log, "cwd": str(folder)}
-                asyncio.run(_with_kernel(client, **kernel))
+                asyncio.run(run_with_kernel(client, **kernel))
         except CellExecutionError as error:
             # As papermill has it: a notebook may end itself.
             if error.ename != "SystemExit" or error.evalue not in ("", "0"):
@@ -268,28 +186,6 @@ def _run_cells(job: Job, link: Link, folder: Path, scratch: Path, mark: str) -> 
     if result["status"] != "done":
         result["failed_cell"] = begun or None
     return result | ({"notebook": notebook} if begun else {})
-
-
-async def _with_kernel(client: NotebookClient, **options):
-    """Execute a client's notebook in a kernel that is started for it and ended after it."""
-    # Not by nbclient itself: of a kernel that dies as it starts it leaves work for Python's end.
-    # ipykernel 7.4 warns at every start that loopback traffic is not encrypted.
-    quiet = ["--IPKernelApp.log_level=ERROR", "--HistoryManager.hist_file=:memory:"]
-    await client.km.start_kernel(extra_arguments=quiet, **options)
-    client.kc = client.km.client()
-    client.kc.start_channels()
-    ready = False
-    try:
-        await client.kc.wait_for_ready(timeout=START_SECONDS)
-        client.kc.allow_stdin = False
-        await client.async_execute()
-        ready = True
-    except CellExecutionError:
-        ready = True
-        raise
-    finally:
-        client.kc.stop_channels()
-        await client.km.shutdown_kernel(now=not ready)
 
 
 def _with_parameters(job: Job) -> nbformat.NotebookNode:

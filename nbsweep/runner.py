@@ -22,7 +22,8 @@ from typing import Any
 
 from rich.console import Console
 
-from .execute import Ended, Job, Link, SourceChanged, end_leftovers, execute
+from .execute import Ended, Job, Link, SourceChanged, execute
+from .kernel import end_leftovers
 from .plan import Plan
 from .provenance import checkpoint_fingerprint, source_hash
 from .store import (
