@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import importlib.metadata
+import json
 import os
 import re
 import threading
@@ -133,7 +134,7 @@ def _check_packages(job: Job):
     packages = job.registry.packages
     if (found := package_hash(packages)) != job.spec.package:
         raise SourceChanged(
-            f"{', '.join(packages)} changed: the source is {found}, expected {job.spec.package}"
+            f"{', '.join(packages)}: the source is now {found}, expected {job.spec.package}"
         )
 
 
@@ -259,7 +260,9 @@ def _clean_output(output: nbformat.NotebookNode, clean: Callable[[str], str]):
     if "traceback" in output:
         output["traceback"] = [clean(line) for line in output["traceback"]]
     for kind, content in output.get("data", {}).items():
-        if isinstance(content, str) and (kind.startswith("text/") or kind.endswith("xml")):
+        if not isinstance(content, str):
+            output["data"][kind] = json.loads(clean(json.dumps(content)))
+        elif kind.startswith("text/") or kind.endswith("xml"):
             output["data"][kind] = clean(content)
 
 

@@ -308,3 +308,16 @@ def test_both_command_lines_have_the_same_commands(capsys):
 def test_wrong_use_of_the_commands_says_what_is_expected(capsys, arguments, error):
     assert cli.main(arguments) in (1, 2)
     assert error in capsys.readouterr().err
+
+
+def test_the_sweep_file_of_the_readme_is_right(tmp_path):
+    readme = (ROOT / "nbsweep" / "README.md").read_text(encoding="utf-8")
+    (file,) = re.findall(r"```toml\n(.*?)```", readme, flags=re.DOTALL)
+    (tmp_path / "seeds.toml").write_text(file)
+    cells = [nbformat.v4.new_code_cell("seed = 0\nrate = 1.0\nsteps = 1")]
+    cells[0].metadata["tags"] = ["parameters"]
+    cells.append(nbformat.v4.new_code_cell("print(seed, rate, steps)"))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "mine.ipynb")
+    assert len(plan.plan_file(tmp_path / "seeds.toml").specs) == 6
+    commands = re.findall(r"^nbsweep (\w+)", readme, flags=re.MULTILINE)
+    assert commands == ["run", "sweep", "report"]

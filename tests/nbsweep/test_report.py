@@ -254,7 +254,7 @@ def test_failures_of_one_signature_are_one_group_that_says_what_its_runs_share(p
         "a truth value",
     ],
 )
-def test_the_frontier_is_on_the_page_where_some_fit_some_do_not_and_a_number_and_another_parameter_vary(
+def test_the_frontier_is_on_the_page_where_some_fit_and_a_number_and_another_parameter_vary(
     page, second, parameters, drawn
 ):
     soup = page((spec_of("a", batch=1, tokens=10), ended()), (spec_of("b", **parameters), second))
@@ -363,7 +363,8 @@ def test_the_csv_has_a_row_a_run_with_parameters_scalars_in_their_own_unit_and_l
     write_report(directory)
     rows = csv_rows(directory)
     assert list(rows[0]) == [
-        "id", "notebook", "status", "seconds", "oom_device", "oom_phase", "oom_short_bytes", "error",
+        "id", "notebook", "status", "seconds", "oom_device", "oom_phase", "oom_short_bytes",
+        "error",
         "param.batch", "param.seed", "peak [bytes]", "peak [bytes] label",
     ]  # fmt: skip
     assert list(rows[0].values()) == [
@@ -378,8 +379,10 @@ def test_the_csv_has_a_row_a_run_with_parameters_scalars_in_their_own_unit_and_l
 @pytest.mark.parametrize(
     ("value", "cell"),
     [
-        ("=1+1", "'=1+1"), ("+cmd|' /C calc'!A0", "'+cmd|' /C calc'!A0"), ("-x", "'-x"), ("@SUM(A1)", "'@SUM(A1)"),
-        ("\t=1", "'\t=1"), ("-5", "-5"), ("+1.5e3", "+1.5e3"), (-5, "-5"), (-0.5, "-0.5"), ("a=b", "a=b"),
+        ("=1+1", "'=1+1"), ("+cmd|' /C calc'!A0", "'+cmd|' /C calc'!A0"), ("-x", "'-x"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("\t=1", "'\t=1"), ("-5", "-5"), ("+1.5e3", "+1.5e3"), (-5, "-5"),
+        (-0.5, "-0.5"), ("a=b", "a=b"),
     ],
 )  # fmt: skip
 def test_text_in_the_csv_is_no_formula_and_numbers_stay_numbers(write, value, cell):
@@ -486,7 +489,8 @@ def test_runs_in_one_sweep_only_are_told(write):
 @pytest.mark.parametrize(
     ("before", "after", "relative"),
     [
-        (100, 100.9, "same"), (100, 101, "same"), (100, 101.5, 0.015), (100, 98, -0.02), (-100, -98, 0.02),
+        (100, 100.9, "same"), (100, 101, "same"), (100, 101.5, 0.015), (100, 98, -0.02),
+        (-100, -98, 0.02),
         (0, 0.009, "same"), (0, 0.02, None), (0, -0.02, None), (5, 0, -1.0),
         ("star", "star", "same"), ("star", "heart", None), (True, False, None), (True, 1, None),
     ],
@@ -541,7 +545,8 @@ def test_the_comparison_is_a_page_with_a_row_a_change_in_readable_units(write, t
     ) == "2 differences at 2 runs" and "In both, by notebook and parameters: 2 runs." in words(soup)
     rows = [[words(cell) for cell in body.find_all("td")] for body in soup.select("#table tbody")]
     assert rows == [
-        ["scalar", "1", "peak", "GiB", "2", "3", "50"], ["status", "2", "–", "–", "oom", "done", "–"],
+        ["scalar", "1", "peak", "GiB", "2", "3", "50"],
+        ["status", "2", "–", "–", "oom", "done", "–"],
     ]  # fmt: skip
     assert not soup.find(id="frontier") and not soup.find(id="scalars")
 

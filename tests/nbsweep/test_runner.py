@@ -332,6 +332,7 @@ def test_what_a_run_leaves_names_no_path_of_this_machine_and_no_other_place(note
         "import os, sys, json, tempfile\nprint(number, os.getcwd(), sys.executable)\n"
         "os.write(2, (os.getcwd() + '\\n').encode())\n"
         "from IPython.display import HTML, display; display(HTML(f'<a>{os.getcwd()}</a>'))\n"
+        "display({'application/json': {'at': [os.getcwd()]}, 'text/plain': ''}, raw=True)\n"
         "json.loads(tempfile.gettempdir() + sys.prefix)"
     )
     _, folder = outcome_of(notebooks, tmp_path, source, number=2)
