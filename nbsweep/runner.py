@@ -84,7 +84,7 @@ class Threads:
     def __init__(self, workers: int):
         self._workers = workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="run")
-        self._links: dict[Any, Link] = {}
+        self._links: list[Link] = []
         self.tell: Callable[[str, int, int], None] = lambda run, cell, cells: None
 
     def has_room(self, spec: RunSpec, running: Sequence[RunSpec]) -> bool:
@@ -94,9 +94,8 @@ class Threads:
     def submit(self, job: Job) -> Any:
         """Begin a run; returns its future, of ``concurrent.futures`` or of Dask."""
         link = Link(functools.partial(self.tell, job.spec.id))
-        future = self._pool.submit(execute, job, link)
-        self._links[future] = link
-        return future
+        self._links.append(link)
+        return self._pool.submit(execute, job, link)
 
     def ended(self, future: Any) -> Ended | None:
         """What a future that is done has brought, None if it is to be done again; raises what
@@ -108,9 +107,10 @@ class Threads:
         return {}
 
     def stop(self, futures: Iterable[Any]) -> None:
-        """End these runs; there will be no others."""
-        for future in futures:
-            self._links[future].wanted = False
+        """End these runs and all others; there will be no more."""
+        # Not the futures alone: an interrupt may come before the sweep has noted the newest.
+        for link in self._links:
+            link.wanted = False
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
