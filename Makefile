@@ -54,7 +54,7 @@ setup:
 	@$(INTERPRETER) -u tools/setup_environment.py $(CHOSEN)
 
 run: setup
-	@echo 'Starting the notebooks (importing torch takes a few seconds) ...'
+	@echo 'Starting the notebooks ...'
 	@$(VENV)/python -m glm4v_nb run $(NOTEBOOKS) --workers '$(WORKERS)' --output '$(OUTPUT)' $(if $(filter-out 0 no,$(FORCE)),--force)
 
 test: setup
@@ -62,7 +62,7 @@ test: setup
 
 # `make test` has both parts too: the rules as a test, and the notebooks among its files.
 validate: setup
-	@$(VENV)/python -m nbsweep.validate --execute --workers '$(WORKERS)' $(NOTEBOOKS)
+	@$(VENV)/python tools/notebook_rules --execute --workers '$(WORKERS)' $(NOTEBOOKS)
 
 # Containers often have only root, which Jupyter refuses unless told.
 lab: setup
@@ -72,7 +72,7 @@ lint: setup
 	@$(VENV)/ruff check .
 	@$(VENV)/ruff format --check .
 	@$(VENV)/lint-imports --no-cache
-	@$(VENV)/nb-clean check --preserve-cell-outputs --preserve-execution-counts --preserve-cell-metadata-field tags notebooks
+	@$(VENV)/nb-clean check --preserve-cell-outputs --preserve-execution-counts --preserve-cell-metadata-field tags notebooks sweeps/targets
 
 clean:
 	@rm -rf .venv build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -49,8 +49,8 @@ def pytest_runtest_call(item):
     result = yield
     # nbval keeps here what the cell has put out; other tests have no such attribute.
     if outputs := getattr(item, "test_outputs", None):
-        # Here, because it imports torch, which not every test needs.
-        from nbsweep.output_rules import check_outputs
+        # Here, because not every test needs it.
+        from notebook_rules.outputs import check_outputs
 
         if problems := check_outputs(item.cell, outputs):
             item.raise_cell_error(

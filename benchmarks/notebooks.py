@@ -22,7 +22,7 @@ from nbclient.exceptions import CellExecutionError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from nbsweep.parameters import parse_value, read_parameters
+from nbsweep.parameters import parse_notebook, parse_value
 
 MIB = 2**20
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -79,7 +79,7 @@ def run(number: str, parameters: dict[str, str], executed: str) -> dict:
     """
     path = next(NOTEBOOKS.glob(f"{number}_*.ipynb"))
     notebook = load_notebook_node(str(path))
-    defaults = read_parameters(path)
+    defaults = parse_notebook(path).parameters
     known = {
         name: parse_value(text, defaults[name])
         for name, text in parameters.items()

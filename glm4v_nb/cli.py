@@ -19,9 +19,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from nbsweep import cli as sweeping
+
 GIB = 2**30
-# The base of typer's errors of wrong use; typer itself gives it no public name.
-UsageError = typer.BadParameter.__base__
+# Where a clone has what is not part of the package.
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
 _STRATEGIES = "auto, balanced, balanced_low_0 or sequential"
 
 app = typer.Typer(
@@ -256,119 +258,9 @@ def doctor(
     raise typer.Exit(1 if mend else 0)
 
 
-# --- notebooks
+# --- notebooks: run, sweep and report are nbsweep's own
 
-
-@app.command()
-def run(
-    notebooks: Annotated[
-        list[str] | None, typer.Argument(help="Numbers such as 01 02; all when left out.")
-    ] = None,
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-p", metavar="NAME VALUE", help="A parameter of the one notebook; may be repeated."
-        ),
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Notebooks at a time.")] = 2,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print what would run, how long, and what would not fit."),
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also what is done already.")] = False,
-    output: Annotated[
-        str,
-        typer.Option(help="Folder that receives suite/, suite-01-02/ or, with -p, the notebook's."),
-    ] = "runs",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the runs as one JSON array.")
-    ] = False,
-):
-    """Execute notebooks, all of them as `make run` does or some; with -p, one with other
-    parameters.
-
-    The same command again does what is not done yet, or whose notebook or package has changed
-    since. Exit codes are those of sweep.
-    """
-    with _progress("loading the notebook runner"):
-        from nbsweep.sweep import plan_notebook, plan_suite
-    if not parameter:
-        plan = plan_suite(notebooks)
-    elif notebooks and len(notebooks) == 1:
-        plan = plan_notebook(notebooks[0], dict(zip(parameter[::2], parameter[1::2], strict=True)))
-    else:
-        raise ValueError(
-            "-p is for one notebook; give exactly one number before it, as in: run 01 -p card H100"
-        )
-    if dry_run:
-        _print_plan(plan, workers, as_json)
-        return
-    _carry_out(plan, output, workers, force, True, as_json)
-
-
-@app.command()
-def sweep(
-    file: Annotated[str, typer.Argument(help="A sweep file, such as sweeps/fit.yaml.")],
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time on this machine; 2 if left out.")
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="A Dask cluster that does the runs, such as tcp://10.0.0.1:8786.",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print what would run, how long, and what would not fit."),
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also what is done already.")] = False,
-    retry: Annotated[
-        bool, typer.Option("--retry", help="Also what failed or took too long.")
-    ] = False,
-    output: Annotated[str, typer.Option(help="Folder that receives <name>/.")] = "runs",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the runs as one JSON array.")
-    ] = False,
-):
-    """Run notebooks with many parameters; the same command goes on where it was interrupted.
-
-    Exit code 0 if all are done, 3 if some ran out of memory, 1 if one failed, took too long or was
-    killed.
-    """
-    with _progress("loading the notebook runner"):
-        from nbsweep.sweep import plan_file
-    plan = plan_file(file)
-    if dry_run:
-        _print_plan(plan, workers or 2, as_json)
-        return
-    if scheduler and workers is not None:
-        print(
-            f"--workers {workers} is not used: the cluster decides how many run at a time.",
-            file=sys.stderr,
-        )
-    _carry_out(plan, output, 2 if workers is None else workers, force, retry, as_json, scheduler)
-
-
-@app.command()
-def report(
-    folder: Annotated[str, typer.Argument(help="The folder of a sweep, such as runs/fit.")],
-    compare: Annotated[
-        str | None, typer.Option(help="Another sweep's folder: what changed from it to this one.")
-    ] = None,
-    tolerance: Annotated[
-        float, typer.Option(help="With --compare: relative change that is no change.")
-    ] = 0.01,
-):
-    """Write a sweep's report.html, runs.csv and runs.parquet, or a comparison of two sweeps."""
-    with _progress("loading the report"):
-        from nbsweep import sweep_report
-    if compare:
-        page = Path(folder) / f"changes-from-{Path(compare).name}.html"
-        print(f"Open {sweep_report.write_comparison(compare, folder, page, tolerance)}")
-    else:
-        print(f"Open {sweep_report.write_sweep_report(folder)}")
+app.registered_commands += sweeping.app.registered_commands
 
 
 @app.command()
@@ -377,109 +269,25 @@ def validate(
         list[str] | None,
         typer.Argument(help="Numbers such as 01, or .ipynb files; all when left out."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ):
     """Do the stored notebooks keep the suite's rules? Runs nothing; exit code 1 if one is broken.
 
     `make validate` then executes them, too.
     """
+    if not (TOOLS / "notebook_rules").is_dir():
+        raise ValueError("the rules are not part of the package; run this in a clone of its code")
+    sys.path.insert(0, str(TOOLS))
     with _progress("loading the rules"):
-        from nbsweep import validate as validation  # this command has the same name
-    paths, findings = validation.validate(notebooks or ())
-    validation.print_findings(paths, findings, as_json)
+        from notebook_rules import __main__ as rules
+    paths, findings = rules.validate(notebooks or ())
+    rules.print_findings(paths, findings, as_json)
     raise typer.Exit(1 if findings else 0)
-
-
-def _carry_out(
-    plan,
-    output: str,
-    workers: int,
-    force: bool,
-    retry: bool,
-    as_json: bool,
-    scheduler: str | None = None,
-):
-    """Do a plan, write its report, print how it went and leave with its exit code."""
-    from nbsweep.display import print_runs
-    from nbsweep.sweep import carry_out, exit_code
-    from nbsweep.sweep_report import write_sweep_report
-
-    console = Console(stderr=as_json)
-    try:
-        runs, directory = carry_out(
-            plan, output, workers, console, force=force, retry=retry, scheduler=scheduler
-        )
-    except KeyboardInterrupt:
-        with suppress(FileNotFoundError):  # before anything was begun
-            write_sweep_report(Path(output) / plan.name)
-        again = "Without --force the same command" if force else "The same command"
-        console.print(f"Interrupted. What has ended is kept. {again} goes on where it stopped.")
-        raise typer.Exit(130) from None
-    page = write_sweep_report(directory)
-    if as_json:
-        print(json.dumps([run.model_dump() for run in runs], indent=2))
-    else:
-        print_runs(runs, console)
-        console.print(f"Open {escape(str(page))}", soft_wrap=True, highlight=False)
-    raise typer.Exit(exit_code(runs))
-
-
-def _print_plan(plan, workers: int, as_json: bool):
-    """What a sweep would do: its runs, about how long, and what the full-size model's cards say to
-    it."""
-    from nbsweep.display import parameters_in_words
-    from nbsweep.sweep import predict
-
-    with _progress("predicting what fits"):
-        predicted = predict(plan.specs)
-    if as_json:
-        runs = [spec.model_dump() | {"predicted": predicted.get(spec.id)} for spec in plan.specs]
-        print(json.dumps({"name": plan.name, "minutes": plan.minutes, "runs": runs}, indent=2))
-        return
-    table = Table(
-        "notebook", "parameters", "full-size model, simulated", title=f"sweep {plan.name}"
-    )
-    for spec in plan.specs:
-        words = predicted.get(spec.id, "")
-        style = "magenta" if words.startswith("does not") else None
-        table.add_row(
-            escape(spec.notebook), escape(parameters_in_words(spec)), escape(words), style=style
-        )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
-        f"{len(plan.specs)} runs, about {plan.minutes / workers:.1f} minutes with {workers} at a"
-        " time, by the registry. Nothing was run; leave out --dry-run to begin."
-    )
-
-
-def _with_pairs(arguments: list[str]) -> list[str]:
-    """`-p NAME VALUE`, as papermill has it, said as `-p NAME -p VALUE`: typer has no repeated
-    option of two words."""
-    words, said = [str(argument) for argument in arguments], []
-    while words:
-        word = words.pop(0)
-        said.append(word)
-        if word == "-p" and said[0] == "run":
-            if len(words) < 2:
-                raise SystemExit(
-                    _fail("-p needs a name and a value, as in: run 01 -p card H100", 2)
-                )
-            said += [words.pop(0), "-p", words.pop(0)]
-    return said
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = _with_pairs(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return app(arguments or ["--help"], prog_name="glm4v-nb", standalone_mode=False) or 0
-    except UsageError as error:
-        return _fail(error.format_message(), 2)
-    except ValueError as error:
-        return _fail(error, 2)
-    except (RuntimeError, OSError, MemoryError) as error:
-        return _fail(error, 1)
+    return sweeping.run_app(app, "glm4v-nb", arguments)
 
 
 @contextmanager
@@ -494,11 +302,6 @@ def _progress(what: str, steps: int | None = None):
     with Progress(*columns, TextColumn("{task.description}"), **options) as display:
         task = display.add_task(f"{escape(what)} ...", total=steps)
         yield lambda text=None: display.update(task, description=text, advance=int(text is None))
-
-
-def _fail(error: Exception | str, code: int) -> int:
-    print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Will it fit? The full-size model on simulated cards runs a workload: every card's peak."""
 
+import functools
 import json
 import math
 import re
@@ -304,3 +305,29 @@ def cards_for_weights(card: str, dtype: str) -> int:
     """How many such cards hold the weights, by division; what else a run needs is not counted."""
     usable = find_card(card).total_bytes - find_card(card).context_bytes
     return math.ceil(Deployment(card, dtype=dtype).weights_bytes({"": 0})[0] / usable)
+
+
+# Parameters of a notebook that say how large its workload is.
+_WORKLOAD = ("batch_size", "images", "text_tokens", "new_tokens")
+
+
+def predict_run(notebook: str, parameters: dict) -> str | None:
+    """What ``fit`` says of the full-size model with a notebook's cards and workload, in a few
+    words; None for a notebook without a card among its parameters, or where ``fit`` refuses."""
+    card = parameters.get("card")
+    if not isinstance(card, str) or not card:
+        return None
+    sizes = tuple((k, parameters[k]) for k in _WORKLOAD if isinstance(parameters.get(k), int))
+    count, dtype = parameters.get("count", 1), parameters.get("dtype", "bfloat16")
+    return _predicted(card, count, dtype, sizes)
+
+
+@functools.cache
+def _predicted(card: str, count: int, dtype: str, sizes: tuple) -> str | None:
+    try:
+        result = fit(card, count, dtype, workload=Workload(**dict(sizes)))
+    except ValueError:
+        return None
+    if result.fits:
+        return "fits"
+    return f"does not fit: card {result.oom.device}, {result.oom.phase}"

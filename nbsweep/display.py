@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Sequence
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as BarsOfRich
 from rich.table import Table
 from rich.text import Text
 
-from .outcome import FinishedRun, RunSpec
-from .pool import Progress
-from .records import in_words
+from .runner import Progress
+from .store import FinishedRun, Outcome, RunSpec
+from .words import in_words
 
 STYLES = {"done": "green", "oom": "magenta", "not run": "yellow"}
-_LONGEST_TABLE = 16
 
 
 def parameters_in_words(spec: RunSpec) -> str:
@@ -38,91 +37,72 @@ def ending_in_words(run: FinishedRun) -> str:
 
 
 class Display:
-    """Shows a ``Progress``: a live table on a terminal, a line for each run that ends elsewhere and
-    under CI."""
+    """Shows a ``Progress``: bars on a terminal, and a line for each run that ends; under CI and
+    elsewhere the lines alone."""
 
-    def __init__(self, specs: Sequence[RunSpec], workers: int, console: Console):
+    def __init__(self, specs: Sequence[RunSpec], console: Console):
         self._specs = {spec.id: spec for spec in specs}
-        self._workers, self._console = workers, console
-        self._note = ""
-        self._seen: set[str] = set()
-        self._begun = time.monotonic()
-        self._known_before: int | None = None
-        self._live = None
-        if console.is_terminal and not os.environ.get("CI"):
-            self._live = Live(console=console, transient=True, refresh_per_second=4)
+        self._console = console
+        self._said = 0
+        self._seen: set[str] | None = None
+        columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = BarsOfRich(
+            TextColumn("{task.description}", markup=False),
+            *columns,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal or bool(os.environ.get("CI")),
+        )
+        self._all = self._bars.add_task("all runs", total=len(specs))
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Display:
-        if self._live:
-            self._live.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *exception):
-        if self._live:
-            self._live.stop()
+        self._bars.stop()
 
     def show(self, progress: Progress):
-        """Called by the pool; prints what has ended since the last time and renews the table."""
-        if self._known_before is None:
-            self._known_before = len(progress.outcomes)
-            self._seen.update(progress.outcomes)
-            if self._known_before:
-                hint = (
-                    "; --force (make run: FORCE=1) repeats them"
-                    if self._known_before == progress.total
-                    else ""
+        """Called by the sweep; prints what has ended since the last time and renews the bars."""
+        if self._seen is None:
+            self._seen = set(progress.outcomes)
+            if self._seen:
+                hint = "; --force (make run: FORCE=1) repeats them"
+                self._print(
+                    f"{len(self._seen)} of {progress.total} runs had ended before"
+                    f"{hint if len(self._seen) == progress.total else ''}",
+                    "dim",
                 )
-                self._console.print(
-                    f"{self._known_before} of {progress.total} runs had ended before{hint}",
-                    style="dim",
-                )
-        if progress.note not in ("", self._note):
-            self._console.print(
-                escape(progress.note), style="yellow", soft_wrap=True, highlight=False
-            )
-        self._note = progress.note
+        for note in progress.notes[self._said :]:
+            self._print(note, "yellow")
+        self._said = len(progress.notes)
         for name in [name for name in progress.outcomes if name not in self._seen]:
             self._seen.add(name)
-            run = FinishedRun(spec=self._specs[name], outcome=progress.outcomes[name], records=[])
-            style = STYLES.get(run.outcome.status, "bold red")
-            words = [
-                run.spec.notebook,
-                parameters_in_words(run.spec),
-                f"{run.outcome.seconds:.1f} s",
-            ]
-            words += [ending_in_words(run)[:120]] if run.outcome.status != "done" else []
-            self._console.print(
-                f"[{style}]{run.outcome.status:>7}[/]  {escape('  '.join(filter(None, words)))}",
-                soft_wrap=True,
-                highlight=False,
-            )
-        if self._live:
-            self._live.update(self._table(progress))
+            self._print_ended(self._specs[name], progress.outcomes[name])
+        self._renew_bars(progress)
 
-    def remaining_seconds(self, progress: Progress) -> float | None:
-        """By the mean of the runs that ended while this was looking; None before the first has."""
-        ended = len(progress.outcomes) - (self._known_before or 0)
-        if not ended:
-            return None
-        each = (time.monotonic() - self._begun) / ended
-        return each * (progress.total - len(progress.outcomes))
+    def _print(self, text: str, style: str):
+        self._console.print(Text(text, style=style), soft_wrap=True)
 
-    def _table(self, progress: Progress) -> Group:
-        table = Table("running", "parameters", "cell", "seconds", expand=False)
-        for name, (cell, cells, began) in list(progress.running.items())[:_LONGEST_TABLE]:
-            spec = self._specs[name]
-            table.add_row(
-                escape(spec.notebook),
-                escape(parameters_in_words(spec)),
-                f"{cell} of {cells}" if cells else "starting",
-                f"{time.monotonic() - began:.0f}",
-            )
-        remaining = self.remaining_seconds(progress)
-        left = "" if remaining is None else f" · about {remaining:.0f} s left"
+    def _print_ended(self, spec: RunSpec, outcome: Outcome):
+        run = FinishedRun(spec=spec, outcome=outcome, records=[])
+        words = [spec.notebook, parameters_in_words(spec), f"{outcome.seconds:.1f} s"]
+        words += [ending_in_words(run)[:120]] if outcome.status != "done" else []
+        status = Text(f"{outcome.status:>7}", style=STYLES.get(outcome.status, "bold red"))
+        self._console.print(status + "  " + "  ".join(filter(None, words)), soft_wrap=True)
+
+    def _renew_bars(self, progress: Progress):
+        for name in progress.running.keys() - self._tasks.keys():
+            words = f"{self._specs[name].notebook} {parameters_in_words(self._specs[name])}"
+            self._tasks[name] = self._bars.add_task(words, total=None)
+        for name in self._tasks.keys() - progress.running.keys():
+            self._bars.remove_task(self._tasks.pop(name))
+        for name, (cell, cells) in progress.running.items():
+            self._bars.update(self._tasks[name], completed=cell, total=cells or None)
         counts = ", ".join(f"{count} {status}" for status, count in sorted(progress.counts.items()))
-        return Group(
-            table, Text(f"{len(progress.outcomes)} of {progress.total} ended{left}  {counts}")
-        )
+        ended = len(progress.outcomes)
+        self._bars.update(self._all, completed=ended, description=f"all runs  {counts}")
 
 
 def print_runs(runs: Sequence[FinishedRun], console: Console):

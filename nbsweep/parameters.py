@@ -9,20 +9,21 @@ reads) is an error here, before the run.
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import json
-import math
 import re
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import nbformat
-from IPython.core.inputtransformer2 import TransformerManager
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from .outcome import Value
-from .reach import Reach
+from .reads import Reads
+from .store import Value
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -51,31 +52,34 @@ class ParsedNotebook:
         Raises ParameterError for a cell that is not Python even after IPython's own rewriting of
         magics.
         """
-        reach = Reach(self.parameters, parse_cell)
+        reads = Reads(self.parameters)
         for number, source in self.later_cells:
             try:
-                reach.follow(parse_cell(source), number)
+                reads.follow(source, number)
             except SyntaxError as error:
                 raise ParameterError(
                     f"{self.file}: code cell {number} is not valid Python ({error.msg}, line"
                     f" {error.lineno}); correct it, or write a magic with its %"
                 ) from None
         reasons = {}
-        for name in self.parameters.keys() - reach.reached:
-            if name in reach.pending:
+        for name in self.parameters.keys() - reads.read:
+            if name in reads.held:
                 reasons[name] = "nothing reads it; read it in a later cell or remove it"
             else:
                 reasons[name] = (
-                    f"code cell {reach.rebound[name]} gives the name another value before anything"
+                    f"code cell {reads.rebound[name]} gives the name another value before anything"
                     " reads it; use another name there"
                 )
         return reasons
 
 
 def parse_notebook(path: Path | str) -> ParsedNotebook:
-    """Read a notebook once for many ``check_override`` calls.
+    """Read a notebook, its parameters with their defaults in the order of their cell.
 
-    Raises ParameterError as ``read_parameters`` does.
+    Raises:
+        ParameterError: the file is no notebook, it has no parameters cell or several, or that cell
+            holds anything but ``name = literal`` lines (bool, int, finite float, str, or a list of
+            one of int, float and str).
     """
     path = Path(path)
     cells = _read_cells(path)
@@ -103,29 +107,17 @@ def parse_notebook(path: Path | str) -> ParsedNotebook:
     return ParsedNotebook(path.name, _read_assignments(sources[position], path), later)
 
 
-def read_parameters(path: Path | str) -> dict[str, Value]:
-    """The parameters of a notebook with their defaults, in the order of its parameters cell.
-
-    Raises:
-        ParameterError: the file is no notebook, it has no parameters cell or several, or that cell
-            holds anything but ``name = literal`` lines (bool, int, finite float, str, or a list of
-            one of int, float and str).
-    """
-    return parse_notebook(path).parameters
-
-
-def check_override(notebook: Path | str | ParsedNotebook, name: str, value: Value) -> Value:
+def check_override(parsed: ParsedNotebook, name: str, value: Value) -> Value:
     """`value` as it is to be given to parameter `name`: an int for a float parameter becomes a
     float.
 
     The value reaches the code if some module-level path through the later cells reads the name
-    before binding it; see ``Reach`` for what counts.
+    before binding it; see ``Reads`` for what counts.
 
     Raises:
         ParameterError: there is no such parameter, the value has another type than the default, or
             it would never reach the code.
     """
-    parsed = notebook if isinstance(notebook, ParsedNotebook) else parse_notebook(notebook)
     if name not in parsed.parameters:
         close = difflib.get_close_matches(str(name), parsed.parameters, n=1)
         guess = f"did you mean {close[0]}? It" if close else "it"
@@ -248,62 +240,44 @@ def _read_assignments(source: str, path: Path) -> dict[str, Value]:
     return parameters
 
 
-def parse_cell(source: str) -> ast.Module:
-    """The code of a cell as a tree, its magics and shell commands as the calls that IPython makes
-    of them.
-
-    Raises SyntaxError.
-    """
-    with warnings.catch_warnings():
-        # An invalid escape in a lesson's string is that lesson's matter.
-        warnings.simplefilter("ignore")
-        return ast.parse(TransformerManager().transform_cell(source))
+# What a parameter can be, in the order in which a value's own kind is found: every int would do for
+# a float, too. Strict: to Python True is an int, and "1" would do for 1.
+_FLOAT = Annotated[float, Field(allow_inf_nan=False)]
+_KINDS = {
+    name: TypeAdapter(kind, config=ConfigDict(strict=True))
+    for name, kind in {
+        "a bool": bool,
+        "an int": int,
+        "a float": _FLOAT,
+        "a str": str,
+        "a list of int": list[int],
+        "a list of float": list[_FLOAT],
+        "a list of str": list[str],
+    }.items()
+}
 
 
 def _converted(value: Value, default: Value) -> Value:
     """`value` in the default's type. Raises TypeError for another type, and for a float that is not
     finite."""
-    if not isinstance(default, list):
-        return _plain(value, type(default))
-    if not isinstance(value, list):
-        raise TypeError
-    kind = _item_type(default) or _item_type(value)
-    return [_plain(item, kind) for item in value]
+    lists = [name for name in _KINDS if name.startswith("a list")]
+    for name in lists if default == [] else filter(None, [_kind(default)]):
+        with contextlib.suppress(ValidationError):
+            return _KINDS[name].validate_python(value)
+    raise TypeError
 
 
-def _plain(value: Value, kind: type) -> Value:
-    # type(), not isinstance(): to isinstance True is an int.
-    if kind is float and type(value) is int and abs(value) < 2**1023:
-        value = float(value)
-    if (
-        type(value) is not kind
-        or kind not in (bool, int, float, str)
-        or (kind is float and not math.isfinite(value))
-    ):
-        raise TypeError
-    return value
-
-
-def _item_type(items: list) -> type | None:
-    """int, float (ints among them included) or str; None for an empty list. Raises TypeError for
-    other items."""
-    found = {type(item) for item in items}
-    for kind, allowed in ((int, {int}), (float, {int, float}), (str, {str})):
-        if found and found <= allowed:
-            return kind
-    if found:
-        raise TypeError
+def _kind(value: Value) -> str | None:
+    for name, kind in _KINDS.items():
+        with contextlib.suppress(ValidationError):
+            kind.validate_python(value)
+            return name
     return None
 
 
 def _described(value: Value) -> str:
+    if kind := _kind(value):
+        return kind
     if isinstance(value, list):
-        try:
-            kind = _item_type(value)
-        except TypeError:
-            return "a list of other things than one of int, float and str"
-        return f"a list of {kind.__name__}" if kind else "a list"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "no finite float"
-    name = type(value).__name__
-    return f"an {name}" if name == "int" else f"a {name}"
+        return "a list of other things than one of int, float and str"
+    return "no finite float" if isinstance(value, float) else f"a {type(value).__name__}"

@@ -4,16 +4,16 @@ import math
 import os
 from pathlib import Path
 
-from .outcome import Record, Scalar
+from .store import Record, Scalar
+from .words import in_words
 
 # Set for the kernel by whoever runs the notebook; without it a figure is only shown.
-RECORDS_VARIABLE = "GLM4V_NB_RECORDS"
+RECORDS_VARIABLE = "NBSWEEP_RECORDS"
 LABELS = ("simulated", "measured", "cited", "arithmetic")
 
 
 def record(name: str, value: Scalar, unit: str = "", label: str = "simulated") -> Record:
-    """Show a figure, and keep it beside the notebook when that is run by ``glm4v-nb run`` or
-    ``sweep``.
+    """Show a figure, and keep it beside the notebook when that is run by ``nbsweep``.
 
     Args:
         name: what it is, for example "peak on card 0".
@@ -46,15 +46,3 @@ def record(name: str, value: Scalar, unit: str = "", label: str = "simulated") -
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(figure.model_dump_json() + "\n")
     return figure
-
-
-def in_words(value: Scalar, unit: str) -> str:
-    """A figure with its unit; bytes in MiB and GiB."""
-    if isinstance(value, str | bool):
-        return f"{value} {unit}".strip()
-    if unit == "bytes":
-        for name, scale in (("GiB", 2**30), ("MiB", 2**20)):
-            if abs(value) >= scale:
-                return f"{value / scale:.2f} {name}"
-    text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-    return f"{text} {unit}".strip()

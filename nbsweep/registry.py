@@ -1,16 +1,21 @@
-"""The list of notebooks, notebooks/registry.toml: read, validated, and compared with the files
-beside it."""
+"""The list of notebooks, registry.toml: found, read, validated, and compared with the files beside
+it."""
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
 import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-DEFAULT_REGISTRY = Path(__file__).resolve().parents[1] / "notebooks" / "registry.toml"
+REGISTRY_VARIABLE = "NBSWEEP_REGISTRY"
+FILE = "registry.toml"
 
 
 class RegistryError(ValueError):
@@ -18,11 +23,17 @@ class RegistryError(ValueError):
 
 
 class NotebookEntry(BaseModel):
-    """One notebook as registry.toml describes it."""
+    """One notebook as registry.toml describes it.
+
+    Attributes:
+        hardware: what it needs, such as "any" or "simulated or 2+ GPUs".
+        timeout_seconds: the whole notebook is stopped after this long.
+        minutes: expected on a laptop; the longest begin first.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    file: Annotated[str, Field(pattern=r"^\d\d_[a-z0-9_]+\.ipynb$")]
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.ipynb$")]
     title: Annotated[str, Field(min_length=1)]
     tier: Literal["core", "extra"]
     hardware: Annotated[str, Field(min_length=1)]
@@ -31,8 +42,9 @@ class NotebookEntry(BaseModel):
 
     @property
     def number(self) -> str:
-        """The two digits the file name starts with, such as "01"."""
-        return self.file[:2]
+        """The digits the file name starts with, such as "01"; its stem where it has none."""
+        found = re.match(r"\d+(?=_)", self.file)
+        return found[0] if found else self.file.removesuffix(".ipynb")
 
     @property
     def gpus(self) -> int:
@@ -47,13 +59,24 @@ class NotebookEntry(BaseModel):
 
 
 class Registry(BaseModel):
-    """All notebooks in the order they are read."""
+    """All notebooks in the order they are read, and what their runs depend on.
+
+    Attributes:
+        packages: those whose source decides a run's identity, beside this one.
+        libraries: those whose versions an outcome has.
+        environment: variables that every kernel is given.
+        folder: where the notebooks are.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     notebook: list[NotebookEntry] = []
+    packages: list[str] = ["nbsweep"]
+    libraries: list[str] = []
+    environment: dict[str, str] = {}
+    folder: Path = Path()
 
-    def select(self, numbers: list[str] | None = None) -> list[NotebookEntry]:
+    def select(self, numbers: Sequence[str] | None = None) -> list[NotebookEntry]:
         """The notebooks with these numbers ("1" and "01" are the same); all when `numbers` is empty
         or None.
 
@@ -64,23 +87,90 @@ class Registry(BaseModel):
         wanted = {number.zfill(2) for number in numbers}
         unknown = sorted(wanted - {entry.number for entry in self.notebook})
         if unknown:
-            existing = ", ".join(entry.number for entry in self.notebook) or "none"
             raise RegistryError(
-                f"no notebook has the number {', '.join(unknown)}; the registry has {existing}. "
-                "Choose among those, for example NOTEBOOKS=01"
+                f"no notebook has the number {', '.join(unknown)}; the registry has"
+                f" {self.numbers}. Choose among those, for example NOTEBOOKS=01"
             )
         return [entry for entry in self.notebook if entry.number in wanted]
 
+    @property
+    def numbers(self) -> str:
+        """The notebooks' numbers as a text."""
+        return ", ".join(entry.number for entry in self.notebook) or "none"
 
-def load_registry(path: Path | str = DEFAULT_REGISTRY) -> Registry:
-    """Read and validate a registry, and check that the *.ipynb files beside it are those it lists,
-    in order.
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook's file, with what its registry says of it."""
+
+    path: Path
+    entry: NotebookEntry
+    registry: Registry
+
+
+def find_registry(given: Path | str | None = None) -> Path:
+    """The registry that was given, or that NBSWEEP_REGISTRY names; else notebooks/registry.toml in
+    this folder, in one above it, or beside this package.
+
+    Raises RegistryError where there is none.
+    """
+    if given or (given := os.environ.get(REGISTRY_VARIABLE)):
+        return Path(given).resolve()
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
+        if (path := folder / "notebooks" / FILE).is_file():
+            return path
+    raise RegistryError(
+        f"there is no notebooks/{FILE} in this folder or above it; go to a clone of the repository,"
+        f" name the file with --registry or {REGISTRY_VARIABLE}, or name a notebook's file"
+    )
+
+
+def find_notebook(name: str, base: Path, registry: Registry) -> Notebook:
+    """A notebook by its number or file name in the registry, or by its path.
+
+    Args:
+        name: such as "01", "01_first.ipynb" or "targets/first.ipynb"; what a path's own registry,
+            beside it, says of it counts.
+        base: the folder that a path is relative to.
+
+    Raises:
+        RegistryError: there is no such notebook, or its registry is not right.
+    """
+    for entry in registry.notebook:
+        if name in (entry.file, entry.number) or name.zfill(2) == entry.number:
+            return Notebook(registry.folder / entry.file, entry, registry)
+    path = (base / name).resolve()
+    if name.endswith(".ipynb") and path.is_file():
+        own = Registry(folder=path.parent)
+        if (path.parent / FILE).is_file():
+            own = load_registry(path.parent / FILE)
+        entry = next((entry for entry in own.notebook if entry.file == path.name), None)
+        return Notebook(path, entry or _unregistered(path), own)
+    close = difflib.get_close_matches(name, [entry.file for entry in registry.notebook], n=1)
+    guess = f"did you mean {close[0]}? The" if close else "the"
+    raise RegistryError(
+        f"no notebook {name!r} is registered; {guess} registry has {registry.numbers}"
+    )
+
+
+def _unregistered(path: Path) -> NotebookEntry:
+    return NotebookEntry.model_construct(
+        file=path.name, title=path.stem, tier="extra", hardware="any", timeout_seconds=300,
+        minutes=1.0,
+    )  # fmt: skip
+
+
+def load_registry(path: Path | str | None = None) -> Registry:
+    """Read and validate a registry, by default ``find_registry``'s, and check that the *.ipynb
+    files beside it are those it lists, in order.
 
     Raises RegistryError, naming the file and what to change.
     """
-    path = Path(path)
+    path = find_registry(path)
     try:
-        registry = Registry.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        registry = Registry.model_validate(content | {"folder": path.parent})
     except FileNotFoundError:
         raise RegistryError(
             f"{path} does not exist; expected the list of notebooks. Restore it from the repository"

@@ -14,7 +14,9 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from nbsweep.registry import DEFAULT_REGISTRY, load_registry
+from nbsweep.registry import load_registry
+
+ROOT = Path(__file__).parents[1]
 
 
 def refresh(path, timeout_seconds: int):
@@ -62,13 +64,16 @@ def last_picture(path) -> bytes:
 
 def main():
     numbers = sys.argv[1:]
-    for entry in load_registry().notebook:
-        if not numbers or entry.file[:2] in numbers:
-            print(f"running {entry.file} ...", flush=True)
-            refresh(DEFAULT_REGISTRY.parent / entry.file, entry.timeout_seconds)
+    lessons = load_registry(ROOT / "notebooks" / "registry.toml")
+    targets = load_registry(ROOT / "sweeps" / "targets" / "registry.toml")
+    for registry in (lessons, targets):
+        for entry in registry.notebook:
+            if not numbers or entry.number in numbers:
+                print(f"running {entry.file} ...", flush=True)
+                refresh(registry.folder / entry.file, entry.timeout_seconds)
     # The README shows what notebook 02 drew.
-    picture = last_picture(DEFAULT_REGISTRY.parent / "02_run_out_of_memory.ipynb")
-    (Path(__file__).parents[1] / "docs" / "out_of_memory.png").write_bytes(picture)
+    picture = last_picture(lessons.folder / "02_run_out_of_memory.ipynb")
+    (ROOT / "docs" / "out_of_memory.png").write_bytes(picture)
 
 
 if __name__ == "__main__":

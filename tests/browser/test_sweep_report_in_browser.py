@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from nbsweep.outcome import Outcome, OutOfMemoryCause, Record, RunSpec, Sweep
-from nbsweep.sweep_report import write_comparison, write_sweep_report
+from nbsweep.report import write_comparison, write_report
+from nbsweep.store import Outcome, OutOfMemoryCause, Record, RunSpec, Sweep
 
 GIB = 2**30
 SCREENSHOTS = os.environ.get("GLM4V_NB_SCREENSHOTS")
@@ -91,7 +91,7 @@ def write_grid(
         )
     sweep = Sweep(name=attack or "grid", created="2026-10-18T19:00:00+02:00", runs=specs)
     (directory / "sweep.json").write_text(sweep.model_dump_json())
-    return write_sweep_report(directory)
+    return write_report(directory)
 
 
 @pytest.fixture

@@ -14,14 +14,15 @@ import pytest
 from dask_cluster import ROOT, dask, end, environment, gone, until, write_notebooks
 from rich.console import Console
 
-import glm4v_nb.cli
-from nbsweep import cluster, dask_client, sweep
-from nbsweep.outcome import read_sweep
-from nbsweep.pool import SweepError, prepare
+from nbsweep import cli, runner
+from nbsweep import dask as cluster
+from nbsweep.plan import Plan, plan_file
 from nbsweep.registry import NotebookEntry
+from nbsweep.store import SweepError, read_sweep
 
 # Kernels start slowly on a busy machine; only what hangs has so little time.
 TIMEOUT = 5
+PACKAGES = ["nbsweep"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def place(tmp_path_factory):
 def address(place):
     """A scheduler, a worker that offers a GPU and one that does not, each of one thread."""
     file = place / "scheduler.json"
-    # A run may lose its worker once; by default three times, and every new worker imports torch.
+    # A run may lose its worker once; by default three times.
     settings = environment(
         EXECUTIONS=str(place / "executions.txt"), DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="1"
     )
@@ -83,24 +84,20 @@ def output(tmp_path, place):
 
 
 def make_plan(place, *settings, notebook="01"):
-    def written(rows):
-        rows = [
-            "{" + ", ".join(f"{name}: {value}" for name, value in row.items()) + "}" for row in rows
-        ]
-        return f'notebook: "{notebook}", list: [{", ".join(rows)}]'
-
-    hung = [row for row in settings if row.get("mode") == "hung"]
-    others = [row for row in settings if row not in hung]
-    entries = [f"{{{written(others)}}}"] * bool(others)
-    entries += [f"{{{written(hung)}, timeout_seconds: {TIMEOUT}}}"] * bool(hung)
-    file = place / "small.yaml"
-    file.write_text(f"runs: [{', '.join(entries)}]")
-    return sweep.plan_file(file, place / "notebooks" / "registry.toml")
+    text = ""
+    for row in settings:
+        text += f'[[runs]]\nnotebook = "{notebook}"\n'
+        text += "".join(f"set.{name} = {json.dumps(value)}\n" for name, value in row.items())
+        if row.get("mode") == "hung":
+            text += f"timeout_seconds = {TIMEOUT}\n"
+    file = place / "small.toml"
+    file.write_text(text)
+    return plan_file(file, place / "notebooks" / "registry.toml")
 
 
 def carry_out(plan, output, address):
     shown = io.StringIO()
-    runs, _ = sweep.carry_out(plan, output, 2, Console(file=shown, width=300), scheduler=address)
+    runs, _ = runner.carry_out(plan, output, 2, Console(file=shown, width=300), scheduler=address)
     return runs, shown.getvalue()
 
 
@@ -173,7 +170,7 @@ def test_a_run_that_needs_a_gpu_gets_one_and_one_that_no_worker_can_do_is_not_ru
 RUNNER = """
 import sys
 from rich.console import Console
-from nbsweep.sweep import carry_out, plan_file
+from nbsweep import carry_out, plan_file
 assert "distributed" not in sys.modules  # who does not ask for a cluster need not have Dask
 carry_out(plan_file(sys.argv[1], sys.argv[2]), sys.argv[3], 1, Console(), scheduler=sys.argv[4])
 """
@@ -183,7 +180,7 @@ def test_a_client_that_is_killed_leaves_nothing_running_and_the_next_one_goes_on
     place, output, address
 ):
     plan = make_plan(place, {"number": 1}, {"number": 2, "mode": "slow at first"})
-    arguments = [place / "small.yaml", place / "notebooks" / "registry.toml", output, address]
+    arguments = [place / "small.toml", place / "notebooks" / "registry.toml", output, address]
     runner = subprocess.Popen(
         [sys.executable, "-c", RUNNER, *map(str, arguments)],
         env=environment(),
@@ -208,16 +205,13 @@ def test_a_client_that_is_killed_leaves_nothing_running_and_the_next_one_goes_on
 
 def test_an_interrupt_ends_what_runs_on_the_workers(place, output, address):
     plan = make_plan(place, {"number": 1, "mode": "slow at first"})
-    prepare(output, plan.name, plan.specs)
 
     def interrupt(progress):
-        if [told[:2] for told in progress.running.values()] == [
-            (3, 4)
-        ]:  # as the worker has told it
+        if list(progress.running.values()) == [(3, 4)]:  # as the worker has told it
             raise KeyboardInterrupt
 
-    with dask_client.connect(address) as client, pytest.raises(KeyboardInterrupt):
-        cluster.run_on_cluster(client, output, plan.notebooks, plan.entries, show=interrupt)
+    with cluster.connect(address, PACKAGES) as client, pytest.raises(KeyboardInterrupt):
+        runner.run_sweep(plan, output, executor=cluster.Cluster(client, plan), show=interrupt)
     kernel = executions(place, "begins")[0][1]
     until(lambda: gone(kernel), 10)
     assert read_sweep(output)[1][0].outcome is None
@@ -229,9 +223,9 @@ def test_a_worker_with_another_package_is_refused_before_anything_starts(
     from distributed import Client
 
     shutil.copytree(
-        ROOT / "glm4v_nb", tmp_path / "glm4v_nb", ignore=shutil.ignore_patterns("__pycache__")
+        ROOT / "nbsweep", tmp_path / "nbsweep", ignore=shutil.ignore_patterns("__pycache__")
     )
-    with (tmp_path / "glm4v_nb" / "placement.py").open("a") as file:
+    with (tmp_path / "nbsweep" / "words.py").open("a") as file:
         file.write("# another\n")
     options = (address, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--name", "other")
     other = dask("worker", *options, env=environment(PYTHONPATH=str(tmp_path)), cwd=tmp_path)
@@ -240,7 +234,7 @@ def test_a_worker_with_another_package_is_refused_before_anything_starts(
             client.wait_for_workers(3, timeout=60)
         with pytest.raises(
             SweepError,
-            match=r"not the same everywhere: tcp://127.0.0.1:\d+ has source \w+; expected",
+            match=r"nbsweep: not the same everywhere: tcp://127.0.0.1:\d+ has source \w+; expected",
         ):
             carry_out(make_plan(place, {"number": 1}), output, address)
     finally:
@@ -250,33 +244,28 @@ def test_a_worker_with_another_package_is_refused_before_anything_starts(
 
 def test_a_host_that_cannot_do_runs_stops_the_sweep_and_is_named(place, output, address, tmp_path):
     plan = make_plan(place, {"number": 1})
-    wrong = [
-        plan.specs[0].model_copy(update={"package": "0" * 16})
-    ]  # as if the worker had joined later
-    prepare(output, plan.name, wrong)
+    wrong = plan.specs[0].model_copy(update={"package": "0" * 16})  # as if it had joined later
+    plan = Plan(plan.name, [wrong], plan.notebooks)
     with (
-        dask_client.connect(address) as client,
-        pytest.raises(SweepError, match="worker tcp.* has another glm4v_nb"),
+        cluster.connect(address, PACKAGES) as client,
+        pytest.raises(SweepError, match="worker tcp.* has another nbsweep"),
     ):
-        cluster.run_on_cluster(client, output, plan.notebooks, plan.entries)
+        runner.run_sweep(plan, output, executor=cluster.Cluster(client, plan))
     assert read_sweep(output)[1][0].outcome is None
 
 
 def test_a_checkpoint_must_be_the_same_on_the_host(place, output, address, monkeypatch):
     plan = make_plan(place, {"number": 1})
-    prepare(
-        output,
-        plan.name,
-        [plan.specs[0].model_copy(update={"parameters": {"checkpoint": "models/a"}})],
-    )
+    parameters = {"parameters": {"checkpoint": "models/a"}}
+    plan = Plan(plan.name, [plan.specs[0].model_copy(update=parameters)], plan.notebooks)
     monkeypatch.setattr(
         cluster, "checkpoint_sizes", lambda parameters, folder: {"model.safetensors": 5}
     )
     with (
-        dask_client.connect(address) as client,
+        cluster.connect(address, PACKAGES) as client,
         pytest.raises(SweepError, match="another checkpoint.* at models/a"),
     ):
-        cluster.run_on_cluster(client, output, plan.notebooks, plan.entries)
+        runner.run_sweep(plan, output, executor=cluster.Cluster(client, plan))
 
 
 def test_a_disk_that_is_full_here_stops_the_sweep_and_the_next_one_does_the_run(
@@ -284,10 +273,10 @@ def test_a_disk_that_is_full_here_stops_the_sweep_and_the_next_one_does_the_run(
 ):
     plan = make_plan(place, {"number": 1})
 
-    def full(path, content):
+    def full(folder, outcome, files=None):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cluster, "write_whole", full)
+    monkeypatch.setattr(runner, "keep", full)
     with pytest.raises(SweepError, match="could not be written: .*No space left on device"):
         carry_out(plan, output, address)
     assert read_sweep(output / "small")[1][0].outcome is None
@@ -300,7 +289,7 @@ def test_work_of_a_worker_that_is_killed_is_done_elsewhere_once(place, output, a
     with ThreadPoolExecutor(1) as pool:
         swept = pool.submit(carry_out, plan, output, address)
         kernel = until(lambda: dict(executions(place, "begins")).get(1))
-        worker = psutil.Process(kernel).parents()[1]
+        worker = psutil.Process(kernel).parent()
         assert "dask" in " ".join(worker.cmdline()) or "spawn_main" in " ".join(worker.cmdline())
         worker.kill()
         until(lambda: gone(kernel), 10)
@@ -335,20 +324,19 @@ def test_a_scheduler_that_dies_ends_the_sweep_and_says_so_in_one_line(place, out
     )
     scheduler = dask("scheduler", *options, env=environment(), cwd=place)
     plan = make_plan(place, {"number": 1})
-    prepare(output, plan.name, plan.specs)
     try:
         until(file.exists)
         address = json.loads(file.read_text())["address"]
 
         def kill(progress):
-            if progress.note == "waiting for a worker":
+            if "waiting for a worker" in progress.notes:
                 scheduler.kill()
 
         with pytest.raises(
             SweepError, match="is gone .*run the same command again; what has ended is kept"
         ):
-            with dask_client.connect(address) as client:
-                cluster.run_on_cluster(client, output, plan.notebooks, plan.entries, show=kill)
+            with cluster.connect(address, PACKAGES) as client:
+                runner.run_sweep(plan, output, executor=cluster.Cluster(client, plan), show=kill)
         assert caplog.text == ""
     finally:
         end(scheduler)
@@ -357,8 +345,8 @@ def test_a_scheduler_that_dies_ends_the_sweep_and_says_so_in_one_line(place, out
 def test_a_scheduler_that_does_not_answer_is_an_error_before_anything_starts(
     place, output, monkeypatch, capsys
 ):
-    monkeypatch.setattr(dask_client, "CONNECT_SECONDS", 0.5)
-    monkeypatch.setattr(dask_client, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 1.0)
     plan = make_plan(place, {"number": 1})
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -373,7 +361,7 @@ def test_a_scheduler_that_does_not_answer_is_an_error_before_anything_starts(
         ):
             carry_out(plan, output, f"tcp://127.0.0.1:{silent.getsockname()[1]}")
     assert not output.exists()
-    file = ROOT / "sweeps" / "precision.yaml"
+    file = ROOT / "sweeps" / "precision.toml"
     wrong = [
         "sweep",
         str(file),
@@ -384,7 +372,7 @@ def test_a_scheduler_that_does_not_answer_is_an_error_before_anything_starts(
         "--output",
         str(output),
     ]
-    assert glm4v_nb.cli.main(wrong) == 2
+    assert cli.main(wrong) == 2
     said = capsys.readouterr().err
     assert "--scheduler is '10.0.0.1'; expected an address such as tcp://10.0.0.1:8786" in said
     assert "--workers 3 is not used: the cluster decides" in said
@@ -392,6 +380,7 @@ def test_a_scheduler_that_does_not_answer_is_an_error_before_anything_starts(
 
 def test_without_dask_the_option_says_how_to_install_it(place, output, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
+    monkeypatch.delitem(sys.modules, "nbsweep.dask")
     with pytest.raises(SweepError, match="--scheduler needs Dask.*pip install distributed"):
         carry_out(make_plan(place, {"number": 1}), output, "tcp://127.0.0.1:8786")
 

@@ -15,7 +15,7 @@ import uuid
 import pytest
 from dask_cluster import dask, end, environment, gone, until, write_notebooks
 
-from nbsweep.outcome import read_sweep
+from nbsweep.store import read_sweep
 
 # Seconds until a connection over a dead link counts as closed; Dask's own is 30, its least 11.
 LINK_SECONDS = 11
@@ -24,7 +24,7 @@ HOSTS = ("survives", "cut off", "dies")
 SWEEP = """
 import sys
 from rich.console import Console
-from nbsweep.sweep import carry_out, plan_file
+from nbsweep import carry_out, plan_file
 carry_out(plan_file(sys.argv[1], sys.argv[2]), sys.argv[3], 1, Console(), scheduler=sys.argv[4])
 """
 
@@ -96,7 +96,7 @@ def test_work_of_hosts_that_are_lost_is_done_elsewhere_and_none_lost_or_doubled(
 ):
     hub = tmp_path / "hub"
     registry = write_notebooks(hub / "notebooks")
-    (hub / "small.yaml").write_text('runs: [{notebook: "01", grid: {number: [1, 2, 3, 4]}}]')
+    (hub / "small.toml").write_text('[[runs]]\nnotebook = "01"\ngrid.number = [1, 2, 3, 4]')
     inside = ("ip", "netns", "exec", network["hub"])
     file = hub / "scheduler.json"
     options = (
@@ -133,7 +133,7 @@ def test_work_of_hosts_that_are_lost_is_done_elsewhere_and_none_lost_or_doubled(
                 cwd=folders[host],
             )
         )
-    arguments = [hub / "small.yaml", registry, hub / "runs", "tcp://127.0.0.1:8786"]
+    arguments = [hub / "small.toml", registry, hub / "runs", "tcp://127.0.0.1:8786"]
     sweep = subprocess.Popen(
         [*inside, sys.executable, "-c", SWEEP, *map(str, arguments)],
         env=environment(**SETTINGS),

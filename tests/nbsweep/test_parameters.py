@@ -7,16 +7,19 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from nbsweep.parameters import (
-    ParameterError,
-    check_override,
-    parse_notebook,
-    parse_value,
-    read_parameters,
-)
-from nbsweep.registry import DEFAULT_REGISTRY, load_registry
+from nbsweep.parameters import ParameterError, check_override, parse_notebook, parse_value
+from nbsweep.registry import load_registry
 
-REGISTERED = [DEFAULT_REGISTRY.parent / entry.file for entry in load_registry().notebook]
+
+def read_parameters(path):
+    return parse_notebook(path).parameters
+
+
+def override(path, name, value):
+    return check_override(parse_notebook(path), name, value)
+
+
+REGISTERED = [load_registry().folder / entry.file for entry in load_registry().notebook]
 DEFAULTS = 'card = "L4"\ncount = 2\nshare = 0.5\ntrain = False\nlimits_gib = [12, 20]'
 
 
@@ -185,12 +188,12 @@ def test_an_unknown_name_is_refused_with_a_suggestion_and_the_names_there_are(no
         ParameterError,
         match="no parameter crad; did you mean card.*card, count, share, train, limits",
     ):
-        check_override(notebook(READS), "crad", "T4")
+        override(notebook(READS), "crad", "T4")
 
 
 def test_an_unknown_name_like_no_other_is_refused_without_a_suggestion(notebook):
     with pytest.raises(ParameterError, match="no parameter zzzzzz; it has card"):
-        check_override(notebook(READS), "zzzzzz", 1)
+        override(notebook(READS), "zzzzzz", 1)
 
 
 @pytest.mark.parametrize(
@@ -209,12 +212,12 @@ def test_an_unknown_name_like_no_other_is_refused_without_a_suggestion(notebook)
 def test_a_value_of_the_defaults_type_is_accepted_and_an_int_becomes_a_float_where_one_is_due(
     notebook, name, value, given
 ):
-    result = check_override(notebook(READS), name, value)
+    result = override(notebook(READS), name, value)
     assert (result, type(result)) == (given, type(given))
 
 
 def test_ints_in_a_list_of_floats_become_floats(notebook):
-    (value,) = check_override(notebook("print(a)", parameters="a = [0.5]"), "a", [1])
+    (value,) = override(notebook("print(a)", parameters="a = [0.5]"), "a", [1])
     assert type(value) is float
 
 
@@ -243,7 +246,7 @@ def test_ints_in_a_list_of_floats_become_floats(notebook):
 )
 def test_a_value_of_another_type_is_refused(notebook, name, value, says):
     with pytest.raises(ParameterError, match=says):
-        check_override(notebook(READS), name, value)
+        override(notebook(READS), name, value)
 
 
 # Reaching the code
@@ -308,7 +311,7 @@ def test_a_value_of_another_type_is_refused(notebook, name, value, says):
     ],
 )
 def test_a_value_that_the_code_reads_is_accepted(notebook, later):
-    assert check_override(notebook("x = 1", later), "count", 3) == 3
+    assert override(notebook("x = 1", later), "count", 3) == 3
 
 
 @pytest.mark.parametrize(
@@ -345,7 +348,7 @@ def test_a_value_that_is_replaced_before_anything_reads_it_is_refused_and_the_ce
         ParameterError,
         match="parameter count of 01_tiny.ipynb .*code cell 4 gives the name another",
     ):
-        check_override(notebook("x = 1", later), "count", 3)
+        override(notebook("x = 1", later), "count", 3)
 
 
 @pytest.mark.parametrize(
@@ -372,32 +375,32 @@ def test_a_value_that_is_replaced_before_anything_reads_it_is_refused_and_the_ce
 )
 def test_a_value_that_nothing_reads_is_refused(notebook, later):
     with pytest.raises(ParameterError, match="parameter count of 01_tiny.ipynb .*nothing reads it"):
-        check_override(notebook("x = 1", later), "count", 3)
+        override(notebook("x = 1", later), "count", 3)
 
 
 def test_a_read_before_the_parameters_cell_does_not_count(tmp_path):
     path = tmp_path / "a.ipynb"
     nbformat.write(new_notebook(cells=[new_code_cell("print(count)"), parameters_cell()]), path)
     with pytest.raises(ParameterError, match="nothing reads it"):
-        check_override(path, "count", 3)
+        override(path, "count", 3)
 
 
 def test_a_read_in_one_cell_makes_a_rebinding_in_a_later_one_harmless(notebook):
-    assert check_override(notebook("print(count)", "count = 5"), "count", 3) == 3
+    assert override(notebook("print(count)", "count = 5"), "count", 3) == 3
 
 
 def test_a_markdown_cell_that_mentions_the_name_is_no_read(tmp_path):
     path = tmp_path / "a.ipynb"
     nbformat.write(new_notebook(cells=[parameters_cell(), new_markdown_cell("print(count)")]), path)
     with pytest.raises(ParameterError, match="nothing reads it"):
-        check_override(path, "count", 3)
+        override(path, "count", 3)
 
 
 def test_a_cell_that_is_not_python_is_named(notebook):
     with pytest.raises(
         ParameterError, match="01_tiny.ipynb: code cell 4 is not valid Python .*line 2"
     ):
-        check_override(notebook("print(count)", "x = 1\ndef f(:"), "count", 3)
+        override(notebook("print(count)", "x = 1\ndef f(:"), "count", 3)
 
 
 # The command line

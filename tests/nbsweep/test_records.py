@@ -1,11 +1,14 @@
 """``record``: what a notebook leaves for whoever reruns it."""
 
 import pytest
-import torch
 
-from nbsweep.outcome import read_records
-from nbsweep.records import RECORDS_VARIABLE, record
-from simgpu import Rig
+from nbsweep import record
+from nbsweep.records import RECORDS_VARIABLE
+from nbsweep.store import read_records
+
+
+class Tensor:
+    """As torch's, no number."""
 
 
 @pytest.fixture
@@ -16,7 +19,7 @@ def path(tmp_path, monkeypatch):
 
 def test_a_figure_is_shown_with_its_label_and_kept_with_its_type(path, capsys):
     given = [
-        record("peak on card 0", 14_411_497_472, "bytes", Rig("L4").provenance),
+        record("peak on card 0", 14_411_497_472, "bytes", "simulated"),
         record("tokens per second", 287.25, "1/s", "measured on CPU, 2026-11-25"),
         record("fits", True, label="simulated"),
         record("card", "L4", label="cited, data sheet"),
@@ -47,7 +50,7 @@ def test_without_a_file_a_figure_is_only_shown(monkeypatch, tmp_path, capsys):
     [
         ((" ", 1), ValueError, "expected a few words"),
         (("a", None), TypeError, "a is a NoneType; expected a number"),
-        (("a", torch.tensor(1.0)), TypeError, r"Take .item\(\) of a tensor"),
+        (("a", Tensor()), TypeError, r"Take .item\(\) of a tensor"),
         (("a", [1, 2]), TypeError, "record its parts one by one"),
         (("a", float("nan")), ValueError, "a is nan; expected a finite number"),
         (
@@ -61,3 +64,9 @@ def test_what_is_no_figure_is_refused_and_nothing_is_kept(path, arguments, error
     with pytest.raises(error, match=text):
         record(*arguments)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\r", "\r\n"])
+def test_a_text_with_any_line_separator_is_kept_as_it_is(path, mark):
+    given = [record(f"answer{mark}", f"one{mark}two"), record("score", 1)]
+    assert read_records(path) == given

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from notebook_rules.stored import check_notebook
 
-from nbsweep.registry import DEFAULT_REGISTRY, load_registry
-from nbsweep.rules import check_notebook
+from nbsweep.registry import load_registry
 
 SANITIZE = Path(__file__).parent / "sanitize.cfg"
-NOTEBOOKS = sorted(DEFAULT_REGISTRY.parent.glob("*.ipynb"))
+ROOT = Path(__file__).parents[2]
+REGISTRIES = [
+    load_registry(folder / "registry.toml")
+    for folder in (ROOT / "notebooks", ROOT / "sweeps" / "targets")
+]
+STORED = [
+    (registry.folder / entry.file, entry) for registry in REGISTRIES for entry in registry.notebook
+]
 
 
 def sanitized(text):
@@ -23,23 +30,19 @@ def sanitized(text):
     return text
 
 
-def test_the_registry_lists_every_notebook_and_every_listed_one_exists():
-    registry = load_registry()
-    assert [entry.file for entry in registry.notebook] == [path.name for path in NOTEBOOKS]
+def test_the_registries_list_every_notebook_and_every_listed_one_exists():
+    stored = sorted(ROOT.glob("notebooks/*.ipynb")) + sorted(ROOT.glob("sweeps/*/*.ipynb"))
+    assert [path for path, _ in STORED] == stored
 
 
-@pytest.mark.parametrize(
-    "entry", load_registry().notebook, ids=lambda entry: entry.file.removesuffix(".ipynb")
-)
-def test_a_stored_notebook_keeps_every_rule(entry):
-    assert [
-        str(finding) for finding in check_notebook(DEFAULT_REGISTRY.parent / entry.file, entry)
-    ] == []
+@pytest.mark.parametrize(("path", "entry"), STORED, ids=[path.stem for path, _ in STORED])
+def test_a_stored_notebook_keeps_every_rule(path, entry):
+    assert [str(finding) for finding in check_notebook(path, entry)] == []
 
 
 def test_at_least_a_hundred_cells_are_compared_with_their_stored_output():
     """A cell whose figures are the same everywhere is marked so; who unmarks many, says why."""
-    cells = [cell for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells]
+    cells = [cell for path, _ in STORED for cell in nbformat.read(path, as_version=4).cells]
     marked = [
         cell
         for cell in cells

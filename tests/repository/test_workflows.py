@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nbsweep.sweep import plan_notebook
+from nbsweep.plan import plan_notebook
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))

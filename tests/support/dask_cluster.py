@@ -29,7 +29,7 @@ keep("cards", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     ENDINGS
     + """if mode == "kills the Dask worker":
     import psutil
-    os.kill(psutil.Process().parents()[1].pid, signal.SIGKILL)
+    os.kill(psutil.Process().ppid(), signal.SIGKILL)
     time.sleep(60)
 if mode == "slow at first" and open(os.environ["EXECUTIONS"]).read().count(f"{number} begins") == 1:
     time.sleep(50)

@@ -1,0 +1,307 @@
+"""Runs on a Dask cluster: ``nbsweep sweep --scheduler tcp://HOST:PORT``.
+
+A host shares no file system with the one that runs the sweep: a run brings its notebook along, and
+what it leaves is sent back. The cluster decides where a run goes and gives it to another worker if
+the first one dies; what has ended is decided by the sweep, which alone writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from .execute import Ended, Job, Link, SourceChanged, execute
+from .plan import Plan
+from .provenance import checkpoint_sizes, package_hash
+from .runner import AGAIN, Progress, RunKilled, Threads
+from .store import RunSpec, SweepError
+
+try:
+    from distributed import Client, Future, KilledWorker, Reschedule, get_worker
+except ImportError as error:
+    raise SweepError(
+        f"--scheduler needs Dask, which cannot be imported ({error}). Install it: pip install"
+        " distributed"
+    ) from None
+
+CONNECT_SECONDS = 10.0
+# Dask's own limit ends where somebody accepts the connection.
+ANSWER_SECONDS = 15.0
+# How long runs may wait while no worker can take them; one that starts anew needs a few seconds.
+PATIENCE_SECONDS = 30.0
+LOOK_SECONDS = 1.0
+RESULT_SECONDS = 60.0
+
+
+class HostError(RuntimeError):
+    """A host cannot do runs of this sweep; the message names it and says what to do there."""
+
+
+@contextlib.contextmanager
+def connect(address: str, packages: Sequence[str]) -> Iterator[Client]:
+    """A connection to a scheduler whose workers all have these packages as they are here.
+
+    Raises:
+        ValueError: ``address`` is none.
+        SweepError: nobody answers, or somebody has other packages.
+    """
+    if not re.fullmatch(r"\w+://\S+:\d+", address):
+        raise ValueError(
+            f"--scheduler is {address!r}; expected an address such as tcp://10.0.0.1:8786."
+        )
+    # What it reports with a traceback is said here in one line.
+    logger = logging.getLogger("distributed.client")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with _client(address) as client:
+            _check_packages(client, packages)
+            yield client
+    finally:
+        logger.setLevel(level)
+
+
+def _client(address: str) -> Client:
+    answer: queue.SimpleQueue = queue.SimpleQueue()
+
+    def start():
+        try:
+            answer.put(Client(address, timeout=CONNECT_SECONDS, set_as_default=False))
+        except Exception as error:
+            answer.put(error)
+
+    # In a thread that can be left behind: Dask waits for ever where somebody accepts and then says
+    # nothing.
+    threading.Thread(target=start, name="connect to Dask", daemon=True).start()
+    try:
+        client = answer.get(timeout=ANSWER_SECONDS)
+    except queue.Empty:
+        client = OSError("somebody accepts connections, but does not answer as Dask does")
+    if isinstance(client, Exception):
+        raise SweepError(
+            f"no Dask scheduler answers at {address} ({client}). Start one there: dask scheduler"
+            " --host ADDRESS; or correct --scheduler"
+        )
+    return client
+
+
+def _check_packages(client: Client, packages: Sequence[str]):
+    """Functions travel by name, so all must have the same source: the scheduler, which reads them,
+    and its workers."""
+    found: dict[str, object] = {}
+    try:
+        found["the scheduler"] = client.run_on_scheduler(package_hash, packages)
+    except Exception as error:
+        found["the scheduler"] = error
+    found |= client.run(package_hash, packages, on_error="return")
+    expected, wrong = package_hash(packages), []
+    for who, what in found.items():
+        if isinstance(what, OSError):
+            continue  # gone in the meantime; the scheduler notices
+        if isinstance(what, Exception):
+            wrong.append(f"{who} cannot import it ({what})")
+        elif what != expected:
+            wrong.append(f"{who} has source {what}")
+    if wrong:
+        raise SweepError(
+            f"{', '.join(packages)}: not the same everywhere: {'; '.join(wrong)}; expected source"
+            f" {expected} as here. Install the same commit there, with the dask extra, and"
+            " start these again"
+        )
+
+
+class _WorkerLink(Link):
+    """A run's connection with the sweep, on the worker that does it.
+
+    Args:
+        checkpoint: sizes in bytes of the checkpoint's files by name, as ``checkpoint_sizes`` has
+            them where the sweep is.
+        topic: where the run tells at which cell it is.
+    """
+
+    def __init__(self, spec: RunSpec, checkpoint: dict[str, int], topic: str):
+        self.spec, self.checkpoint, self.topic = spec, checkpoint, topic
+
+    def begin(self) -> Path:
+        # Asked from other threads later, which Dask knows nothing of.
+        self.worker = get_worker()
+        self.task = self.worker.get_current_task()
+        folder = Path(self.worker.local_directory)
+        if self.checkpoint != checkpoint_sizes(self.spec.parameters, folder):
+            raise HostError(
+                f"{self.host} has another checkpoint, or none, at"
+                f" {self.spec.parameters['checkpoint']}. Put the same files there on every host,"
+                " and name them by their absolute path"
+            )
+        return folder
+
+    def at_cell(self, cell: int, cells: int):
+        self.worker.log_event(self.topic, (self.spec.id, cell, cells))
+
+    @property
+    def wanted(self) -> bool:
+        """Not if the task was cancelled, its client is gone, or its worker lost the scheduler."""
+        task = self.worker.state.tasks.get(self.task)
+        closing = self.worker.status.name in ("closing", "closed", "failed")
+        return task is not None and task.state != "cancelled" and not closing
+
+    def stopped(self) -> Exception:
+        return Reschedule()
+
+    @property
+    def host(self) -> str:
+        """The worker as errors name it."""
+        return f"worker {self.worker.address} on {socket.gethostname()}"
+
+
+def execute_on_worker(job: Job, link: _WorkerLink) -> Ended:
+    """``execute``, with errors that name the host.
+
+    Raises:
+        HostError: this host has other packages or another checkpoint, or cannot write.
+        distributed.Reschedule: the run was cancelled or this worker is closing; its processes have
+            been ended.
+    """
+    try:
+        return execute(job, link)
+    except SourceChanged as error:
+        raise HostError(
+            f"{link.host} has another {error}. Install the same there and start its worker again"
+        ) from None
+    except OSError as error:
+        raise HostError(
+            f"{link.host} cannot do a run: {error}. See to that host or stop its worker"
+        ) from None
+
+
+class Cluster(Threads):
+    """Runs on the workers of a Dask cluster.
+
+    Args:
+        client: of ``connect``.
+        plan: what is to be done; the registries say what needs GPUs.
+    """
+
+    def __init__(self, client: Client, plan: Plan):
+        self._client, self._plan = client, plan
+        self._address = client.scheduler.address
+        self._workers: list[dict] = []
+        self._most_gpus = 0
+        self._looked = 0.0
+        self._possible: dict[int, float] = {}  # when runs of so many GPUs were last possible
+        self._topic = f"nbsweep-{uuid.uuid4()}"
+        client.subscribe_topic(self._topic, lambda event: self.tell(*event[1]))
+
+    def has_room(self, spec: RunSpec, running: Sequence[RunSpec]) -> bool:
+        """Whether the cluster can begin this run now.
+
+        It is not given all runs at once: Dask counts a worker's death against everything it had
+        been assigned, begun or not.
+        """
+        self._look()
+        gpus = self._gpus(spec)
+        taken = sum(self._gpus(other) == gpus for other in running)
+        return len(running) < self._places(0) and taken < self._places(gpus)
+
+    def submit(self, job: Job) -> Future:
+        """Begin a run on a worker that has the GPUs it asks for."""
+        spec = job.spec
+        folder = self._plan.notebooks[spec.notebook].path.parent
+        gpus = self._gpus(spec)
+        return self._client.submit(
+            execute_on_worker,
+            job,
+            _WorkerLink(spec, checkpoint_sizes(spec.parameters, folder), self._topic),
+            # Never the key of an earlier try, whose result may still be there.
+            key=f"{spec.notebook}-{spec.id}-{uuid.uuid4()}",
+            resources={"GPU": gpus} if gpus else None,
+        )
+
+    def ended(self, future: Future) -> Ended | None:
+        """What a run has brought; None if its worker has died with the result."""
+        if future.status == "finished":
+            with contextlib.suppress(TimeoutError):
+                return future.result(timeout=RESULT_SECONDS)
+            return None
+        if future.status != "error":
+            raise self._lost(f"the run is {future.status} there")
+        error = future.exception()
+        if isinstance(error, KilledWorker):
+            raise RunKilled(
+                f"{error.allowed_failures + 1} workers died one after the other while they did it"
+            )
+        raise SweepError(f"run {future.key}: {error}; then {AGAIN}.")
+
+    def hopeless(self, specs: Iterable[RunSpec], progress: Progress) -> dict[str, str]:
+        """Runs that no worker has been able to take for ``PATIENCE_SECONDS``."""
+        self._look()
+        now, found = time.monotonic(), {}
+        for spec in specs:
+            gpus = self._gpus(spec)
+            last = self._possible.setdefault(gpus, now)
+            if self._places(gpus):
+                self._possible[gpus] = now
+                continue
+            want = f"a worker that offers GPU={gpus}" if gpus else "a worker"
+            progress.note(f"waiting for {want}")
+            if now - last >= PATIENCE_SECONDS:
+                option = f' --resources "GPU={gpus}"' if gpus else ""
+                found[spec.id] = (
+                    f"no {want.removeprefix('a ')} in {PATIENCE_SECONDS:.0f} s,"
+                    f" {len(self._workers)} others. Start one: dask worker {self._address}"
+                    f" --nthreads 1{option}"
+                )
+        return found
+
+    def stop(self, futures: Iterable[Future]):
+        """Cancel runs; their workers notice, and end what they were doing."""
+        with contextlib.suppress(Exception):
+            self._client.cancel(list(futures))
+
+    def _look(self):
+        """What workers there are, asked once a second."""
+        if self._client.status != "running":
+            raise self._lost("the connection broke")
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        try:
+            workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        except (OSError, KeyError) as error:  # of a client that has lost it, it is empty
+            raise self._lost(error) from None
+        self._workers = [worker for worker in workers if worker["status"] == "running"]
+        offered = [int(worker["resources"].get("GPU", 0)) for worker in self._workers]
+        # Once seen, GPUs are waited for: runs of one sweep should not differ because a worker
+        # starts anew.
+        self._most_gpus = max([self._most_gpus, *offered])
+
+    def _gpus(self, spec: RunSpec) -> int:
+        """How many a run asks for: what it needs, or what it would rather have where a worker
+        offers that."""
+        entry = self._plan.notebooks[spec.notebook].entry
+        return entry.gpus if entry.needs_gpus or entry.gpus <= self._most_gpus else 0
+
+    def _places(self, gpus: int) -> int:
+        """How many runs that ask for so many GPUs the workers can do at a time."""
+        places = 0
+        for worker in self._workers:
+            threads = worker["nthreads"]
+            places += (
+                min(threads, int(worker["resources"].get("GPU", 0)) // gpus) if gpus else threads
+            )
+        return places
+
+    def _lost(self, why: object) -> SweepError:
+        return SweepError(
+            f"the Dask scheduler at {self._address} is gone ({why}). Start it and its workers"
+            f" again, then {AGAIN}."
+        )

@@ -1,0 +1,1 @@
+"""The rules for stored notebooks: what tests and `make validate` hold them to."""
