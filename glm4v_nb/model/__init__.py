@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from glm4v_nb.model.checkpoint import register_official_layout
 from glm4v_nb.model.configuration import GLM4VConfig, GLM4VVisionConfig, official_config
 from glm4v_nb.model.modeling import GLM4VForConditionalGeneration
+from glm4v_nb.model.official_names import understand_official_names
 from glm4v_nb.model.processing import register_processing
 
 __all__ = ["GLM4VConfig", "GLM4VForConditionalGeneration", "GLM4VVisionConfig", "official_config"]
@@ -14,3 +15,4 @@ for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
     _auto_class.register(GLM4VConfig, GLM4VForConditionalGeneration, exist_ok=True)
 register_official_layout(GLM4VForConditionalGeneration.__name__)
 register_processing(GLM4VConfig)
+understand_official_names()

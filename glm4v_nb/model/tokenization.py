@@ -23,6 +23,7 @@ from glm4v_nb.model.chat import (
     is_batch,
     parse_conversation,
     refuse_options,
+    refuse_rendered,
 )
 
 END_OF_TEXT = "<|endoftext|>"
@@ -143,7 +144,16 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
         texts = _replace_lone_surrogates((text, text_pair))
+        for one in texts[0] if isinstance(texts[0], list) else texts[:1]:
+            if isinstance(one, str):
+                refuse_rendered(one)
         return super()._encode_plus(*texts, **kwargs)
+
+    def ordinary_ids(self, text: str) -> list[int]:
+        """Ids of a text, whatever it spells, with nothing in front: no special token among them."""
+        text = _replace_lone_surrogates(text)
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        return super()._encode_plus(text, **options)["input_ids"]
 
     def apply_chat_template(
         self,
