@@ -3,7 +3,12 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from glm4v_nb.model.checkpoint import register_official_layout
-from glm4v_nb.model.configuration import GLM4VConfig, GLM4VVisionConfig, official_config
+from glm4v_nb.model.configuration import (
+    GLM4VConfig,
+    GLM4VVisionConfig,
+    leave_text_only_checkpoints,
+    official_config,
+)
 from glm4v_nb.model.modeling import GLM4VForConditionalGeneration
 from glm4v_nb.model.official_names import understand_official_names
 from glm4v_nb.model.processing import register_processing
@@ -16,3 +21,4 @@ for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 register_official_layout(GLM4VForConditionalGeneration.__name__)
 register_processing(GLM4VConfig)
 understand_official_names()
+leave_text_only_checkpoints()

@@ -17,6 +17,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
+from glm4v_nb.model.configuration import check_dtype
 from glm4v_nb.model.official_names import RENAMINGS, device_map_here, modules_here, split_fused
 
 INDEX = "model.safetensors.index.json"
@@ -121,13 +122,7 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
 
 def _check_options(options: dict):
     """Refuse what transformers would refuse in words that lead astray."""
-    dtype = options.get("dtype", options.get("torch_dtype"))
-    if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
-            raise ValueError(
-                f"dtype is {dtype!r}; expected torch.bfloat16, torch.float16, torch.float32, one of"
-                ' these names as text ("bfloat16"), or "auto".'
-            )
+    check_dtype(options.get("dtype", options.get("torch_dtype")))
     config = options.get("config")
     attention = options.get("attn_implementation") or getattr(config, "_attn_implementation", None)
     if isinstance(attention, str) and ("/" in attention or attention.startswith("flash_")):

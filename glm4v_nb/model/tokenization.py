@@ -105,7 +105,8 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     def __init__(self, vocab_file=None, added_tokens_decoder=None, image_size=None, **kwargs):
         backend = _RanksConverter(vocab_file=vocab_file).converted()
         special_tokens = _special_tokens(added_tokens_decoder)
-        backend.add_special_tokens(list(special_tokens.values()))
+        for token in special_tokens.values():
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         for token_id, token in special_tokens.items():
             here = backend.token_to_id(token.content)
             if here != token_id:
@@ -234,20 +235,27 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
 
 
 def _special_tokens(added_tokens_decoder) -> dict[int, AddedToken]:
-    contents = {
-        int(token_id): token["content"] if isinstance(token, dict) else str(token)
-        for token_id, token in (added_tokens_decoder or {}).items()
-    }
-    missing = [name for name in REQUIRED_SPECIAL_TOKENS if name not in contents.values()]
+    given = {int(token_id): token for token_id, token in (added_tokens_decoder or {}).items()}
+    tokens = {number: _added_token(given[number]) for number in sorted(given)}
+    contents = {token.content for token in tokens.values()}
+    missing = [name for name in REQUIRED_SPECIAL_TOKENS if name not in contents]
     if missing:
         raise ValueError(
             f"tokenizer_config.json: added_tokens_decoder has no {', '.join(missing)}. A"
             " conversation with this model needs them. Put the official tokenizer_config.json"
             " beside tokenizer.model."
         )
+    return tokens
+
+
+def _added_token(given) -> AddedToken:
+    if isinstance(given, dict):
+        given = AddedToken(**{name: value for name, value in given.items() if name != "id"})
+    content = getattr(given, "content", str(given))
+    if content not in REQUIRED_SPECIAL_TOKENS and getattr(given, "special", True) is False:
+        return given  # a user added it to be found in text
     # Special, or typed text that spells one would become the token.
-    options = {"special": True, "normalized": False}
-    return {number: AddedToken(contents[number], **options) for number in sorted(contents)}
+    return AddedToken(content, special=True, normalized=False)
 
 
 def _replace_lone_surrogates(text):
