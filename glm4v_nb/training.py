@@ -1,9 +1,14 @@
 """A training step: the weights it changes, forward, backward, the optimiser's first update."""
 
 import warnings
+from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
+
+from glm4v_nb.model.configuration import GLM4VConfig
+from glm4v_nb.model.splicing import IGNORED_LABEL, expand_image_positions
 
 TRAINED = ("everything", "decoder", "lora")
 OPTIMIZERS = ("", "adamw")
@@ -64,6 +69,48 @@ def train_step(model, prompt: dict[str, torch.Tensor], gradient_checkpointing: b
     loss = model(**prompt, labels=prompt["input_ids"], use_cache=False).loss
     loss.backward()
     return loss.detach()
+
+
+@dataclass
+class ExpandingCollator:
+    """Makes batches for ``Trainer`` in which an image already has its positions, labels included.
+
+    The model's logits count an image's 1602 positions, and ``Trainer`` compares them with the
+    labels it was given: ``compute_metrics``, ``label_smoothing_factor`` and losses of one's own
+    need labels of that length. ``Trainer(model, data_collator=ExpandingCollator(model.config))``.
+    """
+
+    config: GLM4VConfig
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """One batch of the processor's outputs, a row each, with labels of the prompt's length.
+
+        Args:
+            rows: ``input_ids`` (length), ``labels`` (length, by default the ids),
+                ``attention_mask`` (length) and with an image ``pixel_values`` (3, side, side).
+
+        Returns:
+            ``input_ids``, ``attention_mask``, ``position_ids``, ``image_mask`` and ``labels``, each
+            (batch, expanded length) and padded on the left; -100 in labels at images and padding.
+            ``pixel_values`` (images, 3, side, side) if there are any.
+
+        Raises:
+            ValueError: as ``expand_image_positions``.
+        """
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(name: str, filling: int, default):
+            columns = [torch.as_tensor(row.get(name, default(row))) for row in rows]
+            return torch.stack(
+                [functional.pad(each, (longest - len(each), 0), value=filling) for each in columns]
+            )
+
+        ids = padded("input_ids", self.config.pad_token_id, lambda row: row["input_ids"])
+        mask = padded("attention_mask", 0, lambda row: torch.ones(len(row["input_ids"]), dtype=int))
+        labels = padded("labels", IGNORED_LABEL, lambda row: row["input_ids"])
+        images = [torch.as_tensor(row["pixel_values"]) for row in rows if "pixel_values" in row]
+        prompt = expand_image_positions(self.config, ids, mask, None, labels, len(images))
+        return vars(prompt) | ({"pixel_values": torch.stack(images)} if images else {})
 
 
 def first_update(parameters: list[torch.nn.Parameter], **options) -> torch.optim.Optimizer:

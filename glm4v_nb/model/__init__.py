@@ -7,9 +7,11 @@ from glm4v_nb.model.configuration import (
     OFFICIAL_CHECKPOINTS,
     GLM4VConfig,
     GLM4VVisionConfig,
+    leave_text_only_checkpoints,
     official_config,
 )
 from glm4v_nb.model.modeling import GLM4VForConditionalGeneration
+from glm4v_nb.model.official_names import understand_official_names
 from glm4v_nb.model.processing import register_processing
 from simgpu.checkpoints import register_config
 
@@ -22,3 +24,5 @@ for _checkpoint in OFFICIAL_CHECKPOINTS:
     register_config(_checkpoint, official_config)
 register_official_layout(GLM4VForConditionalGeneration.__name__)
 register_processing(GLM4VConfig)
+understand_official_names()
+leave_text_only_checkpoints()

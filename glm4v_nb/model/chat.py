@@ -13,7 +13,14 @@ from glm4v_nb.model.image_processing import IMAGE_FORMS, IMAGE_TYPES
 PREFIX = ("[gMASK]", "<sop>")
 # The middle token is where the model puts the image's features.
 IMAGE_TOKENS = ("<|begin_of_image|>", "<|endoftext|>", "<|end_of_image|>")
+MESSAGE_KEYS = ("role", "content", "image", "metadata", "tools", "tool_calls")
+PART_KEYS = {
+    "text": ("type", "text"),
+    "image": ("type", "image", "path", "url"),
+    "image_url": ("type", "image_url"),
+}
 ROLES = ("system", "user", "assistant", "observation")
+_RENDERED = f"{''.join(PREFIX)}<|"  # how a rendered prompt begins
 # Options of transformers' chat templates that this format does not have, and what to do instead.
 _OPTION_ADVICE = {
     "tools": "Describe the tools in a message of role system.",
@@ -64,7 +71,8 @@ def parse_conversation(messages) -> list[Message]:
     * Original: ``{"role": "user", "image": image, "content": "text"}``, with an optional "metadata"
       (the text after the role token, such as the name of a tool).
     * transformers: ``{"role": "user", "content": parts}``, a part being ``{"type": "text", "text":
-      "text"}`` or ``{"type": "image", "image": image}``, the image under "image", "path" or "url".
+      "text"}`` or ``{"type": "image", "image": image}``, the image under "image", "path" or "url",
+      or ``{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}``.
 
     An image is a PIL image, a path of a local file, its bytes, or an array [height, width, 3] of
     uint8; True, or a part without an image, makes only the placeholder. It stands before the text
@@ -107,6 +115,16 @@ def prompt_pieces(messages: list[Message], add_generation_prompt: bool) -> list[
     return pieces + [(True, "<|assistant|>")] * add_generation_prompt
 
 
+def refuse_rendered(text: str):
+    """Raise ValueError for a rendered prompt given as text: its special tokens would be letters."""
+    if text.startswith(_RENDERED):
+        raise ValueError(
+            "The text is a rendered prompt. Expected a plain question: special tokens in text"
+            " stay ordinary text here. Pass the messages to apply_chat_template(messages,"
+            " add_generation_prompt=True)."
+        )
+
+
 def refuse_options(options: dict):
     """Take out of ``options`` what this conversation format does not have, if it is not set.
 
@@ -136,6 +154,7 @@ def _parse_message(number, message) -> Message:
             " only. Describe the tools in a system message; a call is an assistant message with"
             " the tool's name as metadata."
         )
+    _refuse_unknown_keys(where, message, MESSAGE_KEYS)
     metadata = message.get("metadata") or ""
     if not isinstance(metadata, str):
         expected = "text, such as the name of a tool. Leave it out if there is none."
@@ -159,16 +178,15 @@ def _parse_parts(where, parts) -> tuple[str, list]:
     texts, images = [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind in PART_KEYS:
+            _refuse_unknown_keys(f"{where}, a part of type {kind}", part, PART_KEYS[kind])
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif kind == "image_url" and part.get("image_url"):
+            address = part["image_url"]  # as in requests to OpenAI's interface
+            images.append(address.get("url") if isinstance(address, dict) else address)
         elif kind == "image":
             given = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
-            if not given and len(part) > 1:
-                raise ValueError(
-                    f"{where}: an image part has only {', '.join(sorted(part))}. Expected"
-                    ' the image under "image", "path" or "url". Load it and pass it under'
-                    ' "image".'
-                )
             images += given or [True]
         else:
             raise ValueError(
@@ -176,6 +194,17 @@ def _parse_parts(where, parts) -> tuple[str, list]:
                 ' "text": "…"} or {"type": "image", "image": …}. Rewrite the part.'
             )
     return "".join(texts), images
+
+
+def _refuse_unknown_keys(where: str, given: dict, known: tuple[str, ...]):
+    """What is not read would be missing from the question without a word."""
+    unknown = [key for key, value in given.items() if key not in known and value is not None]
+    if unknown:
+        raise ValueError(
+            f"{where} has {', '.join(map(repr, unknown))}, which would not be read. Expected only"
+            f' {", ".join(map(repr, known))}. An image stands under "image" of its message or of'
+            ' a part of type image, text under "content" or in a part of type text.'
+        )
 
 
 def _wrong_type(what: str, value, expected_and_advice: str) -> TypeError:

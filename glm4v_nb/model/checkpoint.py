@@ -17,25 +17,10 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
+from glm4v_nb.model.configuration import check_dtype
+from glm4v_nb.model.official_names import RENAMINGS, device_map_here, modules_here, split_fused
+
 INDEX = "model.safetensors.index.json"
-# Official name -> name here. Every pattern is anchored on a part that no other tensor has, so that
-# both directions are unambiguous: the tower and the decoder share leaf names such as
-# "query_key_value" and "dense_4h_to_h".
-RENAMINGS = {
-    r"^transformer.embedding.word_embeddings.": "^language_model.embed_tokens.",
-    r"^transformer.encoder.layers.": "^language_model.layers.",
-    r"^transformer.encoder.final_layernorm.": "^language_model.norm.",
-    r"^transformer.output_layer.": "^lm_head.",
-    r"^transformer.vision.patch_embedding.": "^vision_tower.patch_embedding.",
-    r"^transformer.vision.transformer.layers.": "^vision_tower.layers.",
-    r"^transformer.vision.conv.": "^vision_tower.conv.",
-    r"^transformer.vision.linear_proj.": "^vision_tower.linear_proj.",
-    r"^transformer.vision.boi": "^vision_tower.boundary.boi",
-    r"^transformer.vision.eoi": "^vision_tower.boundary.eoi",
-    r"self_attention.dense.": "self_attn.o_proj.",
-    r".mlp.dense_h_to_4h.": ".mlp.gate_up_proj.",
-    r".mlp.dense_4h_to_h.": ".mlp.down_proj.",
-}
 
 
 class SplitQueryKeyValue(ConversionOps):
@@ -48,9 +33,7 @@ class SplitQueryKeyValue(ConversionOps):
     def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
         (fused,) = input_dict.values()
         fused = fused[0] if isinstance(fused, list) else fused
-        query_rows = config.num_attention_heads * config.kv_channels
-        group_rows = config.multi_query_group_num * config.kv_channels
-        parts = fused.split([query_rows, group_rows, group_rows], dim=0)
+        parts = split_fused(fused, config)
         # Copies, so that no part keeps the whole fused tensor alive.
         return dict(zip(target_patterns, (part.contiguous() for part in parts), strict=True))
 
@@ -98,6 +81,7 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
     # Nothing of this model is remote code. transformers would still run a directory's
     # custom_generate/generate.py.
     kwargs.pop("trust_remote_code", None)
+    _check_options(kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
     # transformers refuses other sizes without saying which; its report is only logged.
     accepts_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
@@ -106,6 +90,11 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
     )
     if name_or_path is not None and Path(name_or_path).is_dir():
         check_weight_files(Path(name_or_path) / kwargs.get("subfolder", ""))
+    kwargs["device_map"] = device_map_here(kwargs.get("device_map"))
+    quantizer = kwargs.get("quantization_config")
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if getattr(quantizer, field, None):
+            setattr(quantizer, field, modules_here(getattr(quantizer, field)))
     model, info = from_pretrained(name_or_path, *args, **kwargs)
     mismatched, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
     if mismatched and not accepts_other_sizes:
@@ -115,6 +104,13 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
             f" describes, first {name!r}: {tuple(found)}, expected {tuple(expected)}. Download"
             " config.json and the weights again, from the same checkpoint."
         )
+    if missing and quantizer is not None:
+        raise ValueError(
+            f"{name_or_path}: {type(quantizer).__name__} left {len(missing)} tensors without"
+            f" weights, first {missing[0]!r}; the checkpoint itself is not at fault. This quantiser"
+            " does not go with the fused projections of the official layout. Load without it, or"
+            " quantise the loaded model."
+        )
     if missing:
         raise ValueError(
             f"{name_or_path}: the checkpoint lacks {len(missing)} tensors of the model, first"
@@ -122,6 +118,19 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
             " again, and check that config.json belongs to it."
         )
     return (model, info) if wants_info else model
+
+
+def _check_options(options: dict):
+    """Refuse what transformers would refuse in words that lead astray."""
+    check_dtype(options.get("dtype", options.get("torch_dtype")))
+    config = options.get("config")
+    attention = options.get("attn_implementation") or getattr(config, "_attn_implementation", None)
+    if isinstance(attention, str) and ("/" in attention or attention.startswith("flash_")):
+        raise ValueError(
+            f'attn_implementation is {attention!r}. Expected "sdpa" or "eager": nothing is fetched'
+            ' from the hub, and with "sdpa", the default, PyTorch picks its own flash attention'
+            " where the card has one. Leave the argument out, also of config.json."
+        )
 
 
 def weight_map(directory: Path) -> dict[str, str]:
@@ -179,6 +188,13 @@ def _without_weights(directory: Path) -> str:
 
 
 def _check_safetensors(path: Path, expected: set[str]):
+    with path.open("rb") as file:
+        is_pointer = file.read(40).startswith(b"version https://git-lfs")
+    if is_pointer:
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the weights themselves. Run `git lfs pull` in the"
+            " checkpoint's directory, or download the file again."
+        )
     try:
         # Opening compares the header with the size of the file, so a truncated file fails here.
         with safe_open(path, framework="pt") as file:

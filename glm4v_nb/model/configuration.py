@@ -9,7 +9,10 @@ Source of names and values: config.json of zai-org/glm-4v-9b (formerly THUDM/glm
 
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, GlmConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from wrapt import wrap_function_wrapper
 
 CONFIG_DIRECTORY = Path(__file__).parent / "configs"
 # Hub ids of the official checkpoint, whose config ships with this package.
@@ -71,6 +74,10 @@ OFFICIAL_VISION_KEYS = tuple(sorted(GLM4VVisionConfig.__annotations__))
 _FIXED = dict.fromkeys(
     ("multi_query_attention", "rmsnorm", "post_layer_norm", "original_rope"), True
 ) | dict.fromkeys(("add_bias_linear", "tie_word_embeddings"), False)
+
+
+class TextOnlyChatGLM(ValueError):
+    """A checkpoint of the same model_type that is another model: glm-4-9b-chat, chatglm3."""
 
 
 class GLM4VConfig(PreTrainedConfig):
@@ -149,16 +156,17 @@ class GLM4VConfig(PreTrainedConfig):
         """Build from the official JSON keys; ``kwargs`` override them.
 
         Raises:
-            ValueError: the dictionary describes a text-only ChatGLM checkpoint (it has no
+            TextOnlyChatGLM: the dictionary describes a text-only ChatGLM checkpoint (it has no
                 "vision_config").
         """
         if config_dict.get("vision_config") is None:
-            raise ValueError(
+            raise TextOnlyChatGLM(
                 'config.json has model_type "chatglm" but no "vision_config": this is a text-only'
                 " ChatGLM checkpoint (glm-4-9b-chat or chatglm3, say), and GLM-4V-9B was expected."
                 " Load zai-org/glm-4v-9b, or use transformers' own Glm classes for text-only"
                 " models."
             )
+        check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
         # transformers assigns overrides to the finished object, too late for text_config.
         config_dict = dict(config_dict)
         for key in list(kwargs):
@@ -178,6 +186,38 @@ class GLM4VConfig(PreTrainedConfig):
         vision = output["vision_config"]
         output["vision_config"] = {name: vision[name] for name in OFFICIAL_VISION_KEYS}
         return output
+
+
+def check_dtype(dtype):
+    """Raise ValueError for text that names no type of torch, and is not "auto"."""
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
+            raise ValueError(
+                f"dtype is {dtype!r}; expected torch.bfloat16, torch.float16, torch.float32, one of"
+                ' these names as text ("bfloat16"), or "auto".'
+            )
+
+
+def leave_text_only_checkpoints():
+    """Let AutoConfig read other "chatglm" checkpoints as before, where their code may run.
+
+    They share GLM-4V-9B's model_type and have no class in transformers: without
+    ``trust_remote_code=True`` they are refused, with it their own code is what was asked for.
+    """
+
+    def from_pretrained(wrapped, _, args, kwargs):
+        try:
+            return wrapped(*args, **kwargs)
+        except TextOnlyChatGLM:
+            if not kwargs.get("trust_remote_code"):
+                raise
+        registered = CONFIG_MAPPING._extra_content.pop(GLM4VConfig.model_type)
+        try:
+            return wrapped(*args, **kwargs)
+        finally:
+            CONFIG_MAPPING.register(GLM4VConfig.model_type, registered, exist_ok=True)
+
+    wrap_function_wrapper(AutoConfig, "from_pretrained", from_pretrained)
 
 
 def official_config() -> GLM4VConfig:

@@ -4,6 +4,7 @@ The steps are the original's: RGB, bicubic resize to a square (the aspect ratio 
 normalise.
 """
 
+import base64
 import io
 import warnings
 from pathlib import Path
@@ -18,6 +19,10 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_TYPES = (Image.Image, str, Path, np.ndarray, bytes, memoryview)
 _ARRAY = "an array [height, width, 3] of uint8"
+MOST_ENCODED_BYTES = 32 * 2**20  # of an image given as base64
+_LONGEST_PATH = 4096  # bytes on Linux (PATH_MAX); longer text is no path
+# What Pillow reads by itself; for others, such as EPS, it starts programs of the machine.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_FORMS = f"a PIL image, the path of a local file, its bytes, or {_ARRAY}."
 
 
@@ -25,8 +30,8 @@ def load_image(image) -> Image.Image:
     """Open and decode one image.
 
     Args:
-        image: PIL image, path of a local file, the file's bytes, or array of uint8 [height, width],
-            [height, width, 3] or [height, width, 4].
+        image: PIL image, path of a local file, the file's bytes, their base64 (a data: URL too), or
+            array of uint8 [height, width], [height, width, 3] or [height, width, 4].
 
     Returns:
         RGB image. Transparency is dropped, orientation tags are not applied, an animation gives its
@@ -34,8 +39,8 @@ def load_image(image) -> Image.Image:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a URL; a file that is no image, is damaged or has too many pixels; more than 8
-            bits a channel.
+        ValueError: a URL to download; text that is no base64; a file that is no image, is damaged
+            or has too many pixels; more than 8 bits a channel.
         TypeError: something else.
     """
     if isinstance(image, Image.Image):
@@ -47,11 +52,14 @@ def load_image(image) -> Image.Image:
     if not isinstance(image, (str, Path)):
         kind, advice = type(image).__name__, "Convert it to one of these."
         raise TypeError(f"The image is a {kind}. Expected {IMAGE_FORMS} {advice}")
-    if str(image).startswith(("http://", "https://", "data:")):
+    if str(image).startswith(("http://", "https://")):
         raise ValueError(
             f"{str(image)[:200]} is a URL. Expected a local file: nothing is downloaded on its own."
             " Download it first and give its path."
         )
+    encoded = _base64_of(image)
+    if encoded is not None:
+        return _decode("The base64 image", io.BytesIO(encoded))
     if not Path(image).is_file():
         expected = "Expected the path of an image. Check the path."
         raise FileNotFoundError(f"{image} is not a file. {expected}")
@@ -161,7 +169,9 @@ def _decode(name, source) -> Image.Image:
         # Transparency is dropped, as in the original.
         warnings.filterwarnings("ignore", "Palette images with Transparency")
         try:
-            image = source if isinstance(source, Image.Image) else Image.open(source)
+            image = (
+                source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+            )
             fault = _fault(image)
             rgb = None if fault else image.convert("RGB")
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -180,6 +190,27 @@ def _decode(name, source) -> Image.Image:
     if fault:
         raise ValueError(f"{name} {fault}")
     return rgb
+
+
+def _base64_of(image: str | Path) -> bytes | None:
+    """The bytes of a data: URL, or of text that is base64 and too long for a path; else None."""
+    text = str(image)
+    is_url = text.startswith("data:")
+    if not is_url and len(text) < _LONGEST_PATH:
+        return None
+    header, comma, payload = text.partition(",") if is_url else ("", ",", text)
+    try:
+        if not comma or (is_url and not header.endswith(";base64")):
+            raise ValueError("no ;base64, in it")
+        if len(payload) * 3 // 4 > MOST_ENCODED_BYTES:
+            raise ValueError(f"more than {MOST_ENCODED_BYTES:,} bytes")
+        return base64.b64decode("".join(payload.split()), validate=True)
+    except ValueError as error:
+        raise ValueError(
+            f"The image is text that begins with {text[:40]!r} and is no base64 ({error}). Expected"
+            " a path, data:image/png;base64,… or the base64 of an image file of at most"
+            f" {MOST_ENCODED_BYTES:,} bytes. Pass the file's bytes instead."
+        ) from None
 
 
 def _fault(image: Image.Image) -> str | None:

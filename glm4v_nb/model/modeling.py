@@ -16,6 +16,7 @@ from transformers.utils import can_return_tuple
 
 from glm4v_nb.model.checkpoint import load_checked
 from glm4v_nb.model.configuration import GLM4VConfig
+from glm4v_nb.model.official_names import state_dict_here
 from glm4v_nb.model.splicing import ExpandedPrompt, expand_image_positions, merge_image_features
 from glm4v_nb.model.vision import GLM4VVisionTower
 
@@ -63,6 +64,31 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         loader = super().from_pretrained
         return load_checked(loader, pretrained_model_name_or_path, *model_args, **kwargs)
 
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As torch's own; takes official names as well, as ``save_pretrained`` writes them.
+
+        ``Trainer`` loads so when it resumes and when it returns to its best checkpoint, and passes
+        over names that the model does not have.
+
+        Raises:
+            ValueError: none of the names is one of the model's.
+        """
+        here = state_dict_here(state_dict, self.config)
+        if here and here.keys().isdisjoint(self.state_dict()):
+            raise ValueError(
+                f"None of the {len(here)} tensors is one of this model's; the first is"
+                f" {next(iter(state_dict))!r}. Expected the official names of GLM-4V-9B or those of"
+                " model.state_dict(). Is it the state dict of another model, or of a wrapper (then"
+                " remove its prefix)?"
+            )
+        return super().load_state_dict(here, strict, assign)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As transformers' own; the configuration counts the new rows too, and is saved so."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.padded_vocab_size = embeddings.num_embeddings
+        return embeddings
+
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (images, 3, side, side) to decoder embeddings (images, image_tokens, hidden)."""
         self._count_images(pixel_values)
@@ -86,20 +112,34 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Logits (batch, positions, vocabulary), where an image counts as its 1602 positions.
 
         Args:
-            input_ids: (batch, length).
+            input_ids: (batch, length), or embeddings of them as ``inputs_embeds``.
             pixel_values: (images, 3, side, side), in the order of the prompts that have an image.
             attention_mask: (batch, length), or (batch, cached + length) with a cache.
-            position_ids: (batch, length); numbering of the unexpanded prompt. Needed in a decode
-                step after an image (``generate`` gives them): else the cache's length counts.
+            position_ids: (batch, length); numbering of the unexpanded prompt. Without them a step
+                after an image goes on from what the prompt that filled the cache ended with.
             labels: (batch, length); image positions are ignored by the loss.
             logits_to_keep: logits of only the last so many positions (0: all).
             image_mask: (batch, length); given when the prompt is already expanded.
         """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError(
+                "There are neither input_ids nor inputs_embeds. Expected a prompt, with an image's"
+                " placeholder where pixel_values are given. Build both with the processor's"
+                " apply_chat_template."
+            )
+        prompt = None
         if image_mask is None:
-            prompt = self._expanded(input_ids, pixel_values, attention_mask, position_ids, labels)
+            others = attention_mask, position_ids, labels
+            prompt = self._expanded(input_ids, pixel_values, past_key_values, *others)
             if prompt is not None:
                 input_ids, labels, image_mask = prompt.input_ids, prompt.labels, prompt.image_mask
                 attention_mask, position_ids = prompt.attention_mask, prompt.position_ids
+        behind = getattr(past_key_values, "image_positions", None)
+        if position_ids is None and behind is not None:
+            # A decoding loop by hand: go on from the numbering of the unexpanded prompt.
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            steps = past_key_values.get_seq_length() + torch.arange(length, device=behind.device)
+            position_ids = steps - behind
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(input_ids)
         if pixel_values is not None:
@@ -118,6 +158,10 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        if prompt is not None and outputs.past_key_values is not None:
+            # How far the numbering is behind the length of the cache, for each prompt.
+            length = outputs.past_key_values.get_seq_length()
+            outputs.past_key_values.image_positions = length - 1 - position_ids[:, -1:]
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.lm_head(outputs.last_hidden_state[:, kept]), None
         if labels is not None:
@@ -132,6 +176,9 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ``max_length`` counts an image as its 1602 positions, as the model's context does.
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if kwargs.get("max_new_tokens") is not None:
+            # The official generation_config.json has a max_length, which transformers warns of.
+            kwargs.setdefault("max_length", None)
         if input_ids is None or kwargs.get("image_mask") is not None:
             return super().generate(input_ids, generation_config, streamer=streamer, **kwargs)
         prompt = expand_image_positions(
@@ -141,6 +188,13 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs.pop("position_ids", None),
             image_count=self._count_images(kwargs.get("pixel_values")),
         )
+        positions, most = prompt.input_ids.shape[1], kwargs.get("max_length")
+        if most is not None and positions >= most:
+            raise ValueError(
+                f"max_length is {most}, but the prompt alone takes {positions} positions, of which"
+                f" an image has {self.config.vision_config.image_tokens}. Give max_new_tokens, the"
+                " length of the answer, instead."
+            )
         outputs = super().generate(
             prompt.input_ids,
             generation_config,
@@ -160,26 +214,35 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         outputs.sequences = sequences
         return outputs
 
-    def prepare_inputs_for_generation(self, input_ids, image_mask=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, image_mask=None, inputs_embeds=None, **kwargs
+    ):
         """As transformers' own, with the image where its positions are computed."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        is_first_iteration = kwargs.get("is_first_iteration", False)
-        # The image is in the cache after the first step; without one the whole prompt runs again.
-        if image_mask is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        length = inputs[
+            "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
+        ].shape[1]
+        # One token goes on from the cache, which has the image; a prompt brings it, and several
+        # tokens, as speculative decoding verifies them, may come with it or after it.
+        if image_mask is not None and (length > 1 or not kwargs.get("use_cache", True)):
             image_mask = functional.pad(image_mask, (0, input_ids.shape[1] - image_mask.shape[1]))
-            inputs["image_mask"] = image_mask[:, -inputs["input_ids"].shape[1] :]
-            if not inputs["image_mask"].any():  # a later turn, whose image is in the cache
-                inputs.pop("pixel_values", None)
+            inputs["image_mask"] = image_mask[:, -length:]
+            has_image = bool(inputs["image_mask"].any())
+            inputs["pixel_values"] = kwargs.get("pixel_values") if has_image else None
         return inputs
 
-    def _expanded(self, input_ids, pixel_values, *others) -> ExpandedPrompt | None:
-        """The prompt with room for its images; None without any, and in a decode step.
+    def _expanded(self, input_ids, pixel_values, cache, *others) -> ExpandedPrompt | None:
+        """The prompt with room for its images; None without any, and in decode steps.
 
         ``others``: attention_mask, position_ids and labels.
         """
         is_prompt = input_ids is not None and input_ids.shape[1] > 1
         if pixel_values is None and (not is_prompt or torch.compiler.is_compiling()):
             return None
+        if pixel_values is None and cache is not None and cache.get_seq_length():
+            return None  # several tokens after a prompt, as speculative decoding verifies them
         images = self._count_images(pixel_values)
         if images or (input_ids == self.config.boi_token_id).any():
             return expand_image_positions(self.config, input_ids, *others, images)

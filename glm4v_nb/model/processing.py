@@ -3,7 +3,7 @@
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.models.auto import image_processing_auto
 
-from glm4v_nb.model.chat import is_batch, parse_conversation
+from glm4v_nb.model.chat import is_batch, parse_conversation, refuse_rendered
 from glm4v_nb.model.configuration import GLM4VVisionConfig
 from glm4v_nb.model.image_processing import GLM4VImageProcessor, checkpoint_image_size
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
@@ -137,12 +137,8 @@ class GLM4VProcessor(ProcessorMixin):
                 "The text is neither str nor a list of str. Expected one question or a list of"
                 " questions. For messages call apply_chat_template."
             )
-        if any(one.startswith("[gMASK]<sop><|") for one in texts):
-            raise ValueError(
-                "The text is a rendered prompt. Expected a plain question: special tokens in text"
-                " stay ordinary text here. Pass the messages to apply_chat_template(messages,"
-                " add_generation_prompt=True)."
-            )
+        for one in texts:
+            refuse_rendered(one)
         if images is None:
             images = [None] * len(texts)
         elif not isinstance(images, (list, tuple)):

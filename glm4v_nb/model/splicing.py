@@ -145,7 +145,8 @@ def _check_image_count(placeholders: int, images: int):
     if placeholders and not images:
         raise ValueError(
             f"{placeholders} prompt(s) hold an image placeholder, but no pixel_values were given."
-            " Pass the images, or build the prompt without one."
+            " Pass the images: build both with AutoProcessor's apply_chat_template (the tokenizer"
+            " alone leaves the pixels out); or build the prompt without one."
         )
     if placeholders != images:
         raise ValueError(

@@ -22,6 +22,7 @@ from glm4v_nb.model.chat import (
     parse_conversation,
     prompt_pieces,
     refuse_options,
+    refuse_rendered,
 )
 
 END_OF_TEXT = "<|endoftext|>"
@@ -103,7 +104,8 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     def __init__(self, vocab_file=None, added_tokens_decoder=None, image_size=None, **kwargs):
         backend = _RanksConverter(vocab_file=vocab_file).converted()
         special_tokens = _special_tokens(added_tokens_decoder)
-        backend.add_special_tokens(list(special_tokens.values()))
+        for token in special_tokens.values():
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         for token_id, token in special_tokens.items():
             here = backend.token_to_id(token.content)
             if here != token_id:
@@ -142,7 +144,16 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
         texts = _replace_lone_surrogates((text, text_pair))
+        for one in texts[0] if isinstance(texts[0], list) else texts[:1]:
+            if isinstance(one, str):
+                refuse_rendered(one)
         return super()._encode_plus(*texts, **kwargs)
+
+    def ordinary_ids(self, text: str) -> list[int]:
+        """Ids of a text, whatever it spells, with nothing in front: no special token among them."""
+        text = _replace_lone_surrogates(text)
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        return super()._encode_plus(text, **options)["input_ids"]
 
     def apply_chat_template(
         self,
@@ -206,13 +217,9 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         return encoded if return_dict else encoded["input_ids"]
 
     def _ids_of(self, pieces: list[tuple[bool, str]]) -> list[int]:
-        as_typed = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         ids = []
         for is_special, text in pieces:
-            if is_special:
-                ids.append(self.convert_tokens_to_ids(text))
-            else:
-                ids += self.encode(text, **as_typed)
+            ids += [self.convert_tokens_to_ids(text)] if is_special else self.ordinary_ids(text)
         return ids
 
     def _save_pretrained(
@@ -235,20 +242,27 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
 
 
 def _special_tokens(added_tokens_decoder) -> dict[int, AddedToken]:
-    contents = {
-        int(token_id): token["content"] if isinstance(token, dict) else str(token)
-        for token_id, token in (added_tokens_decoder or {}).items()
-    }
-    missing = [name for name in REQUIRED_SPECIAL_TOKENS if name not in contents.values()]
+    given = {int(token_id): token for token_id, token in (added_tokens_decoder or {}).items()}
+    tokens = {number: _added_token(given[number]) for number in sorted(given)}
+    contents = {token.content for token in tokens.values()}
+    missing = [name for name in REQUIRED_SPECIAL_TOKENS if name not in contents]
     if missing:
         raise ValueError(
             f"tokenizer_config.json: added_tokens_decoder has no {', '.join(missing)}. A"
             " conversation with this model needs them. Put the official tokenizer_config.json"
             " beside tokenizer.model."
         )
+    return tokens
+
+
+def _added_token(given) -> AddedToken:
+    if isinstance(given, dict):
+        given = AddedToken(**{name: value for name, value in given.items() if name != "id"})
+    content = getattr(given, "content", str(given))
+    if content not in REQUIRED_SPECIAL_TOKENS and getattr(given, "special", True) is False:
+        return given  # a user added it to be found in text
     # Special, or typed text that spells one would become the token.
-    options = {"special": True, "normalized": False}
-    return {number: AddedToken(contents[number], **options) for number in sorted(contents)}
+    return AddedToken(content, special=True, normalized=False)
 
 
 def _replace_lone_surrogates(text):

@@ -98,9 +98,9 @@ def test_a_git_lfs_pointer_in_place_of_a_shard_is_named(damaged):
     says(
         refused(damaged),
         FIRST,
-        "is damaged",
-        "Expected a complete safetensors file",
-        "download it again",
+        "is a Git LFS pointer",
+        "not the weights themselves",
+        "git lfs pull",
     )
 
 

@@ -195,7 +195,7 @@ def test_rendered_text_shows_the_whole_prompt(tokenizer):
         (
             [{"role": "user", "content": [{"type": "image", "base64": "a"}]}],
             ValueError,
-            "only base64, type",
+            "'base64', which would not be read",
         ),
         ([{"role": "user", "content": "a", "tools": [{}]}], ValueError, "tools or tool calls"),
     ],

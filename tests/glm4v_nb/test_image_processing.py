@@ -1,5 +1,6 @@
 """Images to pixel values, against Pillow itself."""
 
+import base64
 import io
 import zlib
 
@@ -189,12 +190,33 @@ def test_an_opened_but_truncated_image_is_refused_too(processor):
         processor(image)
 
 
-@pytest.mark.parametrize(
-    "url", ["https://example.org/a.png", "http://example.org/a.png", "data:image/png;base64,aa"]
-)
+@pytest.mark.parametrize("url", ["https://example.org/a.png", "http://example.org/a.png"])
 def test_a_url_is_refused_and_nothing_is_downloaded(processor, url):
     with pytest.raises(ValueError, match="is a URL. Expected a local file.*Download it first"):
         processor(url)
+
+
+@pytest.mark.parametrize("form", ["data:image/png;base64,{}", "{}", "data:;base64,{}"])
+def test_base64_of_a_file_is_read_as_the_file(processor, form):
+    content = encoded(noise(64, 64), "PNG")
+    text = form.format(base64.encodebytes(content).decode())
+    assert torch.equal(processor(text)["pixel_values"], processor(content)["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["data:image/png;base64,aa", "data:image/png,abc", "data:", "ab?" * 2000, "a" * 50_000_001],
+)
+def test_text_that_is_no_base64_or_too_much_is_refused_in_a_short_sentence(processor, text):
+    with pytest.raises(ValueError, match="is no base64.*Pass the file's bytes") as raised:
+        processor(text)
+    assert len(str(raised.value)) < 400
+
+
+def test_formats_that_start_programs_of_the_machine_are_not_opened(processor):
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        processor(postscript)
 
 
 def test_a_missing_file_is_named(processor, tmp_path):

@@ -1,0 +1,202 @@
+"""Official names wherever people write them: in state dicts, device maps, LoRA targets, skip lists.
+
+The official implementation (zai-org/glm-4v-9b) calls its parts ``transformer.vision``,
+``transformer.encoder.layers.0.self_attention.query_key_value`` and so on. Checkpoints on disk keep
+these names; the modules here have those of transformers' ``GlmModel``. What this module translates
+is what tutorials and fine-tuning scripts for the official code contain.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from wrapt import when_imported, wrap_function_wrapper
+
+# Official name -> name here. Every pattern is anchored on a part that no other tensor has, so that
+# both directions are unambiguous: the tower and the decoder share leaf names such as
+# "query_key_value" and "dense_4h_to_h".
+RENAMINGS = {
+    r"^transformer.embedding.word_embeddings.": "^language_model.embed_tokens.",
+    r"^transformer.encoder.layers.": "^language_model.layers.",
+    r"^transformer.encoder.final_layernorm.": "^language_model.norm.",
+    r"^transformer.output_layer.": "^lm_head.",
+    r"^transformer.vision.patch_embedding.": "^vision_tower.patch_embedding.",
+    r"^transformer.vision.transformer.layers.": "^vision_tower.layers.",
+    r"^transformer.vision.conv.": "^vision_tower.conv.",
+    r"^transformer.vision.linear_proj.": "^vision_tower.linear_proj.",
+    r"^transformer.vision.boi": "^vision_tower.boundary.boi",
+    r"^transformer.vision.eoi": "^vision_tower.boundary.eoi",
+    r"self_attention.dense.": "self_attn.o_proj.",
+    r".mlp.dense_h_to_4h.": ".mlp.gate_up_proj.",
+    r".mlp.dense_4h_to_h.": ".mlp.down_proj.",
+}
+FUSED, PARTS = "self_attention.query_key_value.", tuple(f"self_attn.{part}_proj." for part in "qkv")
+# Modules that hold several of the above, as device maps and skip lists name them.
+_CONTAINERS = {
+    "transformer": ("vision_tower", "language_model", "lm_head"),
+    "transformer.embedding": ("language_model.embed_tokens",),
+    "transformer.rotary_pos_emb": ("language_model.rotary_emb",),
+    "transformer.encoder": ("language_model.layers", "language_model.norm"),
+    "transformer.encoder.layers": ("language_model.layers",),
+    "transformer.vision": ("vision_tower",),
+    "transformer.vision.transformer": ("vision_tower.layers",),
+    "transformer.vision.transformer.layers": ("vision_tower.layers",),
+}
+# Last parts of names, which LoRA targets and skip lists match alone. The tower's keep theirs.
+_LEAVES = {
+    "query_key_value": ("q_proj", "k_proj", "v_proj", "query_key_value"),
+    "dense": ("o_proj", "dense"),
+    "dense_h_to_4h": ("gate_up_proj", "dense_h_to_4h"),
+    "dense_4h_to_h": ("down_proj", "dense_4h_to_h"),
+    "self_attention": ("self_attn",),
+    "output_layer": ("lm_head",),
+    "word_embeddings": ("embed_tokens",),
+    "embedding": ("embed_tokens",),
+    "final_layernorm": ("norm",),
+    "vision": ("vision_tower",),
+    "encoder": ("language_model.layers", "language_model.norm"),
+}
+
+
+def names_here(official: str) -> list[str]:
+    """Names of the modules or tensors here that an official name stands for; others are kept.
+
+    The decoder's fused projection is three modules here. "transformer.encoder.layers.7" and the
+    last part alone, as "query_key_value", are official names too.
+    """
+    for known in (_CONTAINERS, _LEAVES):
+        if official in known:
+            return list(known[official])
+    if not official.startswith("transformer."):
+        return [official]
+    name = f"{official}."
+    for pattern, replacement in RENAMINGS.items():
+        name = re.sub(pattern, replacement.removeprefix("^"), name, count=1)
+    parts = [name.replace(FUSED, part) for part in PARTS] if FUSED in name else [name]
+    return [part.removesuffix(".") for part in parts]
+
+
+def split_fused(fused: torch.Tensor, config) -> list[torch.Tensor]:
+    """Rows of the decoder's fused projection: those of the queries, of the keys, of the values."""
+    group_rows = config.multi_query_group_num * config.kv_channels
+    query_rows = config.num_attention_heads * config.kv_channels
+    return list(fused.split([query_rows, group_rows, group_rows]))
+
+
+def state_dict_here(state_dict: Mapping[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
+    """A state dict with official names under the names here; other names are kept.
+
+    Also of a LoRA adapter that was trained on the official implementation: its fused projection has
+    one A, which the three here share, and a B that is cut along its rows as the weight is.
+    """
+    translated = {}
+    for name, tensor in state_dict.items():
+        prefix, found, rest = name.partition("transformer.")
+        targets = names_here(f"transformer.{rest}") if found and _is_prefix(prefix) else [name]
+        if targets == [name] or name.endswith("rotary_pos_emb.inv_freq"):
+            translated[name] = tensor
+        elif len(targets) == 1:
+            translated[prefix + targets[0]] = tensor
+        else:
+            is_shared = ".lora_A." in name or name.endswith(".lora_A")
+            parts = [tensor] * len(targets) if is_shared else split_fused(tensor, config)
+            for target, part in zip(targets, parts, strict=True):
+                translated[prefix + target] = part.clone()
+    return translated
+
+
+def device_map_here(device_map):
+    """A device map whose modules may have official names; anything but a dictionary is kept."""
+    if not isinstance(device_map, dict):
+        return device_map
+    return {here: place for name, place in device_map.items() for here in names_here(name)}
+
+
+def modules_here(names: Iterable[str] | str | None):
+    """A list of modules, as LoRA targets and quantisers' skip lists are, under the names here.
+
+    Raises:
+        ValueError: a regular expression that asks for official names.
+    """
+    if isinstance(names, str):
+        _refuse_official_pattern(names)
+        return names
+    if names is None:
+        return None
+    return list(dict.fromkeys(here for name in names for here in names_here(name)))
+
+
+def _refuse_official_pattern(pattern: str):
+    # Names of the tower's modules are official ones too.
+    shared = () if "vision_tower" in pattern else ("query_key_value", "dense")
+    words = (*shared, "transformer", "encoder", "self_attention", "output_layer", "word_embeddings")
+    asked = [word for word in words if word in pattern]
+    if asked:
+        raise ValueError(
+            f"the pattern {pattern!r} asks for the official name {asked[0]!r}, which the decoder's"
+            " modules here do not have. Name them as here: q_proj, k_proj, v_proj, o_proj,"
+            " gate_up_proj and down_proj of language_model.layers, query_key_value and dense of"
+            " vision_tower; or give a list of names, in which official ones are understood."
+        )
+
+
+def _is_prefix(text: str) -> bool:
+    return text in ("", "module.", "base_model.model.", "model.")
+
+
+def _is_ours(model) -> bool:
+    return type(model).__name__ == "GLM4VForConditionalGeneration"
+
+
+def understand_official_names():
+    """Let peft and accelerate take official names for this model, and this model only."""
+    when_imported("peft.tuners.tuners_utils")(
+        lambda module: wrap_function_wrapper(module, "BaseTuner.inject_adapter", _inject_adapter)
+    )
+    when_imported("peft.peft_model")(
+        lambda module: wrap_function_wrapper(module, "set_peft_model_state_dict", _adapter_weights)
+    )
+    when_imported("accelerate.big_modeling")(
+        lambda module: wrap_function_wrapper(module, "load_checkpoint_in_model", _refuse_layout)
+    )
+
+
+def _inject_adapter(wrapped, tuner, args, kwargs):
+    model = args[0] if args else kwargs["model"]
+    if _is_ours(model):
+        config = tuner.peft_config[args[1] if len(args) > 1 else kwargs["adapter_name"]]
+        if getattr(config, "target_modules", "") is None and not getattr(
+            config, "target_parameters", None
+        ):
+            # peft's own default for model_type "chatglm".
+            config.target_modules = ["query_key_value"]
+        for field in ("target_modules", "modules_to_save", "exclude_modules"):
+            given = getattr(config, field, None)
+            if given:
+                here = modules_here(given)
+                setattr(config, field, here if isinstance(given, str) else type(given)(here))
+        for field in ("rank_pattern", "alpha_pattern"):
+            given = getattr(config, field, None)
+            if given:
+                setattr(config, field, device_map_here(given))
+    return wrapped(*args, **kwargs)
+
+
+def _adapter_weights(wrapped, _, args, kwargs):
+    model, weights, *others = args
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if _is_ours(base):
+        weights = state_dict_here(weights, base.config)
+    return wrapped(model, weights, *others, **kwargs)
+
+
+def _refuse_layout(wrapped, _, args, kwargs):
+    model = args[0] if args else kwargs["model"]
+    if _is_ours(model):
+        raise ValueError(
+            "load_checkpoint_and_dispatch takes tensors by the names of the modules, and"
+            " checkpoints of GLM-4V-9B have the official ones. Use"
+            " AutoModelForCausalLM.from_pretrained(checkpoint, device_map=...), which translates"
+            " them and dispatches the model as well."
+        )
+    return wrapped(*args, **kwargs)
