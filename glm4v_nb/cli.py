@@ -9,7 +9,7 @@ torch is imported by the commands that need it, so that --help does not wait for
 import json
 import shlex
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -269,7 +269,7 @@ def validate(
         list[str] | None,
         typer.Argument(help="Numbers such as 01, or .ipynb files; all when left out."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: _option(bool, "Print one JSON object.", "--json") = False,
 ):
     """Do the stored notebooks keep the suite's rules? Runs nothing; exit code 1 if one is broken.
 

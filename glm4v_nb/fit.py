@@ -229,9 +229,7 @@ def fit(
     return replace(result, seconds=round(time.perf_counter() - started, 2))
 
 
-def load(
-    rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFICIAL, **options
-):
+def load(rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFICIAL, **options):
     """The checkpoint's model on the rig, in a stage "load".
 
     ``options`` are others of ``from_pretrained``, as ``max_memory``.

@@ -33,7 +33,8 @@ def write_grid(
     ):
         spec = RunSpec(
             id=f"{len(specs):04x}{'0' * 12}", notebook=notebook, title=title, parameters=parameters,
-            given=list(parameters), source="c0ffee", package="facade", version="0.1.0", checkpoint="",
+            given=list(parameters), source="c0ffee", package="facade", version="0.1.0",
+            checkpoint="",
             timeout_seconds=60,
         )  # fmt: skip
         specs.append(spec)
