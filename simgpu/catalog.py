@@ -84,9 +84,9 @@ def _cublas_workspace(compute_capability: tuple[int, int]) -> tuple[int, str]:
             32 * MIB,
             f"measured on H100 80GB HBM3 · 2026-11-24 · torch 2.11; {file} asks for 32 MiB",
         )
-    if compute_capability[0] == 12:
+    if compute_capability[0] in (10, 11, 12):
         change = "https://github.com/pytorch/pytorch/pull/175344 (February 2026)"
-        return 32 * MIB, f"{file}; 8.125 MiB before {change}"
+        return 32 * MIB, f"{file}, Blackwell; 8.125 MiB before {change}"
     return 2 * 4096 * KIB + 8 * 16 * KIB, f'{file}, ":4096:2:16:8": 2 x 4096 KiB and 8 x 16 KiB'
 
 
