@@ -43,8 +43,7 @@ class Allocation:
     stage: str
     purpose: str
     serial: int  # counts allocations of this process
-    # What the card's allocator gave, and takes back; several after a replay.
-    places: list[Block] = field(repr=False)
+    places: list[Block] = field(repr=False)  # what the allocator gave; several after a replay
 
 
 class Accounting:
@@ -63,9 +62,7 @@ class Accounting:
     """
 
     def __init__(self, allocators: list[Allocator], card: Card):
-        self.allocators = allocators
-        self.card = card
-        self.stage = "other"
+        self.allocators, self.card, self.stage = allocators, card, "other"
         self.at_failure: list[list[Allocation]] = []
         self._purpose = ACTIVATIONS
         self._live: dict[int, Allocation] = {}  # by address of the storage
@@ -146,20 +143,15 @@ class Accounting:
     def _charge_storage(self, operator, tensor: torch.Tensor):
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        known = self._live.get(key)
-        if known is not None:
-            if size <= known.bytes:
-                return
-            self._release(key)  # the storage was resized in place
-        if size == 0:
+        if size <= (self._live[key].bytes if key in self._live else 0):
             return
+        self._release(key)  # where the storage was resized in place
         card = tensor.device.index
         name, origin = operator._schema.name.removeprefix("aten::"), (self.stage, self._purpose)
         allocation = self._allocate(card, size, tuple(tensor.shape), tensor.dtype, name, *origin)
         self._live[key] = allocation
         self._references[key] = weakref.ref(storage, lambda _: self._release(key))
-        if self._recording is not None:
-            self._recording.append(Event(True, card, size, allocation.serial))
+        self._note(True, card, size, allocation.serial)
 
     def blocks(self, card: int) -> list[Allocation]:
         """What is on a card now, largest first."""
@@ -178,19 +170,18 @@ class Accounting:
         recorded = [self._record(step) for _ in range(min(count, 2))]
         if count <= 2:
             return
-        first, second = recorded
         if count >= LONG_DECODE:
-            self._load_decode_kernels(first)
-        sizes = [[event.bytes for event in events if event.allocates] for events in recorded]
-        if len(sizes[0]) == len(sizes[1]):
-            try:
-                Replay(first, second, self._live.values(), self.allocators).run(count - 2)
-            except torch.OutOfMemoryError:
-                self._remember_failure()
-                raise
-        else:
+            self._load_decode_kernels(recorded[0])
+        early, late = (sum(event.allocates for event in events) for events in recorded)
+        if early != late:
             for _ in range(count - 2):
                 step()
+            return
+        try:
+            Replay(*recorded, self._live.values(), self.allocators).run(count - 2)
+        except torch.OutOfMemoryError:
+            self._remember_failure()
+            raise
 
     def _remember_failure(self):
         self.at_failure = [self.blocks(index) for index in range(len(self.allocators))]
@@ -208,8 +199,11 @@ class Accounting:
         gone = self._live.pop(key, None)
         if gone is not None:
             self._free(gone)
-            if self._recording is not None:
-                self._recording.append(Event(False, gone.card, gone.bytes, gone.serial))
+            self._note(False, gone.card, gone.bytes, gone.serial)
+
+    def _note(self, *event):
+        if self._recording is not None:
+            self._recording.append(Event(*event))
 
     def _allocate(self, card: int, size: int, *description) -> Allocation:
         """``description``: shape, dtype, operator, stage and purpose."""
@@ -225,14 +219,12 @@ class Accounting:
         allocator, taken = self._allocator(card), []
         try:
             for size in sizes:
-                taken.append((size, allocator.allocate(size), next(self._serials)))
+                taken.append((allocator.allocate(size), size, next(self._serials)))
+                self._note(True, card, *taken[-1][1:])
         finally:
-            for _, place, _ in reversed(taken):
+            for place, *event in reversed(taken):
                 allocator.free(place)
-        if self._recording is not None:
-            events = [(card, size, serial) for size, _, serial in taken]
-            self._recording += [Event(True, *each) for each in events]
-            self._recording += [Event(False, *each) for each in reversed(events)]
+                self._note(False, card, *event)
 
     def _charge_workspace(self, name: str, card: int, size: int):
         key = (name, card, self._deferring)
@@ -261,7 +253,8 @@ class Accounting:
 
     def _grow(self, card: int, pieces: Sequence[int], grows_bytes: int):
         """Kernels take pieces among the segments, and the context grows by ``grows_bytes``."""
-        self._allocator(card).keep_addresses(pieces)
+        for size in pieces:
+            self._allocator(card).addresses.take(size)
         # Of other cards all kernels are in the context from the beginning.
         if self.card.kernel_bytes:
             self._allocator(card).context_bytes += grows_bytes

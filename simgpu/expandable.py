@@ -6,6 +6,7 @@ driver's virtual memory functions.
 """
 
 import bisect
+import itertools
 
 from simgpu.allocator import (
     BLOCK_ROUNDING,
@@ -38,9 +39,8 @@ class ExpandableAllocator(Allocator):
 
     def empty_cache(self):
         """Give the memory behind free blocks back to the driver, in whole mapping units."""
-        for pool in (self._large, self._small):
-            for *_, block in list(pool):
-                self._unmap(block)
+        for *_, block in itertools.chain(*map(tuple, self._pools.values())):
+            self._unmap(block)
 
     def _splits(self, size: int, rest: int, small: bool) -> bool:
         return rest >= BLOCK_ROUNDING
