@@ -1,6 +1,7 @@
 """What ``torch`` is while a simulated rig is active: ``torch.cuda``, and what "cuda:0" names."""
 
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter, methodcaller
 from types import SimpleNamespace
 from unittest import mock
 
@@ -64,8 +65,12 @@ def _refused_autocast(original):
     return __init__
 
 
-def _counter(name: str):
-    return lambda self, device=None: getattr(self._allocator(device), name)
+def _of_card(answer):
+    return lambda self, device=None: answer(self._card(device))
+
+
+def _of_allocator(answer):
+    return lambda self, device=None: answer(self._allocator(device))
 
 
 class CudaFunctions:
@@ -121,12 +126,6 @@ class CudaFunctions:
     def synchronize(self, device=None):
         self._index(device)
 
-    def get_device_name(self, device=None):
-        return self._card(device).device_name
-
-    def get_device_capability(self, device=None):
-        return self._card(device).compute_capability
-
     def get_device_properties(self, device=None):
         card = self._card(device)
         major, minor = card.compute_capability
@@ -138,13 +137,6 @@ class CudaFunctions:
             multi_processor_count=card.multiprocessors,
         )
 
-    def mem_get_info(self, device=None):
-        allocator = self._allocator(device)
-        return allocator.free_bytes, allocator.total_bytes
-
-    def reset_peak_memory_stats(self, device=None):
-        self._allocator(device).reset_peaks()
-
     def empty_cache(self):
         for allocator in self._rig.allocators:
             allocator.empty_cache()
@@ -152,10 +144,14 @@ class CudaFunctions:
     def set_per_process_memory_fraction(self, fraction, device=None):
         self._allocator(device).fraction = fraction
 
-    memory_allocated = _counter("allocated")
-    max_memory_allocated = _counter("peak_allocated")
-    memory_reserved = _counter("reserved")
-    max_memory_reserved = _counter("peak_reserved")
+    get_device_name = _of_card(attrgetter("device_name"))
+    get_device_capability = _of_card(attrgetter("compute_capability"))
+    mem_get_info = _of_allocator(attrgetter("free_bytes", "total_bytes"))
+    memory_allocated = _of_allocator(attrgetter("allocated"))
+    max_memory_allocated = _of_allocator(attrgetter("peak_allocated"))
+    memory_reserved = _of_allocator(attrgetter("reserved"))
+    max_memory_reserved = _of_allocator(attrgetter("peak_reserved"))
+    reset_peak_memory_stats = _of_allocator(methodcaller("reset_peaks"))
 
 
 class CudaNames(TorchFunctionMode):

@@ -66,7 +66,7 @@ class Monitor:
         self.rig, self.path, self.interval_seconds = rig, Path(path), interval_seconds
         self.samples, self.sampling_seconds = 0, 0.0
         self._on_sample, self._cache = on_sample, cache
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     def __enter__(self) -> "Monitor":
         self._file = open(self.path, "a", encoding="utf-8")
@@ -88,8 +88,7 @@ class Monitor:
     def __exit__(self, kind, error, traceback):
         self.rig.watchers.remove(self._try_sample)
         self._sampler.stop()
-        if self._error is None:
-            self._try_sample()
+        self._try_sample()
         self._readings.close()
         self._file.close()
         if self._error is None:
@@ -145,12 +144,10 @@ class _Clock(threading.Thread):
         self._stopped = threading.Event()
 
     def run(self):
-        due = time.monotonic()
-        while True:
-            due = max(due + self.interval_seconds, time.monotonic())
-            if self._stopped.wait(due - time.monotonic()):
-                return
+        due = time.monotonic() + self.interval_seconds
+        while not self._stopped.wait(due - time.monotonic()):
             self.sample()
+            due = max(due + self.interval_seconds, time.monotonic())
 
     def stop(self):
         self._stopped.set()
@@ -194,10 +191,10 @@ class _Listener:
                 or in_other_stage
             )
         if wanted:
-            if in_other_stage:  # whose peaks begin anew
-                self._sampled_peaks = [each.allocated for each in self.allocators]
             self._sampled_event, self._sampled_stages = self.events, list(self.stages)
             self._sampled_bytes = [each.allocated for each in self.allocators]
+            if in_other_stage:  # whose peaks begin anew
+                self._sampled_peaks = list(self._sampled_bytes)
             self._sampled_peaks[index] = max(self._sampled_peaks[index], now)
             self.sample()
         self.events += 1
