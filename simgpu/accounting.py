@@ -122,9 +122,9 @@ class Accounting:
         """These tensors are for this; those on no card are passed over."""
         for tensor in tensors:
             if tensor.device.type == DEVICE_TYPE:
-                allocation = self._live.get(tensor.untyped_storage()._cdata)
-                if allocation is not None:
-                    allocation.purpose = purpose
+                key = tensor.untyped_storage()._cdata
+                if key in self._live:
+                    self._live[key].purpose = purpose
 
     def _charge(self, operator, results: list[torch.Tensor], arguments: tuple):
         for tensor in results:

@@ -9,7 +9,7 @@ from simgpu.catalog import Card, find_card
 from simgpu.loading import from_pretrained_replaced
 from simgpu.machine import MachineRig, measured_on
 from simgpu.rig import Rig
-from simgpu.units import GIB
+from simgpu.units import bytes_in_words
 
 
 def refused_by(card: Card, count: int) -> str | None:
@@ -59,11 +59,9 @@ class CappedRig(MachineRig):
     @property
     def provenance(self) -> str:
         """ "measured on ...", with devices, cap, date and versions."""
-        capped = ""
-        if self._fractions:
-            size, name = f"{self.cap_bytes / GIB:.2f} GiB", _with_article(self.card.device_name)
-            capped = f" capped to {size}, as {name}"
-        return measured_on(len(self.cards), capped)
+        name = _with_article(self.card.device_name)
+        capped = f" capped to {bytes_in_words(self.cap_bytes)}, as {name}"
+        return measured_on(len(self.cards), capped if self._fractions else "")
 
     # Unlike the machine as it is, this rig stands for torch.cuda in its block.
     __repr__, __enter__, __exit__ = Rig.__repr__, Rig.__enter__, Rig.__exit__
@@ -84,11 +82,10 @@ class CappedRig(MachineRig):
     @property
     def devices(self) -> list[tuple[str, int]]:
         """Name and capacity in bytes of every card the GPUs stand for."""
-        capacities = (
-            self.card.total_bytes if index in self._fractions else _total(index)
+        return [
+            (self.card.key, self.card.total_bytes if index in self._fractions else _total(index))
             for index in range(len(self.cards))
-        )
-        return [(self.card.key, capacity) for capacity in capacities]
+        ]
 
     def _free_bytes(self, index: int) -> int:
         return self._shown_memory(index)[0]

@@ -55,9 +55,7 @@ class MachineRig(Rig):
         """Name and capacity in bytes of every GPU; empty where there is none."""
         if not torch.cuda.is_available():
             return []
-        found = [
-            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
-        ]
+        found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         return [(properties.name, properties.total_memory) for properties in found]
 
     def memory(self) -> list[CardMemory]:
@@ -92,6 +90,5 @@ class MachineRig(Rig):
     def _reset_peaks(self):
         self._host_peak = 0
         self.memory()
-        if torch.cuda.is_available():
-            for index in range(len(self.devices)):
-                torch.cuda.reset_peak_memory_stats(index)
+        for index in range(len(self.devices)):
+            torch.cuda.reset_peak_memory_stats(index)

@@ -1,11 +1,11 @@
 """``SimulatedRig``: cards with shapes and bytes only, so that any model runs on a laptop."""
 
 import os
-import weakref
 from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from simgpu.accounting import Accounting, Allocation
 from simgpu.addresses import AddressSpace
@@ -78,8 +78,8 @@ class SimulatedRig(Rig):
         ]
         self._accounting = Accounting(self.allocators, self.card)
         self.host = Host()
-        # Parameters that were registered, whose gradients a backward pass makes.
-        self._weights: dict[int, weakref.ref] = {}
+        # What was registered, whose gradients a backward pass makes.
+        self._weights = WeakIdKeyDictionary()
 
     @property
     def provenance(self) -> str:
@@ -101,16 +101,16 @@ class SimulatedRig(Rig):
     def memory(self) -> list[CardMemory]:
         return [
             CardMemory(
-                index=allocator.index,
-                card=card.key,
-                capacity_bytes=allocator.total_bytes,
-                allocated_bytes=allocator.allocated,
-                reserved_bytes=allocator.reserved,
-                peak_allocated_bytes=allocator.peak_allocated,
-                peak_reserved_bytes=allocator.peak_reserved,
-                free_bytes=allocator.free_bytes,
+                index=each.index,
+                card=self.card.key,
+                capacity_bytes=each.total_bytes,
+                allocated_bytes=each.allocated,
+                reserved_bytes=each.reserved,
+                peak_allocated_bytes=each.peak_allocated,
+                peak_reserved_bytes=each.peak_reserved,
+                free_bytes=each.free_bytes,
             )
-            for card, allocator in zip(self.cards, self.allocators, strict=True)
+            for each in self.allocators
         ]
 
     def blocks(self, card: int = 0) -> list[Allocation]:
@@ -137,7 +137,7 @@ class SimulatedRig(Rig):
         stage named "load" ends.
         """
         weights = [each for each in weights_of(modules) if each.device.type == DEVICE_TYPE]
-        self._weights.update((id(each), weakref.ref(each)) for each in weights)
+        self._weights.update(dict.fromkeys(weights))
         self._accounting.register(WEIGHTS, weights)
 
     def _blocks_at_failure(self) -> list[list[Allocation]]:
@@ -161,6 +161,4 @@ class SimulatedRig(Rig):
         """Around a backward pass; an out-of-memory error cannot leave it, and is raised here."""
         with self._accounting.deferring():
             yield
-        known = [reference() for reference in self._weights.values()]
-        alive = [each for each in known if each is not None]
-        self._accounting.register(GRADIENTS, gradients_of(alive))
+        self._accounting.register(GRADIENTS, gradients_of(list(self._weights)))
