@@ -90,14 +90,10 @@ class CappedRig(MachineRig):
     def _free_bytes(self, index: int) -> int:
         return self._shown_memory(index)[0]
 
-    def _staged(self, original):
+    def _staged(self, original, cls, *args, **kwargs):
         """``from_pretrained`` as a stage of its own, as on simulated cards."""
-
-        def from_pretrained(cls, *args, **kwargs):
-            with self.loading():
-                return original(cls, *args, **kwargs)
-
-        return from_pretrained
+        with self.loading():
+            return original(cls, *args, **kwargs)
 
     def _shown_memory(self, device=None) -> tuple[int, int]:
         """``torch.cuda.mem_get_info`` of the card the GPU stands for."""

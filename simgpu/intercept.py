@@ -1,6 +1,7 @@
 """What ``torch`` is while a simulated rig is active: ``torch.cuda``, and what "cuda:0" names."""
 
 from contextlib import ExitStack, contextmanager
+from functools import partial, partialmethod
 from operator import attrgetter, methodcaller
 from types import SimpleNamespace
 from unittest import mock
@@ -12,12 +13,12 @@ from torch.optim import optimizer
 from torch.overrides import TorchFunctionMode
 
 from simgpu.device import DEVICE_TYPE, card_device, fake_mode
-from simgpu.operators import routed_attention, routed_convolution
+from simgpu.operators import attention, convolution
 
 # Taken here and not when a block begins: the machine itself may be simulated, in tests.
 _ROUTES = {
-    "scaled_dot_product_attention": (routed_attention, functional.scaled_dot_product_attention),
-    "conv2d": (routed_convolution, functional.conv2d),
+    "scaled_dot_product_attention": (attention, functional.scaled_dot_product_attention),
+    "conv2d": (convolution, functional.conv2d),
 }
 
 
@@ -39,30 +40,26 @@ def simulated_torch(rig):
             replace(torch.cuda, name, getattr(cuda, name))
         replace(torch._C, "_cuda_clearCublasWorkspaces", rig.release_workspaces)
         for name, (route, original) in _ROUTES.items():
-            replace(functional, name, route(original, rig))
+            replace(functional, name, partial(route, rig, original))
         # Optimisers update many tensors at a time only for types of tensor on this list.
         types = [*optimizer._foreach_supported_types, FakeTensor]
         replace(optimizer, "_foreach_supported_types", types)
-        replace(torch.autocast, "__init__", _refused_autocast(torch.autocast.__init__))
+        replace(torch.autocast, "__init__", partialmethod(_autocast, torch.autocast.__init__))
         # torch's autograd would start a thread per card, and knows of one simulated card only.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(CudaNames(cuda))
         yield
 
 
-def _refused_autocast(original):
+def _autocast(self, original, device_type, dtype=None, enabled=True, cache_enabled=None):
     """On simulated cards torch's autocast would do nothing, without a word."""
-
-    def __init__(self, device_type, dtype=None, enabled=True, cache_enabled=None):
-        if enabled and device_type in ("cuda", DEVICE_TYPE):
-            raise NotImplementedError(
-                "autocast is not simulated: the weights would be computed in their own type and the"
-                " bytes would be wrong. Load the model in the type you want (dtype=torch.bfloat16),"
-                " or use autocast on a real device."
-            )
-        original(self, device_type, dtype, enabled, cache_enabled)
-
-    return __init__
+    if enabled and device_type in ("cuda", DEVICE_TYPE):
+        raise NotImplementedError(
+            "autocast is not simulated: the weights would be computed in their own type and the"
+            " bytes would be wrong. Load the model in the type you want (dtype=torch.bfloat16), or"
+            " use autocast on a real device."
+        )
+    original(self, device_type, dtype, enabled, cache_enabled)
 
 
 def _of_card(answer):
