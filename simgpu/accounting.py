@@ -2,7 +2,6 @@
 
 import itertools
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import torch
 
 from simgpu.allocator import Allocator, Block
 from simgpu.catalog import Card
-from simgpu.device import DEVICE_TYPE
+from simgpu.device import DEVICE_TYPE, check_ordinal
 from simgpu.operators import (
     CUBLAS_KERNELS,
     CUBLASLT_WORKSPACE_BYTES,
@@ -69,9 +68,8 @@ class Accounting:
         self._references: dict[int, weakref.ref] = {}
         # (workspace, card, whether in the backward pass)
         self._workspaces: dict[tuple[str, int, bool], Allocation] = {}
-        self._kernels_loaded: set[tuple[int, str]] = set()  # card, and what they are for
-        # By card, sizes of long decodings.
-        self._decoded: dict[int, set[tuple[int, ...]]] = defaultdict(set)
+        # Card, and what they are for; of long decodings the sizes of one step.
+        self._kernels_loaded: set[tuple[int, str | tuple[int, ...]]] = set()
         self._serials = itertools.count()
         self._recording: list[Event] | None = None
         self._deferring = False
@@ -236,28 +234,24 @@ class Accounting:
         origin = (name, "workspace", WORKSPACE)
         self._workspaces[key] = self._allocate(card, size, (size,), torch.uint8, *origin)
 
-    def _load_kernels(self, card: int, what: str, pieces: Sequence[int], grows_bytes: int):
-        """Once for each ``what``."""
-        if (card, what) not in self._kernels_loaded:
-            self._kernels_loaded.add((card, what))
-            self._grow(card, pieces, grows_bytes)
-
-    def _load_decode_kernels(self, step: list[Event]):
-        """Once for each size of decoding, by what one step of it allocates on a card."""
-        for card in sorted({event.card for event in step}):
-            sizes = tuple(event.bytes for event in step if event.card == card and event.allocates)
-            seen = self._decoded[card]
-            if sizes not in seen and len(seen) < DECODE_SIZES:
-                seen.add(sizes)
-                self._grow(card, DECODE_KERNELS, sum(DECODE_KERNELS))
-
-    def _grow(self, card: int, pieces: Sequence[int], grows_bytes: int):
-        """Kernels take pieces among the segments, and the context grows by ``grows_bytes``."""
+    def _load_kernels(self, card: int, what, pieces: Sequence[int], grows_bytes: int):
+        """Once for each ``what``, they take pieces among the segments, and the context grows."""
+        if (card, what) in self._kernels_loaded:
+            return
+        self._kernels_loaded.add((card, what))
         for size in pieces:
             self._allocator(card).addresses.take(size)
         # Of other cards all kernels are in the context from the beginning.
         if self.card.kernel_bytes:
             self._allocator(card).context_bytes += grows_bytes
+
+    def _load_decode_kernels(self, step: list[Event]):
+        """Once for each size of decoding, by what one step of it allocates on a card."""
+        for card in sorted({event.card for event in step}):
+            sizes = tuple(event.bytes for event in step if event.card == card and event.allocates)
+            loaded = [what for at, what in self._kernels_loaded if at == card]
+            if sum(isinstance(what, tuple) for what in loaded) < DECODE_SIZES:
+                self._load_kernels(card, sizes, DECODE_KERNELS, sum(DECODE_KERNELS))
 
     def release_workspaces(self):
         """As ``torch._C._cuda_clearCublasWorkspaces``: the next product takes it anew."""
@@ -266,9 +260,5 @@ class Accounting:
         self._workspaces.clear()
 
     def _allocator(self, card: int) -> Allocator:
-        if card >= len(self.allocators):
-            raise RuntimeError(
-                f"CUDA error: invalid device ordinal (cuda:{card} of {len(self.allocators)}"
-                " simulated cards). Use a lower index, or make the rig with a larger count."
-            )
+        check_ordinal(card, len(self.allocators))
         return self.allocators[card]

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.optim import optimizer
 from torch.overrides import TorchFunctionMode
 
-from simgpu.device import DEVICE_TYPE, card_device, fake_mode
+from simgpu.device import DEVICE_TYPE, card_device, check_ordinal, fake_mode
 from simgpu.operators import attention, convolution
 
 # Taken here and not when a block begins: the machine itself may be simulated, in tests.
@@ -86,12 +86,7 @@ class CudaFunctions:
                 raise ValueError(f"Expected a cuda device, but got: {device}")
             device = device.index
         index = self._current if device is None else device
-        if not 0 <= index < len(self._rig.cards):
-            raise RuntimeError(
-                f"CUDA error: invalid device ordinal (asked for cuda:{index}, there are"
-                f" {len(self._rig.cards)} simulated cards). Use a lower index, or make the rig with"
-                " a larger count."
-            )
+        check_ordinal(index, len(self._rig.cards))
         return index
 
     def _card(self, device=None):
