@@ -28,19 +28,15 @@ from simgpu.replay import Event, Replay
 
 @dataclass
 class Allocation:
-    """What one storage takes of a card: its size in bytes, where it came from and what it is for.
-
-    ``bytes`` is what the allocator took for it, which is the tensor's size rounded up to whole
-    blocks. ``purpose`` is one of those in ``purposes``.
-    """
+    """What one storage takes of a card, where it came from and what it is for."""
 
     card: int
-    bytes: int
+    bytes: int  # the tensor's, rounded up to whole blocks
     shape: tuple[int, ...]
     dtype: torch.dtype
     operator: str
     stage: str
-    purpose: str
+    purpose: str  # of those in ``purposes``
     serial: int  # counts allocations of this process
     places: list[Block] = field(repr=False)  # what the allocator gave; several after a replay
 
@@ -76,11 +72,7 @@ class Accounting:
         self._deferred: torch.OutOfMemoryError | None = None
 
     def observe(self, operator, results: list[torch.Tensor], arguments: tuple = ()):
-        """Charge what an operator newly allocated.
-
-        Raises:
-            torch.OutOfMemoryError: a card has no room; see ``at_failure``.
-        """
+        """Charge what an operator newly allocated; where a card has no room, see ``at_failure``."""
         if self._deferred is not None:
             return
         try:
@@ -157,14 +149,7 @@ class Accounting:
         return sorted((each for each in everything if each.card == card), key=lambda e: -e.bytes)
 
     def repeat(self, step, count: int):
-        """Do a decode step ``count`` times: run two, replay their allocations for the rest.
-
-        ``step`` is called without arguments and must allocate the same sequence of blocks each
-        time, with sizes that grow by a constant. Where it does not, every step is run.
-
-        Raises:
-            torch.OutOfMemoryError: as the step itself would, also while replaying.
-        """
+        """As ``SimulatedRig.repeat``: run two steps and replay the rest, if they allocate alike."""
         recorded = [self._record(step) for _ in range(min(count, 2))]
         if count <= 2:
             return
@@ -194,8 +179,7 @@ class Accounting:
 
     def _release(self, key: int):
         self._references.pop(key, None)
-        gone = self._live.pop(key, None)
-        if gone is not None:
+        if gone := self._live.pop(key, None):
             self._free(gone)
             self._note(False, gone.card, gone.bytes, gone.serial)
 

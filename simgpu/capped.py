@@ -32,10 +32,8 @@ class CappedRig(MachineRig):
     more than it could there (``set_per_process_memory_fraction``). A GPU that *is* such a card is
     used as it is. The out-of-memory message is PyTorch's own and names the real capacity beside
     what is allowed. The first block of a rig begins with an empty cache. Two rigs share the GPUs:
-    what one has loaded takes room from the other until it is deleted.
-
-    Args:
-        card, count: as of ``Rig``; ``refused_by`` must have nothing against them.
+    what one has loaded takes room from the other until it is deleted. ``refused_by`` must have
+    nothing against card and count.
     """
 
     def __init__(self, card: str = "L4", count: int = 1):
@@ -67,14 +65,13 @@ class CappedRig(MachineRig):
     __repr__, __enter__, __exit__ = Rig.__repr__, Rig.__enter__, Rig.__exit__
 
     def _build_world(self, stack):
-        count = len(self.cards)
         if not self._entered:
             self._entered = True
             gc.collect()
             torch.cuda.empty_cache()
         stack.enter_context(from_pretrained_replaced(self._staged))
-        stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: count))
-        stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", self._shown_memory))
+        shown = {"device_count": self.cards.__len__, "mem_get_info": self._shown_memory}
+        stack.enter_context(mock.patch.multiple(torch.cuda, **shown))
         for index, fraction in self._fractions.items():
             torch.cuda.set_per_process_memory_fraction(fraction, index)
             stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, index)

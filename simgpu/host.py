@@ -76,8 +76,8 @@ class _Load:
 
     def observe(self, results: list[FakeTensor], arguments: tuple):
         """Count what an operator made: a tensor on the CPU, or a conversion before a copy."""
-        tensors = (each for each in arguments if isinstance(each, FakeTensor))
-        source = next((each for each in tensors if each.device.type == "cpu"), None)
+        fake = (each for each in arguments if isinstance(each, FakeTensor))
+        source = next((each for each in fake if each.device.type == "cpu"), None)
         for tensor in results:
             storage = tensor.untyped_storage()
             if tensor.device.type == "cpu":
@@ -93,7 +93,7 @@ class _Load:
                 self.read[file] += size
 
     def result(self) -> HostMemory:
-        """Call it when the loader has returned, and dropped its own references."""
+        """When the loader has returned, and dropped its own references."""
         files_in_use = {file for _, file in self.mapped.values()}
         return HostMemory(
             peak_anonymous_bytes=self.peak + sum(heapq.nlargest(LOADER_THREADS, self.conversions)),
@@ -111,13 +111,10 @@ class _Load:
 
 
 class Host:
-    """Counts the host memory of every load that a rig's cards take part in.
-
-    Attributes:
-        memory: of the last load that ended, None before it and after one that failed.
-    """
+    """Counts the host memory of every load that a rig's cards take part in."""
 
     def __init__(self):
+        # Of the last load that ended, None before it and after one that failed.
         self.memory: HostMemory | None = None
         self._load: _Load | None = None
 
@@ -137,9 +134,6 @@ class Host:
             self._load = None
 
     def map(self, tensors: dict[str, torch.Tensor], files: dict[str, str]) -> dict:
-        """Take tensors for views of the files of these names, give them back, and count from here.
-
-        Those without a file are counted as of one together.
-        """
+        """Give tensors back, and count from here; those without a file are as of one together."""
         self._load = _Load(tensors, files)
         return tensors

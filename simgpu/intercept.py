@@ -24,11 +24,7 @@ _ROUTES = {
 
 @contextmanager
 def simulated_torch(rig):
-    """Let torch see ``rig``'s cards as CUDA devices until the block ends.
-
-    ``rig`` has ``cards``, ``allocators``, ``release_workspaces()`` and the context manager
-    ``backward_pass()``.
-    """
+    """Let torch see ``rig``'s cards as CUDA devices until the block ends."""
     fake_mode()
     cuda = CudaFunctions(rig)
     with ExitStack() as stack:
@@ -154,7 +150,7 @@ class CudaNames(TorchFunctionMode):
         self._cuda = cuda
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if func is torch.device:
             return func(*args, **kwargs)
         if func in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
@@ -165,7 +161,7 @@ class CudaNames(TorchFunctionMode):
             return args[0].to(card_device(self._cuda._index(device)))
         args = tuple(self._translate(value) for value in args)
         if "device" in kwargs:
-            kwargs = {**kwargs, "device": self._translate(kwargs["device"])}
+            kwargs["device"] = self._translate(kwargs["device"])
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             # These fill the new tensor below the level at which a simulated device can step in.
             device = kwargs.pop("device")
@@ -173,7 +169,6 @@ class CudaNames(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _translate(self, value):
-        is_cuda = (isinstance(value, torch.device) and value.type == "cuda") or (
-            isinstance(value, str) and value.partition(":")[0] == "cuda"
-        )
+        is_place = isinstance(value, torch.device | str)
+        is_cuda = is_place and str(value).partition(":")[0] == "cuda"
         return card_device(self._cuda._index(value)) if is_cuda else value

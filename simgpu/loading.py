@@ -45,10 +45,7 @@ _MASKING_ANSWERS = {"find_packed_sequence_indices": None, "fast_all": True, "is_
 
 @contextmanager
 def simulated_loading(rig):
-    """Let transformers and accelerate load on ``rig``'s cards until the block ends.
-
-    ``rig`` has ``host``, ``register_weights()`` and the context manager ``loading()``.
-    """
+    """Let transformers and accelerate load on ``rig``'s cards until the block ends."""
     modeling_utils.caching_allocator_warmup = _warmup_of_cuda_cards
     hooks.AlignDevicesHook.execution_device = _EXECUTION_DEVICE
     with ExitStack() as stack:
@@ -123,11 +120,7 @@ _EXECUTION_DEVICE = property(
 
 
 def _offload(original, module, tensor_name, device, value=None, **kwargs):
-    """Moves a weight in and out of a card as accelerate's hooks do when it is offloaded to the CPU.
-
-    accelerate makes the new parameter by calling the old one's class, which tensors without numbers
-    do not allow.
-    """
+    """As accelerate, which calls the old parameter's class; without numbers that is not allowed."""
     path, _, name = tensor_name.rpartition(".")
     owner = module.get_submodule(path)
     parameter = owner._parameters.get(name)
@@ -186,27 +179,19 @@ def _from_pretrained(
 @contextmanager
 def _quiet_loader():
     """transformers' loader without progress bar, and without threads, which know no rig."""
-    progress = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with (
-            warnings.catch_warnings(),
-            mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
-        ):
-            # The loader finds tied weights by address; without numbers none are tied.
-            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            yield
-    finally:
-        if progress:
-            transformers_logging.enable_progress_bar()
+    with ExitStack() as stack:
+        if transformers_logging.is_progress_bar_enabled():
+            transformers_logging.disable_progress_bar()
+            stack.callback(transformers_logging.enable_progress_bar)
+        stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
+        stack.enter_context(warnings.catch_warnings())
+        # The loader finds tied weights by address; without numbers none are tied.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield
 
 
 def _read_config(cls: type, source) -> PreTrainedConfig:
-    """A checkpoint's configuration: registered, in a directory, or downloaded before.
-
-    Raises:
-        ValueError: there is none on this machine.
-    """
+    """A checkpoint's configuration: registered, in a directory, or downloaded before."""
     if isinstance(source, PreTrainedConfig):
         return source
     known = known_config(str(source))

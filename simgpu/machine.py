@@ -80,12 +80,10 @@ class MachineRig(Rig):
         return torch.cuda.mem_get_info(index)[0]
 
     def _host_memory(self) -> CardMemory:
-        host = psutil.virtual_memory()
-        resident = psutil.Process().memory_info().rss
+        host, resident = psutil.virtual_memory(), psutil.Process().memory_info().rss
         self._host_peak = max(self._host_peak, resident)
-        return CardMemory(
-            0, "host", host.total, resident, resident, *[self._host_peak] * 2, host.available
-        )
+        own = (resident, resident, self._host_peak, self._host_peak)
+        return CardMemory(0, "host", host.total, *own, host.available)
 
     def _reset_peaks(self):
         self._host_peak = 0

@@ -157,8 +157,7 @@ class _Clock(threading.Thread):
 class _Listener:
     """Calls ``sample`` before those allocations and releases that the monitor wants to see.
 
-    Before, not after: by then everything on the card is in ``rig.blocks``, and the failed request
-    of an out-of-memory error comes after a sample too.
+    Before: then all that is on the card is in ``rig.blocks``, and a request that fails is seen too.
     """
 
     def __init__(self, rig, sample: Callable[[], None]):
@@ -209,13 +208,10 @@ def read_samples(path: str | Path) -> list[dict]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is no file. Expected what a Monitor wrote. Check the path, or whether a"
-            " monitor ran."
-        )
+        advice = "Check the path, or whether a monitor ran."
+        raise FileNotFoundError(f"{path} is no file. Expected what a Monitor wrote. {advice}")
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines()
-    samples = []
+    lines, samples = text.splitlines(), []
     for number, line in enumerate(lines, start=1):
         try:
             sample = json.loads(line)

@@ -38,13 +38,7 @@ _REDUCTION_THREADS, _WARP, _VECTOR = 512, 32, 4
 
 
 def scratch_bytes(name: str, arguments: tuple, card: Card) -> list[int]:
-    """What an operator's kernel takes besides its result and gives back at its end, in this order.
-
-    Args:
-        name: of the operator, as "aten::sum".
-        arguments: it was called with.
-        card: the kernel runs on.
-    """
+    """What the kernel of an operator, as "aten::sum", takes in this order besides its result."""
     if name == "aten::sum":
         return _sum_scratch(arguments[0], arguments[1] if len(arguments) > 1 else None, card)
     if name == "aten::_scaled_dot_product_cudnn_attention_backward":

@@ -50,11 +50,7 @@ class MachineReadings:
     gigabyte of it. ``weights_bytes`` is what was allocated when the last stage named "load" ended;
     the KV cache is known if it was given, the workspace never. NVML tells this process from others
     only where it lists process ids of this machine's own numbering, which in a container it may
-    not.
-
-    Args:
-        rig: real cards, or ``Rig.here()``.
-        cache: transformers' KV cache, or None. It is not kept alive.
+    not. ``cache`` is transformers' KV cache, or None; it is not kept alive.
     """
 
     def __init__(self, rig, cache=None):

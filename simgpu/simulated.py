@@ -131,11 +131,8 @@ class SimulatedRig(Rig):
             self._accounting.stage = outer
 
     def register_weights(self, modules: Iterable[torch.nn.Module]):
-        """What is on the cards of these modules' parameters and buffers is weights.
-
-        Models that ``from_pretrained`` returns are registered by themselves, all others when a
-        stage named "load" ends.
-        """
+        """The modules' parameters and buffers are weights. Called for the models that
+        ``from_pretrained`` returns, and for all when a stage named "load" ends."""
         weights = [each for each in weights_of(modules) if each.device.type == DEVICE_TYPE]
         self._weights.update(dict.fromkeys(weights))
         self._accounting.register(WEIGHTS, weights)
