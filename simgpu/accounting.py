@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 
@@ -90,23 +91,17 @@ class Accounting:
         For backward passes: recomputing a checkpointed layer happens inside a C++ hook that cannot
         pass on a Python exception for this kind of device; torch would abort the process.
         """
-        self._deferring = True
         try:
-            yield
+            with mock.patch.object(self, "_deferring", True):
+                yield
         finally:
-            self._deferring = False
             deferred, self._deferred = self._deferred, None
         if deferred is not None:
             raise deferred
 
-    @contextmanager
     def making(self, purpose: str):
         """What is allocated inside the block is for this."""
-        outer, self._purpose = self._purpose, purpose
-        try:
-            yield
-        finally:
-            self._purpose = outer
+        return mock.patch.object(self, "_purpose", purpose)
 
     def register(self, purpose: str, tensors: Iterable[torch.Tensor]):
         """These tensors are for this; those on no card are passed over."""

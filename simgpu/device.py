@@ -199,11 +199,8 @@ def _in_backward_pass() -> bool:
 
 
 def _added_in_place(sum_so_far, gradient, *others) -> bool:
-    """Whether this is a gradient that the autograd engine would add to the sum in place.
-
-    The conditions are those of torch/csrc/autograd/input_buffer.cpp: no graph of the backward pass
-    is recorded, and nothing else refers to the sum so far.
-    """
+    """Whether the autograd engine would add this gradient in place: nothing else refers to the sum,
+    and no graph of the backward pass is recorded (torch/csrc/autograd/input_buffer.cpp)."""
     are_fake = isinstance(gradient, FakeTensor) and isinstance(sum_so_far, FakeTensor)
     if not (_COUNTS and _in_backward_pass() and are_fake):
         return False

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.optim import optimizer
 from torch.overrides import TorchFunctionMode
 
+from simgpu.catalog import Card
 from simgpu.device import DEVICE_TYPE, card_device, check_ordinal, fake_mode
 from simgpu.operators import attention, convolution
 
@@ -59,11 +60,22 @@ def _autocast(self, original, device_type, dtype=None, enabled=True, cache_enabl
 
 
 def _of_card(answer):
-    return lambda self, device=None: answer(self._card(device))
+    return lambda self, device=None: answer(self._rig.cards[self._index(device)])
 
 
 def _of_allocator(answer):
-    return lambda self, device=None: answer(self._allocator(device))
+    return lambda self, device=None: answer(self._rig.allocators[self._index(device)])
+
+
+def _properties(card: Card) -> SimpleNamespace:
+    major, minor = card.compute_capability
+    return SimpleNamespace(
+        name=card.device_name,
+        total_memory=card.total_bytes,
+        major=major,
+        minor=minor,
+        multi_processor_count=card.multiprocessors,
+    )
 
 
 class CudaFunctions:
@@ -85,19 +97,13 @@ class CudaFunctions:
         check_ordinal(index, len(self._rig.cards))
         return index
 
-    def _card(self, device=None):
-        return self._rig.cards[self._index(device)]
-
-    def _allocator(self, device=None):
-        return self._rig.allocators[self._index(device)]
-
     def is_available(self):
         return True
 
     is_initialized = is_available
 
     def is_bf16_supported(self, including_emulation=True):
-        return including_emulation or self._card().bf16_supported
+        return including_emulation or self._rig.card.bf16_supported
 
     def is_current_stream_capturing(self):
         return False
@@ -114,25 +120,15 @@ class CudaFunctions:
     def synchronize(self, device=None):
         self._index(device)
 
-    def get_device_properties(self, device=None):
-        card = self._card(device)
-        major, minor = card.compute_capability
-        return SimpleNamespace(
-            name=card.device_name,
-            total_memory=card.total_bytes,
-            major=major,
-            minor=minor,
-            multi_processor_count=card.multiprocessors,
-        )
-
     def empty_cache(self):
         for allocator in self._rig.allocators:
             allocator.empty_cache()
 
     def set_per_process_memory_fraction(self, fraction, device=None):
-        self._allocator(device).fraction = fraction
+        self._rig.allocators[self._index(device)].fraction = fraction
 
     get_device_name = _of_card(attrgetter("device_name"))
+    get_device_properties = _of_card(_properties)
     get_device_capability = _of_card(attrgetter("compute_capability"))
     mem_get_info = _of_allocator(attrgetter("free_bytes", "total_bytes"))
     memory_allocated = _of_allocator(attrgetter("allocated"))
@@ -169,6 +165,6 @@ class CudaNames(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _translate(self, value):
-        is_place = isinstance(value, torch.device | str)
+        is_place = isinstance(value, (torch.device, str))
         is_cuda = is_place and str(value).partition(":")[0] == "cuda"
         return card_device(self._cuda._index(value)) if is_cuda else value

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -19,9 +20,6 @@ from simgpu.loading import simulated_loading
 from simgpu.purposes import GRADIENTS, WEIGHTS, all_modules, gradients_of, registration, weights_of
 from simgpu.rig import CardMemory, Rig, Stage, check_count
 from simgpu.units import MIB
-
-# PyTorch 2.9 gave the variable a name without CUDA and reads both.
-_ALLOC_CONF_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def read_alloc_conf(text: str) -> tuple[type[Allocator], dict]:
@@ -69,7 +67,9 @@ class SimulatedRig(Rig):
         self.card: Card = find_card(card)
         self.cards = [self.card] * count
         if alloc_conf is None:
-            alloc_conf = next(filter(None, map(os.environ.get, _ALLOC_CONF_VARIABLES)), "")
+            # PyTorch 2.9 gave the variable a name without CUDA and reads both.
+            names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+            alloc_conf = next(filter(None, map(os.environ.get, names)), "")
         kind, options = read_alloc_conf(alloc_conf)
         options |= {"system_bytes": self.card.system_bytes, "addresses": AddressSpace(count)}
         sizes = (self.card.total_bytes, self.card.context_bytes)
@@ -122,13 +122,10 @@ class SimulatedRig(Rig):
 
     @contextmanager
     def _inside(self, stage: Stage):
-        outer, self._accounting.stage = self._accounting.stage, stage.name
-        try:
+        with mock.patch.object(self._accounting, "stage", stage.name):
             yield
             if stage.name == "load":
                 self.register_weights(all_modules())
-        finally:
-            self._accounting.stage = outer
 
     def register_weights(self, modules: Iterable[torch.nn.Module]):
         """The modules' parameters and buffers are weights. Called for the models that
