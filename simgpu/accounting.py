@@ -48,13 +48,8 @@ class Accounting:
     The first matrix product on a card takes cuBLAS's workspace and loads its kernels; the first of
     a backward pass, which PyTorch runs in a thread of its own, takes a workspace once more.
 
-    Args:
-        allocators: one per card.
-        card: what all of them are.
-
-    Attributes:
-        stage: name written on what is allocated from now on.
-        at_failure: what was on each card when memory ran out last.
+    ``allocators`` are one per card, ``card`` is what all of them are. ``stage`` is written on what
+    is allocated; ``at_failure`` is what was on each card when memory ran out last.
     """
 
     def __init__(self, allocators: list[Allocator], card: Card):
@@ -116,8 +111,7 @@ class Accounting:
             self._charge_storage(operator, tensor)
         name, card = operator._schema.name, results[0].device.index
         scratch = scratch_bytes(name, arguments, self.card)
-        if scratch:
-            self._charge_for_a_moment(card, scratch)
+        self._charge_for_a_moment(card, scratch)
         if name == "aten::rsqrt":
             self._load_kernels(card, "normalisation", NORM_KERNELS, 0)
         if name in MATRIX_PRODUCTS:

@@ -5,8 +5,7 @@ tensors: every operator runs its shape rules and no arithmetic. Two kernels are 
 factory functions and copies to a device start by making an empty tensor; everything after that
 dispatches on the fake tensor itself.
 
-The registration function is marked experimental in PyTorch, so everything that depends on it stays
-in this module.
+The registration function is experimental in PyTorch; all that depends on it is in this module.
 
 Once there is such a backend, PyTorch takes a bare number (``tensor.to(0)``, as accelerate's hooks
 write it) for a device of it, also on a machine with GPUs and also when no simulated card is in use.
@@ -167,9 +166,9 @@ class _ObservedFakeMode(FakeTensorMode):
                 raise error.with_traceback(None) from None
         return output
 
-    def _by_shape_rule(self, func, types, args, kwargs):
+    def _by_shape_rule(self, *call):
         try:
-            return super().dispatch(func, types, args, kwargs)
+            return super().dispatch(*call)
         except FakeTensorDeviceMismatchError as error:
             raise RuntimeError(str(error).replace(DEVICE_TYPE, "cuda")) from None
         except (DataDependentOutputException, DynamicOutputShapeException) as error:

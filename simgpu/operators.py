@@ -48,9 +48,7 @@ def scratch_bytes(name: str, arguments: tuple, card: Card) -> list[int]:
     return []
 
 
-def _embedding_backward_scratch(
-    gradient: torch.Tensor, indices: torch.Tensor, rows: int
-) -> list[int]:
+def _embedding_backward_scratch(gradient, indices, rows: int) -> list[int]:
     """Indices are sorted, gradients added in pieces of ten (EmbeddingBackwardKernel.cu)."""
     count = indices.numel()
     if count <= 3072:
@@ -122,11 +120,6 @@ def _reduction(
     return [partial, 4 * grid]
 
 
-def _scratch(size_bytes: int, device: torch.device):
-    """Taken and given back at once, as a kernel's workspace is."""
-    torch.empty(size_bytes, dtype=torch.uint8, device=device)
-
-
 def attention(
     rig, original, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options
 ):
@@ -177,7 +170,7 @@ def _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, sc
     if positions == 1 and key.shape[2] > 1:
         # Per split: the weighted values, the largest score and the sum, in float32.
         size = batch * heads * _DECODE_SPLITS * (features + 2) * 4 + _CUDNN_ATTENTION_BYTES // 2
-    _scratch(size, query.device)
+    torch.empty(size, dtype=torch.uint8, device=query.device)  # the workspace, gone at once
     del random
     return output
 
@@ -198,6 +191,7 @@ def convolution(_, original, input, weight, *settings, **options):
         transposed = weight.detach().contiguous(memory_format=torch.channels_last)
     if input.dtype is torch.float32:
         copies = (input, weight) if channels_last else (input, weight, output)
-        _scratch(sum(tensor.nbytes for tensor in copies) + 16, input.device)
+        size = sum(tensor.nbytes for tensor in copies) + 16
+        torch.empty(size, dtype=torch.uint8, device=input.device)  # the workspace, gone at once
     del transposed
     return output

@@ -72,10 +72,8 @@ class SimulatedRig(Rig):
             alloc_conf = next(filter(None, map(os.environ.get, names)), "")
         kind, options = read_alloc_conf(alloc_conf)
         options |= {"system_bytes": self.card.system_bytes, "addresses": AddressSpace(count)}
-        sizes = (self.card.total_bytes, self.card.context_bytes)
-        self.allocators = [
-            kind(index, self.card.device_name, *sizes, **options) for index in range(count)
-        ]
+        common = (self.card.device_name, self.card.total_bytes, self.card.context_bytes)
+        self.allocators = [kind(index, *common, **options) for index in range(count)]
         self._accounting = Accounting(self.allocators, self.card)
         self.host = Host()
         # What was registered, whose gradients a backward pass makes.
