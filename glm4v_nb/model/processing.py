@@ -8,6 +8,10 @@ from glm4v_nb.model.configuration import GLM4VVisionConfig
 from glm4v_nb.model.image_processing import GLM4VImageProcessor, checkpoint_image_size
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
 
+_SAME_SIZE = (
+    "Both must be the side the image tower was built for. Take all files from the same checkpoint."
+)
+
 
 class GLM4VProcessor(ProcessorMixin):
     """Tokenizer and image processor of GLM-4V behind one call.
@@ -29,8 +33,7 @@ class GLM4VProcessor(ProcessorMixin):
         if stated is not None and stated != image_processor.image_size:
             raise ValueError(
                 f"tokenizer_config.json has image_size {stated}, but config.json or the image"
-                f" processor has {image_processor.image_size}. Both must be the side the image"
-                " tower was built for. Take all files from the same checkpoint."
+                f" processor has {image_processor.image_size}. {_SAME_SIZE}"
             )
 
     @classmethod
@@ -59,9 +62,8 @@ class GLM4VProcessor(ProcessorMixin):
         if built_for is not None and built_for != image_processor.image_size:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: config.json has vision_config.image_size"
-                f" {built_for}, but the saved processor has {image_processor.image_size}. Both must"
-                " be the side the image tower was built for. Take all files from the same"
-                " checkpoint."
+                f" {built_for}, but the saved processor has {image_processor.image_size}."
+                f" {_SAME_SIZE}"
             )
         return cls(image_processor, tokenizer)
 
@@ -78,8 +80,7 @@ class GLM4VProcessor(ProcessorMixin):
     ):
         """Turn one conversation, or a list of conversations, into the model's inputs.
 
-        The forms of a message are described in ``chat.parse_conversation``. Unlike in most
-        processors ``tokenize`` is on by default, since the rendered text is only for reading.
+        ``tokenize`` is on by default, since the rendered text is only for reading.
 
         Args:
             processor_kwargs: padding, max_length, pad_to_multiple_of or return_tensors, as
@@ -139,10 +140,8 @@ class GLM4VProcessor(ProcessorMixin):
             )
         for one in texts:
             refuse_rendered(one)
-        if images is None:
-            images = [None] * len(texts)
-        elif not isinstance(images, (list, tuple)):
-            images = [images]
+        if not isinstance(images, (list, tuple)):
+            images = [None] * len(texts) if images is None else [images]
         images = [_only_image(image) for image in images]
         if len(images) != len(texts):
             raise ValueError(
@@ -157,11 +156,7 @@ class GLM4VProcessor(ProcessorMixin):
 
 
 def register_processing(config_class):
-    """Make AutoTokenizer, AutoProcessor and AutoImageProcessor know these classes.
-
-    Args:
-        config_class: the configuration class registered for the checkpoint's model_type.
-    """
+    """Make the Auto classes know those here, for checkpoints of this configuration class."""
     # Registered for the tower's configuration: transformers prefers a repository's own tokenizer
     # code, where the caller allows remote code, over a class registered for the checkpoint's
     # configuration itself. It finds this class by the name in tokenizer_config.json.
@@ -175,9 +170,8 @@ def register_processing(config_class):
 
 def _only_image(image):
     """Undo the nesting of transformers' callers, who also pass a list of images for each text."""
-    if isinstance(image, (list, tuple)) and len(image) < 2:
-        return image[0] if image else None
-    return image
+    is_nested = isinstance(image, (list, tuple)) and len(image) < 2
+    return next(iter(image), None) if is_nested else image
 
 
 def _images(conversation) -> list:

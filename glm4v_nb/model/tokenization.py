@@ -30,14 +30,10 @@ REQUIRED_SPECIAL_TOKENS = (*PREFIX, *IMAGE_TOKENS, *(f"<|{role}|>" for role in R
 
 
 def read_ranks(vocab_file) -> dict[bytes, int]:
-    """Read a tiktoken vocabulary: one ``base64(token) rank`` a line.
-
-    Returns:
-        Token bytes to rank, ranks being 0..n-1 in file order.
+    """Ranks 0..n-1 of a tiktoken vocabulary by token: one ``base64(token) rank`` a line.
 
     Raises:
-        ValueError: the file is missing, is a Git LFS pointer, or is not a complete tiktoken
-            vocabulary.
+        ValueError: the file is missing, a Git LFS pointer, or no complete tiktoken vocabulary.
     """
     if vocab_file is None or not Path(vocab_file).is_file():
         raise ValueError(
@@ -74,8 +70,7 @@ def read_ranks(vocab_file) -> dict[bytes, int]:
 
 
 class _RanksConverter(TikTokenConverter):
-    # tiktoken's own reader keeps a copy of every file it reads in a temporary directory, found
-    # again by path alone, so a changed tokenizer.model would be ignored. Hence our reader.
+    # tiktoken's own reader keeps copies, found again by path alone: a changed file is ignored.
     load_tiktoken_bpe = staticmethod(read_ranks)
 
 
@@ -169,22 +164,17 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     ):
         """Turn one conversation, or a list of conversations, into ids.
 
-        The ids are put together piece by piece, never through rendered text, so special-token text
-        in a message stays ordinary text (``sanitize_control_tokens`` is accepted and always true).
-        An image takes the three ids begin-of-image, placeholder, end-of-image; its pixels come from
-        the processor. The forms of a message are described in ``chat.parse_conversation``.
+        Special-token text in a message stays ordinary text (``sanitize_control_tokens`` is accepted
+        and always true). An image takes the three ids begin-of-image, placeholder, end-of-image;
+        its pixels come from the processor.
 
         Args:
-            conversation: list of messages, or list of such lists.
+            conversation: messages as ``chat.parse_conversation`` takes them, or a list of such lists.
             add_generation_prompt: end with ``<|assistant|>``.
-            continue_final_message: leave the last message open for the model to continue. Nothing
-                is added after a message in this format, so this only excludes
-                ``add_generation_prompt``.
-            tokenize: False gives readable text instead. It cannot be turned back into a prompt:
-                special tokens in text stay text.
+            continue_final_message: excludes ``add_generation_prompt``; nothing closes a message.
+            tokenize: False gives readable text, which cannot be turned back into a prompt.
             return_tensors, return_dict: as in transformers.
-            options: those of ``pad``, as padding, max_length and pad_to_multiple_of. Others that
-                transformers has are refused.
+            options: those of ``pad``, as max_length; others that transformers has are refused.
 
         Returns:
             ``BatchEncoding`` with ``input_ids`` and ``attention_mask``, each a list of length L for
@@ -193,9 +183,7 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
             ``tokenize=False``.
 
         Raises:
-            ValueError: empty conversation, unknown role, second image, or an option this format
-                does not have.
-            TypeError: a message, its content or its image is of another type.
+            ValueError, TypeError: as ``chat.parse_conversation``; an option this format has not.
         """
         refuse_options(options)
         if add_generation_prompt and continue_final_message:
@@ -232,10 +220,8 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         for not_official in ("backend", "is_local", "local_files_only"):
             config.pop(not_official, None)
         config["additional_special_tokens"] = config.pop("extra_special_tokens", [])
-        config["added_tokens_decoder"] = {
-            str(token_id): token.__getstate__()
-            for token_id, token in self.added_tokens_decoder.items()
-        }
+        added = self.added_tokens_decoder.items()
+        config["added_tokens_decoder"] = {str(key): token.__getstate__() for key, token in added}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         config_file.write_text(text, encoding="utf-8")
         return (*file_names, *self.save_vocabulary(str(save_directory), filename_prefix))
@@ -270,8 +256,5 @@ def _replace_lone_surrogates(text):
     if isinstance(text, (list, tuple)):
         return [_replace_lone_surrogates(part) for part in text]
     if isinstance(text, str):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
