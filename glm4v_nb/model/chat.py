@@ -27,9 +27,7 @@ _OPTION_ADVICE = {
     "documents": "Put the documents' text into a message.",
     "chat_template": "Leave chat_template out.",
     "truncation": "Cutting ids could cut the image's placeholder: leave messages out instead.",
-    "return_assistant_tokens_mask": (
-        "Encode the conversation up to each answer to find where it starts."
-    ),
+    "return_assistant_tokens_mask": "Encode the conversation up to each answer to find its start.",
 }
 
 
@@ -44,21 +42,13 @@ class Message:
 
 
 def is_batch(conversation) -> bool:
-    """Whether this is a list of conversations rather than one conversation.
-
-    Raises:
-        TypeError: neither.
-        ValueError: an empty list.
-    """
+    """Whether this is a list of conversations; TypeError, ValueError if neither, or empty."""
     if hasattr(conversation, "messages"):  # a Chat of transformers' pipelines
         return False
     if not isinstance(conversation, (list, tuple)):
-        raise _wrong_type(
-            "The conversation",
-            conversation,
-            'a list of messages such as [{"role": "user", "content": "Hello"}], or a list of such'
-            " lists. Put the message into a list.",
-        )
+        expected = 'a list of messages such as [{"role": "user", "content": "Hello"}], or a list of'
+        advice = " such lists. Put the message into a list."
+        raise _wrong_type("The conversation", conversation, expected + advice)
     if not conversation:
         expected = "Expected at least one message. Add a message of role user."
         raise ValueError(f"The conversation is empty. {expected}")
@@ -86,12 +76,8 @@ def parse_conversation(messages) -> list[Message]:
     """
     messages = getattr(messages, "messages", messages)
     if not isinstance(messages, (list, tuple)):
-        raise _wrong_type(
-            "A conversation of the batch",
-            messages,
-            "every one to be a list of messages. Do not mix single messages and conversations in"
-            " one list.",
-        )
+        expected = "every one to be a list of messages. Do not mix messages and conversations."
+        raise _wrong_type("A conversation of the batch", messages, expected)
     parsed = [_parse_message(number, message) for number, message in enumerate(messages, start=1)]
     parsed = [message for message in parsed if message.text or message.image is not None]
     if not parsed:
@@ -126,11 +112,7 @@ def refuse_rendered(text: str):
 
 
 def refuse_options(options: dict):
-    """Take out of ``options`` what this conversation format does not have, if it is not set.
-
-    Raises:
-        ValueError: it is.
-    """
+    """Take out of ``options`` what this format does not have; ValueError where it is set."""
     for name, advice in _OPTION_ADVICE.items():
         if options.pop(name, None):
             why = "GLM-4V's conversation format is fixed and has no such option."

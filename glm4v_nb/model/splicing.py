@@ -72,12 +72,11 @@ def expand_image_positions(
         no_image = torch.zeros_like(input_ids, dtype=torch.bool)
         return ExpandedPrompt(input_ids, attention_mask, position_ids, no_image, labels)
 
-    source, image_mask = _sources(starts, input_ids.shape[1], config.vision_config.image_tokens)
-    source, image_mask = source.to(input_ids.device), image_mask.to(input_ids.device)
+    sources = _sources(starts, input_ids.shape[1], config.vision_config.image_tokens)
+    source, image_mask = (each.to(input_ids.device) for each in sources)
 
     def spread(tensor, padding_value):
-        copies = tensor.gather(1, source.clamp(min=0))
-        return copies.masked_fill(source < 0, padding_value)
+        return tensor.gather(1, source.clamp(min=0)).masked_fill(source < 0, padding_value)
 
     if labels is not None:
         labels = spread(labels, IGNORED_LABEL).masked_fill(image_mask, IGNORED_LABEL)
@@ -158,11 +157,10 @@ def _check_image_count(placeholders: int, images: int):
 
 def _check_length(config: GLM4VConfig, attention_mask: torch.Tensor, starts: list[int | None]):
     image_tokens = config.vision_config.image_tokens
-    for row, tokens in enumerate(attention_mask.sum(dim=1).tolist()):
-        has_image = starts[row] is not None
-        positions = tokens + (image_tokens - 3 if has_image else 0)
+    for row, (tokens, start) in enumerate(zip(attention_mask.sum(1).tolist(), starts, strict=True)):
+        positions = tokens + (0 if start is None else image_tokens - 3)
         if positions > config.seq_length:
-            image = f" ({image_tokens} of them the image)" if has_image else ""
+            image = "" if start is None else f" ({image_tokens} of them the image)"
             raise ValueError(
                 f"Prompt {row} takes {positions} positions{image}, but the model's context is"
                 f" {config.seq_length} (seq_length). Shorten the text."

@@ -83,10 +83,9 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
 
     Args:
         vocab_file: path of ``tokenizer.model``.
-        added_tokens_decoder: id → special token, as in tokenizer_config.json. The ids follow the
+        added_tokens_decoder: special token by id, as in tokenizer_config.json; the ids follow the
             vocabulary's last rank without a gap.
-        image_size: side of the square the model sees, in pixels (1120 for GLM-4V-9B), or None if
-            not stated.
+        image_size: side of the square the model sees, in pixels, or None if not stated.
 
     Raises:
         ValueError: the vocabulary is damaged, a special token is missing or cannot have its id.
@@ -133,8 +132,8 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def _patch_mistral_regex(cls, tokenizer, *args, **kwargs):
-        # For vocabularies above 100,000 tokens the base class asks whether this is a Mistral model,
-        # over the network for a hub id; 5.17 takes a config.json without its version for one.
+        # The base class would ask, over the network for a hub id, whether this is a Mistral model;
+        # 5.17 takes a config.json without its version for one.
         return tokenizer
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
@@ -169,7 +168,7 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         its pixels come from the processor.
 
         Args:
-            conversation: messages as ``chat.parse_conversation`` takes them, or a list of such lists.
+            conversation: messages, as ``chat.parse_conversation`` takes them, or a list of such.
             add_generation_prompt: end with ``<|assistant|>``.
             continue_final_message: excludes ``add_generation_prompt``; nothing closes a message.
             tokenize: False gives readable text, which cannot be turned back into a prompt.
@@ -192,10 +191,8 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
                 " starts a new message or continues the last one. Set one of them."
             )
         batched = is_batch(conversation)
-        prompts = [
-            prompt_pieces(parse_conversation(one), add_generation_prompt)
-            for one in (conversation if batched else [conversation])
-        ]
+        parsed = map(parse_conversation, conversation if batched else [conversation])
+        prompts = [prompt_pieces(messages, add_generation_prompt) for messages in parsed]
         if not tokenize:
             texts = ["".join(text for _, text in pieces) for pieces in prompts]
             return texts if batched else texts[0]
