@@ -159,12 +159,9 @@ class Accounting:
         self.at_failure = [self.blocks(index) for index in range(len(self.allocators))]
 
     def _record(self, step) -> list[Event]:
-        self._recording = []
-        try:
+        with mock.patch.object(self, "_recording", []):
             step()
-        finally:
-            events, self._recording = self._recording, None
-        return events
+            return self._recording
 
     def _release(self, key: int):
         self._references.pop(key, None)

@@ -92,11 +92,9 @@ _OTHER_WORKSPACES = (
 def _card(key: str, row: dict) -> Card:
     capability = tuple(row["compute_capability"])
     workspace_bytes, workspace_source = _WORKSPACES.get(capability[0], _OTHER_WORKSPACES)
-    context, is_apart = row["sources"]["context"], "kernel_mib" in row
-    sources = row["sources"] | {
-        "cublas_workspace": workspace_source,
-        "apart": context if is_apart else "not known apart: within context_bytes",
-    }
+    sources = row["sources"] | {"cublas_workspace": workspace_source}
+    unknown = "not known apart: within context_bytes"
+    sources["apart"] = sources["context"] if "kernel_mib" in row else unknown
     sizes = {
         f"{name}_bytes": round(sum(row.get(f"{name}_{unit}", 0) * _UNITS[unit] for unit in _UNITS))
         for name in ("total", "context", "kernel", "backward_kernel", "system")

@@ -117,9 +117,6 @@ class CudaFunctions:
     def set_device(self, device):
         self._current = self._index(device)
 
-    def synchronize(self, device=None):
-        self._index(device)
-
     def empty_cache(self):
         for allocator in self._rig.allocators:
             allocator.empty_cache()
@@ -127,6 +124,7 @@ class CudaFunctions:
     def set_per_process_memory_fraction(self, fraction, device=None):
         self._rig.allocators[self._index(device)].fraction = fraction
 
+    synchronize = _of_card(lambda card: None)
     get_device_name = _of_card(attrgetter("device_name"))
     get_device_properties = _of_card(_properties)
     get_device_capability = _of_card(attrgetter("compute_capability"))

@@ -95,14 +95,12 @@ def _asked(original, answer, tensor=None):
 
 def _warmup_of_cuda_cards(model, expanded_device_map, *args, **kwargs):
     """The loader reserves memory ahead in one block, sized by free memory on "cuda" only."""
-    cards = {name: _cuda_device(place) for name, place in expanded_device_map.items()}
-    return _ORIGINAL_WARMUP(model, cards, *args, **kwargs)
-
-
-def _cuda_device(place):
-    is_card = isinstance(place, torch.device) and place.type == DEVICE_TYPE
-    index = place.index if is_card else place
-    return torch.device("cuda", index) if isinstance(index, int) else place
+    places = dict(expanded_device_map)
+    for name, place in places.items():
+        index = place.index if getattr(place, "type", None) == DEVICE_TYPE else place
+        if isinstance(index, int):
+            places[name] = torch.device("cuda", index)
+    return _ORIGINAL_WARMUP(model, places, *args, **kwargs)
 
 
 def _execution_device(hook):

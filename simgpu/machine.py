@@ -29,9 +29,7 @@ class MachineRig(Rig):
     peak is the larger of its begin and its end.
     """
 
-    def __init__(self):
-        super().__init__()
-        self._host_peak = 0
+    _host_peak = 0
 
     @property
     def provenance(self) -> str:

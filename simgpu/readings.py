@@ -67,7 +67,6 @@ class MachineReadings:
 
     def close(self):
         """Let go of NVML."""
-        self._handles = []
         self._open.close()
 
     def read(self) -> list[dict]:

@@ -54,8 +54,7 @@ class SimulatedRig(Rig):
 
     Args:
         card, count: as of ``Rig``.
-        alloc_conf: as the environment variable ``PYTORCH_CUDA_ALLOC_CONF``, which is read where
-            this is None.
+        alloc_conf: as the environment variable ``PYTORCH_CUDA_ALLOC_CONF``, read where it is None.
 
     Raises:
         ValueError: unknown card, an impossible count, or a configuration that is not simulated.

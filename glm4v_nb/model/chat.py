@@ -64,11 +64,9 @@ def parse_conversation(messages) -> list[Message]:
       "text"}`` or ``{"type": "image", "image": image}``, the image under "image", "path" or "url",
       or ``{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}``.
 
-    An image is a PIL image, a path of a local file, its bytes, or an array [height, width, 3] of
-    uint8; True, or a part without an image, makes only the placeholder. It stands before the text
-    of its message wherever the part stood, as in the model's training data. Text parts are joined
-    without anything between. A message with neither text nor image adds nothing, as in the
-    original.
+    An image is what ``image_processing.load_image`` takes; True, or a part without an image, makes
+    only the placeholder. It stands before the text of its message, as in the model's training data.
+    Text parts are joined as they are. A message with neither text nor image adds nothing.
 
     Raises:
         ValueError: no message with anything in it, an unknown role or part, or more than one image.
@@ -141,11 +139,11 @@ def _parse_message(number, message) -> Message:
     if not isinstance(metadata, str):
         expected = "text, such as the name of a tool. Leave it out if there is none."
         raise _wrong_type(f"{where}: metadata", metadata, expected)
-    if not isinstance(content, (str, list, tuple, type(None))):
+    if content is None or isinstance(content, str):
+        content = [{"type": "text", "text": content or ""}]
+    if not isinstance(content, (list, tuple)):
         expected = "text, or a list of parts of type text and image. Pass one of these."
         raise _wrong_type(f"{where}: content", content, expected)
-    if isinstance(content, (str, type(None))):
-        content = [{"type": "text", "text": content or ""}]
     text, images = _parse_parts(where, content)
     if message.get("image") is not None and message["image"] is not False:
         images.insert(0, message["image"])

@@ -89,8 +89,8 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
     kwargs["device_map"] = device_map_here(kwargs.get("device_map"))
     quantizer = kwargs.get("quantization_config")
     for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
-        if getattr(quantizer, field, None):
-            setattr(quantizer, field, modules_here(getattr(quantizer, field)))
+        if given := getattr(quantizer, field, None):
+            setattr(quantizer, field, modules_here(given))
     model, info = from_pretrained(name_or_path, *args, **kwargs)
     mismatched, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
     if mismatched and not accepts_other_sizes:
@@ -130,11 +130,7 @@ def _check_options(options: dict):
 
 
 def check_weight_files(directory: Path):
-    """Compare every weights file of a local checkpoint with the index; reads headers, not weights.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``load_checked``.
-    """
+    """Compare every weights file with the index by its header; raises as ``load_checked``."""
     single_file = directory / "model.safetensors"
     if not (directory / INDEX).is_file():
         if not single_file.is_file():

@@ -41,8 +41,8 @@ def load_image(image) -> Image.Image:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a URL to download; text that is no base64; a file that is no image, is damaged
-            or has too many pixels; more than 8 bits a channel.
+        ValueError: a URL to download, no base64, no image or a damaged one, too many pixels, more
+            than 8 bits a channel.
         TypeError: something else.
     """
     if isinstance(image, Image.Image):
@@ -75,8 +75,7 @@ class GLM4VImageProcessor(BaseImageProcessor):
     """Makes the ``pixel_values`` of GLM-4V.
 
     Args:
-        size: side of the square in pixels, or ``{"height": side, "width": side}``. 1120 for
-            GLM-4V-9B.
+        size: side of the square in pixels, or ``{"height": side, "width": side}``.
         image_mean, image_std: per channel, red, green, blue; of values 0..1.
 
     Raises:

@@ -178,13 +178,9 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs.setdefault("max_length", None)
         if input_ids is None or kwargs.get("image_mask") is not None:
             return super().generate(input_ids, generation_config, streamer=streamer, **kwargs)
-        prompt = expand_image_positions(
-            self.config,
-            input_ids,
-            kwargs.pop("attention_mask", None),
-            kwargs.pop("position_ids", None),
-            image_count=self._count_images(kwargs.get("pixel_values")),
-        )
+        given = (kwargs.pop(name, None) for name in ("attention_mask", "position_ids"))
+        images = self._count_images(kwargs.get("pixel_values"))
+        prompt = expand_image_positions(self.config, input_ids, *given, image_count=images)
         positions, most = prompt.input_ids.shape[1], kwargs.get("max_length")
         if most is not None and positions >= most:
             raise ValueError(
@@ -203,7 +199,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         is_plain = isinstance(outputs, torch.Tensor)
         sequences = outputs if is_plain else outputs.sequences
-        new_tokens = sequences[:, prompt.input_ids.shape[1] :]
+        new_tokens = sequences[:, positions:]
         given = input_ids.repeat_interleave(len(sequences) // len(input_ids), 0)
         sequences = torch.cat((given.to(new_tokens.device), new_tokens), dim=1)
         if is_plain:

@@ -38,10 +38,8 @@ _CONTAINERS = {
     "transformer.embedding": ("language_model.embed_tokens",),
     "transformer.rotary_pos_emb": ("language_model.rotary_emb",),
     "transformer.encoder": ("language_model.layers", "language_model.norm"),
-    "transformer.encoder.layers": ("language_model.layers",),
     "transformer.vision": ("vision_tower",),
     "transformer.vision.transformer": ("vision_tower.layers",),
-    "transformer.vision.transformer.layers": ("vision_tower.layers",),
 }
 # Last parts of names, which LoRA targets and skip lists match alone. The tower's keep theirs.
 _LEAVES = {

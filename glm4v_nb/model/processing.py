@@ -17,17 +17,11 @@ class GLM4VProcessor(ProcessorMixin):
     """Tokenizer and image processor of GLM-4V behind one call.
 
     Usually ``processor.apply_chat_template(messages, add_generation_prompt=True)``;
-    ``processor(images, text)`` is short for a conversation of one question.
-
-    Args:
-        image_processor: a ``GLM4VImageProcessor``.
-        tokenizer: a ``ChatGLM4Tokenizer``.
-
-    Raises:
-        ValueError: the two state different image sizes.
+    ``processor(images, text)`` is short for a conversation of one question. ValueError if image
+    processor and tokenizer state different image sizes.
     """
 
-    def __init__(self, image_processor, tokenizer):
+    def __init__(self, image_processor: GLM4VImageProcessor, tokenizer: ChatGLM4Tokenizer):
         super().__init__(image_processor, tokenizer)
         stated = getattr(tokenizer, "image_size", None)
         if stated is not None and stated != image_processor.image_size:
@@ -44,8 +38,7 @@ class GLM4VProcessor(ProcessorMixin):
         or else of config.json, or else of tokenizer_config.json.
 
         Raises:
-            ValueError: the files disagree about the image size, or describe a checkpoint without
-                images.
+            ValueError: the files disagree about the image size, or the checkpoint is text-only.
         """
         for not_ours in ("_from_auto", "trust_remote_code"):
             kwargs.pop(not_ours, None)
@@ -89,15 +82,14 @@ class GLM4VProcessor(ProcessorMixin):
 
         Returns:
             ``BatchFeature`` with ``input_ids`` and ``attention_mask`` [n, L], padded on the left,
-            and, if any conversation has an image, ``pixel_values`` float32 [images, 3, size, size],
-            in the order of the rows that have one. The model derives position ids from the mask.
+            and ``pixel_values`` float32 [images, 3, size, size], in the order of the rows that have
+            an image, if any has. The model derives position ids from the mask.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: as the tokenizer's method and
                 ``image_processing.load_image``; an image placeholder without an image.
         """
-        options |= {"padding": padding, "return_tensors": return_tensors}
-        options |= processor_kwargs or {}
+        options |= {"padding": padding, "return_tensors": return_tensors} | (processor_kwargs or {})
         if options["return_tensors"] == "auto":
             options["return_tensors"] = "pt"
         conversations = conversation if is_batch(conversation) else [conversation]
@@ -115,16 +107,12 @@ class GLM4VProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, **options):
         """One question, or a list of questions, each with at most one image.
 
-        Each text becomes a conversation of one user message, ready for the answer; it is never read
-        as a rendered prompt. Images alone give only ``pixel_values``.
+        Each text becomes a conversation of one user message, ready for the answer. Images alone
+        give only ``pixel_values``. Options and result are those of ``apply_chat_template``.
 
         Args:
             images: None, an image for the one text, or a list with an image or None for each text.
             text: str or list of str.
-            options: those of ``apply_chat_template``.
-
-        Returns:
-            ``BatchFeature`` as from ``apply_chat_template``.
 
         Raises:
             ValueError: other than one image or None for each text; a rendered prompt as text.

@@ -92,12 +92,10 @@ def expand_image_positions(
 def merge_image_features(
     embeddings: torch.Tensor, features: torch.Tensor, image_mask: torch.Tensor
 ) -> torch.Tensor:
-    """Replace the embeddings at ``image_mask`` by the image features, row by row.
+    """Replace embeddings (batch, length, hidden) by features (images, image_tokens, hidden).
 
-    Args:
-        embeddings: (batch, length, hidden) token embeddings.
-        features: (images, image_tokens, hidden), in the order of the rows that have an image.
-        image_mask: (batch, length), True on exactly ``image_tokens`` positions of those rows.
+    ``image_mask``, (batch, length), is True on exactly ``image_tokens`` positions of the rows that
+    have an image; features come in the order of these rows.
     """
     image_index = (image_mask.any(dim=1).cumsum(0) - 1).clamp(min=0)
     feature_index = (image_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -112,9 +110,8 @@ def _sources(starts: list[int | None], length: int, image_tokens: int):
     source = torch.empty(len(starts), length + extra, dtype=torch.long)
     image_mask = torch.zeros(len(starts), length + extra, dtype=torch.bool)
     for row, start in enumerate(starts):
-        copies, at = (-1, 0) if start is None else (start + 1, start + 2)
-        positions = torch.arange(length)
-        source[row] = torch.cat((positions[:at], torch.full((extra,), copies), positions[at:]))
+        copied, at = (-1, 0) if start is None else (start + 1, start + 2)
+        source[row] = torch.tensor([*range(at), *[copied] * extra, *range(at, length)])
         if start is not None:
             image_mask[row, start : start + image_tokens] = True
     return source, image_mask
