@@ -9,20 +9,10 @@ from unittest import mock
 
 import torch
 
+from simgpu import operators
 from simgpu.allocator import Allocator, Block
 from simgpu.catalog import Card
 from simgpu.device import DEVICE_TYPE, check_ordinal
-from simgpu.operators import (
-    CUBLAS_KERNELS,
-    CUBLASLT_WORKSPACE_BYTES,
-    DECODE_KERNELS,
-    DECODE_SIZES,
-    LONG_DECODE,
-    MATRIX_PRODUCTS,
-    NORM_KERNELS,
-    WITH_BIAS,
-    scratch_bytes,
-)
 from simgpu.purposes import ACTIVATIONS, WORKSPACE
 from simgpu.replay import Event, Replay
 
@@ -110,14 +100,16 @@ class Accounting:
         for tensor in results:
             self._charge_storage(operator, tensor)
         name, card = operator._schema.name, results[0].device.index
-        scratch = scratch_bytes(name, arguments, self.card)
+        scratch = operators.scratch_bytes(name, arguments, self.card)
         self._charge_for_a_moment(card, scratch)
         if name == "aten::rsqrt":
-            self._load_kernels(card, "normalisation", NORM_KERNELS, 0)
-        if name in MATRIX_PRODUCTS:
+            self._load_kernels(card, "normalisation", operators.NORM_KERNELS, 0)
+        if name in operators.MATRIX_PRODUCTS:
             self._charge_workspace("cuBLAS workspace", card, self.card.cublas_workspace_bytes)
-            if name in WITH_BIAS:
-                self._charge_workspace("cublasLt workspace", card, CUBLASLT_WORKSPACE_BYTES)
+            if name in operators.WITH_BIAS:
+                self._charge_workspace(
+                    "cublasLt workspace", card, operators.CUBLASLT_WORKSPACE_BYTES
+                )
 
     def _charge_storage(self, operator, tensor: torch.Tensor):
         storage = tensor.untyped_storage()
@@ -142,7 +134,7 @@ class Accounting:
         recorded = [self._record(step) for _ in range(min(count, 2))]
         if count <= 2:
             return
-        if count >= LONG_DECODE:
+        if count >= operators.LONG_DECODE:
             self._load_decode_kernels(recorded[0])
         early, late = (sum(event.allocates for event in events) for events in recorded)
         if early != late:
@@ -198,7 +190,9 @@ class Accounting:
         key = (name, card, self._deferring)
         if key in self._workspaces:
             return
-        self._load_kernels(card, "matrix products", CUBLAS_KERNELS, self.card.kernel_bytes)
+        self._load_kernels(
+            card, "matrix products", operators.CUBLAS_KERNELS, self.card.kernel_bytes
+        )
         if self._deferring:
             self._load_kernels(card, "backward", (), self.card.backward_kernel_bytes)
         origin = (name, "workspace", WORKSPACE)
@@ -220,8 +214,10 @@ class Accounting:
         for card in sorted({event.card for event in step}):
             sizes = tuple(event.bytes for event in step if event.card == card and event.allocates)
             loaded = [what for at, what in self._kernels_loaded if at == card]
-            if sum(isinstance(what, tuple) for what in loaded) < DECODE_SIZES:
-                self._load_kernels(card, sizes, DECODE_KERNELS, sum(DECODE_KERNELS))
+            if sum(isinstance(what, tuple) for what in loaded) < operators.DECODE_SIZES:
+                self._load_kernels(
+                    card, sizes, operators.DECODE_KERNELS, sum(operators.DECODE_KERNELS)
+                )
 
     def release_workspaces(self):
         """As ``torch._C._cuda_clearCublasWorkspaces``: the next product takes it anew."""

@@ -83,10 +83,8 @@ _POOL = "PyTorch's aten/src/ATen/cuda/CublasHandlePool.cpp"
 _MEASURED = f"measured on H100 80GB HBM3 · 2026-11-24 · torch 2.11; {_POOL} asks for 32 MiB"
 _CHANGE = "https://github.com/pytorch/pytorch/pull/175344 (February 2026)"
 _WORKSPACES = {9: (32 * MIB, _MEASURED), 12: (32 * MIB, f"{_POOL}; 8.125 MiB before {_CHANGE}")}
-_OTHER_WORKSPACES = (
-    2 * 4096 * KIB + 8 * 16 * KIB,
-    f'{_POOL}, ":4096:2:16:8": 2 x 4096 KiB and 8 x 16 KiB',
-)
+_OTHERS = f'{_POOL}, ":4096:2:16:8": 2 x 4096 KiB and 8 x 16 KiB'
+_OTHER_WORKSPACES = (2 * 4096 * KIB + 8 * 16 * KIB, _OTHERS)
 
 
 def _card(key: str, row: dict) -> Card:

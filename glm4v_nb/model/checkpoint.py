@@ -119,8 +119,8 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
 def _check_options(options: dict):
     """Refuse what transformers would refuse in words that lead astray."""
     check_dtype(options.get("dtype", options.get("torch_dtype")))
-    config = options.get("config")
-    attention = options.get("attn_implementation") or getattr(config, "_attn_implementation", None)
+    configured = getattr(options.get("config"), "_attn_implementation", None)
+    attention = options.get("attn_implementation") or configured
     if isinstance(attention, str) and ("/" in attention or attention.startswith("flash_")):
         raise ValueError(
             f'attn_implementation is {attention!r}. Expected "sdpa" or "eager": nothing is fetched'

@@ -163,8 +163,8 @@ def _only_image(image):
 
 
 def _images(conversation) -> list:
-    parsed = parse_conversation(conversation)
-    images = [message.image for message in parsed if message.image is not None]
+    found = (message.image for message in parse_conversation(conversation))
+    images = [image for image in found if image is not None]
     if any(image is True for image in images):
         raise ValueError(
             "A message has an image placeholder but no image. Expected the image itself beside it."

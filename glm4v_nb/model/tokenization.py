@@ -14,19 +14,14 @@ from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from glm4v_nb.model.chat import (
-    IMAGE_TOKENS,
-    PREFIX,
-    ROLES,
-    is_batch,
-    parse_conversation,
-    prompt_pieces,
-    refuse_options,
-    refuse_rendered,
-)
+from glm4v_nb.model import chat
 
 END_OF_TEXT = "<|endoftext|>"
-REQUIRED_SPECIAL_TOKENS = (*PREFIX, *IMAGE_TOKENS, *(f"<|{role}|>" for role in ROLES))
+REQUIRED_SPECIAL_TOKENS = (
+    *chat.PREFIX,
+    *chat.IMAGE_TOKENS,
+    *(f"<|{role}|>" for role in chat.ROLES),
+)
 
 
 def read_ranks(vocab_file) -> dict[bytes, int]:
@@ -109,9 +104,11 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
                     " rank without a gap. Take both files from the same checkpoint."
                 )
         backend.post_processor = processors.TemplateProcessing(
-            single=[*PREFIX, "$A"],
-            pair=[*PREFIX, "$A", "$B", END_OF_TEXT],
-            special_tokens=[(name, backend.token_to_id(name)) for name in (*PREFIX, END_OF_TEXT)],
+            single=[*chat.PREFIX, "$A"],
+            pair=[*chat.PREFIX, "$A", "$B", END_OF_TEXT],
+            special_tokens=[
+                (name, backend.token_to_id(name)) for name in (*chat.PREFIX, END_OF_TEXT)
+            ],
         )
         self._tokenizer = backend
 
@@ -140,7 +137,7 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         texts = _replace_lone_surrogates((text, text_pair))
         for one in texts[0] if isinstance(texts[0], list) else texts[:1]:
             if isinstance(one, str):
-                refuse_rendered(one)
+                chat.refuse_rendered(one)
         return super()._encode_plus(*texts, **kwargs)
 
     def ordinary_ids(self, text: str) -> list[int]:
@@ -184,15 +181,15 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         Raises:
             ValueError, TypeError: as ``chat.parse_conversation``; an option this format has not.
         """
-        refuse_options(options)
+        chat.refuse_options(options)
         if add_generation_prompt and continue_final_message:
             raise ValueError(
                 "add_generation_prompt and continue_final_message are both set. The model either"
                 " starts a new message or continues the last one. Set one of them."
             )
-        batched = is_batch(conversation)
-        parsed = map(parse_conversation, conversation if batched else [conversation])
-        prompts = [prompt_pieces(messages, add_generation_prompt) for messages in parsed]
+        batched = chat.is_batch(conversation)
+        parsed = map(chat.parse_conversation, conversation if batched else [conversation])
+        prompts = [chat.prompt_pieces(messages, add_generation_prompt) for messages in parsed]
         if not tokenize:
             texts = ["".join(text for _, text in pieces) for pieces in prompts]
             return texts if batched else texts[0]
