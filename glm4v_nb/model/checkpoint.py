@@ -22,11 +22,9 @@ from glm4v_nb.model.official_names import RENAMINGS, device_map_here, modules_he
 from simgpu.checkpoints import INDEX, weight_map
 
 
+# transformers 5.23 has a generic ``Split``; 5.17, which is also supported, only equal chunks.
 class SplitQueryKeyValue(ConversionOps):
-    """Cut the decoder's fused projection along rows: query heads, key groups, value groups.
-
-    transformers 5.23 has a generic ``Split``; 5.17, which is also supported, has only equal chunks.
-    """
+    """Cut the decoder's fused projection along rows: query heads, key groups, value groups."""
 
     @torch.no_grad
     def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):

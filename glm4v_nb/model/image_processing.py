@@ -94,8 +94,7 @@ class GLM4VImageProcessor(BaseImageProcessor):
                 " height and width. Use vision_config.image_size of config.json."
             )
         self.size = {"height": side, "width": side}
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
 
     @property
     def image_size(self) -> int:
@@ -214,9 +213,8 @@ def _fault(image: Image.Image) -> str | None:
     """What makes an image unusable, and what to do."""
     if image.mode.startswith(("I", "F")):
         return (
-            f"has pixels of mode {image.mode}, more than 8 bits. Expected 8 bits a channel:"
-            " Pillow would turn everything above 255 white. Scale the values to 0..255 and convert"
-            " to mode L or RGB."
+            f"has pixels of mode {image.mode}, more than 8 bits. Expected 8 bits a channel: Pillow"
+            " would turn all above 255 white. Scale the values to 0..255 and convert to L or RGB."
         )
     if 0 in image.size:
         return f"is {image.width}×{image.height} pixels. Expected at least one. Use another."

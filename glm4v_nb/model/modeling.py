@@ -24,9 +24,8 @@ from glm4v_nb.model.vision import GLM4VVisionTower
 class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Answers questions about one image per prompt; loads and saves the official checkpoint layout.
 
-    Prompts may be given as the processor makes them (three placeholder ids per image) or already
-    expanded by ``expand_image_positions``, in which case ``image_mask`` says where the image
-    features go.
+    Prompts are as the processor makes them (three placeholder ids per image), or expanded by
+    ``expand_image_positions``, with an ``image_mask`` that says where the image features go.
     """
 
     config_class = GLM4VConfig

@@ -58,11 +58,8 @@ _LEAVES = {
 
 
 def names_here(official: str) -> list[str]:
-    """Names of the modules or tensors here that an official name stands for; others are kept.
-
-    The decoder's fused projection is three modules here. "transformer.encoder.layers.7" and the
-    last part alone, as "query_key_value", are official names too.
-    """
+    """Names of the modules or tensors here that an official name, or only its last part, stands
+    for: three for the decoder's fused projection. Other names are kept."""
     for known in (_CONTAINERS, _LEAVES):
         if official in known:
             return list(known[official])

@@ -18,15 +18,12 @@ IGNORED_LABEL = -100
 
 @dataclass
 class ExpandedPrompt:
-    """A prompt with room for its images; every tensor is (batch, expanded length).
-
-    ``image_mask`` is True where an image feature replaces the token's embedding.
-    """
+    """A prompt with room for its images; every tensor is (batch, expanded length)."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
-    image_mask: torch.Tensor
+    image_mask: torch.Tensor  # True where an image feature replaces the token's embedding
     labels: torch.Tensor | None = None
 
 

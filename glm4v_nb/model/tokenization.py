@@ -17,11 +17,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from glm4v_nb.model import chat
 
 END_OF_TEXT = "<|endoftext|>"
-REQUIRED_SPECIAL_TOKENS = (
-    *chat.PREFIX,
-    *chat.IMAGE_TOKENS,
-    *(f"<|{role}|>" for role in chat.ROLES),
-)
+REQUIRED_SPECIAL_TOKENS = [*chat.PREFIX, *chat.IMAGE_TOKENS]
+REQUIRED_SPECIAL_TOKENS += [f"<|{role}|>" for role in chat.ROLES]
 
 
 def read_ranks(vocab_file) -> dict[bytes, int]:
@@ -103,12 +100,11 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
                     f" tokenizer.model it is {here}. Special tokens follow the vocabulary's last"
                     " rank without a gap. Take both files from the same checkpoint."
                 )
+        named = (*chat.PREFIX, END_OF_TEXT)
         backend.post_processor = processors.TemplateProcessing(
             single=[*chat.PREFIX, "$A"],
             pair=[*chat.PREFIX, "$A", "$B", END_OF_TEXT],
-            special_tokens=[
-                (name, backend.token_to_id(name)) for name in (*chat.PREFIX, END_OF_TEXT)
-            ],
+            special_tokens=[(name, backend.token_to_id(name)) for name in named],
         )
         self._tokenizer = backend
 
@@ -123,9 +119,8 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     @classmethod
     def convert_to_native_format(cls, **kwargs):
         """Leave the files to ``__init__``: tokenizer.model is no SentencePiece model."""
-        kwargs.pop("tokenizer_file", None)
-        kwargs.pop("trust_remote_code", None)
-        return kwargs
+        ignored = ("tokenizer_file", "trust_remote_code")
+        return {name: value for name, value in kwargs.items() if name not in ignored}
 
     @classmethod
     def _patch_mistral_regex(cls, tokenizer, *args, **kwargs):
