@@ -211,13 +211,12 @@ class Accounting:
 
     def _load_decode_kernels(self, step: list[Event]):
         """Once for each size of decoding, by what one step of it allocates on a card."""
+        pieces = operators.DECODE_KERNELS
         for card in sorted({event.card for event in step}):
             sizes = tuple(event.bytes for event in step if event.card == card and event.allocates)
             loaded = [what for at, what in self._kernels_loaded if at == card]
             if sum(isinstance(what, tuple) for what in loaded) < operators.DECODE_SIZES:
-                self._load_kernels(
-                    card, sizes, operators.DECODE_KERNELS, sum(operators.DECODE_KERNELS)
-                )
+                self._load_kernels(card, sizes, pieces, sum(pieces))
 
     def release_workspaces(self):
         """As ``torch._C._cuda_clearCublasWorkspaces``: the next product takes it anew."""

@@ -54,7 +54,7 @@ def simulated_loading(rig):
             stack.enter_context(mock.patch.object(owner, name, changed))
 
         for name, answer in _MASKING_ANSWERS.items():
-            replace(masking_utils, name, partial(_asked, getattr(masking_utils, name), answer))
+            replace(masking_utils, name, partial(_on_cards, getattr(masking_utils, name), answer))
         offload = partial(_offload, hooks.set_module_tensor_to_device)
         replace(hooks, "set_module_tensor_to_device", offload)
         for owner in _defining("generate", GenerationMixin):
@@ -88,7 +88,7 @@ def _defining(name: str, *roots: type) -> list[type]:
     return [each for each in classes if name in vars(each)]
 
 
-def _asked(original, answer, tensor=None):
+def _on_cards(original, answer, tensor=None):
     is_simulated = tensor is not None and tensor.device.type == DEVICE_TYPE
     return answer if is_simulated else original(tensor)
 
