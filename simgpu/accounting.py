@@ -2,49 +2,34 @@
 
 import itertools
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 
+from simgpu import operators
 from simgpu.allocator import Allocator, Block
 from simgpu.catalog import Card
-from simgpu.device import DEVICE_TYPE
-from simgpu.operators import (
-    CUBLAS_KERNELS,
-    CUBLASLT_WORKSPACE_BYTES,
-    DECODE_KERNELS,
-    DECODE_SIZES,
-    LONG_DECODE,
-    MATRIX_PRODUCTS,
-    NORM_KERNELS,
-    WITH_BIAS,
-    scratch_bytes,
-)
+from simgpu.device import DEVICE_TYPE, check_ordinal
 from simgpu.purposes import ACTIVATIONS, WORKSPACE
 from simgpu.replay import Event, Replay
 
 
 @dataclass
 class Allocation:
-    """What one storage takes of a card: its size in bytes, where it came from and what it is for.
-
-    ``bytes`` is what the allocator took for it, which is the tensor's size rounded up to whole
-    blocks. ``purpose`` is one of those in ``purposes``.
-    """
+    """What one storage takes of a card, where it came from and what it is for."""
 
     card: int
-    bytes: int
+    bytes: int  # the tensor's, rounded up to whole blocks
     shape: tuple[int, ...]
     dtype: torch.dtype
     operator: str
     stage: str
-    purpose: str
+    purpose: str  # of those in ``purposes``
     serial: int  # counts allocations of this process
-    # What the card's allocator gave, and takes back; several after a replay.
-    places: list[Block] = field(repr=False)
+    places: list[Block] = field(repr=False)  # what the allocator gave; several after a replay
 
 
 class Accounting:
@@ -53,39 +38,27 @@ class Accounting:
     The first matrix product on a card takes cuBLAS's workspace and loads its kernels; the first of
     a backward pass, which PyTorch runs in a thread of its own, takes a workspace once more.
 
-    Args:
-        allocators: one per card.
-        card: what all of them are.
-
-    Attributes:
-        stage: name written on what is allocated from now on.
-        at_failure: what was on each card when memory ran out last.
+    ``allocators`` are one per card, ``card`` is what all of them are. ``stage`` is written on what
+    is allocated; ``at_failure`` is what was on each card when memory ran out last.
     """
 
     def __init__(self, allocators: list[Allocator], card: Card):
-        self.allocators = allocators
-        self.card = card
-        self.stage = "other"
+        self.allocators, self.card, self.stage = allocators, card, "other"
         self.at_failure: list[list[Allocation]] = []
         self._purpose = ACTIVATIONS
         self._live: dict[int, Allocation] = {}  # by address of the storage
         self._references: dict[int, weakref.ref] = {}
         # (workspace, card, whether in the backward pass)
         self._workspaces: dict[tuple[str, int, bool], Allocation] = {}
-        self._kernels_loaded: set[tuple[int, str]] = set()  # card, and what they are for
-        # By card, sizes of long decodings.
-        self._decoded: dict[int, set[tuple[int, ...]]] = defaultdict(set)
+        # Card, and what they are for; of long decodings the sizes of one step.
+        self._kernels_loaded: set[tuple[int, str | tuple[int, ...]]] = set()
         self._serials = itertools.count()
         self._recording: list[Event] | None = None
         self._deferring = False
         self._deferred: torch.OutOfMemoryError | None = None
 
     def observe(self, operator, results: list[torch.Tensor], arguments: tuple = ()):
-        """Charge what an operator newly allocated.
-
-        Raises:
-            torch.OutOfMemoryError: a card has no room; see ``at_failure``.
-        """
+        """Charge what an operator newly allocated; where a card has no room, see ``at_failure``."""
         if self._deferred is not None:
             return
         try:
@@ -103,63 +76,53 @@ class Accounting:
         For backward passes: recomputing a checkpointed layer happens inside a C++ hook that cannot
         pass on a Python exception for this kind of device; torch would abort the process.
         """
-        self._deferring = True
         try:
-            yield
+            with mock.patch.object(self, "_deferring", True):
+                yield
         finally:
-            self._deferring = False
             deferred, self._deferred = self._deferred, None
         if deferred is not None:
             raise deferred
 
-    @contextmanager
     def making(self, purpose: str):
         """What is allocated inside the block is for this."""
-        outer, self._purpose = self._purpose, purpose
-        try:
-            yield
-        finally:
-            self._purpose = outer
+        return mock.patch.object(self, "_purpose", purpose)
 
     def register(self, purpose: str, tensors: Iterable[torch.Tensor]):
         """These tensors are for this; those on no card are passed over."""
         for tensor in tensors:
             if tensor.device.type == DEVICE_TYPE:
-                allocation = self._live.get(tensor.untyped_storage()._cdata)
-                if allocation is not None:
-                    allocation.purpose = purpose
+                key = tensor.untyped_storage()._cdata
+                if key in self._live:
+                    self._live[key].purpose = purpose
 
     def _charge(self, operator, results: list[torch.Tensor], arguments: tuple):
         for tensor in results:
             self._charge_storage(operator, tensor)
         name, card = operator._schema.name, results[0].device.index
-        scratch = scratch_bytes(name, arguments, self.card)
-        if scratch:
-            self._charge_for_a_moment(card, scratch)
+        scratch = operators.scratch_bytes(name, arguments, self.card)
+        self._charge_for_a_moment(card, scratch)
         if name == "aten::rsqrt":
-            self._load_kernels(card, "normalisation", NORM_KERNELS, 0)
-        if name in MATRIX_PRODUCTS:
+            self._load_kernels(card, "normalisation", operators.NORM_KERNELS, 0)
+        if name in operators.MATRIX_PRODUCTS:
             self._charge_workspace("cuBLAS workspace", card, self.card.cublas_workspace_bytes)
-            if name in WITH_BIAS:
-                self._charge_workspace("cublasLt workspace", card, CUBLASLT_WORKSPACE_BYTES)
+            if name in operators.WITH_BIAS:
+                self._charge_workspace(
+                    "cublasLt workspace", card, operators.CUBLASLT_WORKSPACE_BYTES
+                )
 
     def _charge_storage(self, operator, tensor: torch.Tensor):
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        known = self._live.get(key)
-        if known is not None:
-            if size <= known.bytes:
-                return
-            self._release(key)  # the storage was resized in place
-        if size == 0:
+        if size <= (self._live[key].bytes if key in self._live else 0):
             return
+        self._release(key)  # where the storage was resized in place
         card = tensor.device.index
         name, origin = operator._schema.name.removeprefix("aten::"), (self.stage, self._purpose)
         allocation = self._allocate(card, size, tuple(tensor.shape), tensor.dtype, name, *origin)
         self._live[key] = allocation
         self._references[key] = weakref.ref(storage, lambda _: self._release(key))
-        if self._recording is not None:
-            self._recording.append(Event(True, card, size, allocation.serial))
+        self._note(True, card, size, allocation.serial)
 
     def blocks(self, card: int) -> list[Allocation]:
         """What is on a card now, largest first."""
@@ -167,49 +130,40 @@ class Accounting:
         return sorted((each for each in everything if each.card == card), key=lambda e: -e.bytes)
 
     def repeat(self, step, count: int):
-        """Do a decode step ``count`` times: run two, replay their allocations for the rest.
-
-        ``step`` is called without arguments and must allocate the same sequence of blocks each
-        time, with sizes that grow by a constant. Where it does not, every step is run.
-
-        Raises:
-            torch.OutOfMemoryError: as the step itself would, also while replaying.
-        """
+        """As ``SimulatedRig.repeat``: run two steps and replay the rest, if they allocate alike."""
         recorded = [self._record(step) for _ in range(min(count, 2))]
         if count <= 2:
             return
-        first, second = recorded
-        if count >= LONG_DECODE:
-            self._load_decode_kernels(first)
-        sizes = [[event.bytes for event in events if event.allocates] for events in recorded]
-        if len(sizes[0]) == len(sizes[1]):
-            try:
-                Replay(first, second, self._live.values(), self.allocators).run(count - 2)
-            except torch.OutOfMemoryError:
-                self._remember_failure()
-                raise
-        else:
+        if count >= operators.LONG_DECODE:
+            self._load_decode_kernels(recorded[0])
+        early, late = (sum(event.allocates for event in events) for events in recorded)
+        if early != late:
             for _ in range(count - 2):
                 step()
+            return
+        try:
+            Replay(*recorded, self._live.values(), self.allocators).run(count - 2)
+        except torch.OutOfMemoryError:
+            self._remember_failure()
+            raise
 
     def _remember_failure(self):
         self.at_failure = [self.blocks(index) for index in range(len(self.allocators))]
 
     def _record(self, step) -> list[Event]:
-        self._recording = []
-        try:
+        with mock.patch.object(self, "_recording", []):
             step()
-        finally:
-            events, self._recording = self._recording, None
-        return events
+            return self._recording
 
     def _release(self, key: int):
         self._references.pop(key, None)
-        gone = self._live.pop(key, None)
-        if gone is not None:
+        if gone := self._live.pop(key, None):
             self._free(gone)
-            if self._recording is not None:
-                self._recording.append(Event(False, gone.card, gone.bytes, gone.serial))
+            self._note(False, gone.card, gone.bytes, gone.serial)
+
+    def _note(self, *event):
+        if self._recording is not None:
+            self._recording.append(Event(*event))
 
     def _allocate(self, card: int, size: int, *description) -> Allocation:
         """``description``: shape, dtype, operator, stage and purpose."""
@@ -225,46 +179,44 @@ class Accounting:
         allocator, taken = self._allocator(card), []
         try:
             for size in sizes:
-                taken.append((size, allocator.allocate(size), next(self._serials)))
+                taken.append((allocator.allocate(size), size, next(self._serials)))
+                self._note(True, card, *taken[-1][1:])
         finally:
-            for _, place, _ in reversed(taken):
+            for place, *event in reversed(taken):
                 allocator.free(place)
-        if self._recording is not None:
-            events = [(card, size, serial) for size, _, serial in taken]
-            self._recording += [Event(True, *each) for each in events]
-            self._recording += [Event(False, *each) for each in reversed(events)]
+                self._note(False, card, *event)
 
     def _charge_workspace(self, name: str, card: int, size: int):
         key = (name, card, self._deferring)
         if key in self._workspaces:
             return
-        self._load_kernels(card, "matrix products", CUBLAS_KERNELS, self.card.kernel_bytes)
+        self._load_kernels(
+            card, "matrix products", operators.CUBLAS_KERNELS, self.card.kernel_bytes
+        )
         if self._deferring:
             self._load_kernels(card, "backward", (), self.card.backward_kernel_bytes)
         origin = (name, "workspace", WORKSPACE)
         self._workspaces[key] = self._allocate(card, size, (size,), torch.uint8, *origin)
 
-    def _load_kernels(self, card: int, what: str, pieces: Sequence[int], grows_bytes: int):
-        """Once for each ``what``."""
-        if (card, what) not in self._kernels_loaded:
-            self._kernels_loaded.add((card, what))
-            self._grow(card, pieces, grows_bytes)
-
-    def _load_decode_kernels(self, step: list[Event]):
-        """Once for each size of decoding, by what one step of it allocates on a card."""
-        for card in sorted({event.card for event in step}):
-            sizes = tuple(event.bytes for event in step if event.card == card and event.allocates)
-            seen = self._decoded[card]
-            if sizes not in seen and len(seen) < DECODE_SIZES:
-                seen.add(sizes)
-                self._grow(card, DECODE_KERNELS, sum(DECODE_KERNELS))
-
-    def _grow(self, card: int, pieces: Sequence[int], grows_bytes: int):
-        """Kernels take pieces among the segments, and the context grows by ``grows_bytes``."""
-        self._allocator(card).keep_addresses(pieces)
+    def _load_kernels(self, card: int, what, pieces: Sequence[int], grows_bytes: int):
+        """Once for each ``what``, they take pieces among the segments, and the context grows."""
+        if (card, what) in self._kernels_loaded:
+            return
+        self._kernels_loaded.add((card, what))
+        for size in pieces:
+            self._allocator(card).addresses.take(size)
         # Of other cards all kernels are in the context from the beginning.
         if self.card.kernel_bytes:
             self._allocator(card).context_bytes += grows_bytes
+
+    def _load_decode_kernels(self, step: list[Event]):
+        """Once for each size of decoding, by what one step of it allocates on a card."""
+        pieces = operators.DECODE_KERNELS
+        for card in sorted({event.card for event in step}):
+            sizes = tuple(event.bytes for event in step if event.card == card and event.allocates)
+            loaded = [what for at, what in self._kernels_loaded if at == card]
+            if sum(isinstance(what, tuple) for what in loaded) < operators.DECODE_SIZES:
+                self._load_kernels(card, sizes, pieces, sum(pieces))
 
     def release_workspaces(self):
         """As ``torch._C._cuda_clearCublasWorkspaces``: the next product takes it anew."""
@@ -273,9 +225,5 @@ class Accounting:
         self._workspaces.clear()
 
     def _allocator(self, card: int) -> Allocator:
-        if card >= len(self.allocators):
-            raise RuntimeError(
-                f"CUDA error: invalid device ordinal (cuda:{card} of {len(self.allocators)}"
-                " simulated cards). Use a lower index, or make the rig with a larger count."
-            )
+        check_ordinal(card, len(self.allocators))
         return self.allocators[card]

@@ -11,7 +11,8 @@ one stream.
 """
 
 import bisect
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -109,9 +110,9 @@ class Allocator:
         self.peak_allocated = self.peak_reserved = 0
         self.retries = 0
         self.listeners: list[Callable[[Allocator, bool], None]] = []
-        # Free blocks of each pool in the order best fit looks at them: by size, then address.
-        self._small: list[tuple[int, int, Block]] = []
-        self._large: list[tuple[int, int, Block]] = []
+        # Free blocks of the large and the small pool (True), as best fit looks at them: by size,
+        # then address.
+        self._pools: dict[bool, list[tuple[int, int, Block]]] = {False: [], True: []}
 
     @property
     def allowed_bytes(self) -> int:
@@ -143,22 +144,19 @@ class Allocator:
             listener(self, False)
         size = block_bytes(size_bytes)
         small = size <= SMALL_REQUEST
-        block = self._cached(size, small)
-        if block is None:
+        block = self._cached(size, small) or self._new(size, small)
+        if block is None and self._release_oversize(size, small):
             block = self._new(size, small)
-            if block is None and self._release_oversize(size, small):
-                block = self._new(size, small)
-            if block is None:
-                self.empty_cache()
-                self.retries += 1
-                block = self._new(size, small)
-            if block is None:
-                raise torch.OutOfMemoryError(self._message(segment_bytes(size)))
+        if block is None:
+            self.empty_cache()
+            self.retries += 1
+            block = self._new(size, small)
+        if block is None:
+            raise torch.OutOfMemoryError(self._message(segment_bytes(size)))
         if self._splits(size, block.size - size, small):
             self._insert(self._split(block, size))
         self.allocated += block.size
-        if self.allocated > self.peak_allocated:
-            self.peak_allocated = self.allocated
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
         return block
 
     def free(self, block: Block):
@@ -171,34 +169,21 @@ class Allocator:
 
     def empty_cache(self):
         """Give every segment without a block in use back to the driver."""
-        for pool in (self._large, self._small):
-            kept = []
-            for entry in pool:
-                if entry[2].before is None and entry[2].after is None:
-                    self._give_back(entry[2])
-                else:
-                    kept.append(entry)
-            pool[:] = kept
-
-    def keep_addresses(self, sizes: Iterable[int]):
-        """The driver keeps addresses among the segments for itself, for kernels that it loads."""
-        for size in sizes:
-            self.addresses.take(size)
+        for *_, block in itertools.chain(*map(tuple, self._pools.values())):
+            if block.before is None and block.after is None:
+                self._give_back(block)
 
     def reset_peaks(self):
         """Start new peaks at the present values."""
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
-    def _pool(self, small: bool) -> list[tuple[int, int, Block]]:
-        return self._small if small else self._large
-
     def _insert(self, block: Block):
         block.free = True
-        bisect.insort(self._pool(block.small), (block.size, block.address, block))
+        bisect.insort(self._pools[block.small], (block.size, block.address, block))
 
     def _remove(self, block: Block):
         block.free = False
-        pool = self._pool(block.small)
+        pool = self._pools[block.small]
         del pool[bisect.bisect_left(pool, (block.size, block.address))]
 
     @staticmethod
@@ -243,15 +228,15 @@ class Allocator:
 
     def _cached(self, size: int, small: bool) -> Block | None:
         """Best fit: the smallest free block large enough, the lowest address among equals."""
-        pool = self._pool(small)
+        pool = self._pools[small]
         place = bisect.bisect_left(pool, (size,))
         if place == len(pool):
             return None
         place = self._best(pool, place)
         found = pool[place][2]
-        if size < self.max_split_bytes <= found.size:
-            return None  # an oversize block is kept for oversize requests
-        if size >= self.max_split_bytes and found.size >= size + LARGE_SEGMENT:
+        # An oversize block is kept for oversize requests, of about its size.
+        is_oversize = size >= self.max_split_bytes
+        if found.size >= (size + LARGE_SEGMENT if is_oversize else self.max_split_bytes):
             return None
         del pool[place]
         found.free = False
@@ -267,34 +252,26 @@ class Allocator:
 
     def _reserve(self, size: int):
         self.reserved += size
-        if self.reserved > self.peak_reserved:
-            self.peak_reserved = self.reserved
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
 
     def _give_back(self, segment: Block):
+        self._remove(segment)
         self.reserved -= segment.size
         self.addresses.give_back(segment.address)
 
     def _release_oversize(self, size: int, small: bool) -> bool:
         """With max_split_size_mb: give back a cached block large enough, or several large ones."""
-        if self.max_split_bytes == UNLIMITED:
-            return False
-        pool = self._pool(small)
-        key = max(size, self.max_split_bytes)
-        place = bisect.bisect_left(pool, (key,))
-        if place < len(pool):
-            chosen = [pool[place]]
-        else:
-            chosen, released = [], 0
-            for entry in reversed(pool):
-                if released >= key or entry[0] < self.max_split_bytes:
-                    break
-                chosen.append(entry)
+        pool, least = self._pools[small], max(size, self.max_split_bytes)
+        place = bisect.bisect_left(pool, (least,))
+        chosen, released = [], 0
+        for entry in pool[place : place + 1] or reversed(pool):
+            if released < least and entry[0] >= self.max_split_bytes:
+                chosen.append(entry[2])
                 released += entry[0]
-            if released < key:
-                return False
-        for entry in chosen:
-            self._remove(entry[2])
-            self._give_back(entry[2])
+        if released < least:
+            return False
+        for block in chosen:
+            self._give_back(block)
         return True
 
     def _message(self, tried_bytes: int) -> str:

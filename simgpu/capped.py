@@ -9,7 +9,7 @@ from simgpu.catalog import Card, find_card
 from simgpu.loading import from_pretrained_replaced
 from simgpu.machine import MachineRig, measured_on
 from simgpu.rig import Rig
-from simgpu.units import GIB
+from simgpu.units import bytes_in_words
 
 
 def refused_by(card: Card, count: int) -> str | None:
@@ -32,10 +32,8 @@ class CappedRig(MachineRig):
     more than it could there (``set_per_process_memory_fraction``). A GPU that *is* such a card is
     used as it is. The out-of-memory message is PyTorch's own and names the real capacity beside
     what is allowed. The first block of a rig begins with an empty cache. Two rigs share the GPUs:
-    what one has loaded takes room from the other until it is deleted.
-
-    Args:
-        card, count: as of ``Rig``; ``refused_by`` must have nothing against them.
+    what one has loaded takes room from the other until it is deleted. ``refused_by`` must have
+    nothing against card and count.
     """
 
     def __init__(self, card: str = "L4", count: int = 1):
@@ -59,24 +57,21 @@ class CappedRig(MachineRig):
     @property
     def provenance(self) -> str:
         """ "measured on ...", with devices, cap, date and versions."""
-        capped = ""
-        if self._fractions:
-            size, name = f"{self.cap_bytes / GIB:.2f} GiB", _with_article(self.card.device_name)
-            capped = f" capped to {size}, as {name}"
-        return measured_on(len(self.cards), capped)
+        name = _with_article(self.card.device_name)
+        capped = f" capped to {bytes_in_words(self.cap_bytes)}, as {name}"
+        return measured_on(len(self.cards), capped if self._fractions else "")
 
     # Unlike the machine as it is, this rig stands for torch.cuda in its block.
     __repr__, __enter__, __exit__ = Rig.__repr__, Rig.__enter__, Rig.__exit__
 
     def _build_world(self, stack):
-        count = len(self.cards)
         if not self._entered:
             self._entered = True
             gc.collect()
             torch.cuda.empty_cache()
         stack.enter_context(from_pretrained_replaced(self._staged))
-        stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: count))
-        stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", self._shown_memory))
+        shown = {"device_count": self.cards.__len__, "mem_get_info": self._shown_memory}
+        stack.enter_context(mock.patch.multiple(torch.cuda, **shown))
         for index, fraction in self._fractions.items():
             torch.cuda.set_per_process_memory_fraction(fraction, index)
             stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, index)
@@ -84,23 +79,18 @@ class CappedRig(MachineRig):
     @property
     def devices(self) -> list[tuple[str, int]]:
         """Name and capacity in bytes of every card the GPUs stand for."""
-        capacities = (
-            self.card.total_bytes if index in self._fractions else _total(index)
+        return [
+            (self.card.key, self.card.total_bytes if index in self._fractions else _total(index))
             for index in range(len(self.cards))
-        )
-        return [(self.card.key, capacity) for capacity in capacities]
+        ]
 
     def _free_bytes(self, index: int) -> int:
         return self._shown_memory(index)[0]
 
-    def _staged(self, original):
+    def _staged(self, original, cls, *args, **kwargs):
         """``from_pretrained`` as a stage of its own, as on simulated cards."""
-
-        def from_pretrained(cls, *args, **kwargs):
-            with self.loading():
-                return original(cls, *args, **kwargs)
-
-        return from_pretrained
+        with self.loading():
+            return original(cls, *args, **kwargs)
 
     def _shown_memory(self, device=None) -> tuple[int, int]:
         """``torch.cuda.mem_get_info`` of the card the GPU stands for."""

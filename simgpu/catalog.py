@@ -17,6 +17,7 @@ from simgpu.units import GIB, KIB, MIB
 
 MAX_CARDS = 16  # of one rig
 _GB = 10**9  # data sheets give bandwidth in decimal units
+_UNITS = {"bytes": 1, "mib": MIB, "gib": GIB}
 # Of every figure the key of its source in ``cards.toml``.
 FIGURES = {
     "total_bytes": "total",
@@ -76,47 +77,36 @@ class Card:
         return self.compute_capability >= (8, 0)
 
 
-def _cublas_workspace(compute_capability: tuple[int, int]) -> tuple[int, str]:
-    """Bytes and their source: parseChosenWorkspaceSize() with CUBLAS_WORKSPACE_CONFIG not set."""
-    file = "PyTorch's aten/src/ATen/cuda/CublasHandlePool.cpp"
-    if compute_capability[0] == 9:
-        return (
-            32 * MIB,
-            f"measured on H100 80GB HBM3 · 2026-11-24 · torch 2.11; {file} asks for 32 MiB",
-        )
-    if compute_capability[0] in (10, 11, 12):
-        change = "https://github.com/pytorch/pytorch/pull/175344 (February 2026)"
-        return 32 * MIB, f"{file}, Blackwell; 8.125 MiB before {change}"
-    return 2 * 4096 * KIB + 8 * 16 * KIB, f'{file}, ":4096:2:16:8": 2 x 4096 KiB and 8 x 16 KiB'
-
-
-def _bytes(row: dict, name: str) -> int:
-    """A size of a card's row, in bytes; 0 where it has none of this name."""
-    units = (("bytes", 1), ("mib", MIB), ("gib", GIB))
-    return round(sum(row.get(f"{name}_{unit}", 0) * size for unit, size in units))
+# Bytes and their source by the first number of the compute capability, and of all others:
+# parseChosenWorkspaceSize() with CUBLAS_WORKSPACE_CONFIG not set.
+_POOL = "PyTorch's aten/src/ATen/cuda/CublasHandlePool.cpp"
+_MEASURED = f"measured on H100 80GB HBM3 · 2026-11-24 · torch 2.11; {_POOL} asks for 32 MiB"
+_CHANGE = "https://github.com/pytorch/pytorch/pull/175344 (February 2026)"
+_BLACKWELL = (32 * MIB, f"{_POOL}, Blackwell; 8.125 MiB before {_CHANGE}")
+_WORKSPACES = {9: (32 * MIB, _MEASURED), 10: _BLACKWELL, 12: _BLACKWELL}
+_OTHERS = f'{_POOL}, ":4096:2:16:8": 2 x 4096 KiB and 8 x 16 KiB'
+_OTHER_WORKSPACES = (2 * 4096 * KIB + 8 * 16 * KIB, _OTHERS)
 
 
 def _card(key: str, row: dict) -> Card:
     capability = tuple(row["compute_capability"])
-    workspace_bytes, workspace_source = _cublas_workspace(capability)
-    context = row["sources"]["context"]
-    sources = row["sources"] | {
-        "cublas_workspace": workspace_source,
-        "apart": context if "kernel_mib" in row else "not known apart: within context_bytes",
+    workspace_bytes, workspace_source = _WORKSPACES.get(capability[0], _OTHER_WORKSPACES)
+    sources = row["sources"] | {"cublas_workspace": workspace_source}
+    unknown = "not known apart: within context_bytes"
+    sources["apart"] = sources["context"] if "kernel_mib" in row else unknown
+    sizes = {
+        f"{name}_bytes": round(sum(row.get(f"{name}_{unit}", 0) * _UNITS[unit] for unit in _UNITS))
+        for name in ("total", "context", "kernel", "backward_kernel", "system")
     }
     return Card(
         key=key,
         device_name=row["device_name"],
-        total_bytes=_bytes(row, "total"),
         compute_capability=capability,
         multiprocessors=row["multiprocessors"],
         memory_bandwidth_bytes_per_second=row["bandwidth_gb_per_second"] * _GB,
         cublas_workspace_bytes=workspace_bytes,
-        context_bytes=_bytes(row, "context"),
-        kernel_bytes=_bytes(row, "kernel"),
-        backward_kernel_bytes=_bytes(row, "backward_kernel"),
-        system_bytes=_bytes(row, "system"),
         sources={figure: sources[name] for figure, name in FIGURES.items()},
+        **sizes,
     )
 
 
@@ -132,12 +122,8 @@ def _plain(name: str) -> str:
 def _spellings(card: Card) -> set[str]:
     """All plain spellings of a card: "rtx4090", "4090"; "a10080", "a10080gb", "a100sxm480gb"."""
     key = _plain(card.key)
-    return {
-        key,
-        key.removeprefix("rtx"),
-        f"{key}gb" if "-" in card.key else key,
-        _plain(card.device_name),
-    }
+    with_unit = f"{key}gb" if "-" in card.key else key
+    return {key, key.removeprefix("rtx"), with_unit, _plain(card.device_name)}
 
 
 _BY_SPELLING = {spelling: card for card in CARDS.values() for spelling in _spellings(card)}
@@ -154,17 +140,13 @@ def find_card(name: str) -> Card:
     plain = _plain(name) if isinstance(name, str) else ""
     if plain in _BY_SPELLING:
         return _BY_SPELLING[plain]
-    accepted = ", ".join(CARDS)
-    begun = list(
-        dict.fromkeys(card.key for s, card in _BY_SPELLING.items() if plain and s.startswith(plain))
-    )
-    if len(begun) > 1:
-        raise ValueError(
-            f"card {name!r} fits several cards: {', '.join(begun)}. Accepted names: {accepted}. "
-            f'Name one exactly, for example "{begun[0]}".'
-        )
-    close = begun or [
-        _BY_SPELLING[s].key for s in difflib.get_close_matches(plain, _BY_SPELLING, n=1)
-    ]
-    advice = f'Did you mean "{close[0]}"?' if close else "Choose one of these."
-    raise ValueError(f"card {name!r} is not in the catalogue. Accepted names: {accepted}. {advice}")
+    begun = [spelling for spelling in _BY_SPELLING if plain and spelling.startswith(plain)]
+    close = begun or difflib.get_close_matches(plain, _BY_SPELLING, n=1)
+    keys = list(dict.fromkeys(_BY_SPELLING[spelling].key for spelling in close))
+    fault, advice = "is not in the catalogue", "Choose one of these."
+    if len(keys) > 1:
+        fault = f"fits several cards: {', '.join(keys)}"
+        advice = f'Name one exactly, for example "{keys[0]}".'
+    elif keys:
+        advice = f'Did you mean "{keys[0]}"?'
+    raise ValueError(f"card {name!r} {fault}. Accepted names: {', '.join(CARDS)}. {advice}")

@@ -13,19 +13,16 @@ _CONFIGS: dict[str, Callable[[], object]] = {}
 
 
 def register_config(checkpoint: str, make: Callable[[], object]):
-    """Let simulated cards load a checkpoint by name, without a download.
+    """Let simulated cards load a checkpoint by name, such as a hub id, without a download.
 
-    Args:
-        checkpoint: what ``from_pretrained`` is given, such as a hub id.
-        make: called without arguments for a new ``PreTrainedConfig`` of transformers.
+    ``make`` is called without arguments for a new ``PreTrainedConfig`` of transformers.
     """
     _CONFIGS[checkpoint] = make
 
 
 def known_config(checkpoint: str):
     """The configuration registered for a checkpoint, or None."""
-    make = _CONFIGS.get(checkpoint)
-    return make() if make else None
+    return _CONFIGS[checkpoint]() if checkpoint in _CONFIGS else None
 
 
 def weight_map(directory: Path) -> dict[str, str]:

@@ -5,8 +5,7 @@ tensors: every operator runs its shape rules and no arithmetic. Two kernels are 
 factory functions and copies to a device start by making an empty tensor; everything after that
 dispatches on the fake tensor itself.
 
-The registration function is marked experimental in PyTorch, so everything that depends on it stays
-in this module.
+The registration function is experimental in PyTorch; all that depends on it is in this module.
 
 Once there is such a backend, PyTorch takes a bare number (``tensor.to(0)``, as accelerate's hooks
 write it) for a device of it, also on a machine with GPUs and also when no simulated card is in use.
@@ -17,6 +16,7 @@ is on; ``loading`` helps the two that do.)
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import torch
@@ -166,9 +166,9 @@ class _ObservedFakeMode(FakeTensorMode):
                 raise error.with_traceback(None) from None
         return output
 
-    def _by_shape_rule(self, func, types, args, kwargs):
+    def _by_shape_rule(self, *call):
         try:
-            return super().dispatch(func, types, args, kwargs)
+            return super().dispatch(*call)
         except FakeTensorDeviceMismatchError as error:
             raise RuntimeError(str(error).replace(DEVICE_TYPE, "cuda")) from None
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -198,20 +198,15 @@ def _in_backward_pass() -> bool:
 
 
 def _added_in_place(sum_so_far, gradient, *others) -> bool:
-    """Whether this is a gradient that the autograd engine would add to the sum in place.
-
-    The conditions are those of torch/csrc/autograd/input_buffer.cpp: no graph of the backward pass
-    is recorded, and nothing else refers to the sum so far.
-    """
-    if not _COUNTS or not _in_backward_pass():
-        return False
-    if not isinstance(gradient, FakeTensor) or not isinstance(sum_so_far, FakeTensor):
-        return False
-    if sum_so_far.shape != gradient.shape:
+    """Whether the autograd engine would add this gradient in place: nothing else refers to the sum,
+    and no graph of the backward pass is recorded (torch/csrc/autograd/input_buffer.cpp)."""
+    are_fake = isinstance(gradient, FakeTensor) and isinstance(sum_so_far, FakeTensor)
+    if not (_COUNTS and _in_backward_pass() and are_fake):
         return False
     storage = sum_so_far.untyped_storage()
     return (
-        sum_so_far.dtype == gradient.dtype
+        sum_so_far.shape == gradient.shape
+        and sum_so_far.dtype == gradient.dtype
         and (sum_so_far.is_contiguous() or sum_so_far.nbytes == storage.nbytes())
         and sum_so_far._use_count() == _engines_own
         and torch._C._storage_Use_Count(storage._cdata) == 2  # one is ``storage``
@@ -259,8 +254,9 @@ def fake_mode() -> FakeTensorMode:
             )
             _library = torch.library.Library("aten", "IMPL")
             for operator in (_ATEN.empty.memory_format, _ATEN.empty_strided.default):
-                _library.impl(operator, _in_fake_mode(operator), "PrivateUse1")
-            # Without a kernel of its own it is taken apart into six operators; CUDA has one.
+                _library.impl(operator, partial(_in_fake_mode, operator), "PrivateUse1")
+            # Without a kernel of its own it is taken apart into six operators; CUDA has one. Fake
+            # tensors stop the operator before it gets as far.
             _library.impl("silu_backward", _never_called, "PrivateUse1")
             _mode = _ObservedFakeMode()
             _try_engine()
@@ -268,7 +264,6 @@ def fake_mode() -> FakeTensorMode:
 
 
 def _never_called(*arguments):
-    """A kernel whose operator never gets as far: fake tensors stop it before."""
     raise NotImplementedError("simulated cards do not compute")
 
 
@@ -285,18 +280,23 @@ def card_device(index: int) -> torch.device:
     return torch.device(DEVICE_TYPE, index)
 
 
+def check_ordinal(index: int, count: int):
+    """Refuse a card that is none of ``count``, as CUDA does."""
+    if not 0 <= index < count:
+        raise RuntimeError(
+            f"CUDA error: invalid device ordinal (asked for cuda:{index}, there are {count}"
+            " simulated cards). Use a lower index, or make the rig with a larger count."
+        )
+
+
 def machine_device(index: int) -> torch.device | None:
     """What a bare number means outside a simulated rig: a GPU where there are some, or None."""
     return torch.device("cuda", index) if _observer is None and torch.cuda.is_available() else None
 
 
-def _in_fake_mode(operator):
-    def kernel(*args, **kwargs):
-        index = kwargs["device"].index if kwargs.get("device") is not None else None
-        real = machine_device(index or 0)
-        if real is not None:
-            return operator(*args, **{**kwargs, "device": real})
-        with _mode:
-            return operator(*args, **kwargs)
-
-    return kernel
+def _in_fake_mode(operator, *args, **kwargs):
+    real = machine_device(getattr(kwargs.get("device"), "index", None) or 0)
+    if real is not None:
+        return operator(*args, **{**kwargs, "device": real})
+    with _mode:
+        return operator(*args, **kwargs)

@@ -6,6 +6,7 @@ driver's virtual memory functions.
 """
 
 import bisect
+import itertools
 
 from simgpu.allocator import (
     BLOCK_ROUNDING,
@@ -33,14 +34,13 @@ class ExpandableAllocator(Allocator):
                 " expandable segments splitting does no harm. Leave max_split_size_mb out."
             )
         self._next_address = 0
-        # Addresses without memory behind them, by whether they are of the small pool, lowest first.
+        # Addresses without memory behind them, by pool, lowest first.
         self._unmapped: dict[bool, list[tuple[int, Block]]] = {True: [], False: []}
 
     def empty_cache(self):
         """Give the memory behind free blocks back to the driver, in whole mapping units."""
-        for pool in (self._large, self._small):
-            for *_, block in list(pool):
-                self._unmap(block)
+        for *_, block in itertools.chain(*map(tuple, self._pools.values())):
+            self._unmap(block)
 
     def _splits(self, size: int, rest: int, small: bool) -> bool:
         return rest >= BLOCK_ROUNDING
@@ -48,8 +48,8 @@ class ExpandableAllocator(Allocator):
     def _best(self, pool, place: int) -> int:
         # A segment's free end counts with what it could grow to: inner blocks are used first.
         def growth(entry):
-            after = entry[2].after
-            return entry[0] + (after.size if after is not None and not after.mapped else 0)
+            size, _, block = entry
+            return size + (block.after.size if block.after and not block.after.mapped else 0)
 
         while place + 1 < len(pool) and growth(pool[place + 1]) < growth(pool[place]):
             place += 1
@@ -82,10 +82,9 @@ class ExpandableAllocator(Allocator):
             if room >= size:
                 return block
         # As many addresses as the card could ever need; they cost nothing.
-        block = Block(self._next_address, ADDRESS_GAP, small, mapped=False)
-        block.free = True
+        block = Block(self._next_address, ADDRESS_GAP, small)
         self._next_address += 2 * ADDRESS_GAP
-        bisect.insort(self._unmapped[small], (block.address, block))
+        self._insert_unmapped(block)
         return block
 
     def _map(self, block: Block, size: int) -> bool:
@@ -93,12 +92,9 @@ class ExpandableAllocator(Allocator):
         mapped = round_up(size, SMALL_SEGMENT if block.small else LARGE_SEGMENT)
         if self.reserved + mapped > self.available_bytes:
             return False
-        unmapped = self._unmapped[block.small]
-        del unmapped[bisect.bisect_left(unmapped, (block.address,))]
+        self._take_from_unmapped(block)
         if block.size > mapped:
-            rest = self._split(block, mapped)
-            rest.free, rest.mapped = True, False
-            bisect.insort(unmapped, (rest.address, rest))
+            self._insert_unmapped(self._split(block, mapped))
         block.mapped = True
         self._reserve(mapped)
         self._merge(block)
@@ -120,10 +116,16 @@ class ExpandableAllocator(Allocator):
             self._insert(block)
             block = middle
         self.reserved -= block.size
-        block.free, block.mapped = True, False
-        unmapped = self._unmapped[block.small]
         for neighbour in (block.before, block.after):
             if neighbour is not None and not neighbour.mapped:
-                del unmapped[bisect.bisect_left(unmapped, (neighbour.address,))]
+                self._take_from_unmapped(neighbour)
                 self._absorb(block, neighbour)
-        bisect.insort(unmapped, (block.address, block))
+        self._insert_unmapped(block)
+
+    def _insert_unmapped(self, block: Block):
+        block.free, block.mapped = True, False
+        bisect.insort(self._unmapped[block.small], (block.address, block))
+
+    def _take_from_unmapped(self, block: Block):
+        unmapped = self._unmapped[block.small]
+        del unmapped[bisect.bisect_left(unmapped, (block.address,))]

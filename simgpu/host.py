@@ -20,12 +20,13 @@ buffers, and the first page of every tensor, which making a view reads.
 """
 
 import heapq
-import weakref
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 # transformers takes fewer on a machine with fewer cores.
 LOADER_THREADS = 4
@@ -62,65 +63,46 @@ class HostMemory:
 class _Load:
     """The tensors of one load: those mapped from files, and those the loader makes on the CPU."""
 
-    def __init__(self):
-        # By address of the storage its bytes, of a mapped one also its file.
-        self.mapped: dict[int, tuple[int, str]] = {}
-        self.made: dict[int, int] = {}
-        self.read: dict[str, int] = {}  # bytes by file
+    def __init__(self, tensors: dict[str, torch.Tensor], files: dict[str, str]):
+        # By storage, while it lives, its bytes; of a mapped one also its file.
+        self.mapped, self.made = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        for name, tensor in tensors.items():
+            storage = tensor.untyped_storage()
+            self.mapped[storage] = storage.nbytes(), files.get(name, "")
+        self.unread = self.mapped.copy()
+        self.read: Counter[str] = Counter()  # bytes by file
         self.conversions: list[int] = []  # bytes of each on the way to a card
         self.peak = self.sequential_peak = 0
-        self._read_already: set[int] = set()
-        self._references: dict[int, weakref.ref] = {}
-
-    def map(self, storage, file: str):
-        """Take a storage for one that is mapped from a file."""
-        self.mapped[storage._cdata] = storage.nbytes(), file
-        self._watch(storage, self.mapped)
-
-    def _watch(self, storage, table: dict):
-        key = storage._cdata
-
-        def gone(_):
-            table.pop(key, None)
-            self._references.pop(key, None)
-
-        self._references[key] = weakref.ref(storage, gone)
 
     def observe(self, results: list[FakeTensor], arguments: tuple):
         """Count what an operator made: a tensor on the CPU, or a conversion before a copy."""
-        tensors = (each for each in arguments if isinstance(each, FakeTensor))
-        source = next((each for each in tensors if each.device.type == "cpu"), None)
+        fake = (each for each in arguments if isinstance(each, FakeTensor))
+        source = next((each for each in fake if each.device.type == "cpu"), None)
         for tensor in results:
             storage = tensor.untyped_storage()
             if tensor.device.type == "cpu":
-                if storage._cdata in self.mapped or storage._cdata in self.made:
+                if storage in self.mapped or storage in self.made:
                     continue  # a view
-                self.made[storage._cdata] = storage.nbytes()
-                self._watch(storage, self.made)
+                self.made[storage] = storage.nbytes()
                 self._reach(0)
             elif source is not None and source.dtype != tensor.dtype:
                 self.conversions.append(tensor.nbytes)
                 self._reach(tensor.nbytes)
             if source is not None:
-                self._read(source.untyped_storage()._cdata)
+                size, file = self.unread.pop(source.untyped_storage(), (0, ""))
+                self.read[file] += size
 
     def result(self) -> HostMemory:
-        """Call it when the loader has returned, and dropped its own references."""
+        """When the loader has returned, and dropped its own references."""
         files_in_use = {file for _, file in self.mapped.values()}
         return HostMemory(
             peak_anonymous_bytes=self.peak + sum(heapq.nlargest(LOADER_THREADS, self.conversions)),
             sequential_peak_anonymous_bytes=self.sequential_peak,
             anonymous_bytes=sum(self.made.values()),
             peak_file_bytes=sum(self.read.values()),
-            file_bytes=sum(self.read.get(file, 0) for file in files_in_use),
+            file_bytes=sum(self.read[file] for file in files_in_use),
             view_bytes=sum(size for size, _ in self.mapped.values()),
         )
-
-    def _read(self, key: int):
-        if key in self.mapped and key not in self._read_already:
-            self._read_already.add(key)
-            size, file = self.mapped[key]
-            self.read[file] = self.read.get(file, 0) + size
 
     def _reach(self, conversion: int):
         now = sum(self.made.values())
@@ -129,13 +111,10 @@ class _Load:
 
 
 class Host:
-    """Counts the host memory of every load that a rig's cards take part in.
-
-    Attributes:
-        memory: of the last load that ended, None before it and after one that failed.
-    """
+    """Counts the host memory of every load that a rig's cards take part in."""
 
     def __init__(self):
+        # Of the last load that ended, None before it and after one that failed.
         self.memory: HostMemory | None = None
         self._load: _Load | None = None
 
@@ -155,11 +134,6 @@ class Host:
             self._load = None
 
     def map(self, tensors: dict[str, torch.Tensor], files: dict[str, str]) -> dict:
-        """Take tensors for views of the files of these names, give them back, and count from here.
-
-        Those without a file are counted as of one together.
-        """
-        self._load = _Load()
-        for name, tensor in tensors.items():
-            self._load.map(tensor.untyped_storage(), files.get(name, ""))
+        """Give tensors back, and count from here; those without a file are as of one together."""
+        self._load = _Load(tensors, files)
         return tensors

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from functools import partial, partialmethod
 from pathlib import Path
 from unittest import mock
 
@@ -34,57 +35,47 @@ from simgpu.device import DEVICE_TYPE, fake_mode, machine_device
 _AUTO_CLASS = auto_factory._BaseAutoModelClass
 _ORIGINAL_WARMUP = modeling_utils.caching_allocator_warmup
 # Arguments that say where weights come from; a simulated model has none to fetch.
-_DOWNLOAD_ARGUMENTS = (
-    "revision",
-    "token",
-    "cache_dir",
-    "local_files_only",
-    "force_download",
-    "use_safetensors",
-)
+_DOWNLOAD_ARGUMENTS = {"revision", "token", "cache_dir", "local_files_only"}
+_DOWNLOAD_ARGUMENTS |= {"force_download", "use_safetensors"}
 # transformers asks these once and remembers the answer, which is another one inside the block.
-_REMEMBERED_ANSWERS = (
-    import_utils.is_torch_cuda_available,
-    import_utils.is_torch_bf16_gpu_available,
-)
+_REMEMBERED = (import_utils.is_torch_cuda_available, import_utils.is_torch_bf16_gpu_available)
 # Prompts on simulated cards have no values to look at: they are neither packed nor padded.
 _MASKING_ANSWERS = {"find_packed_sequence_indices": None, "fast_all": True, "is_tracing": False}
 
 
 @contextmanager
 def simulated_loading(rig):
-    """Let transformers and accelerate load on ``rig``'s cards until the block ends.
-
-    ``rig`` has ``host``, ``register_weights()`` and the context manager ``loading()``.
-    """
+    """Let transformers and accelerate load on ``rig``'s cards until the block ends."""
     modeling_utils.caching_allocator_warmup = _warmup_of_cuda_cards
     hooks.AlignDevicesHook.execution_device = _EXECUTION_DEVICE
     with ExitStack() as stack:
+
+        def replace(owner, name, changed):
+            stack.enter_context(mock.patch.object(owner, name, changed))
+
         for name, answer in _MASKING_ANSWERS.items():
-            changed = _unless_simulated(getattr(masking_utils, name), answer)
-            stack.enter_context(mock.patch.object(masking_utils, name, changed))
-        offload = _offload_of_numberless_weights(hooks.set_module_tensor_to_device)
-        stack.enter_context(mock.patch.object(hooks, "set_module_tensor_to_device", offload))
+            replace(masking_utils, name, partial(_on_cards, getattr(masking_utils, name), answer))
+        offload = partial(_offload, hooks.set_module_tensor_to_device)
+        replace(hooks, "set_module_tensor_to_device", offload)
         for owner in _defining("generate", GenerationMixin):
-            refused = _refused_generate(vars(owner)["generate"])
-            stack.enter_context(mock.patch.object(owner, "generate", refused))
-        stack.enter_context(from_pretrained_replaced(_simulated_from_pretrained(rig)))
-        for answer in _REMEMBERED_ANSWERS:
+            replace(owner, "generate", partialmethod(_generate, vars(owner)["generate"]))
+        stack.enter_context(from_pretrained_replaced(partial(_from_pretrained, rig)))
+        for answer in _REMEMBERED:
             answer.cache_clear()
             stack.callback(answer.cache_clear)
         yield
 
 
 @contextmanager
-def from_pretrained_replaced(replacement: Callable[[Callable], Callable]):
-    """Until the block ends, ``replacement(original)`` is the ``from_pretrained`` of every model.
+def from_pretrained_replaced(replacement: Callable):
+    """Until the block ends, ``replacement`` stands for the ``from_pretrained`` of every model.
 
-    Both are functions of the class and the arguments. Replaced are those of the Auto classes, of
-    ``PreTrainedModel``, and of all models that have one of their own.
+    It is given the original, the class and the arguments. Replaced are those of the Auto classes,
+    of ``PreTrainedModel``, and of all models that have one of their own.
     """
     with ExitStack() as stack:
         for owner in _defining("from_pretrained", _AUTO_CLASS, PreTrainedModel):
-            changed = classmethod(replacement(vars(owner)["from_pretrained"].__func__))
+            changed = classmethod(partial(replacement, vars(owner)["from_pretrained"].__func__))
             stack.enter_context(mock.patch.object(owner, "from_pretrained", changed))
         yield
 
@@ -97,32 +88,26 @@ def _defining(name: str, *roots: type) -> list[type]:
     return [each for each in classes if name in vars(each)]
 
 
-def _unless_simulated(original, answer):
-    def function(tensor=None):
-        is_simulated = tensor is not None and tensor.device.type == DEVICE_TYPE
-        return answer if is_simulated else original(tensor)
-
-    return function
+def _on_cards(original, answer, tensor=None):
+    is_simulated = tensor is not None and tensor.device.type == DEVICE_TYPE
+    return answer if is_simulated else original(tensor)
 
 
 def _warmup_of_cuda_cards(model, expanded_device_map, *args, **kwargs):
     """The loader reserves memory ahead in one block, sized by free memory on "cuda" only."""
-    cards = {name: _cuda_device(place) for name, place in expanded_device_map.items()}
-    return _ORIGINAL_WARMUP(model, cards, *args, **kwargs)
-
-
-def _cuda_device(place):
-    is_card = isinstance(place, torch.device) and place.type == DEVICE_TYPE
-    index = place.index if is_card else place
-    return torch.device("cuda", index) if isinstance(index, int) else place
+    places = dict(expanded_device_map)
+    for name, place in places.items():
+        index = place.index if getattr(place, "type", None) == DEVICE_TYPE else place
+        if isinstance(index, int):
+            places[name] = torch.device("cuda", index)
+    return _ORIGINAL_WARMUP(model, places, *args, **kwargs)
 
 
 def _execution_device(hook):
     """Where AlignDevicesHook puts weights and inputs; it first asks whether they are there."""
-    try:
-        place = vars(hook)["execution_device"]
-    except KeyError:
-        raise AttributeError("execution_device") from None
+    if "execution_device" not in vars(hook):
+        raise AttributeError("execution_device")
+    place = vars(hook)["execution_device"]
     return (machine_device(place) or place) if isinstance(place, int) else place
 
 
@@ -132,104 +117,79 @@ _EXECUTION_DEVICE = property(
 )
 
 
-def _offload_of_numberless_weights(original):
-    """Moves a weight in and out of a card as accelerate's hooks do when it is offloaded to the CPU.
-
-    accelerate makes the new parameter by calling the old one's class, which tensors without numbers
-    do not allow.
-    """
-
-    def set_module_tensor_to_device(module, tensor_name, device, value=None, **kwargs):
-        path, _, name = tensor_name.rpartition(".")
-        owner = module.get_submodule(path)
-        parameter = owner._parameters.get(name)
-        if not isinstance(parameter, FakeTensor):
-            return original(module, tensor_name, device, value=value, **kwargs)
-        moved = (parameter if value is None else value).detach().to(device)
-        owner._parameters[name] = torch.nn.Parameter(moved, requires_grad=parameter.requires_grad)
-        if device not in ("cpu", "meta"):
-            torch.cuda.empty_cache()  # as accelerate does after each
-
-    return set_module_tensor_to_device
+def _offload(original, module, tensor_name, device, value=None, **kwargs):
+    """As accelerate, which calls the old parameter's class; without numbers that is not allowed."""
+    path, _, name = tensor_name.rpartition(".")
+    owner = module.get_submodule(path)
+    parameter = owner._parameters.get(name)
+    if not isinstance(parameter, FakeTensor):
+        return original(module, tensor_name, device, value=value, **kwargs)
+    moved = (parameter if value is None else value).detach().to(device)
+    owner._parameters[name] = torch.nn.Parameter(moved, requires_grad=parameter.requires_grad)
+    if device not in ("cpu", "meta"):
+        torch.cuda.empty_cache()  # as accelerate does after each
 
 
-def _refused_generate(original):
-    def generate(self, *args, **kwargs):
-        if not isinstance(next(self.parameters()), FakeTensor):
-            return original(self, *args, **kwargs)
-        raise RuntimeError(
-            "generate() looks at the tokens it makes, and tensors on simulated cards have no"
-            " numbers. Measure the same steps: call the model once on the whole prompt with"
-            " use_cache=True (prefill), then on one position at a time with its past_key_values"
-            " (decode), in rig.repeat; or generate on a real device."
-        )
-
-    return generate
+def _generate(model, original, *args, **kwargs):
+    if not isinstance(next(model.parameters()), FakeTensor):
+        return original(model, *args, **kwargs)
+    raise RuntimeError(
+        "generate() looks at the tokens it makes, and tensors on simulated cards have no numbers."
+        " Measure the same steps: call the model once on the whole prompt with use_cache=True"
+        " (prefill), then on one position at a time with its past_key_values (decode), in"
+        " rig.repeat; or generate on a real device."
+    )
 
 
-def _simulated_from_pretrained(rig):
+def _from_pretrained(
+    rig, original, cls, pretrained_model_name_or_path, *args, config=None, **kwargs
+):
     """``from_pretrained`` by transformers' own loader, on tensors that have no numbers."""
-
-    def replacement(original):
-        def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-            name = pretrained_model_name_or_path
-            if "state_dict" in kwargs:  # from below, or the caller's own weights
-                return original(cls, name, *args, config=config, **kwargs)
-            if kwargs.pop("trust_remote_code", False):
-                raise ValueError(
-                    "trust_remote_code=True would run code from the hub. A simulated rig takes the"
-                    " classes that are installed and never runs remote code; leave the argument"
-                    " out."
-                )
-            config = _read_config(cls, config or name)
-            if issubclass(cls, _AUTO_CLASS):
-                model_class, config = _model_class(cls, config)
-                return model_class.from_pretrained(name, *args, config=config, **kwargs)
-            for argument in _DOWNLOAD_ARGUMENTS:
-                kwargs.pop(argument, None)
-            files = weight_map(Path(name or ""))
-            with _quiet_loader(), rig.loading(), rig.host.loading():
-                # No name here for the tensors: the loader's own have to be gone when it returns.
-                loaded = original(
-                    cls,
-                    None,
-                    *args,
-                    config=config,
-                    state_dict=rig.host.map(_empty_checkpoint(cls, config), files),
-                    **kwargs,
-                )
-            rig.register_weights([loaded[0] if isinstance(loaded, tuple) else loaded])
-            return loaded
-
-        return from_pretrained
-
-    return replacement
+    name = pretrained_model_name_or_path
+    if "state_dict" in kwargs:  # from below, or the caller's own weights
+        return original(cls, name, *args, config=config, **kwargs)
+    if kwargs.pop("trust_remote_code", False):
+        raise ValueError(
+            "trust_remote_code=True would run code from the hub. A simulated rig takes the classes"
+            " that are installed and never runs remote code; leave the argument out."
+        )
+    config = _read_config(cls, config or name)
+    if issubclass(cls, _AUTO_CLASS):
+        model_class, config = _model_class(cls, config)
+        return model_class.from_pretrained(name, *args, config=config, **kwargs)
+    for argument in _DOWNLOAD_ARGUMENTS:
+        kwargs.pop(argument, None)
+    files = weight_map(Path(name or ""))
+    with _quiet_loader(), rig.loading(), rig.host.loading():
+        # No name here for the tensors: the loader's own have to be gone when it returns.
+        loaded = original(
+            cls,
+            None,
+            *args,
+            config=config,
+            state_dict=rig.host.map(_empty_checkpoint(cls, config), files),
+            **kwargs,
+        )
+    rig.register_weights([loaded[0] if isinstance(loaded, tuple) else loaded])
+    return loaded
 
 
 @contextmanager
 def _quiet_loader():
     """transformers' loader without progress bar, and without threads, which know no rig."""
-    progress = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with (
-            warnings.catch_warnings(),
-            mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
-        ):
-            # The loader finds tied weights by address; without numbers none are tied.
-            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            yield
-    finally:
-        if progress:
-            transformers_logging.enable_progress_bar()
+    with ExitStack() as stack:
+        if transformers_logging.is_progress_bar_enabled():
+            transformers_logging.disable_progress_bar()
+            stack.callback(transformers_logging.enable_progress_bar)
+        stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
+        stack.enter_context(warnings.catch_warnings())
+        # The loader finds tied weights by address; without numbers none are tied.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield
 
 
 def _read_config(cls: type, source) -> PreTrainedConfig:
-    """A checkpoint's configuration: registered, in a directory, or downloaded before.
-
-    Raises:
-        ValueError: there is none on this machine.
-    """
+    """A checkpoint's configuration: registered, in a directory, or downloaded before."""
     if isinstance(source, PreTrainedConfig):
         return source
     known = known_config(str(source))

@@ -29,9 +29,7 @@ class MachineRig(Rig):
     peak is the larger of its begin and its end.
     """
 
-    def __init__(self):
-        super().__init__()
-        self._host_peak = 0
+    _host_peak = 0
 
     @property
     def provenance(self) -> str:
@@ -55,9 +53,7 @@ class MachineRig(Rig):
         """Name and capacity in bytes of every GPU; empty where there is none."""
         if not torch.cuda.is_available():
             return []
-        found = [
-            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
-        ]
+        found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         return [(properties.name, properties.total_memory) for properties in found]
 
     def memory(self) -> list[CardMemory]:
@@ -82,16 +78,13 @@ class MachineRig(Rig):
         return torch.cuda.mem_get_info(index)[0]
 
     def _host_memory(self) -> CardMemory:
-        host = psutil.virtual_memory()
-        resident = psutil.Process().memory_info().rss
+        host, resident = psutil.virtual_memory(), psutil.Process().memory_info().rss
         self._host_peak = max(self._host_peak, resident)
-        return CardMemory(
-            0, "host", host.total, resident, resident, *[self._host_peak] * 2, host.available
-        )
+        own = (resident, resident, self._host_peak, self._host_peak)
+        return CardMemory(0, "host", host.total, *own, host.available)
 
     def _reset_peaks(self):
         self._host_peak = 0
         self.memory()
-        if torch.cuda.is_available():
-            for index in range(len(self.devices)):
-                torch.cuda.reset_peak_memory_stats(index)
+        for index in range(len(self.devices)):
+            torch.cuda.reset_peak_memory_stats(index)

@@ -66,7 +66,7 @@ class Monitor:
         self.rig, self.path, self.interval_seconds = rig, Path(path), interval_seconds
         self.samples, self.sampling_seconds = 0, 0.0
         self._on_sample, self._cache = on_sample, cache
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     def __enter__(self) -> "Monitor":
         self._file = open(self.path, "a", encoding="utf-8")
@@ -88,8 +88,7 @@ class Monitor:
     def __exit__(self, kind, error, traceback):
         self.rig.watchers.remove(self._try_sample)
         self._sampler.stop()
-        if self._error is None:
-            self._try_sample()
+        self._try_sample()
         self._readings.close()
         self._file.close()
         if self._error is None:
@@ -145,12 +144,10 @@ class _Clock(threading.Thread):
         self._stopped = threading.Event()
 
     def run(self):
-        due = time.monotonic()
-        while True:
-            due = max(due + self.interval_seconds, time.monotonic())
-            if self._stopped.wait(due - time.monotonic()):
-                return
+        due = time.monotonic() + self.interval_seconds
+        while not self._stopped.wait(due - time.monotonic()):
             self.sample()
+            due = max(due + self.interval_seconds, time.monotonic())
 
     def stop(self):
         self._stopped.set()
@@ -160,8 +157,7 @@ class _Clock(threading.Thread):
 class _Listener:
     """Calls ``sample`` before those allocations and releases that the monitor wants to see.
 
-    Before, not after: by then everything on the card is in ``rig.blocks``, and the failed request
-    of an out-of-memory error comes after a sample too.
+    Before: then all that is on the card is in ``rig.blocks``, and a request that fails is seen too.
     """
 
     def __init__(self, rig, sample: Callable[[], None]):
@@ -194,10 +190,10 @@ class _Listener:
                 or in_other_stage
             )
         if wanted:
-            if in_other_stage:  # whose peaks begin anew
-                self._sampled_peaks = [each.allocated for each in self.allocators]
             self._sampled_event, self._sampled_stages = self.events, list(self.stages)
             self._sampled_bytes = [each.allocated for each in self.allocators]
+            if in_other_stage:  # whose peaks begin anew
+                self._sampled_peaks = list(self._sampled_bytes)
             self._sampled_peaks[index] = max(self._sampled_peaks[index], now)
             self.sample()
         self.events += 1
@@ -212,13 +208,10 @@ def read_samples(path: str | Path) -> list[dict]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is no file. Expected what a Monitor wrote. Check the path, or whether a"
-            " monitor ran."
-        )
+        advice = "Check the path, or whether a monitor ran."
+        raise FileNotFoundError(f"{path} is no file. Expected what a Monitor wrote. {advice}")
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines()
-    samples = []
+    lines, samples = text.splitlines(), []
     for number, line in enumerate(lines, start=1):
         try:
             sample = json.loads(line)

@@ -3,7 +3,7 @@
 By it nothing is taken of a card, where CUDA would make a context of half a gigabyte first.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pynvml
 from pynvml import NVMLError
@@ -25,20 +25,16 @@ def nvml():
 
 def card_count() -> int:
     """How many cards the driver has, also those hidden from CUDA; 0 without a driver."""
-    try:
-        with nvml():
-            return pynvml.nvmlDeviceGetCount()
-    except NVMLError:
-        return 0
+    with suppress(NVMLError), nvml():
+        return pynvml.nvmlDeviceGetCount()
+    return 0
 
 
 def driver_version() -> str | None:
     """Of the NVIDIA driver, as "580.159.04"; None without one."""
-    try:
-        with nvml():
-            return pynvml.nvmlSystemGetDriverVersion()
-    except NVMLError:
-        return None
+    with suppress(NVMLError), nvml():
+        return pynvml.nvmlSystemGetDriverVersion()
+    return None
 
 
 def handle_of(uuid):
@@ -46,10 +42,9 @@ def handle_of(uuid):
 
     By UUID and not by number: CUDA_VISIBLE_DEVICES renumbers what PyTorch sees, not what NVML sees.
     """
-    try:
+    with suppress(NVMLError):
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    except NVMLError:
-        return None
+    return None
 
 
 def memory_of(handle):

@@ -96,7 +96,7 @@ def explain(error: str, traceback: str = "") -> dict | None:
         return None
     # The note stands behind the message; before it are lines of code, which may contain anything.
     _, found, notes = traceback.rpartition("out of memory")
-    phase = re.search(r"in the stage \"([^\"]+)\"", notes) if found else None
+    phase = re.search(r'in the stage "([^"]+)"', notes) if found else None
     answer = {"device": None, "phase": phase and phase[1], "short_bytes": None}
     try:
         message = parse_out_of_memory(error)

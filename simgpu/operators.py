@@ -7,6 +7,7 @@ aten/src/ATen/native/cuda/Reduce.cuh.
 """
 
 import math
+from functools import partial
 
 import torch
 
@@ -37,13 +38,7 @@ _REDUCTION_THREADS, _WARP, _VECTOR = 512, 32, 4
 
 
 def scratch_bytes(name: str, arguments: tuple, card: Card) -> list[int]:
-    """What an operator's kernel takes besides its result and gives back at its end, in this order.
-
-    Args:
-        name: of the operator, as "aten::sum".
-        arguments: it was called with.
-        card: the kernel runs on.
-    """
+    """What the kernel of an operator, as "aten::sum", takes in this order besides its result."""
     if name == "aten::sum":
         return _sum_scratch(arguments[0], arguments[1] if len(arguments) > 1 else None, card)
     if name == "aten::_scaled_dot_product_cudnn_attention_backward":
@@ -53,9 +48,7 @@ def scratch_bytes(name: str, arguments: tuple, card: Card) -> list[int]:
     return []
 
 
-def _embedding_backward_scratch(
-    gradient: torch.Tensor, indices: torch.Tensor, rows: int
-) -> list[int]:
+def _embedding_backward_scratch(gradient, indices, rows: int) -> list[int]:
     """Indices are sorted, gradients added in pieces of ten (EmbeddingBackwardKernel.cu)."""
     count = indices.numel()
     if count <= 3072:
@@ -77,20 +70,17 @@ def _sum_scratch(tensor: torch.Tensor, dims, card: Card) -> list[int]:
     """Partial sums and their counters, where the blocks of a grid share the work on one sum."""
     if not tensor.numel():
         return []
-    every = range(tensor.ndim)
-    reduced = sorted(dim % tensor.ndim for dim in dims) if dims else list(every)
+    every = list(range(tensor.ndim))
+    reduced = sorted(dim % tensor.ndim for dim in dims) if dims else every
     over_positions = tensor.ndim == 4 and reduced == [0, 2, 3]
     layout = torch.channels_last if over_positions else torch.contiguous_format
     if not tensor.is_contiguous(memory_format=layout):
         return []
     inputs = math.prod(tensor.shape[dim] for dim in reduced)
     outputs = tensor.numel() // inputs
-    if reduced == list(every)[len(every) - len(reduced) :]:
-        along_rows = True
-    elif over_positions or reduced == list(every)[: len(reduced)]:
-        along_rows = False
-    else:
-        return []  # dimensions in the middle: does not happen in this model
+    along_rows = reduced == every[len(every) - len(reduced) :]
+    if not along_rows and not over_positions and reduced != every[: len(reduced)]:
+        return []  # dimensions in the middle: not traced
     return _reduction(outputs, inputs, along_rows, max(4, tensor.element_size()), card)
 
 
@@ -130,45 +120,33 @@ def _reduction(
     return [partial, 4 * grid]
 
 
-def _scratch(size_bytes: int, device: torch.device):
-    """Taken and given back at once, as a kernel's workspace is."""
-    torch.empty(size_bytes, dtype=torch.uint8, device=device)
-
-
-def routed_attention(original, rig):
+def attention(
+    rig, original, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options
+):
     """Attention with the kernel CUDA picks; without a GPU torch picks the slowest."""
-
-    def scaled_dot_product_attention(
-        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options
-    ):
-        def plain():
-            others = (attn_mask, dropout_p, is_causal)
-            return original(query, key, value, *others, scale=scale, **options)
-
-        if query.device.type != DEVICE_TYPE:
-            return plain()
-        capability = rig.cards[query.device.index].compute_capability
-        has_flash = capability >= (8, 0)
-        half = query.dtype in (torch.float16, torch.bfloat16)
-        needs_gradient = torch.is_grad_enabled() and query.requires_grad
-        if attn_mask is None and half and capability[0] in (9, 10):
-            return _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, scale)
-        if attn_mask is None and half and has_flash:
-            return torch.ops.aten._scaled_dot_product_flash_attention(
-                query, key, value, dropout_p, is_causal, scale=scale
-            )[0]
-        grouped = query.shape[1] != key.shape[1]
-        if grouped or (query.dtype is torch.bfloat16 and not has_flash):
-            return plain()  # which neither the flash nor the memory-efficient kernel takes
-        if attn_mask is not None:
-            if attn_mask.dtype is torch.bool:
-                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-        return torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
+    plain = partial(original, query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if query.device.type != DEVICE_TYPE:
+        return plain()
+    capability, scale = rig.cards[query.device.index].compute_capability, options.get("scale")
+    has_flash = capability >= (8, 0)
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    needs_gradient = torch.is_grad_enabled() and query.requires_grad
+    if attn_mask is None and half and capability[0] in (9, 10):
+        return _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, scale)
+    if attn_mask is None and half and has_flash:
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, scale=scale
         )[0]
-
-    return scaled_dot_product_attention
+    grouped = query.shape[1] != key.shape[1]
+    if grouped or (query.dtype is torch.bfloat16 and not has_flash):
+        return plain()  # which neither the flash nor the memory-efficient kernel takes
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
+    )[0]
 
 
 def _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, scale):
@@ -185,40 +163,35 @@ def _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, sc
             query, key, value, None, True, dropout_p, is_causal, False, scale=scale
         )[0]
     else:
-        random = [
-            torch.empty((), dtype=torch.int64, device=query.device) for _ in ("seed", "offset")
-        ]
+        for _ in ("seed", "offset"):
+            random.append(torch.empty((), dtype=torch.int64, device=query.device))
         output = torch.empty_like(query)
     size = _CUDNN_ATTENTION_BYTES
     if positions == 1 and key.shape[2] > 1:
         # Per split: the weighted values, the largest score and the sum, in float32.
         size = batch * heads * _DECODE_SPLITS * (features + 2) * 4 + _CUDNN_ATTENTION_BYTES // 2
-    _scratch(size, query.device)
+    torch.empty(size, dtype=torch.uint8, device=query.device)  # the workspace, gone at once
     del random
     return output
 
 
-def routed_convolution(original, rig):
+def convolution(_, original, input, weight, *settings, **options):
     """``conv2d`` as cuDNN runs it: in the input's layout, in float32 on transposed copies."""
-
-    def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        if input.device.type != DEVICE_TYPE:
-            return original(input, weight, bias, stride, padding, dilation, groups)
-        strides = input.stride()
-        channels_last = strides[1] == 1 and input.shape[1] > 1
-        if channels_last:
-            input = input.contiguous(memory_format=torch.channels_last)
-        output = original(input, weight, bias, stride, padding, dilation, groups)
-        if channels_last and not output.requires_grad:
+    if input.device.type != DEVICE_TYPE:
+        return original(input, weight, *settings, **options)
+    channels_last = input.stride(1) == 1 and input.shape[1] > 1
+    if channels_last:
+        input = input.contiguous(memory_format=torch.channels_last)
+    output = original(input, weight, *settings, **options)
+    transposed = None
+    if channels_last:
+        if not output.requires_grad:
             # The shape rule does not know that the result is channels-last; it has no views yet.
             output = output.as_strided_(output.shape, channels_last_strides(output.shape))
-        transposed = (
-            weight.detach().contiguous(memory_format=torch.channels_last) if channels_last else None
-        )
-        if input.dtype is torch.float32:
-            copies = (input, weight) if channels_last else (input, weight, output)
-            _scratch(sum(tensor.nbytes for tensor in copies) + 16, input.device)
-        del transposed
-        return output
-
-    return conv2d
+        transposed = weight.detach().contiguous(memory_format=torch.channels_last)
+    if input.dtype is torch.float32:
+        copies = (input, weight) if channels_last else (input, weight, output)
+        size = sum(tensor.nbytes for tensor in copies) + 16
+        torch.empty(size, dtype=torch.uint8, device=input.device)  # the workspace, gone at once
+    del transposed
+    return output

@@ -67,17 +67,10 @@ def _tensors_of(values: dict) -> Iterator[torch.Tensor]:
     return (each for each in values.values() if isinstance(each, torch.Tensor))
 
 
-def split(
-    allocated: int, weights: int, kv_cache: int, workspace: int | None
-) -> dict[str, int | None]:
+def split(allocated: int, weights: int, kv_cache: int, workspace: int | None) -> dict:
     """Allocated bytes by purpose, each at most what the others leave; the rest is activations."""
-    weights = min(weights, allocated)
-    kv_cache = min(kv_cache, allocated - weights)
-    rest = allocated - weights - kv_cache
-    known = min(workspace or 0, rest)
-    return {
-        "weights_bytes": weights,
-        "kv_cache_bytes": kv_cache,
-        "workspace_bytes": None if workspace is None else known,
-        "activations_bytes": rest - known,
-    }
+    found, rest = {}, allocated
+    for name, size in (("weights", weights), ("kv_cache", kv_cache), ("workspace", workspace)):
+        found[f"{name}_bytes"] = None if size is None else min(size, rest)
+        rest -= found[f"{name}_bytes"] or 0
+    return found | {"activations_bytes": rest}

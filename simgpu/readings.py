@@ -10,7 +10,7 @@ this process, ``others_bytes``). None stands for what cannot be known.
 import os
 import weakref
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 
@@ -29,21 +29,17 @@ class SimulatedReadings:
 
     def read(self) -> list[dict]:
         found = []
-        loading = "load" in self.rig.running
         for memory in self.rig.memory():
             sizes = Counter()
             for block in self.rig.blocks(memory.index):
                 sizes[block.purpose] += block.bytes
-            if loading:
-                sizes = {WEIGHTS: memory.allocated_bytes}
-            parts = [sizes.get(purpose, 0) for purpose in (WEIGHTS, KV_CACHE, WORKSPACE)]
+            if "load" in self.rig.running:
+                sizes = Counter({WEIGHTS: memory.allocated_bytes})
+            parts = (sizes[WEIGHTS], sizes[KV_CACHE], sizes[WORKSPACE])
             used = memory.capacity_bytes - memory.free_bytes
-            found.append(
-                memory.to_dict()
-                | split(memory.allocated_bytes, *parts)
-                # Nobody else is on a simulated card.
-                | {"used_bytes": used, "own_bytes": used, "others_bytes": 0}
-            )
+            # Nobody else is on a simulated card.
+            driver = {"used_bytes": used, "own_bytes": used, "others_bytes": 0}
+            found.append(memory.to_dict() | split(memory.allocated_bytes, *parts) | driver)
         return found
 
 
@@ -54,11 +50,7 @@ class MachineReadings:
     gigabyte of it. ``weights_bytes`` is what was allocated when the last stage named "load" ended;
     the KV cache is known if it was given, the workspace never. NVML tells this process from others
     only where it lists process ids of this machine's own numbering, which in a container it may
-    not.
-
-    Args:
-        rig: real cards, or ``Rig.here()``.
-        cache: transformers' KV cache, or None. It is not kept alive.
+    not. ``cache`` is transformers' KV cache, or None; it is not kept alive.
     """
 
     def __init__(self, rig, cache=None):
@@ -67,20 +59,14 @@ class MachineReadings:
         self._listed = False  # whether NVML has ever listed this process
         self._handles: list = []
         self._open = ExitStack()
-        if not torch.cuda.is_available():
-            return
-        try:
-            self._open.enter_context(nvml())
-        except NVMLError:
-            return
-        self._handles = [
-            handle_of(torch.cuda.get_device_properties(index).uuid)
-            for index in range(len(rig.devices))
-        ]
+        if torch.cuda.is_available():
+            with suppress(NVMLError):
+                self._open.enter_context(nvml())
+                for index in range(len(rig.devices)):
+                    self._handles.append(handle_of(torch.cuda.get_device_properties(index).uuid))
 
     def close(self):
         """Let go of NVML."""
-        self._handles = []
         self._open.close()
 
     def read(self) -> list[dict]:
@@ -97,7 +83,7 @@ class MachineReadings:
             found.append(
                 {"index": index, "card": name, "capacity_bytes": capacity}
                 | figures
-                | split(allocated, self._weights(index, allocated), kv_cache.get(index, 0), None)
+                | split(allocated, self._weights(index, allocated), kv_cache[index], None)
                 | self._driver_figures(index, capacity)
             )
         return found
@@ -112,52 +98,42 @@ class MachineReadings:
     def _driver_figures(self, index: int, capacity: int) -> dict[str, int | None]:
         """The card by NVML; without it by CUDA, if this process has a context, and no processes."""
         handle = self._handles[index] if self._handles else None
-        if handle is None:
-            free, total = (
-                torch.cuda.mem_get_info(index) if torch.cuda.is_initialized() else (None, 0)
-            )
-            used = None if free is None else total - free
-            return {"free_bytes": free, "used_bytes": used, "own_bytes": None, "others_bytes": None}
-        memory = memory_of(handle)
-        own = self._own_bytes(handle)
-        others = None if own is None else max(0, memory.used - own)
-        return {
-            "free_bytes": max(0, min(memory.free, capacity - memory.used)),
-            "used_bytes": memory.used,
-            "own_bytes": own,
-            "others_bytes": others,
-        }
+        free = used = own = others = None
+        if handle is not None:
+            memory = memory_of(handle)
+            used, own = memory.used, self._own_bytes(handle)
+            free = max(0, min(memory.free, capacity - used))
+            others = None if own is None else max(0, used - own)
+        elif torch.cuda.is_initialized():
+            free, total = torch.cuda.mem_get_info(index)
+            used = total - free
+        return {"free_bytes": free, "used_bytes": used, "own_bytes": own, "others_bytes": others}
 
     def _own_bytes(self, handle) -> int | None:
         processes = processes_on(handle)
-        if processes is None:
-            return None
-        mine = [size for pid, size in processes if pid == os.getpid()]
+        mine = [size for pid, size in processes or () if pid == os.getpid()]
         self._listed = self._listed or bool(mine)
-        if not self._listed or None in mine:
-            return None
-        return sum(mine)
+        known = processes is not None and self._listed and None not in mine
+        return sum(mine) if known else None
 
 
-def cache_bytes(cache) -> dict[int, int]:
-    """Bytes of a KV cache by index of its tensors' device (0 for the CPU); {} without a cache."""
-    found: dict[int, int] = {}
+def cache_bytes(cache) -> Counter[int]:
+    """Bytes of a KV cache by index of its tensors' device (0 for the CPU); none without a cache."""
+    found = Counter()
     for layer in getattr(cache, "layers", ()):
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if tensor is not None:
-                index = tensor.device.index or 0
-                found[index] = found.get(index, 0) + tensor.nbytes
+                found[tensor.device.index or 0] += tensor.nbytes
     return found
 
 
 def _allocator_figures(index: int) -> dict[str, int]:
     # The public functions ask for this dictionary once a figure: ten times slower.
-    statistics = (
-        torch.cuda.memory_stats_as_nested_dict(index) if torch.cuda.is_initialized() else {}
-    )
-    figures = {}
-    for name in ("allocated", "reserved"):
-        bytes_now = statistics.get(f"{name}_bytes", {}).get("all", {})
-        figures[f"{name}_bytes"] = bytes_now.get("current", 0)
-        figures[f"peak_{name}_bytes"] = bytes_now.get("peak", 0)
-    return figures
+    statistics = {}
+    if torch.cuda.is_initialized():
+        statistics = torch.cuda.memory_stats_as_nested_dict(index)
+    return {
+        f"{prefix}{name}_bytes": statistics.get(f"{name}_bytes", {}).get("all", {}).get(key, 0)
+        for name in ("allocated", "reserved")
+        for prefix, key in (("", "current"), ("peak_", "peak"))
+    }

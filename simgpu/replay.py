@@ -19,15 +19,11 @@ class Event:
 
 
 class Replay:
-    """Repeats the second of two recorded steps; sizes grow as they did from the first.
+    """Repeats the second of two recorded steps of as many allocations; sizes grow as they did.
 
     An allocation is known by its number in its step. A release is of one made in the same step, or
-    of the one with the same number in the step before.
-
-    Args:
-        first, second: the recorded steps, which have the same sequence of allocations.
-        live: allocations that are on the cards now (``accounting.Allocation``).
-        allocators: one per card.
+    of the one with the same number in the step before. ``live`` is what is on the cards now
+    (``accounting.Allocation``).
     """
 
     def __init__(
@@ -57,12 +53,7 @@ class Replay:
                 self._program.append((allocator, self._held, before[event.serial], 0, 0))
 
     def run(self, count: int):
-        """Repeat the step ``count`` times. What survived the recorded step then holds what survived
-        the last.
-
-        Raises:
-            torch.OutOfMemoryError: as the step itself would.
-        """
+        """Repeat the step; what survived the recorded one then holds what survived the last."""
         try:
             for repetition in range(1, count + 1):
                 self._step(repetition)

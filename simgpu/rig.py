@@ -76,12 +76,19 @@ class Rig(ABC):
     def __new__(cls, card: str = "L4", count: int = 1, *others, **options) -> "Rig":
         if cls is not Rig:
             return super().__new__(cls)
+        from simgpu.capped import CappedRig, refused_by
+        from simgpu.simulated import SimulatedRig
+
         if others or options:
             raise TypeError(
                 "Rig takes a card and a count, as Rig('L4', 2). Options of simulated cards are for"
                 " Rig.simulated."
             )
-        chosen, reason = _choose(card, count)
+        check_count(count)
+        chosen, reason = SimulatedRig, None
+        if torch.cuda.is_available() and not isinstance(Rig.active, SimulatedRig):
+            reason = refused_by(find_card(card), count)
+            chosen = SimulatedRig if reason else CappedRig
         rig = super().__new__(chosen)
         rig.reason = reason
         return rig
@@ -90,7 +97,6 @@ class Rig(ABC):
         self.stages: list[Stage] = []
         self.running: list[str] = []
         self.watchers: list[Callable[[], None]] = []
-        self._world: ExitStack | None = None
 
     def __repr__(self):
         return f"Rig({len(self.cards)} x {self.card.device_name}, {self.provenance})"
@@ -109,8 +115,7 @@ class Rig(ABC):
         return self
 
     def __exit__(self, *exception):
-        world, self._world = self._world, None
-        world.__exit__(*exception)
+        self._world.__exit__(*exception)
 
     @staticmethod
     def simulated(
@@ -170,11 +175,9 @@ class Rig(ABC):
                 stage.memory = self.memory()
                 self.running.pop()
 
-    @contextmanager
     def loading(self):
         """Around ``from_pretrained``: a stage "load", unless inside a stage already."""
-        with nullcontext() if self.running else self.stage("load"):
-            yield
+        return nullcontext() if self.running else self.stage("load")
 
     @abstractmethod
     def _build_world(self, stack: ExitStack):
@@ -198,16 +201,3 @@ def check_count(count: int):
         raise ValueError(
             f"count is {count!r}; a rig has 1 to {MAX_CARDS} cards. Give a whole number in between."
         )
-
-
-def _choose(card: str, count: int) -> tuple[type[Rig], str | None]:
-    """The kind of rig for these cards, and why a machine's GPUs will not do."""
-    from simgpu.capped import CappedRig, refused_by
-    from simgpu.simulated import SimulatedRig
-
-    check_count(count)
-    wanted = find_card(card)
-    if isinstance(Rig.active, SimulatedRig) or not torch.cuda.is_available():
-        return SimulatedRig, None
-    reason = refused_by(wanted, count)
-    return (SimulatedRig, reason) if reason else (CappedRig, None)

@@ -1,11 +1,12 @@
 """``SimulatedRig``: cards with shapes and bytes only, so that any model runs on a laptop."""
 
 import os
-import weakref
 from collections.abc import Iterable
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from simgpu.accounting import Accounting, Allocation
 from simgpu.addresses import AddressSpace
@@ -19,9 +20,6 @@ from simgpu.loading import simulated_loading
 from simgpu.purposes import GRADIENTS, WEIGHTS, all_modules, gradients_of, registration, weights_of
 from simgpu.rig import CardMemory, Rig, Stage, check_count
 from simgpu.units import MIB
-
-# PyTorch 2.9 gave the variable a name without CUDA and reads both.
-_ALLOC_CONF_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def read_alloc_conf(text: str) -> tuple[type[Allocator], dict]:
@@ -56,8 +54,7 @@ class SimulatedRig(Rig):
 
     Args:
         card, count: as of ``Rig``.
-        alloc_conf: as the environment variable ``PYTORCH_CUDA_ALLOC_CONF``, which is read where
-            this is None.
+        alloc_conf: as the environment variable ``PYTORCH_CUDA_ALLOC_CONF``, read where it is None.
 
     Raises:
         ValueError: unknown card, an impossible count, or a configuration that is not simulated.
@@ -69,17 +66,17 @@ class SimulatedRig(Rig):
         self.card: Card = find_card(card)
         self.cards = [self.card] * count
         if alloc_conf is None:
-            alloc_conf = next(filter(None, map(os.environ.get, _ALLOC_CONF_VARIABLES)), "")
+            # PyTorch 2.9 gave the variable a name without CUDA and reads both.
+            names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+            alloc_conf = next(filter(None, map(os.environ.get, names)), "")
         kind, options = read_alloc_conf(alloc_conf)
         options |= {"system_bytes": self.card.system_bytes, "addresses": AddressSpace(count)}
-        sizes = (self.card.total_bytes, self.card.context_bytes)
-        self.allocators = [
-            kind(index, self.card.device_name, *sizes, **options) for index in range(count)
-        ]
+        common = (self.card.device_name, self.card.total_bytes, self.card.context_bytes)
+        self.allocators = [kind(index, *common, **options) for index in range(count)]
         self._accounting = Accounting(self.allocators, self.card)
         self.host = Host()
-        # Parameters that were registered, whose gradients a backward pass makes.
-        self._weights: dict[int, weakref.ref] = {}
+        # What was registered, whose gradients a backward pass makes.
+        self._weights = WeakIdKeyDictionary()
 
     @property
     def provenance(self) -> str:
@@ -101,16 +98,16 @@ class SimulatedRig(Rig):
     def memory(self) -> list[CardMemory]:
         return [
             CardMemory(
-                index=allocator.index,
-                card=card.key,
-                capacity_bytes=allocator.total_bytes,
-                allocated_bytes=allocator.allocated,
-                reserved_bytes=allocator.reserved,
-                peak_allocated_bytes=allocator.peak_allocated,
-                peak_reserved_bytes=allocator.peak_reserved,
-                free_bytes=allocator.free_bytes,
+                index=each.index,
+                card=self.card.key,
+                capacity_bytes=each.total_bytes,
+                allocated_bytes=each.allocated,
+                reserved_bytes=each.reserved,
+                peak_allocated_bytes=each.peak_allocated,
+                peak_reserved_bytes=each.peak_reserved,
+                free_bytes=each.free_bytes,
             )
-            for card, allocator in zip(self.cards, self.allocators, strict=True)
+            for each in self.allocators
         ]
 
     def blocks(self, card: int = 0) -> list[Allocation]:
@@ -122,22 +119,16 @@ class SimulatedRig(Rig):
 
     @contextmanager
     def _inside(self, stage: Stage):
-        outer, self._accounting.stage = self._accounting.stage, stage.name
-        try:
+        with mock.patch.object(self._accounting, "stage", stage.name):
             yield
             if stage.name == "load":
                 self.register_weights(all_modules())
-        finally:
-            self._accounting.stage = outer
 
     def register_weights(self, modules: Iterable[torch.nn.Module]):
-        """What is on the cards of these modules' parameters and buffers is weights.
-
-        Models that ``from_pretrained`` returns are registered by themselves, all others when a
-        stage named "load" ends.
-        """
+        """The modules' parameters and buffers are weights. Called for the models that
+        ``from_pretrained`` returns, and for all when a stage named "load" ends."""
         weights = [each for each in weights_of(modules) if each.device.type == DEVICE_TYPE]
-        self._weights.update((id(each), weakref.ref(each)) for each in weights)
+        self._weights.update(dict.fromkeys(weights))
         self._accounting.register(WEIGHTS, weights)
 
     def _blocks_at_failure(self) -> list[list[Allocation]]:
@@ -161,6 +152,4 @@ class SimulatedRig(Rig):
         """Around a backward pass; an out-of-memory error cannot leave it, and is raised here."""
         with self._accounting.deferring():
             yield
-        known = [reference() for reference in self._weights.values()]
-        alive = [each for each in known if each is not None]
-        self._accounting.register(GRADIENTS, gradients_of(alive))
+        self._accounting.register(GRADIENTS, gradients_of(list(self._weights)))

@@ -27,9 +27,7 @@ _OPTION_ADVICE = {
     "documents": "Put the documents' text into a message.",
     "chat_template": "Leave chat_template out.",
     "truncation": "Cutting ids could cut the image's placeholder: leave messages out instead.",
-    "return_assistant_tokens_mask": (
-        "Encode the conversation up to each answer to find where it starts."
-    ),
+    "return_assistant_tokens_mask": "Encode the conversation up to each answer to find its start.",
 }
 
 
@@ -44,21 +42,13 @@ class Message:
 
 
 def is_batch(conversation) -> bool:
-    """Whether this is a list of conversations rather than one conversation.
-
-    Raises:
-        TypeError: neither.
-        ValueError: an empty list.
-    """
+    """Whether this is a list of conversations; TypeError, ValueError if neither, or empty."""
     if hasattr(conversation, "messages"):  # a Chat of transformers' pipelines
         return False
     if not isinstance(conversation, (list, tuple)):
-        raise _wrong_type(
-            "The conversation",
-            conversation,
-            'a list of messages such as [{"role": "user", "content": "Hello"}], or a list of such'
-            " lists. Put the message into a list.",
-        )
+        expected = 'a list of messages such as [{"role": "user", "content": "Hello"}], or a list of'
+        advice = " such lists. Put the message into a list."
+        raise _wrong_type("The conversation", conversation, expected + advice)
     if not conversation:
         expected = "Expected at least one message. Add a message of role user."
         raise ValueError(f"The conversation is empty. {expected}")
@@ -74,11 +64,9 @@ def parse_conversation(messages) -> list[Message]:
       "text"}`` or ``{"type": "image", "image": image}``, the image under "image", "path" or "url",
       or ``{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}``.
 
-    An image is a PIL image, a path of a local file, its bytes, or an array [height, width, 3] of
-    uint8; True, or a part without an image, makes only the placeholder. It stands before the text
-    of its message wherever the part stood, as in the model's training data. Text parts are joined
-    without anything between. A message with neither text nor image adds nothing, as in the
-    original.
+    An image is what ``image_processing.load_image`` takes; True, or a part without an image, makes
+    only the placeholder. It stands before the text of its message, as in the model's training data.
+    Text parts are joined as they are. A message with neither text nor image adds nothing.
 
     Raises:
         ValueError: no message with anything in it, an unknown role or part, or more than one image.
@@ -86,12 +74,8 @@ def parse_conversation(messages) -> list[Message]:
     """
     messages = getattr(messages, "messages", messages)
     if not isinstance(messages, (list, tuple)):
-        raise _wrong_type(
-            "A conversation of the batch",
-            messages,
-            "every one to be a list of messages. Do not mix single messages and conversations in"
-            " one list.",
-        )
+        expected = "every one to be a list of messages. Do not mix messages and conversations."
+        raise _wrong_type("A conversation of the batch", messages, expected)
     parsed = [_parse_message(number, message) for number, message in enumerate(messages, start=1)]
     parsed = [message for message in parsed if message.text or message.image is not None]
     if not parsed:
@@ -126,11 +110,7 @@ def refuse_rendered(text: str):
 
 
 def refuse_options(options: dict):
-    """Take out of ``options`` what this conversation format does not have, if it is not set.
-
-    Raises:
-        ValueError: it is.
-    """
+    """Take out of ``options`` what this format does not have; ValueError where it is set."""
     for name, advice in _OPTION_ADVICE.items():
         if options.pop(name, None):
             why = "GLM-4V's conversation format is fixed and has no such option."
@@ -159,11 +139,11 @@ def _parse_message(number, message) -> Message:
     if not isinstance(metadata, str):
         expected = "text, such as the name of a tool. Leave it out if there is none."
         raise _wrong_type(f"{where}: metadata", metadata, expected)
-    if not isinstance(content, (str, list, tuple, type(None))):
+    if content is None or isinstance(content, str):
+        content = [{"type": "text", "text": content or ""}]
+    if not isinstance(content, (list, tuple)):
         expected = "text, or a list of parts of type text and image. Pass one of these."
         raise _wrong_type(f"{where}: content", content, expected)
-    if isinstance(content, (str, type(None))):
-        content = [{"type": "text", "text": content or ""}]
     text, images = _parse_parts(where, content)
     if message.get("image") is not None and message["image"] is not False:
         images.insert(0, message["image"])

@@ -4,7 +4,7 @@ Renaming and splitting happen inside transformers' own loader (and in reverse in
 ``save_pretrained``), through the mapping registered by ``register_official_layout``.
 """
 
-import json
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -19,15 +19,12 @@ from transformers.core_model_loading import (
 
 from glm4v_nb.model.configuration import check_dtype
 from glm4v_nb.model.official_names import RENAMINGS, device_map_here, modules_here, split_fused
+from simgpu.checkpoints import INDEX, weight_map
 
-INDEX = "model.safetensors.index.json"
 
-
+# transformers 5.23 has a generic ``Split``; 5.17, which is also supported, only equal chunks.
 class SplitQueryKeyValue(ConversionOps):
-    """Cut the decoder's fused projection along rows: query heads, key groups, value groups.
-
-    transformers 5.23 has a generic ``Split``; 5.17, which is also supported, has only equal chunks.
-    """
+    """Cut the decoder's fused projection along rows: query heads, key groups, value groups."""
 
     @torch.no_grad
     def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
@@ -68,10 +65,8 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
     """Run transformers' loader on a checkpoint known to be whole, and refuse a partial result.
 
     Raises:
-        FileNotFoundError: a shard named in the index is missing, or there are no safetensors
-            weights.
-        ValueError: a weights file is damaged, or the checkpoint lacks tensors of the model or has
-            them in other sizes.
+        FileNotFoundError: a shard named in the index is missing, or all safetensors weights are.
+        ValueError: a weights file is damaged; tensors of the model are missing or of other sizes.
     """
     if kwargs.get("use_safetensors") is False:
         raise ValueError(
@@ -85,16 +80,15 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
     wants_info = kwargs.pop("output_loading_info", False)
     # transformers refuses other sizes without saying which; its report is only logged.
     accepts_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-    kwargs |= dict.fromkeys(
-        ("use_safetensors", "output_loading_info", "ignore_mismatched_sizes"), True
-    )
+    asked = ("use_safetensors", "output_loading_info", "ignore_mismatched_sizes")
+    kwargs |= dict.fromkeys(asked, True)
     if name_or_path is not None and Path(name_or_path).is_dir():
         check_weight_files(Path(name_or_path) / kwargs.get("subfolder", ""))
     kwargs["device_map"] = device_map_here(kwargs.get("device_map"))
     quantizer = kwargs.get("quantization_config")
     for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
-        if getattr(quantizer, field, None):
-            setattr(quantizer, field, modules_here(getattr(quantizer, field)))
+        if given := getattr(quantizer, field, None):
+            setattr(quantizer, field, modules_here(given))
     model, info = from_pretrained(name_or_path, *args, **kwargs)
     mismatched, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
     if mismatched and not accepts_other_sizes:
@@ -123,8 +117,8 @@ def load_checked(from_pretrained, name_or_path, *args, **kwargs):
 def _check_options(options: dict):
     """Refuse what transformers would refuse in words that lead astray."""
     check_dtype(options.get("dtype", options.get("torch_dtype")))
-    config = options.get("config")
-    attention = options.get("attn_implementation") or getattr(config, "_attn_implementation", None)
+    configured = getattr(options.get("config"), "_attn_implementation", None)
+    attention = options.get("attn_implementation") or configured
     if isinstance(attention, str) and ("/" in attention or attention.startswith("flash_")):
         raise ValueError(
             f'attn_implementation is {attention!r}. Expected "sdpa" or "eager": nothing is fetched'
@@ -133,39 +127,25 @@ def _check_options(options: dict):
         )
 
 
-def weight_map(directory: Path) -> dict[str, str]:
-    """The file of every tensor of a checkpoint that has an index; {} for any other.
-
-    Raises:
-        ValueError: the index is damaged.
-    """
-    index_file = directory / INDEX
-    if not index_file.is_file():
-        return {}
-    try:
-        return dict(json.loads(index_file.read_text())["weight_map"].items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index_file} is not a safetensors index ({error!r}): expected JSON with a"
-            ' "weight_map". Download the file again.'
-        ) from error
-
-
 def check_weight_files(directory: Path):
-    """Compare every weights file of a local checkpoint with the index; reads headers, not weights.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``load_checked``.
-    """
+    """Compare every weights file with the index by its header; raises as ``load_checked``."""
     single_file = directory / "model.safetensors"
     if not (directory / INDEX).is_file():
         if not single_file.is_file():
-            raise FileNotFoundError(_without_weights(directory))
+            reason = "no weights at all"
+            for pickled in [*sorted(directory.glob("*.bin")), *sorted(directory.glob("*.pt*"))][:1]:
+                reason = (
+                    f"only pickled weights ({pickled.name}), which can run any code when loaded"
+                )
+            raise FileNotFoundError(
+                f"{directory} holds {reason}; expected model.safetensors or {INDEX} with its"
+                " shards. Download the safetensors files of the checkpoint."
+            )
         _check_safetensors(single_file, set())
         return
-    tensors_by_shard: dict[str, set[str]] = {}
+    tensors_by_shard = defaultdict(set)
     for tensor, shard in weight_map(directory).items():
-        tensors_by_shard.setdefault(shard, set()).add(tensor)
+        tensors_by_shard[shard].add(tensor)
     absent = sorted(shard for shard in tensors_by_shard if not (directory / shard).is_file())
     if absent:
         raise FileNotFoundError(
@@ -174,17 +154,6 @@ def check_weight_files(directory: Path):
         )
     for shard, tensors in tensors_by_shard.items():
         _check_safetensors(directory / shard, tensors)
-
-
-def _without_weights(directory: Path) -> str:
-    pickled = [*sorted(directory.glob("*.bin")), *sorted(directory.glob("*.pt*"))]
-    reason = "no weights at all"
-    if pickled:
-        reason = f"only pickled weights ({pickled[0].name}), which can run any code when loaded"
-    return (
-        f"{directory} holds {reason}; expected model.safetensors or {INDEX} with its shards."
-        " Download the safetensors files of the checkpoint."
-    )
 
 
 def _check_safetensors(path: Path, expected: set[str]):

@@ -71,9 +71,8 @@ class GLM4VVisionConfig(PreTrainedConfig):
 
 OFFICIAL_VISION_KEYS = tuple(sorted(GLM4VVisionConfig.__annotations__))
 # What other ChatGLM checkpoints may have and GLM-4V-9B has not.
-_FIXED = dict.fromkeys(
-    ("multi_query_attention", "rmsnorm", "post_layer_norm", "original_rope"), True
-) | dict.fromkeys(("add_bias_linear", "tie_word_embeddings"), False)
+_FIXED = dict(multi_query_attention=True, rmsnorm=True, post_layer_norm=True, original_rope=True)
+_FIXED |= dict(add_bias_linear=False, tie_word_embeddings=False)
 
 
 class TextOnlyChatGLM(ValueError):
@@ -156,8 +155,7 @@ class GLM4VConfig(PreTrainedConfig):
         """Build from the official JSON keys; ``kwargs`` override them.
 
         Raises:
-            TextOnlyChatGLM: the dictionary describes a text-only ChatGLM checkpoint (it has no
-                "vision_config").
+            TextOnlyChatGLM: there is no "vision_config".
         """
         if config_dict.get("vision_config") is None:
             raise TextOnlyChatGLM(
@@ -199,11 +197,8 @@ def check_dtype(dtype):
 
 
 def leave_text_only_checkpoints():
-    """Let AutoConfig read other "chatglm" checkpoints as before, where their code may run.
-
-    They share GLM-4V-9B's model_type and have no class in transformers: without
-    ``trust_remote_code=True`` they are refused, with it their own code is what was asked for.
-    """
+    """Let AutoConfig read other checkpoints of model_type "chatglm" where their code may run:
+    with ``trust_remote_code=True`` their own code is what was asked for."""
 
     def from_pretrained(wrapped, _, args, kwargs):
         try:
@@ -226,11 +221,8 @@ def official_config() -> GLM4VConfig:
 
 
 def read_config(checkpoint: str | Path) -> GLM4VConfig:
-    """The configuration of a checkpoint, without a download.
-
-    Args:
-        checkpoint: the official hub id, whose config ships with this package, or a directory with a
-            config.json.
+    """The configuration of a checkpoint, without a download: of the official hub id, whose config
+    ships with this package, or of a directory with a config.json.
 
     Raises:
         ValueError: neither of these, or the configuration of another model.

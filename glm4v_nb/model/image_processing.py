@@ -7,6 +7,7 @@ normalise.
 import base64
 import io
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_TYPES = (Image.Image, str, Path, np.ndarray, bytes, memoryview)
-_ARRAY = "an array [height, width, 3] of uint8"
 MOST_ENCODED_BYTES = 32 * 2**20  # of an image given as base64
 _LONGEST_PATH = 4096  # bytes on Linux (PATH_MAX); longer text is no path
 # What Pillow reads by itself; for others, such as EPS, it starts programs of the machine.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-IMAGE_FORMS = f"a PIL image, the path of a local file, its bytes, or {_ARRAY}."
+IMAGE_FORMS = (
+    "a PIL image, the path of a local file, its bytes, or an array [height, width, 3] of uint8."
+)
 
 
 def load_image(image) -> Image.Image:
@@ -39,8 +41,8 @@ def load_image(image) -> Image.Image:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a URL to download; text that is no base64; a file that is no image, is damaged
-            or has too many pixels; more than 8 bits a channel.
+        ValueError: a URL to download, no base64, no image or a damaged one, too many pixels, more
+            than 8 bits a channel.
         TypeError: something else.
     """
     if isinstance(image, Image.Image):
@@ -50,14 +52,16 @@ def load_image(image) -> Image.Image:
     if isinstance(image, (bytes, memoryview)):
         return _decode("The image file", io.BytesIO(image))
     if not isinstance(image, (str, Path)):
-        kind, advice = type(image).__name__, "Convert it to one of these."
-        raise TypeError(f"The image is a {kind}. Expected {IMAGE_FORMS} {advice}")
+        kind = type(image).__name__
+        raise TypeError(
+            f"The image is a {kind}. Expected {IMAGE_FORMS} Convert it to one of these."
+        )
     if str(image).startswith(("http://", "https://")):
         raise ValueError(
             f"{str(image)[:200]} is a URL. Expected a local file: nothing is downloaded on its own."
             " Download it first and give its path."
         )
-    encoded = _base64_of(image)
+    encoded = _base64_of(str(image))
     if encoded is not None:
         return _decode("The base64 image", io.BytesIO(encoded))
     if not Path(image).is_file():
@@ -71,8 +75,7 @@ class GLM4VImageProcessor(BaseImageProcessor):
     """Makes the ``pixel_values`` of GLM-4V.
 
     Args:
-        size: side of the square in pixels, or ``{"height": side, "width": side}``. 1120 for
-            GLM-4V-9B.
+        size: side of the square in pixels, or ``{"height": side, "width": side}``.
         image_mean, image_std: per channel, red, green, blue; of values 0..1.
 
     Raises:
@@ -91,8 +94,7 @@ class GLM4VImageProcessor(BaseImageProcessor):
                 " height and width. Use vision_config.image_size of config.json."
             )
         self.size = {"height": side, "width": side}
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
 
     @property
     def image_size(self) -> int:
@@ -104,11 +106,8 @@ class GLM4VImageProcessor(BaseImageProcessor):
         return image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
 
     def preprocess(self, images, return_tensors="pt") -> BatchFeature:
-        """Load, resize and normalise one image or a list of images, as ``load_image`` takes them.
-
-        Returns:
-            ``BatchFeature`` with ``pixel_values``, float32 [number of images, 3, image_size,
-            image_size].
+        """Load, resize and normalise one image or a list of images, as ``load_image`` takes them,
+        to ``pixel_values``, float32 [number of images, 3, image_size, image_size].
 
         Raises:
             ValueError, TypeError, FileNotFoundError: as ``load_image``; an empty list.
@@ -146,10 +145,9 @@ def checkpoint_image_size(pretrained_model_name_or_path, **kwargs) -> int | None
     Raises:
         ValueError: config.json has no vision_config.
     """
-    try:
+    config = {}
+    with suppress(OSError):
         config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
-    except OSError:
-        return None
     if "model_type" not in config:
         return None
     size = (config.get("vision_config") or {}).get("image_size")
@@ -169,9 +167,8 @@ def _decode(name, source) -> Image.Image:
         # Transparency is dropped, as in the original.
         warnings.filterwarnings("ignore", "Palette images with Transparency")
         try:
-            image = (
-                source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-            )
+            is_open = isinstance(source, Image.Image)
+            image = source if is_open else Image.open(source, formats=FORMATS)
             fault = _fault(image)
             rgb = None if fault else image.convert("RGB")
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -192,9 +189,8 @@ def _decode(name, source) -> Image.Image:
     return rgb
 
 
-def _base64_of(image: str | Path) -> bytes | None:
+def _base64_of(text: str) -> bytes | None:
     """The bytes of a data: URL, or of text that is base64 and too long for a path; else None."""
-    text = str(image)
     is_url = text.startswith("data:")
     if not is_url and len(text) < _LONGEST_PATH:
         return None
@@ -217,9 +213,8 @@ def _fault(image: Image.Image) -> str | None:
     """What makes an image unusable, and what to do."""
     if image.mode.startswith(("I", "F")):
         return (
-            f"has pixels of mode {image.mode}, more than 8 bits. Expected 8 bits a channel:"
-            " Pillow would turn everything above 255 white. Scale the values to 0..255 and convert"
-            " to mode L or RGB."
+            f"has pixels of mode {image.mode}, more than 8 bits. Expected 8 bits a channel: Pillow"
+            " would turn all above 255 white. Scale the values to 0..255 and convert to L or RGB."
         )
     if 0 in image.size:
         return f"is {image.width}×{image.height} pixels. Expected at least one. Use another."

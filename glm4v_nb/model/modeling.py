@@ -24,9 +24,8 @@ from glm4v_nb.model.vision import GLM4VVisionTower
 class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Answers questions about one image per prompt; loads and saves the official checkpoint layout.
 
-    Prompts may be given as the processor makes them (three placeholder ids per image) or already
-    expanded by ``expand_image_positions``, in which case ``image_mask`` says where the image
-    features go.
+    Prompts are as the processor makes them (three placeholder ids per image), or expanded by
+    ``expand_image_positions``, with an ``image_mask`` that says where the image features go.
     """
 
     config_class = GLM4VConfig
@@ -65,10 +64,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return load_checked(loader, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As torch's own; takes official names as well, as ``save_pretrained`` writes them.
-
-        ``Trainer`` loads so when it resumes and when it returns to its best checkpoint, and passes
-        over names that the model does not have.
+        """As torch's own; takes official names as well, as when ``Trainer`` resumes.
 
         Raises:
             ValueError: none of the names is one of the model's.
@@ -131,9 +127,9 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if image_mask is None:
             others = attention_mask, position_ids, labels
             prompt = self._expanded(input_ids, pixel_values, past_key_values, *others)
-            if prompt is not None:
-                input_ids, labels, image_mask = prompt.input_ids, prompt.labels, prompt.image_mask
-                attention_mask, position_ids = prompt.attention_mask, prompt.position_ids
+        if prompt is not None:
+            input_ids, labels, image_mask = prompt.input_ids, prompt.labels, prompt.image_mask
+            attention_mask, position_ids = prompt.attention_mask, prompt.position_ids
         behind = getattr(past_key_values, "image_positions", None)
         if position_ids is None and behind is not None:
             # A decoding loop by hand: go on from the numbering of the unexpanded prompt.
@@ -181,13 +177,9 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs.setdefault("max_length", None)
         if input_ids is None or kwargs.get("image_mask") is not None:
             return super().generate(input_ids, generation_config, streamer=streamer, **kwargs)
-        prompt = expand_image_positions(
-            self.config,
-            input_ids,
-            kwargs.pop("attention_mask", None),
-            kwargs.pop("position_ids", None),
-            image_count=self._count_images(kwargs.get("pixel_values")),
-        )
+        given = (kwargs.pop(name, None) for name in ("attention_mask", "position_ids"))
+        images = self._count_images(kwargs.get("pixel_values"))
+        prompt = expand_image_positions(self.config, input_ids, *given, image_count=images)
         positions, most = prompt.input_ids.shape[1], kwargs.get("max_length")
         if most is not None and positions >= most:
             raise ValueError(
@@ -206,7 +198,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         is_plain = isinstance(outputs, torch.Tensor)
         sequences = outputs if is_plain else outputs.sequences
-        new_tokens = sequences[:, prompt.input_ids.shape[1] :]
+        new_tokens = sequences[:, positions:]
         given = input_ids.repeat_interleave(len(sequences) // len(input_ids), 0)
         sequences = torch.cat((given.to(new_tokens.device), new_tokens), dim=1)
         if is_plain:
@@ -221,9 +213,8 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        length = inputs[
-            "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
-        ].shape[1]
+        is_text = inputs.get("inputs_embeds") is None
+        length = inputs["input_ids" if is_text else "inputs_embeds"].shape[1]
         # One token goes on from the cache, which has the image; a prompt brings it, and several
         # tokens, as speculative decoding verifies them, may come with it or after it.
         if image_mask is not None and (length > 1 or not kwargs.get("use_cache", True)):
@@ -234,10 +225,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return inputs
 
     def _expanded(self, input_ids, pixel_values, cache, *others) -> ExpandedPrompt | None:
-        """The prompt with room for its images; None without any, and in decode steps.
-
-        ``others``: attention_mask, position_ids and labels.
-        """
+        """The prompt with room for its images; None without any, and in decode steps."""
         is_prompt = input_ids is not None and input_ids.shape[1] > 1
         if pixel_values is None and (not is_prompt or torch.compiler.is_compiling()):
             return None
@@ -272,12 +260,10 @@ class _UnexpandedPrompt(BaseStreamer):
     """Hands a streamer the prompt as the caller gave it, instead of 1602 placeholder ids."""
 
     def __init__(self, streamer: BaseStreamer, input_ids: torch.Tensor):
-        self.streamer = streamer
-        self.prompt = input_ids
+        self.streamer, self.prompt = streamer, iter([input_ids])
 
     def put(self, value):
-        prompt, self.prompt = self.prompt, None
-        self.streamer.put(value if prompt is None else prompt)
+        self.streamer.put(next(self.prompt, value))
 
     def end(self):
         self.streamer.end()

@@ -8,6 +8,7 @@ is what tutorials and fine-tuning scripts for the official code contain.
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from wrapt import when_imported, wrap_function_wrapper
@@ -37,10 +38,8 @@ _CONTAINERS = {
     "transformer.embedding": ("language_model.embed_tokens",),
     "transformer.rotary_pos_emb": ("language_model.rotary_emb",),
     "transformer.encoder": ("language_model.layers", "language_model.norm"),
-    "transformer.encoder.layers": ("language_model.layers",),
     "transformer.vision": ("vision_tower",),
     "transformer.vision.transformer": ("vision_tower.layers",),
-    "transformer.vision.transformer.layers": ("vision_tower.layers",),
 }
 # Last parts of names, which LoRA targets and skip lists match alone. The tower's keep theirs.
 _LEAVES = {
@@ -59,11 +58,8 @@ _LEAVES = {
 
 
 def names_here(official: str) -> list[str]:
-    """Names of the modules or tensors here that an official name stands for; others are kept.
-
-    The decoder's fused projection is three modules here. "transformer.encoder.layers.7" and the
-    last part alone, as "query_key_value", are official names too.
-    """
+    """Names of the modules or tensors here that an official name, or only its last part, stands
+    for: three for the decoder's fused projection. Other names are kept."""
     for known in (_CONTAINERS, _LEAVES):
         if official in known:
             return list(known[official])
@@ -92,7 +88,8 @@ def state_dict_here(state_dict: Mapping[str, torch.Tensor], config) -> dict[str,
     translated = {}
     for name, tensor in state_dict.items():
         prefix, found, rest = name.partition("transformer.")
-        targets = names_here(f"transformer.{rest}") if found and _is_prefix(prefix) else [name]
+        is_ours = found and prefix in ("", "module.", "base_model.model.", "model.")
+        targets = names_here(f"transformer.{rest}") if is_ours else [name]
         if targets == [name] or name.endswith("rotary_pos_emb.inv_freq"):
             translated[name] = tensor
         elif len(targets) == 1:
@@ -112,36 +109,26 @@ def device_map_here(device_map):
     return {here: place for name, place in device_map.items() for here in names_here(name)}
 
 
-def modules_here(names: Iterable[str] | str | None):
+def modules_here(names: Iterable[str] | str):
     """A list of modules, as LoRA targets and quantisers' skip lists are, under the names here.
 
     Raises:
         ValueError: a regular expression that asks for official names.
     """
-    if isinstance(names, str):
-        _refuse_official_pattern(names)
-        return names
-    if names is None:
-        return None
-    return list(dict.fromkeys(here for name in names for here in names_here(name)))
-
-
-def _refuse_official_pattern(pattern: str):
+    if not isinstance(names, str):
+        return list(dict.fromkeys(here for name in names for here in names_here(name)))
     # Names of the tower's modules are official ones too.
-    shared = () if "vision_tower" in pattern else ("query_key_value", "dense")
+    shared = () if "vision_tower" in names else ("query_key_value", "dense")
     words = (*shared, "transformer", "encoder", "self_attention", "output_layer", "word_embeddings")
-    asked = [word for word in words if word in pattern]
+    asked = [word for word in words if word in names]
     if asked:
         raise ValueError(
-            f"the pattern {pattern!r} asks for the official name {asked[0]!r}, which the decoder's"
+            f"the pattern {names!r} asks for the official name {asked[0]!r}, which the decoder's"
             " modules here do not have. Name them as here: q_proj, k_proj, v_proj, o_proj,"
             " gate_up_proj and down_proj of language_model.layers, query_key_value and dense of"
             " vision_tower; or give a list of names, in which official ones are understood."
         )
-
-
-def _is_prefix(text: str) -> bool:
-    return text in ("", "module.", "base_model.model.", "model.")
+    return names
 
 
 def _is_ours(model) -> bool:
@@ -150,34 +137,27 @@ def _is_ours(model) -> bool:
 
 def understand_official_names():
     """Let peft and accelerate take official names for this model, and this model only."""
-    when_imported("peft.tuners.tuners_utils")(
-        lambda module: wrap_function_wrapper(module, "BaseTuner.inject_adapter", _inject_adapter)
-    )
-    when_imported("peft.peft_model")(
-        lambda module: wrap_function_wrapper(module, "set_peft_model_state_dict", _adapter_weights)
-    )
-    when_imported("accelerate.big_modeling")(
-        lambda module: wrap_function_wrapper(module, "load_checkpoint_in_model", _refuse_layout)
-    )
+    for module, name, wrapper in (
+        ("peft.tuners.tuners_utils", "BaseTuner.inject_adapter", _inject_adapter),
+        ("peft.peft_model", "set_peft_model_state_dict", _adapter_weights),
+        ("accelerate.big_modeling", "load_checkpoint_in_model", _refuse_layout),
+    ):
+        when_imported(module)(partial(wrap_function_wrapper, name=name, wrapper=wrapper))
 
 
 def _inject_adapter(wrapped, tuner, args, kwargs):
     model = args[0] if args else kwargs["model"]
     if _is_ours(model):
         config = tuner.peft_config[args[1] if len(args) > 1 else kwargs["adapter_name"]]
-        if getattr(config, "target_modules", "") is None and not getattr(
-            config, "target_parameters", None
-        ):
+        parameters = getattr(config, "target_parameters", None)
+        if getattr(config, "target_modules", "") is None and not parameters:
             # peft's own default for model_type "chatglm".
             config.target_modules = ["query_key_value"]
         for field in ("target_modules", "modules_to_save", "exclude_modules"):
-            given = getattr(config, field, None)
-            if given:
-                here = modules_here(given)
-                setattr(config, field, here if isinstance(given, str) else type(given)(here))
+            if given := getattr(config, field, None):
+                setattr(config, field, type(given)(modules_here(given)))
         for field in ("rank_pattern", "alpha_pattern"):
-            given = getattr(config, field, None)
-            if given:
+            if given := getattr(config, field, None):
                 setattr(config, field, device_map_here(given))
     return wrapped(*args, **kwargs)
 

@@ -8,29 +8,26 @@ from glm4v_nb.model.configuration import GLM4VVisionConfig
 from glm4v_nb.model.image_processing import GLM4VImageProcessor, checkpoint_image_size
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
 
+_SAME_SIZE = (
+    "Both must be the side the image tower was built for. Take all files from the same checkpoint."
+)
+
 
 class GLM4VProcessor(ProcessorMixin):
     """Tokenizer and image processor of GLM-4V behind one call.
 
     Usually ``processor.apply_chat_template(messages, add_generation_prompt=True)``;
-    ``processor(images, text)`` is short for a conversation of one question.
-
-    Args:
-        image_processor: a ``GLM4VImageProcessor``.
-        tokenizer: a ``ChatGLM4Tokenizer``.
-
-    Raises:
-        ValueError: the two state different image sizes.
+    ``processor(images, text)`` is short for a conversation of one question. ValueError if image
+    processor and tokenizer state different image sizes.
     """
 
-    def __init__(self, image_processor, tokenizer):
+    def __init__(self, image_processor: GLM4VImageProcessor, tokenizer: ChatGLM4Tokenizer):
         super().__init__(image_processor, tokenizer)
         stated = getattr(tokenizer, "image_size", None)
         if stated is not None and stated != image_processor.image_size:
             raise ValueError(
                 f"tokenizer_config.json has image_size {stated}, but config.json or the image"
-                f" processor has {image_processor.image_size}. Both must be the side the image"
-                " tower was built for. Take all files from the same checkpoint."
+                f" processor has {image_processor.image_size}. {_SAME_SIZE}"
             )
 
     @classmethod
@@ -41,8 +38,7 @@ class GLM4VProcessor(ProcessorMixin):
         or else of config.json, or else of tokenizer_config.json.
 
         Raises:
-            ValueError: the files disagree about the image size, or describe a checkpoint without
-                images.
+            ValueError: the files disagree about the image size, or the checkpoint is text-only.
         """
         for not_ours in ("_from_auto", "trust_remote_code"):
             kwargs.pop(not_ours, None)
@@ -59,9 +55,8 @@ class GLM4VProcessor(ProcessorMixin):
         if built_for is not None and built_for != image_processor.image_size:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: config.json has vision_config.image_size"
-                f" {built_for}, but the saved processor has {image_processor.image_size}. Both must"
-                " be the side the image tower was built for. Take all files from the same"
-                " checkpoint."
+                f" {built_for}, but the saved processor has {image_processor.image_size}."
+                f" {_SAME_SIZE}"
             )
         return cls(image_processor, tokenizer)
 
@@ -78,8 +73,7 @@ class GLM4VProcessor(ProcessorMixin):
     ):
         """Turn one conversation, or a list of conversations, into the model's inputs.
 
-        The forms of a message are described in ``chat.parse_conversation``. Unlike in most
-        processors ``tokenize`` is on by default, since the rendered text is only for reading.
+        ``tokenize`` is on by default, since the rendered text is only for reading.
 
         Args:
             processor_kwargs: padding, max_length, pad_to_multiple_of or return_tensors, as
@@ -88,15 +82,14 @@ class GLM4VProcessor(ProcessorMixin):
 
         Returns:
             ``BatchFeature`` with ``input_ids`` and ``attention_mask`` [n, L], padded on the left,
-            and, if any conversation has an image, ``pixel_values`` float32 [images, 3, size, size],
-            in the order of the rows that have one. The model derives position ids from the mask.
+            and ``pixel_values`` float32 [images, 3, size, size], in the order of the rows that have
+            an image, if any has. The model derives position ids from the mask.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: as the tokenizer's method and
                 ``image_processing.load_image``; an image placeholder without an image.
         """
-        options |= {"padding": padding, "return_tensors": return_tensors}
-        options |= processor_kwargs or {}
+        options |= {"padding": padding, "return_tensors": return_tensors} | (processor_kwargs or {})
         if options["return_tensors"] == "auto":
             options["return_tensors"] = "pt"
         conversations = conversation if is_batch(conversation) else [conversation]
@@ -114,16 +107,12 @@ class GLM4VProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, **options):
         """One question, or a list of questions, each with at most one image.
 
-        Each text becomes a conversation of one user message, ready for the answer; it is never read
-        as a rendered prompt. Images alone give only ``pixel_values``.
+        Each text becomes a conversation of one user message, ready for the answer. Images alone
+        give only ``pixel_values``. Options and result are those of ``apply_chat_template``.
 
         Args:
             images: None, an image for the one text, or a list with an image or None for each text.
             text: str or list of str.
-            options: those of ``apply_chat_template``.
-
-        Returns:
-            ``BatchFeature`` as from ``apply_chat_template``.
 
         Raises:
             ValueError: other than one image or None for each text; a rendered prompt as text.
@@ -139,10 +128,8 @@ class GLM4VProcessor(ProcessorMixin):
             )
         for one in texts:
             refuse_rendered(one)
-        if images is None:
-            images = [None] * len(texts)
-        elif not isinstance(images, (list, tuple)):
-            images = [images]
+        if not isinstance(images, (list, tuple)):
+            images = [None] * len(texts) if images is None else [images]
         images = [_only_image(image) for image in images]
         if len(images) != len(texts):
             raise ValueError(
@@ -157,11 +144,7 @@ class GLM4VProcessor(ProcessorMixin):
 
 
 def register_processing(config_class):
-    """Make AutoTokenizer, AutoProcessor and AutoImageProcessor know these classes.
-
-    Args:
-        config_class: the configuration class registered for the checkpoint's model_type.
-    """
+    """Make the Auto classes know those here, for checkpoints of this configuration class."""
     # Registered for the tower's configuration: transformers prefers a repository's own tokenizer
     # code, where the caller allows remote code, over a class registered for the checkpoint's
     # configuration itself. It finds this class by the name in tokenizer_config.json.
@@ -175,14 +158,13 @@ def register_processing(config_class):
 
 def _only_image(image):
     """Undo the nesting of transformers' callers, who also pass a list of images for each text."""
-    if isinstance(image, (list, tuple)) and len(image) < 2:
-        return image[0] if image else None
-    return image
+    is_nested = isinstance(image, (list, tuple)) and len(image) < 2
+    return next(iter(image), None) if is_nested else image
 
 
 def _images(conversation) -> list:
-    parsed = parse_conversation(conversation)
-    images = [message.image for message in parsed if message.image is not None]
+    found = (message.image for message in parse_conversation(conversation))
+    images = [image for image in found if image is not None]
     if any(image is True for image in images):
         raise ValueError(
             "A message has an image placeholder but no image. Expected the image itself beside it."

@@ -18,15 +18,12 @@ IGNORED_LABEL = -100
 
 @dataclass
 class ExpandedPrompt:
-    """A prompt with room for its images; every tensor is (batch, expanded length).
-
-    ``image_mask`` is True where an image feature replaces the token's embedding.
-    """
+    """A prompt with room for its images; every tensor is (batch, expanded length)."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
-    image_mask: torch.Tensor
+    image_mask: torch.Tensor  # True where an image feature replaces the token's embedding
     labels: torch.Tensor | None = None
 
 
@@ -72,12 +69,11 @@ def expand_image_positions(
         no_image = torch.zeros_like(input_ids, dtype=torch.bool)
         return ExpandedPrompt(input_ids, attention_mask, position_ids, no_image, labels)
 
-    source, image_mask = _sources(starts, input_ids.shape[1], config.vision_config.image_tokens)
-    source, image_mask = source.to(input_ids.device), image_mask.to(input_ids.device)
+    sources = _sources(starts, input_ids.shape[1], config.vision_config.image_tokens)
+    source, image_mask = (each.to(input_ids.device) for each in sources)
 
     def spread(tensor, padding_value):
-        copies = tensor.gather(1, source.clamp(min=0))
-        return copies.masked_fill(source < 0, padding_value)
+        return tensor.gather(1, source.clamp(min=0)).masked_fill(source < 0, padding_value)
 
     if labels is not None:
         labels = spread(labels, IGNORED_LABEL).masked_fill(image_mask, IGNORED_LABEL)
@@ -93,12 +89,10 @@ def expand_image_positions(
 def merge_image_features(
     embeddings: torch.Tensor, features: torch.Tensor, image_mask: torch.Tensor
 ) -> torch.Tensor:
-    """Replace the embeddings at ``image_mask`` by the image features, row by row.
+    """Replace embeddings (batch, length, hidden) by features (images, image_tokens, hidden).
 
-    Args:
-        embeddings: (batch, length, hidden) token embeddings.
-        features: (images, image_tokens, hidden), in the order of the rows that have an image.
-        image_mask: (batch, length), True on exactly ``image_tokens`` positions of those rows.
+    ``image_mask``, (batch, length), is True on exactly ``image_tokens`` positions of the rows that
+    have an image; features come in the order of these rows.
     """
     image_index = (image_mask.any(dim=1).cumsum(0) - 1).clamp(min=0)
     feature_index = (image_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -113,9 +107,8 @@ def _sources(starts: list[int | None], length: int, image_tokens: int):
     source = torch.empty(len(starts), length + extra, dtype=torch.long)
     image_mask = torch.zeros(len(starts), length + extra, dtype=torch.bool)
     for row, start in enumerate(starts):
-        copies, at = (-1, 0) if start is None else (start + 1, start + 2)
-        positions = torch.arange(length)
-        source[row] = torch.cat((positions[:at], torch.full((extra,), copies), positions[at:]))
+        copied, at = (-1, 0) if start is None else (start + 1, start + 2)
+        source[row] = torch.tensor([*range(at), *[copied] * extra, *range(at, length)])
         if start is not None:
             image_mask[row, start : start + image_tokens] = True
     return source, image_mask
@@ -158,11 +151,10 @@ def _check_image_count(placeholders: int, images: int):
 
 def _check_length(config: GLM4VConfig, attention_mask: torch.Tensor, starts: list[int | None]):
     image_tokens = config.vision_config.image_tokens
-    for row, tokens in enumerate(attention_mask.sum(dim=1).tolist()):
-        has_image = starts[row] is not None
-        positions = tokens + (image_tokens - 3 if has_image else 0)
+    for row, (tokens, start) in enumerate(zip(attention_mask.sum(1).tolist(), starts, strict=True)):
+        positions = tokens + (0 if start is None else image_tokens - 3)
         if positions > config.seq_length:
-            image = f" ({image_tokens} of them the image)" if has_image else ""
+            image = "" if start is None else f" ({image_tokens} of them the image)"
             raise ValueError(
                 f"Prompt {row} takes {positions} positions{image}, but the model's context is"
                 f" {config.seq_length} (seq_length). Shorten the text."

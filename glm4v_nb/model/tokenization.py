@@ -14,30 +14,18 @@ from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from glm4v_nb.model.chat import (
-    IMAGE_TOKENS,
-    PREFIX,
-    ROLES,
-    is_batch,
-    parse_conversation,
-    prompt_pieces,
-    refuse_options,
-    refuse_rendered,
-)
+from glm4v_nb.model import chat
 
 END_OF_TEXT = "<|endoftext|>"
-REQUIRED_SPECIAL_TOKENS = (*PREFIX, *IMAGE_TOKENS, *(f"<|{role}|>" for role in ROLES))
+REQUIRED_SPECIAL_TOKENS = [*chat.PREFIX, *chat.IMAGE_TOKENS]
+REQUIRED_SPECIAL_TOKENS += [f"<|{role}|>" for role in chat.ROLES]
 
 
 def read_ranks(vocab_file) -> dict[bytes, int]:
-    """Read a tiktoken vocabulary: one ``base64(token) rank`` a line.
-
-    Returns:
-        Token bytes to rank, ranks being 0..n-1 in file order.
+    """Ranks 0..n-1 of a tiktoken vocabulary by token: one ``base64(token) rank`` a line.
 
     Raises:
-        ValueError: the file is missing, is a Git LFS pointer, or is not a complete tiktoken
-            vocabulary.
+        ValueError: the file is missing, a Git LFS pointer, or no complete tiktoken vocabulary.
     """
     if vocab_file is None or not Path(vocab_file).is_file():
         raise ValueError(
@@ -74,8 +62,7 @@ def read_ranks(vocab_file) -> dict[bytes, int]:
 
 
 class _RanksConverter(TikTokenConverter):
-    # tiktoken's own reader keeps a copy of every file it reads in a temporary directory, found
-    # again by path alone, so a changed tokenizer.model would be ignored. Hence our reader.
+    # tiktoken's own reader keeps copies, found again by path alone: a changed file is ignored.
     load_tiktoken_bpe = staticmethod(read_ranks)
 
 
@@ -88,10 +75,9 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
 
     Args:
         vocab_file: path of ``tokenizer.model``.
-        added_tokens_decoder: id → special token, as in tokenizer_config.json. The ids follow the
+        added_tokens_decoder: special token by id, as in tokenizer_config.json; the ids follow the
             vocabulary's last rank without a gap.
-        image_size: side of the square the model sees, in pixels (1120 for GLM-4V-9B), or None if
-            not stated.
+        image_size: side of the square the model sees, in pixels, or None if not stated.
 
     Raises:
         ValueError: the vocabulary is damaged, a special token is missing or cannot have its id.
@@ -114,10 +100,11 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
                     f" tokenizer.model it is {here}. Special tokens follow the vocabulary's last"
                     " rank without a gap. Take both files from the same checkpoint."
                 )
+        named = (*chat.PREFIX, END_OF_TEXT)
         backend.post_processor = processors.TemplateProcessing(
-            single=[*PREFIX, "$A"],
-            pair=[*PREFIX, "$A", "$B", END_OF_TEXT],
-            special_tokens=[(name, backend.token_to_id(name)) for name in (*PREFIX, END_OF_TEXT)],
+            single=[*chat.PREFIX, "$A"],
+            pair=[*chat.PREFIX, "$A", "$B", END_OF_TEXT],
+            special_tokens=[(name, backend.token_to_id(name)) for name in named],
         )
         self._tokenizer = backend
 
@@ -132,21 +119,20 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     @classmethod
     def convert_to_native_format(cls, **kwargs):
         """Leave the files to ``__init__``: tokenizer.model is no SentencePiece model."""
-        kwargs.pop("tokenizer_file", None)
-        kwargs.pop("trust_remote_code", None)
-        return kwargs
+        ignored = ("tokenizer_file", "trust_remote_code")
+        return {name: value for name, value in kwargs.items() if name not in ignored}
 
     @classmethod
     def _patch_mistral_regex(cls, tokenizer, *args, **kwargs):
-        # For vocabularies above 100,000 tokens the base class asks whether this is a Mistral model,
-        # over the network for a hub id; 5.17 takes a config.json without its version for one.
+        # The base class would ask, over the network for a hub id, whether this is a Mistral model;
+        # 5.17 takes a config.json without its version for one.
         return tokenizer
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
         texts = _replace_lone_surrogates((text, text_pair))
         for one in texts[0] if isinstance(texts[0], list) else texts[:1]:
             if isinstance(one, str):
-                refuse_rendered(one)
+                chat.refuse_rendered(one)
         return super()._encode_plus(*texts, **kwargs)
 
     def ordinary_ids(self, text: str) -> list[int]:
@@ -169,22 +155,17 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     ):
         """Turn one conversation, or a list of conversations, into ids.
 
-        The ids are put together piece by piece, never through rendered text, so special-token text
-        in a message stays ordinary text (``sanitize_control_tokens`` is accepted and always true).
-        An image takes the three ids begin-of-image, placeholder, end-of-image; its pixels come from
-        the processor. The forms of a message are described in ``chat.parse_conversation``.
+        Special-token text in a message stays ordinary text (``sanitize_control_tokens`` is accepted
+        and always true). An image takes the three ids begin-of-image, placeholder, end-of-image;
+        its pixels come from the processor.
 
         Args:
-            conversation: list of messages, or list of such lists.
+            conversation: messages, as ``chat.parse_conversation`` takes them, or a list of such.
             add_generation_prompt: end with ``<|assistant|>``.
-            continue_final_message: leave the last message open for the model to continue. Nothing
-                is added after a message in this format, so this only excludes
-                ``add_generation_prompt``.
-            tokenize: False gives readable text instead. It cannot be turned back into a prompt:
-                special tokens in text stay text.
+            continue_final_message: excludes ``add_generation_prompt``; nothing closes a message.
+            tokenize: False gives readable text, which cannot be turned back into a prompt.
             return_tensors, return_dict: as in transformers.
-            options: those of ``pad``, as padding, max_length and pad_to_multiple_of. Others that
-                transformers has are refused.
+            options: those of ``pad``, as max_length; others that transformers has are refused.
 
         Returns:
             ``BatchEncoding`` with ``input_ids`` and ``attention_mask``, each a list of length L for
@@ -193,21 +174,17 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
             ``tokenize=False``.
 
         Raises:
-            ValueError: empty conversation, unknown role, second image, or an option this format
-                does not have.
-            TypeError: a message, its content or its image is of another type.
+            ValueError, TypeError: as ``chat.parse_conversation``; an option this format has not.
         """
-        refuse_options(options)
+        chat.refuse_options(options)
         if add_generation_prompt and continue_final_message:
             raise ValueError(
                 "add_generation_prompt and continue_final_message are both set. The model either"
                 " starts a new message or continues the last one. Set one of them."
             )
-        batched = is_batch(conversation)
-        prompts = [
-            prompt_pieces(parse_conversation(one), add_generation_prompt)
-            for one in (conversation if batched else [conversation])
-        ]
+        batched = chat.is_batch(conversation)
+        parsed = map(chat.parse_conversation, conversation if batched else [conversation])
+        prompts = [chat.prompt_pieces(messages, add_generation_prompt) for messages in parsed]
         if not tokenize:
             texts = ["".join(text for _, text in pieces) for pieces in prompts]
             return texts if batched else texts[0]
@@ -232,10 +209,8 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         for not_official in ("backend", "is_local", "local_files_only"):
             config.pop(not_official, None)
         config["additional_special_tokens"] = config.pop("extra_special_tokens", [])
-        config["added_tokens_decoder"] = {
-            str(token_id): token.__getstate__()
-            for token_id, token in self.added_tokens_decoder.items()
-        }
+        added = self.added_tokens_decoder.items()
+        config["added_tokens_decoder"] = {str(key): token.__getstate__() for key, token in added}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         config_file.write_text(text, encoding="utf-8")
         return (*file_names, *self.save_vocabulary(str(save_directory), filename_prefix))
@@ -270,8 +245,5 @@ def _replace_lone_surrogates(text):
     if isinstance(text, (list, tuple)):
         return [_replace_lone_surrogates(part) for part in text]
     if isinstance(text, str):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text

@@ -61,8 +61,7 @@ class GLM4VVisionAttention(nn.Module):
         query, key, value = fused.permute(2, 0, 3, 1, 4)
         chosen = self.config._attn_implementation
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
-        options = {"scaling": self.scaling, "dropout": 0.0, "is_causal": False}
-        output, _ = attention(self, query, key, value, attention_mask=None, **options)
+        output, _ = attention(self, query, key, value, None, scaling=self.scaling, is_causal=False)
         return self.dense(output.reshape(batch, length, -1))
 
 
