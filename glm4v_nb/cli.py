@@ -237,9 +237,11 @@ def doctor(
         from glm4v_nb import doctor as examination  # this command has the same name
     with _progress("examining this machine"):
         findings = list(examination.examine())
-    mend = examination.verdict(findings) == examination.STOP
+    status = examination.verdict(findings)
+    mend = status == examination.STOP
     if as_json:
-        print(examination.to_json(findings))
+        answer = {"status": status, "findings": [vars(finding) for finding in findings]}
+        print(json.dumps(answer, indent=2))
     elif as_report:
         print(examination.report(findings))
     else:

@@ -82,7 +82,7 @@ class Limits:
         answer = asdict(self)
         result = answer.pop("result")
         headroom = [device["free_at_peak_bytes"] for device in result["devices"]]
-        beside = {"seconds": self.seconds, "host": result["host"], "headroom_bytes": headroom}
+        beside = {"host": result["host"], "headroom_bytes": headroom}
         return self.result.to_dict() | beside | answer
 
 
@@ -119,27 +119,26 @@ class Trials(LoadedModel):
         """
         if self.error is not None:
             return super().run(workload)
-        if workload not in self.runs:
-            sizes = f"{workload.images} images, {workload.text_tokens} tokens"
-            self.report(f"{workload.batch_size} x {sizes}")
-            self._warm_up(workload)
-            self.runs[workload] = self._run_and_drop(workload)
-            if self._held() != self.base:
-                raise RuntimeError(
-                    f"After {workload} the cards hold {self._held()} bytes (allocated, reserved);"
-                    f" expected {self.base}, as before it. Something still refers to tensors of the"
-                    " run."
-                )
-        return self.runs[workload]
-
-    def _warm_up(self, workload: Workload):
-        """Make what stays for good: workspaces of matrix products, of a backward pass, adapters."""
+        if workload in self.runs:
+            return self.runs[workload]
+        sizes = f"{workload.images} images, {workload.text_tokens} tokens"
+        self.report(f"{workload.batch_size} x {sizes}")
         kind = workload.trained if workload.train else "inference"
         if kind not in self._warm:
-            one_token = replace(workload, batch_size=1, images=0, text_tokens=1, new_tokens=1)
-            self._run_and_drop(one_token)
+            # What stays for good: workspaces of matrix products, of a backward pass, adapters.
+            self._run_and_drop(
+                replace(workload, batch_size=1, images=0, text_tokens=1, new_tokens=1)
+            )
             self._warm.add(kind)
             self.base = self._held()
+        self.runs[workload] = self._run_and_drop(workload)
+        if self._held() != self.base:
+            raise RuntimeError(
+                f"After {workload} the cards hold {self._held()} bytes (allocated, reserved);"
+                f" expected {self.base}, as before it. Something still refers to tensors of the"
+                " run."
+            )
+        return self.runs[workload]
 
     def _run_and_drop(self, workload: Workload) -> FitResult:
         self.rig.stages.clear()
@@ -163,17 +162,14 @@ def limits(trials: Trials, workload: Workload | None = None) -> Limits:
     """
     started = time.perf_counter()
     workload = workload or Workload()
-    answers = []
-    for step in (_fresh_run, largest_batch, longest_context, recommend):
+    # The plain answer is that of a fresh load.
+    answers = [fit(workload=workload, **vars(trials.deployment))]
+    trials.runs[workload] = answers[0]
+    trials.report()
+    for step in (largest_batch, longest_context, recommend):
         answers.append(step(trials, workload))
         trials.report()
     return Limits(*answers, round(time.perf_counter() - started, 2))
-
-
-def _fresh_run(trials: Trials, workload: Workload) -> FitResult:
-    """The plain answer is that of a fresh load, as ``fit`` gives it."""
-    trials.runs[workload] = fit(workload=workload, **vars(trials.deployment))
-    return trials.runs[workload]
 
 
 def largest_batch(trials: Trials, workload: Workload, most: int = MOST_SAMPLES) -> Edge:
@@ -204,8 +200,7 @@ def frontier(trials: Trials, workload: Workload, token_counts: list[int] = ()) -
     KV cache.
 
     Args:
-        token_counts: in any order, each a step; by default those of
-            ``frontier_tokens``.
+        token_counts: in any order, each a step; by default those of ``frontier_tokens``.
     """
     image_positions = workload.images * trials.config.vision_config.image_tokens
     found: dict[int, int] = {}
@@ -276,23 +271,20 @@ def _better(
 
 
 def _code(candidate: Recommendation, deployment: Deployment) -> str:
-    arguments = [json.dumps(str(deployment.checkpoint))]
-    arguments.append(f"device_map={json.dumps(candidate.device_map)}")
-    if candidate.max_memory:
-        sizes = ", ".join(f'{card}: "{size}"' for card, size in candidate.max_memory.items())
-        arguments.append(f"max_memory={{{sizes}}}")
-    arguments.append(f"dtype=torch.{deployment.dtype}")
-    lines = [
-        "import torch",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        "import glm4v_nb  # teaches transformers the model",
-        "",
-        "model = AutoModelForCausalLM.from_pretrained(",
-        *(f"    {argument}," for argument in arguments),
-        ").eval()",
-    ]
-    return "\n".join(lines)
+    limits = (candidate.max_memory or {}).items()
+    sizes = ", ".join(f'{card}: "{size}"' for card, size in limits)
+    max_memory = f"    max_memory={{{sizes}}},\n" if sizes else ""
+    return f"""\
+import torch
+from transformers import AutoModelForCausalLM
+
+import glm4v_nb  # teaches transformers the model
+
+model = AutoModelForCausalLM.from_pretrained(
+    {json.dumps(str(deployment.checkpoint))},
+    device_map={json.dumps(candidate.device_map)},
+{max_memory}    dtype=torch.{deployment.dtype},
+).eval()"""
 
 
 def _balanced(trials: Trials, workload: Workload, free: dict[int, int]) -> Recommendation | None:
@@ -337,12 +329,9 @@ def _estimate(trials: Trials, single: Workload) -> int:
     result = trials.run(replace(single, new_tokens=0))
     if not result.fits:
         return 1
-    rooms = []
-    for device, (_, reserved) in zip(result.devices, trials.base, strict=True):
-        used = device.peak_reserved_bytes - reserved
-        if used > 0:
-            rooms.append((used + device.free_at_peak_bytes) // used)
-    return min(rooms, default=1)
+    held = zip(result.devices, trials.base, strict=True)
+    used = [(device.peak_reserved_bytes - reserved, device) for device, (_, reserved) in held]
+    return min((1 + card.free_at_peak_bytes // size for size, card in used if size > 0), default=1)
 
 
 def _largest_that_fits(

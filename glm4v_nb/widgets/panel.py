@@ -16,7 +16,6 @@ from glm4v_nb.model.image_processing import load_image
 from glm4v_nb.widgets import html
 from simgpu import Rig
 
-STATES = ("idle", "loading", "running", "stopping", "error")
 REFRESH_SECONDS = 0.1
 NO_PICTURE = "(no picture)"
 READY = "Ready: ask about the picture, or without one."
@@ -25,9 +24,9 @@ READY = "Ready: ask about the picture, or without one."
 class PromptPanel(widgets.VBox):
     """A picture, a question, a streamed answer; show it as the last line of a cell.
 
-    One of the ``STATES`` says what can be pressed. The work happens in a thread, so the kernel
-    stays free; only traits of widgets are changed from it. A question that fails leaves the
-    conversation as it was.
+    ``state`` ("idle", "loading", "running", "stopping", "error") says what can be pressed. The work
+    happens in a thread, so the kernel stays free; only traits of widgets are changed from it. A
+    question that fails leaves the conversation as it was.
 
     Args:
         model, processor: as ``inference.load`` returns them.
@@ -77,11 +76,9 @@ class PromptPanel(widgets.VBox):
         return f"PromptPanel({self.state})"
 
     @classmethod
-    def from_checkpoint(
-        cls, checkpoint, *, panel_options: dict | None = None, **load_options
-    ) -> "PromptPanel":
+    def from_checkpoint(cls, checkpoint, **load_options) -> "PromptPanel":
         """A panel that shows at once and loads meanwhile; arguments as ``inference.load``."""
-        panel = cls(**(panel_options or {}))
+        panel = cls()
         panel._enter("loading", f"Loading {checkpoint} ...")
         panel._start(panel._load, checkpoint, load_options)
         return panel
@@ -135,8 +132,7 @@ class PromptPanel(widgets.VBox):
     # The worker
 
     def _start(self, work: Callable, *arguments):
-        name = "glm4v-nb panel"
-        self._worker = threading.Thread(target=work, args=arguments, name=name, daemon=True)
+        self._worker = threading.Thread(target=work, args=arguments, daemon=True)
         self._worker.start()
 
     def _load(self, checkpoint, options: dict):
@@ -166,8 +162,8 @@ class PromptPanel(widgets.VBox):
             answered.set()
         question, note = messages[-1]["content"], html.answer_note(answer)
         self.history = [*messages, {"role": "assistant", "content": answer.text}]
-        self._turns.append(html.turn("You", question))
-        self._turns.append(html.turn("Model", answer.text or "(no text)", note))
+        said = html.turn("Model", answer.text or "(no text)", note)
+        self._turns += [html.turn("You", question), said]
         self._show_history()
         if self.question.value.strip() == question:
             self.question.value = ""  # unless the next one is being written
@@ -177,9 +173,9 @@ class PromptPanel(widgets.VBox):
 
     def _streamed(self, messages, sampling):
         asked = html.turn("You", messages[-1]["content"])
-        options = {"timeout_seconds": self.timeout_seconds}
         text, shown = "", 0.0
-        with stream(self.model, self.processor, messages, sampling, **options) as pieces:
+        asking = (self.model, self.processor, messages, sampling)
+        with stream(*asking, timeout_seconds=self.timeout_seconds) as pieces:
             with self._lock:
                 self._stream = pieces
                 if self._stop_pressed.is_set():  # pressed before there was anything to cancel
@@ -304,57 +300,46 @@ class PromptPanel(widgets.VBox):
     def _build(self) -> list[widgets.Widget]:
         """Make the controls, which are attributes, and lay them out in two columns."""
         wide = {"layout": {"width": "100%"}}
-        self.sample = widgets.Dropdown(
-            options=[NO_PICTURE, *self.samples], value=NO_PICTURE, **wide
-        )
-        self.sample.description = "Sample"
-        self.upload = widgets.FileUpload(accept="image/*", description="Upload a picture", **wide)
-        hint = "Ask about the picture (Ctrl+Enter sends)"
-        self.question = widgets.Textarea(placeholder=hint, rows=3, **wide)
-        self.question.description = "Question"
-        self.picture, self.conversation = widgets.HTML(), widgets.HTML()
-        self.status, self.memory = widgets.HTML(), widgets.HTML()
-        buttons, settings = self._build_buttons(), self._build_settings()
-        self._controls = (self.sample, self.upload, *settings, self.ask_button, self.clear_button)
+        names = [NO_PICTURE, *self.samples]
+        self.sample = widgets.Dropdown(options=names, description="Sample", **wide)
         self.sample.observe(self._sample_chosen, "value")
+        self.upload = widgets.FileUpload(accept="image/*", description="Upload a picture", **wide)
         self.upload.observe(self._uploaded, "value")
-        for widget, name in ((self.conversation, "history"), (self.ask_button, "ask")):
-            widget.add_class(f"glm4v-{name}")
-        picture = [self.sample, self.upload, self.picture, self.memory]
-        talk = [
-            self.conversation,
-            self.question,
-            widgets.HBox(buttons),
-            widgets.HBox(settings).add_class("glm4v-settings"),
-            self.status,
+        self.question = widgets.Textarea(rows=3, description="Question", **wide)
+        self.question.placeholder = "Ask about the picture (Ctrl+Enter sends)"
+        self.picture, self.memory, self.status = (widgets.HTML() for _ in range(3))
+        self.conversation = widgets.HTML().add_class("glm4v-history")
+        self.ask_button = _button("Ask", "Send the question (Ctrl+Enter)", self.ask, "primary")
+        self.stop_button = _button("Stop", "End the answer", self.stop, "danger")
+        self.clear_button = _button("New conversation", "Forget the conversation", self.clear)
+        buttons = [
+            self.ask_button.add_class("glm4v-ask"),
+            self.stop_button.add_class("glm4v-stop"),
+            self.clear_button,
         ]
-        columns = widgets.HBox().add_class("glm4v-columns")
-        columns.children = [
-            widgets.VBox(picture).add_class("glm4v-picture-column"),
-            widgets.VBox(talk).add_class("glm4v-talk-column"),
-        ]
-        return [widgets.HTML(html.STYLE + html.CONTROL_ENTER), columns]
-
-    def _build_buttons(self) -> list[widgets.Button]:
-        self.ask_button, self.stop_button, self.clear_button = buttons = [
-            widgets.Button(description=text, tooltip=tooltip, button_style=style)
-            for text, tooltip, style in (
-                ("Ask", "Send the question (Ctrl+Enter)", "primary"),
-                ("Stop", "End the answer", "danger"),
-                ("New conversation", "Forget the conversation", ""),
-            )
-        ]
-        for button, pressed in zip(buttons, (self.ask, self.stop, self.clear), strict=True):
-            button.on_click(pressed)
-        self.stop_button.add_class("glm4v-stop")
-        return buttons
-
-    def _build_settings(self) -> list[widgets.Widget]:
-        self.max_tokens = widgets.BoundedIntText(128, min=1, max=8192, layout={"width": "150px"})
-        slider = {"step": 0.05, "layout": {"width": "250px"}}
-        self.temperature = widgets.FloatSlider(0.0, min=0, max=2, **slider)
-        self.top_p = widgets.FloatSlider(1.0, min=0.05, max=1, **slider)
+        look = {"style": {"description_width": "initial"}}
+        number = {"layout": {"width": "150px"}, **look}
+        slider = {"step": 0.05, "layout": {"width": "250px"}, **look}
+        self.max_tokens = widgets.BoundedIntText(
+            128, min=1, max=8192, description="Max tokens", **number
+        )
+        self.temperature = widgets.FloatSlider(
+            0.0, min=0, max=2, description="Temperature", **slider
+        )
+        self.top_p = widgets.FloatSlider(1.0, min=0.05, max=1, description="Top-p", **slider)
         settings = [self.max_tokens, self.temperature, self.top_p]
-        for widget, name in zip(settings, ("Max tokens", "Temperature", "Top-p"), strict=True):
-            widget.description, widget.style.description_width = name, "initial"
-        return settings
+        self._controls = (self.sample, self.upload, *settings, self.ask_button, self.clear_button)
+        picture = widgets.VBox([self.sample, self.upload, self.picture, self.memory])
+        rows = [widgets.HBox(buttons), widgets.HBox(settings).add_class("glm4v-settings")]
+        talk = widgets.VBox([self.conversation, self.question, *rows, self.status])
+        columns = widgets.HBox(
+            [picture.add_class("glm4v-picture-column"), talk.add_class("glm4v-talk-column")]
+        )
+        style = widgets.HTML(html.STYLE + html.CONTROL_ENTER)
+        return [style, columns.add_class("glm4v-columns")]
+
+
+def _button(text: str, tooltip: str, pressed: Callable, style: str = "") -> widgets.Button:
+    button = widgets.Button(description=text, tooltip=tooltip, button_style=style)
+    button.on_click(pressed)
+    return button
