@@ -177,17 +177,18 @@ class LoadedModel:
 
     def run(self, workload: Workload) -> FitResult:
         """Run a workload; the figures are those of all stages the rig has a record of."""
-        started, rig, error, oom = time.perf_counter(), self.rig, self.error, None
+        started, rig, error = time.perf_counter(), self.rig, self.error
         if error is None:
             try:
                 run_workload(rig, self.model, workload)
             except torch.OutOfMemoryError as caught:
                 error = str(caught)
+        verdict, oom = "fits", None
         if error is not None:
-            oom = OutOfMemory(int(re.search(r"GPU (\d+)", error)[1]), rig.stages[-1].name, error)
+            card = int(re.search(r"GPU (\d+)", error)[1])
+            verdict, oom = "oom", OutOfMemory(card, rig.stages[-1].name, error)
         devices = [self._device_fit(index) for index in range(self.deployment.count)]
         seconds = round(time.perf_counter() - started, 2)
-        verdict = "oom" if oom else "fits"
         return FitResult(verdict, devices, oom, seconds, rig.provenance, rig.host.memory)
 
     def _device_fit(self, index: int) -> DeviceFit:
@@ -238,21 +239,14 @@ def load(rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFI
         torch.OutOfMemoryError: a card has no room.
     """
     with rig, rig.stage("load"):
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint,
-            config=read_config(checkpoint),
-            device_map=device_map,
-            dtype=dtype,
-            **options,
-        )
+        options |= {"config": read_config(checkpoint), "device_map": device_map, "dtype": dtype}
+        return AutoModelForCausalLM.from_pretrained(checkpoint, **options)
 
 
 def run_workload(rig: Rig, model, workload: Workload, **optimizer_options):
     """Run a workload on a loaded model, in the phases of ``OutOfMemory`` as stages.
 
-    In training "prefill" only makes the inputs.
-
-    ``optimizer_options`` are those of ``first_update``.
+    In training "prefill" only makes the inputs. ``optimizer_options`` are for ``first_update``.
 
     Raises:
         torch.OutOfMemoryError: a card has no room; the last of ``rig.stages`` says in which stage.
@@ -305,19 +299,15 @@ def cards_for_weights(card: str, dtype: str) -> int:
     return math.ceil(Deployment(card, dtype=dtype).weights_bytes({"": 0})[0] / usable)
 
 
-# Parameters of a notebook that say how large its workload is.
-_WORKLOAD = ("batch_size", "images", "text_tokens", "new_tokens")
-
-
 def predict_run(notebook: str, parameters: dict) -> str | None:
     """What ``fit`` says of the full-size model with a notebook's cards and workload, in a few
     words; None for a notebook without a card among its parameters, or where ``fit`` refuses."""
-    card = parameters.get("card")
+    card, count = parameters.get("card"), parameters.get("count", 1)
     if not isinstance(card, str) or not card:
         return None
-    sizes = tuple((k, parameters[k]) for k in _WORKLOAD if isinstance(parameters.get(k), int))
-    count, dtype = parameters.get("count", 1), parameters.get("dtype", "bfloat16")
-    return _predicted(card, count, dtype, sizes)
+    names = ("batch_size", "images", "text_tokens", "new_tokens")
+    sizes = tuple((k, parameters[k]) for k in names if isinstance(parameters.get(k), int))
+    return _predicted(card, count, parameters.get("dtype", "bfloat16"), sizes)
 
 
 @functools.cache

@@ -137,28 +137,21 @@ def _contents(obj) -> list:
 
 def _running_variables(frame, namespace):
     """Variables of the functions now running, from ``frame`` outwards to the notebook's cell."""
-    while frame is not None and (_is_function(frame) or frame.f_globals is not namespace):
+    while frame is not None:
         code = frame.f_code
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in _MACHINERY:
+        is_function = code.co_flags & inspect.CO_OPTIMIZED
+        if not is_function and frame.f_globals is namespace:
+            return
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if is_function and package not in _MACHINERY:
             place = f"{code.co_name} of {Path(code.co_filename).name}:{frame.f_lineno}"
-            for name, value in _locals(frame).items():
+            values = dict(shown := frame.f_locals)
+            if type(shown) is dict:
+                # Before Python 3.13 a copy that the frame keeps, and that would keep what it holds.
+                shown.clear()
+            for name, value in values.items():
                 yield f"{name} in {place}", value
         frame = frame.f_back
-
-
-def _is_function(frame) -> bool:
-    return bool(frame.f_code.co_flags & inspect.CO_OPTIMIZED)
-
-
-def _locals(frame) -> dict:
-    if not _is_function(frame):
-        return {}  # a module's own variables
-    shown = frame.f_locals
-    values = dict(shown)
-    if type(shown) is dict:
-        # Before Python 3.13 this is a copy that the frame keeps, and that would keep what it holds.
-        shown.clear()
-    return values
 
 
 def _module_variables(namespace):

@@ -34,38 +34,37 @@ def evaluate(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     batch_size: int = 64,
-    examples: int = 20,
     progress: bool = False,
 ) -> dict:
     """Ask ``count`` questions, drawn from ``seed``, and compare the answers.
 
     Returns:
         ``accuracy`` over all; ``kinds``, ``languages``, ``kinds_and_languages`` and ``forms`` as
-        name → accuracy and count; ``wrong``: at most ``examples`` wrong answers.
+        name → accuracy and count; ``wrong``: at most 20 wrong answers.
     """
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
     rng = np.random.default_rng([HELD_OUT_SEED, seed])
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     wrong = []
-    console = Console(stderr=True)
     batches = range(0, count, batch_size)
+    console = Console(stderr=True)
     for start in track(batches, "questions", console=console, disable=not progress):
         asked = [held_out_question(rng) for _ in range(min(batch_size, count - start))]
         answers = answer_all(model, processor, [one[:2] for one in asked])
-        for one, given in zip(asked, answers, strict=True):
-            _, question, expected, kind, language, form = one
+        for (_, question, expected, kind, language, form), given in zip(
+            asked, answers, strict=True
+        ):
             names = {"all": "", "kinds": kind, "languages": language, "forms": form}
             names["kinds_and_languages"] = f"{kind} {language}"
             for group, name in names.items():
                 right[group, name].append(given == expected)
-            if given != expected and len(wrong) < examples:
-                said = {"question": question, "expected": expected, "given": given}
-                wrong.append({"form": form, **said})
+            said = {"form": form, "question": question, "expected": expected, "given": given}
+            wrong += [said] if given != expected else []
     report = {"seed": seed, "count": count, "accuracy": float(np.mean(right.pop(("all", ""))))}
     for (group, name), hits in sorted(right.items()):
         report.setdefault(group, {})[name] = {"accuracy": float(np.mean(hits)), "count": len(hits)}
-    return {**report, "wrong": wrong}
+    return {**report, "wrong": wrong[:20]}
 
 
 def held_out_question(rng: np.random.Generator) -> tuple[bytes, str, str, str, str, str]:
@@ -78,14 +77,13 @@ def held_out_question(rng: np.random.Generator) -> tuple[bytes, str, str, str, s
         size = (int(rng.integers(700, 1401)), int(rng.integers(700, 1401)))
     else:
         size = random_size(rng)
-    grey = form == "grey"
-    scene, question, answer, kind, language = sample(rng, wide=is_wide(size), grey=grey)
+    scene, *asked = sample(rng, wide=is_wide(size), grey=form == "grey")
     picture = draw(scene, size)
     if form == "jpeg":
         file = encode(picture, "JPEG", quality=int(rng.integers(40, 96)))
     else:
         file = encode(picture.convert({"alpha": "RGBA", "grey": "L"}.get(form, "RGB")), "PNG")
-    return file, question, answer, kind, language, form
+    return file, *asked, form
 
 
 @torch.inference_mode()
@@ -107,10 +105,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
-    options = parser.parse_args()
-    asked = (options.checkpoint, options.seed, options.count, options.device)
-    report = evaluate(*asked, progress=not options.json)
-    if options.json:
+    options = vars(parser.parse_args())
+    as_json = options.pop("json")
+    report = evaluate(**options, progress=not as_json)
+    if as_json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return
     print(f"accuracy {report['accuracy']:.2%} over {report['count']} questions")

@@ -54,8 +54,10 @@ def plot_device_map(
 
     ``placements``: panel's name → blocks of ``explain_device_map``; a cell is as wide as its bytes.
     """
-    places = {name: {block.place for block in blocks} for name, blocks in placements.items()}
-    rows = {name: sorted(found, key=str) for name, found in places.items()}
+    rows = {
+        name: sorted({block.place for block in blocks}, key=str)
+        for name, blocks in placements.items()
+    }
     used: dict[str, str] = {}
     with styled():
         figure, panels = plt.subplots(
@@ -149,7 +151,5 @@ def plot_path(path: str | Path) -> Path:
         raise ValueError(f"The picture is to be {str(path)!r}; {expected}")
     if not path.parent.is_dir():
         folder = str(path.parent)
-        raise ValueError(
-            f"There is no folder {folder!r} for the picture {path.name!r}. Make it first."
-        )
+        raise ValueError(f"There is no folder {folder!r} for the picture {path.name!r}. Make it.")
     return path
