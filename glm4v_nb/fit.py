@@ -158,11 +158,8 @@ class Deployment:
 class LoadedModel:
     """A deployment's model on its cards, or the error that loading it ended with.
 
-    Attributes:
-        rig: the cards.
-        device_map: where every module is.
-        weights_bytes: allocated on each card when loading ended, by an error as well.
-        error: PyTorch's out-of-memory message of the load; None once it is loaded.
+    ``weights_bytes`` were allocated on each card when loading ended, by an error as well; ``error``
+    is PyTorch's out-of-memory message of the load, or None.
     """
 
     def __init__(self, deployment: Deployment):
@@ -192,18 +189,13 @@ class LoadedModel:
         return FitResult(verdict, devices, oom, seconds, rig.provenance, rig.host.memory)
 
     def _device_fit(self, index: int) -> DeviceFit:
-        stages = [stage.memory[index] for stage in self.rig.stages]
+        stages, card = [stage.memory[index] for stage in self.rig.stages], self.rig.card
+        allocated = max(memory.peak_allocated_bytes for memory in stages)
         reserved = max(memory.peak_reserved_bytes for memory in stages)
-        return DeviceFit(
-            index=index,
-            card=self.rig.card.key,
-            capacity_bytes=self.rig.card.total_bytes,
-            weights_bytes=self.weights_bytes[index],
-            peak_allocated_bytes=max(memory.peak_allocated_bytes for memory in stages),
-            peak_reserved_bytes=reserved,
-            # What is outside PyTorch's allocator only grows.
-            free_at_peak_bytes=stages[-1].free_bytes + stages[-1].reserved_bytes - reserved,
-        )
+        # What is outside PyTorch's allocator only grows.
+        free = stages[-1].free_bytes + stages[-1].reserved_bytes - reserved
+        weights = self.weights_bytes[index]
+        return DeviceFit(index, card.key, card.total_bytes, weights, allocated, reserved, free)
 
 
 def fit(
@@ -215,9 +207,7 @@ def fit(
     checkpoint: str | Path = OFFICIAL,
     alloc_conf: str | None = None,
 ) -> FitResult:
-    """Run a workload of a checkpoint, by default the full-size model, on ``count`` simulated cards.
-
-    The other arguments are those of ``Deployment``.
+    """Run a workload of a ``Deployment``, whose arguments the others are, on simulated cards.
 
     Raises:
         ValueError: as ``Deployment.check``; an impossible workload.

@@ -1,14 +1,12 @@
 """How far does it go? The largest batch, the longest context, the best device map, by running.
 
-The model is loaded once per device map and many workloads run on it. Before the first, one token
-warms the cards up; after each, everything it made is dropped. So every run starts from the same
-bytes, those of a server that has answered before. The very first run after a load, which is what
-``fit`` shows, may take a sample more or less: which holes the allocator is left with depends on
-what ran before.
+The model is loaded once per device map and many workloads run on it, each from the same bytes:
+those of a server that has answered before. The very first run after a load, which is what ``fit``
+shows, may take a sample more or less, as the allocator's holes depend on what ran before.
 
 Edges are found by bisection, which assumes that what fits also fits when made smaller. The holes
-can break that too, by a little. An edge is therefore what was seen (this much ran, one more did
-not), and no promise for all below it.
+can break that too, by a little: an edge is what was seen (this much ran, one more did not), and no
+promise for all below it.
 """
 
 import gc
@@ -174,7 +172,13 @@ def limits(trials: Trials, workload: Workload | None = None) -> Limits:
 
 def largest_batch(trials: Trials, workload: Workload, most: int = MOST_SAMPLES) -> Edge:
     """The largest batch of these samples that fits, up to ``most``, whatever their number is."""
-    guess = _estimate(trials, replace(workload, batch_size=1))
+    # As many as fit if each needed what the first one does beyond the weights.
+    first, guess = trials.run(replace(workload, batch_size=1, new_tokens=0)), 1
+    if first.fits:
+        held = zip(first.devices, trials.base, strict=True)
+        used = [(device.peak_reserved_bytes - reserved, device) for device, (_, reserved) in held]
+        rooms = [1 + device.free_at_peak_bytes // size for size, device in used if size > 0]
+        guess = min(rooms, default=1)
     size = _largest_that_fits(trials, workload, "batch_size", most, guess)
     return Edge(size, "memory" if size < most else "search")
 
@@ -197,10 +201,7 @@ def frontier(trials: Trials, workload: Workload, token_counts: list[int] = ()) -
     A longer prompt does not allow a larger batch, so each search ends where the one before did.
     Decode steps are run only where the answer is longer than a quarter of the prompt: a position of
     the prompt takes several times more in the prefill than the 40 KiB that a new token adds to the
-    KV cache.
-
-    Args:
-        token_counts: in any order, each a step; by default those of ``frontier_tokens``.
+    KV cache. ``token_counts`` may be in any order; by default they are ``frontier_tokens``.
     """
     image_positions = workload.images * trials.config.vision_config.image_tokens
     found: dict[int, int] = {}
@@ -257,7 +258,7 @@ def _on_map(trials: Trials, candidate: Recommendation) -> Trials:
 def _better(
     best: Recommendation | None, candidate: Recommendation, trials: Trials, workload: Workload
 ) -> Recommendation | None:
-    """The candidate, if it fits without the CPU and its fullest card has more room than before."""
+    """The candidate, if it fits on cards alone and its fullest has more room than before."""
     if not candidate.on_cards_only:
         return best
     worth = _WORTH_BYTES if candidate.max_memory else 0
@@ -324,24 +325,13 @@ def _most_text_tokens(config: GLM4VConfig, workload: Workload) -> int:
     return max(0, config.seq_length - workload.images * config.vision_config.image_tokens - answer)
 
 
-def _estimate(trials: Trials, single: Workload) -> int:
-    """How many samples might fit, if each needed what the first one did beyond the weights."""
-    result = trials.run(replace(single, new_tokens=0))
-    if not result.fits:
-        return 1
-    held = zip(result.devices, trials.base, strict=True)
-    used = [(device.peak_reserved_bytes - reserved, device) for device, (_, reserved) in held]
-    return min((1 + card.free_at_peak_bytes // size for size, card in used if size > 0), default=1)
-
-
 def _largest_that_fits(
     trials: Trials, workload: Workload, size_of: str, most: int, guess: int
 ) -> int:
-    """The largest size of a field, up to ``most``, whose workload fits, 0 if none; that it
-    fits, and one more does not, was run.
+    """The largest size of a field, up to ``most``, whose workload fits, 0 if none.
 
-    The prefill of every size is cheap, and what does not get through it cannot decode: its edge is
-    found first and the decode steps are run from there down.
+    The prefill is cheap, and what does not get through it cannot decode: its edge is found first
+    and the decode steps are run from there down.
     """
 
     def fits(size: int, new_tokens: int = workload.new_tokens) -> bool:

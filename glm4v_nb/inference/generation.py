@@ -86,11 +86,8 @@ def _speed(new_tokens: int, later_seconds: float) -> float:
 
 
 def generate(model, processor, messages, sampling: Sampling | None = None) -> Answer:
-    """The whole answer to a conversation.
-
-    Args:
-        messages: one conversation, e.g. ``[{"role": "user", "image": "cat.png", "content": "What is
-            it?"}]``.
+    """The whole answer to one conversation, as ``[{"role": "user", "image": "cat.png", "content":
+    "What is it?"}]``.
 
     Raises:
         ValueError: the prompt and ``max_new_tokens`` together exceed the model's context, or a
@@ -105,11 +102,8 @@ def stream(
 ) -> "Stream":
     """An answer that comes in pieces: iterate over the result, in a ``with`` block.
 
-    Generation runs in a thread of its own. An error in it is raised here, with its type.
-
-    Args:
-        messages: as for ``generate``.
-        timeout_seconds: longest silence between two tokens, the first one's prefill included.
+    Generation runs in a thread of its own. ``messages`` are as for ``generate``, and
+    ``timeout_seconds`` is the longest silence between two tokens, the prefill included.
     """
     return Stream(_Generation(model, processor, messages, sampling), timeout_seconds)
 
@@ -219,22 +213,19 @@ class Stream:
         return self
 
     def __next__(self) -> str:
-        piece = self._next_piece()
-        if piece is not None:
-            return piece
-        self._pieces.put(None)  # for whoever asks again
-        error, self._error = self._error, None
-        raise StopIteration if error is None else error
-
-    def _next_piece(self) -> str | None:
-        """Waits while tokens come, though none may finish a word; None when there is no more."""
+        # Waits while tokens come, though none may finish a word.
         patience = self._timeout_seconds
         while patience > 0:
             patience = self._generation.last_token + self._timeout_seconds - time.monotonic()
             try:  # what has come is read, however late
-                return self._pieces.get(timeout=max(0.01, patience))
+                piece = self._pieces.get(timeout=max(0.01, patience))
             except queue.Empty:
                 continue
+            if piece is not None:
+                return piece
+            self._pieces.put(None)  # for whoever asks again
+            error, self._error = self._error, None
+            raise StopIteration if error is None else error
         self.cancel()
         self._hung = True
         raise TimeoutError(

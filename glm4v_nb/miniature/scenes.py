@@ -34,6 +34,8 @@ LARGE, SMALL, ALONE = (0.12, 0.165), (0.07, 0.09), (0.08, 0.33)
 WIDE = 2.0  # sides from which on small shapes would lose their form
 NEUTRAL = ("black", "white", "grey")
 SUPERSAMPLING = 3
+# Drawn once and read at random offsets, which is many times faster than drawing it anew.
+_NOISE = np.random.default_rng(0).standard_normal(1_500_000, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,12 @@ def draw(scene: Scene, size: tuple[int, int]) -> Image.Image:
         _paint(image, one)
     if scene.noise:
         pixels = np.asarray(image, dtype=np.float32)
-        pixels = pixels + scene.noise * _noise(pixels.shape, rng)
+        if pixels.size < len(_NOISE):
+            offset = rng.integers(0, len(_NOISE) - pixels.size)
+            noise = _NOISE[offset : offset + pixels.size].reshape(pixels.shape)
+        else:
+            noise = rng.standard_normal(pixels.shape, dtype=np.float32)
+        pixels = pixels + scene.noise * noise
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     return image
 
@@ -152,18 +159,6 @@ def sample_pictures() -> dict[str, Image.Image]:
         )
         for name, (count, seed) in counts_and_seeds.items()
     }
-
-
-# Drawn once and read at random offsets, which is many times faster than drawing it anew.
-_NOISE = np.random.default_rng(0).standard_normal(1_500_000, dtype=np.float32)
-
-
-def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    size = math.prod(shape)
-    if size >= len(_NOISE):
-        return rng.standard_normal(shape, dtype=np.float32)
-    offset = rng.integers(0, len(_NOISE) - size)
-    return _NOISE[offset : offset + size].reshape(shape)
 
 
 def _paint_background(scene: Scene, width: int, height: int, rng) -> np.ndarray:
@@ -197,8 +192,8 @@ def _paint(image: Image.Image, one: Shape) -> None:
     radius = one.radius * min(width, height)
     left, top = int(one.x * width - radius) - 2, int(one.y * height - radius) - 2
     side = int(2 * radius) + 5
-    mask = Image.new("L", (side * SUPERSAMPLING, side * SUPERSAMPLING))
-    x, y = ((one.x * width - left) * SUPERSAMPLING, (one.y * height - top) * SUPERSAMPLING)
+    mask = Image.new("L", (side * SUPERSAMPLING,) * 2)
+    x, y = (one.x * width - left) * SUPERSAMPLING, (one.y * height - top) * SUPERSAMPLING
     pen = ImageDraw.Draw(mask)
     radius *= SUPERSAMPLING
     if one.shape == "circle":

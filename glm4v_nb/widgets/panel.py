@@ -87,7 +87,7 @@ class PromptPanel(widgets.VBox):
         """Wait for the work in progress, for scripts and tests; whether it ended."""
         if self._worker is not None:
             self._worker.join(timeout_seconds)
-        return self._worker is None or not self._worker.is_alive()
+        return not (self._worker and self._worker.is_alive())
 
     # What the reader presses
 
