@@ -76,9 +76,7 @@ def free_memory(rig=None) -> FreedMemory:
     hold tensors on cards, of reference cycles and of cached memory. Your variables stay: the report
     says which to ``del``. After it ``%debug`` has no traceback to look at.
 
-    Args:
-        rig: whose cards are meant; simulated cards are known inside their ``with`` block, and by
-            this argument outside of it. Default: the cards ``torch.cuda`` shows.
+    ``rig`` is needed for simulated cards outside of their ``with`` block.
     """
     outside = rig is not None and Rig.active is None
     with rig if outside else nullcontext():
@@ -109,7 +107,6 @@ def with_smaller_batches(function, starting_batch_size: int) -> tuple[object, in
         What the function returned, and the batch size it returned it for.
 
     Raises:
-        ValueError: ``starting_batch_size`` is not a whole number of at least 1.
         torch.OutOfMemoryError: a batch of one does not fit either.
     """
     if not isinstance(starting_batch_size, int) or starting_batch_size < 1:
@@ -159,8 +156,8 @@ def _forget_errors(shell) -> list[str]:
 
 def _forget_outputs(shell) -> list[str]:
     """Drop what leads to tensors on cards from Out, _1, _2, ..., _, __, ___ and last results."""
-    cleared = {}
-    outputs, hook = shell.user_ns.get("_oh", {}), shell.displayhook
+    cleared, hook = {}, shell.displayhook
+    outputs = shell.user_ns.get("_oh", {})
     for number in [number for number, value in outputs.items() if tensors_in(value)]:
         cleared[f"Out[{number}]"] = outputs.pop(number)
     # IPython remembers in user_ns_hidden which variables are its own and what their values are, and

@@ -29,9 +29,7 @@ MISSING = "missing"  # in place of a version
 CHECKPOINT_BYTES = 27_812_641_792  # the official weights in bfloat16, see notebook 01
 GIB = 2**30
 # Shown with their versions; the other dependencies only when something is wrong with them.
-MAIN_LIBRARIES = (
-    "torch", "transformers", "accelerate", "safetensors", "jupyterlab", "ipywidgets", "papermill",
-)  # fmt: skip
+MAIN_LIBRARIES = "torch transformers accelerate safetensors jupyterlab ipywidgets papermill".split()
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,9 @@ def _libraries():
     try:
         lines = metadata.requires("glm4v-nb") or ()
     except metadata.PackageNotFoundError:
-        found = "glm4v-nb runs from its source without being installed, so what it requires is not"
+        found = "glm4v-nb runs from its source without being installed: its needs are not known"
         advice = "Run make setup, or pip install -e . in its folder."
-        yield Finding("libraries", LOOK, f"{found} known", advice)
+        yield Finding("libraries", LOOK, found, advice)
         return
     wrong = []
     for requirement in map(Requirement, lines):
@@ -125,17 +123,14 @@ def _driver():
         return
     yield Finding("NVIDIA driver", OK, f"{version}, up to CUDA {cuda // 1000}.{cuda % 1000 // 10}")
     with nvml():
-        yield from map(_users, range(card_count()))
-
-
-def _users(index: int) -> Finding:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory, processes = memory_of(handle), processes_on(handle) or ()
-    others = sum(process != os.getpid() for process, _ in processes)
-    used = f"{memory.used / GIB:.2f} of {memory.total / GIB:.2f} GiB used"
-    found = f"{pynvml.nvmlDeviceGetName(handle)}: {used}, {others} other processes"
-    advice = "Others use this card; what they hold, your model cannot have."
-    return _finding(f"users of GPU {index}", not others, found, advice)
+        for index in range(card_count()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory, processes = memory_of(handle), processes_on(handle) or ()
+            others = sum(process != os.getpid() for process, _ in processes)
+            used = f"{memory.used / GIB:.2f} of {memory.total / GIB:.2f} GiB used"
+            found = f"{pynvml.nvmlDeviceGetName(handle)}: {used}, {others} other processes"
+            advice = "Others use this card; what they hold, your model cannot have."
+            yield _finding(f"users of GPU {index}", not others, found, advice)
 
 
 def _torch_build():
@@ -230,17 +225,17 @@ def _disk():
 def _kernel():
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
-    subject, found = "notebook kernel", "there is no kernel named python3"
     try:
         command = KernelSpecManager().get_kernel_spec("python3").argv[0]
     except NoSuchKernel:
-        yield Finding(subject, STOP, found, "Run make setup.")
+        found = "there is no kernel named python3"
+        yield Finding("notebook kernel", STOP, found, "Run make setup.")
         return
     # ipykernel's own specification names no path: it starts the interpreter Jupyter runs on.
     same = not os.path.isabs(command) or Path(command).resolve() == Path(sys.executable).resolve()
     found = f"python3, {'this' if same else 'another'} Python"
     advice = "Notebooks would run without this environment: python -m ipykernel install"
-    yield _finding(subject, same, found, f"{advice} --sys-prefix.")
+    yield _finding("notebook kernel", same, found, f"{advice} --sys-prefix.")
 
 
 def _without_names(text: str) -> str:

@@ -289,6 +289,9 @@ def cards_for_weights(card: str, dtype: str) -> int:
     return math.ceil(Deployment(card, dtype=dtype).weights_bytes({"": 0})[0] / usable)
 
 
+_fit_once = functools.cache(fit)  # runs of a sweep often share their sizes
+
+
 def predict_run(notebook: str, parameters: dict) -> str | None:
     """What ``fit`` says of the full-size model with a notebook's cards and workload, in a few
     words; None for a notebook without a card among its parameters, or where ``fit`` refuses."""
@@ -296,14 +299,11 @@ def predict_run(notebook: str, parameters: dict) -> str | None:
     if not isinstance(card, str) or not card:
         return None
     names = ("batch_size", "images", "text_tokens", "new_tokens")
-    sizes = tuple((k, parameters[k]) for k in names if isinstance(parameters.get(k), int))
-    return _predicted(card, count, parameters.get("dtype", "bfloat16"), sizes)
-
-
-@functools.cache
-def _predicted(card: str, count: int, dtype: str, sizes: tuple) -> str | None:
+    sizes = {name: parameters[name] for name in names if isinstance(parameters.get(name), int)}
     try:
-        result = fit(card, count, dtype, workload=Workload(**dict(sizes)))
+        result = _fit_once(
+            card, count, parameters.get("dtype", "bfloat16"), workload=Workload(**sizes)
+        )
     except ValueError:
         return None
     if result.fits:

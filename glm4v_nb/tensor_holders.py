@@ -45,12 +45,8 @@ def find_holders(
 ) -> list[TensorHolder]:
     """Everything with a name that keeps tensors on cards alive, most bytes first.
 
-    Args:
-        namespace: the notebook's variables (or those of ``__main__``).
-        hidden: variables that are in ``namespace`` but not the user's own; a name with another
-            value is.
-        outermost: frame to begin with; functions running below it are looked at too. Default: the
-            caller's.
+    ``namespace`` are the notebook's variables, ``hidden`` those among them that are not the user's
+    own; functions running from ``outermost`` (default: the caller) outwards are looked at too.
     """
     unexplained = [obj for obj in gc.get_objects() if _is_card_tensor(obj)]
     found = []
@@ -88,8 +84,7 @@ def tensors_in(value, seen: dict | None = None) -> list[torch.Tensor]:
 
     ``seen`` (id to object) is left out, and what was walked through is added to it.
     """
-    # The objects themselves are kept while walking: the id of a freed temporary would come back as
-    # another's.
+    # The objects are kept while walking: a freed temporary's id would come back as another's.
     seen, found = {} if seen is None else seen, []
     pending = list(vars(value).values()) if issubclass(type(value), type) else [value]
     while pending:

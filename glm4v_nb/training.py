@@ -20,12 +20,10 @@ _LORA = {"r": 16, "target_modules": ["q_proj", "v_proj"]}
 def trained_parameters(model, trained: str = "everything") -> list[torch.nn.Parameter]:
     """Let a step change these weights and no others, and return them.
 
-    "lora" adds adapters to the model for good, with the peft library; the model is otherwise as it
-    was.
+    "lora" adds adapters to the model for good, with the peft library.
 
     Raises:
         ValueError: not one of ``TRAINED``.
-        ImportError: "lora" without peft installed.
     """
     if trained not in TRAINED:
         raise ValueError(f"trained is {trained!r}; expected one of {', '.join(TRAINED)}.")
@@ -39,11 +37,8 @@ def trained_parameters(model, trained: str = "everything") -> list[torch.nn.Para
 
 
 def _add_adapters(model):
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        needs = "LoRA needs the peft library, which is not installed."
-        raise ImportError(f"{needs} Run: pip install peft") from error
+    from peft import LoraConfig, get_peft_model
+
     if hasattr(model, "peft_config"):
         return
     with warnings.catch_warnings():
@@ -93,9 +88,6 @@ class ExpandingCollator:
             ``input_ids``, ``attention_mask``, ``position_ids``, ``image_mask`` and ``labels``, each
             (batch, expanded length) and padded on the left; -100 in labels at images and padding.
             ``pixel_values`` (images, 3, side, side) if there are any.
-
-        Raises:
-            ValueError: as ``expand_image_positions``.
         """
         longest = max(len(row["input_ids"]) for row in rows)
 
@@ -114,11 +106,8 @@ class ExpandingCollator:
 
 
 def first_update(parameters: list[torch.nn.Parameter], **options) -> torch.optim.Optimizer:
-    """The first update of a new AdamW, which makes its two numbers for every weight.
-
-    ``options`` are those of ``torch.optim.AdamW``, as ``foreach=False`` to update one weight after
-    the other.
-    """
+    """The first update of a new ``torch.optim.AdamW``, which makes its two numbers for every
+    weight; ``options`` are its own, as ``foreach=False`` to update one weight after the other."""
     optimizer = torch.optim.AdamW(parameters, **options)
     optimizer.step()
     return optimizer
@@ -142,7 +131,7 @@ def flop_counter() -> FlopCounterMode:
 
     formulas = {}
     for kind in ("cudnn", "flash", "efficient"):
-        operator = f"_scaled_dot_product_{kind}_attention"
-        formulas[getattr(torch.ops.aten, operator)] = forward
-        formulas[getattr(torch.ops.aten, f"{operator}_backward")] = backward
+        for ending, formula in (("", forward), ("_backward", backward)):
+            operator = f"_scaled_dot_product_{kind}_attention{ending}"
+            formulas[getattr(torch.ops.aten, operator)] = formula
     return FlopCounterMode(display=False, custom_mapping=formulas)

@@ -32,8 +32,8 @@ class PromptPanel(widgets.VBox):
         model, processor: as ``inference.load`` returns them.
         rig: whose memory the bars show; this machine's by default.
         rehearse: called in the worker as ``rehearse(messages, sampling)`` inside ``with rig:``
-            before the model answers, for example to run a prompt of the same size on simulated
-            cards. An error of it is an error of the question.
+            before the model answers, as to run a prompt of the same size on simulated cards. An
+            error of it is an error of the question.
         samples: pictures to choose from, name to PIL image; drawn scenes by default.
         timeout_seconds: see ``inference.stream``.
     """
@@ -103,8 +103,7 @@ class PromptPanel(widgets.VBox):
             how = "wait for its end, or restart the kernel."
             self._enter("error", f"The answer that was given up still runs: {how}")
         elif not question:
-            how = "write one, then press Ask or Ctrl+Enter."
-            self._enter("idle", f"The question is empty: {how}")
+            self._enter("idle", "The question is empty: write one, then press Ask or Ctrl+Enter.")
         else:
             message = {"role": "user", "content": question}
             if self.image is not None and not self.history:
@@ -145,7 +144,12 @@ class PromptPanel(widgets.VBox):
 
     def _answer(self, messages: list[dict], sampling: Sampling):
         answered = threading.Event()
-        threading.Thread(target=self._watch_memory, args=(answered,), daemon=True).start()
+
+        def watch_memory():
+            while not answered.wait(2 * REFRESH_SECONDS):
+                self._refresh_memory()
+
+        threading.Thread(target=watch_memory, daemon=True).start()
         try:
             with self.rig, self.rig.stage("question"):
                 if self.rehearse is None:
@@ -188,10 +192,6 @@ class PromptPanel(widgets.VBox):
                     speed = f"{pieces.tokens_per_second:.1f} tokens/s"
                     self._show_progress(f"{pieces.new_tokens} tokens · {speed}")
         return pieces.answer
-
-    def _watch_memory(self, answered: threading.Event):
-        while not answered.wait(2 * REFRESH_SECONDS):
-            self._refresh_memory()
 
     def _fail(self, error: Exception, sampling: Sampling | None):
         if isinstance(error, TimeoutError):
@@ -268,11 +268,10 @@ class PromptPanel(widgets.VBox):
             self._waiting_upload = file
 
     def _take(self, file: dict):
-        name, content = file["name"], bytes(file["content"])
+        name, content, size = file["name"], bytes(file["content"]), file["size"]
         try:
-            if len(content) != file["size"]:
-                arrived = f"only {len(content):,} of {file['size']:,} bytes arrived"
-                raise ValueError(f"{arrived}; upload it again.")
+            if len(content) != size:
+                raise ValueError(f"only {len(content):,} of {size:,} bytes arrived; upload again.")
             image = load_image(content)
         except (ValueError, OSError) as error:
             self._enter("error", f"{name}: {error} The picture before it is still chosen.")
@@ -290,8 +289,7 @@ class PromptPanel(widgets.VBox):
         self.image = image
         self.picture.value = html.picture(image, name)
         if self.history:
-            why = "the model sees one picture in a conversation."
-            self._forget(f"New picture, new conversation: {why}")
+            self._forget("New picture, new conversation: a conversation is about one picture.")
         else:
             self._enter("idle", READY)
 
