@@ -134,11 +134,8 @@ class Deployment:
             return plan_device_map(strategy, sizes, DTYPES[self.dtype], self.checkpoint)
 
     def placement(self) -> dict[str, Place]:
-        """The device map; what an automatic one would offload is put on the last card instead.
-
-        The question is whether the cards alone hold the model. So the answer is the error that a
-        user without offloading meets.
-        """
+        """The device map; what an automatic one would offload is put on the last card instead, so
+        that the answer is the error that a user without offloading meets."""
         if not isinstance(self.device_map, str):
             return self.device_map
         if self.count == 1:
@@ -260,11 +257,8 @@ def run_workload(rig: Rig, model, workload: Workload, **optimizer_options):
 
 
 def read_device_map(text: str) -> str | dict[str, Place]:
-    """A device map as the command line takes it: a strategy's name, a JSON object, a JSON file.
-
-    Raises:
-        ValueError: neither of these, or not valid JSON.
-    """
+    """A device map as the command line takes it: a strategy's name, a JSON object, a JSON file;
+    ValueError for anything else."""
     if text in DEVICE_MAPS:
         return text
     is_object = text.lstrip().startswith("{")

@@ -73,10 +73,7 @@ class Limits:
     seconds: float
 
     def to_dict(self) -> dict:
-        """The keys of a plain fit, then the limits; ``seconds`` is the time of all of it.
-
-        ``longest_context`` counts text tokens, as the workload does.
-        """
+        """The keys of a plain fit, then the limits; ``longest_context`` counts text tokens."""
         answer = asdict(self)
         result = answer.pop("result")
         headroom = [device["free_at_peak_bytes"] for device in result["devices"]]
@@ -87,17 +84,12 @@ class Limits:
 class Trials(LoadedModel):
     """A model that is loaded once, to run many workloads on, each from the same bytes.
 
-    Args:
-        deployment: its card, count, dtype, device map and checkpoint.
-        report: called with a text before every run, and without one after every step of
-            ``limits`` and ``frontier``.
+    ``report`` is called with a text before every run, and without one after every step of
+    ``limits`` and ``frontier``. Raises ValueError as ``Deployment.check`` does.
 
     Attributes:
         base: bytes allocated and reserved per card before every run.
         runs: what has run, and its result.
-
-    Raises:
-        ValueError: as ``Deployment.check`` does.
     """
 
     def __init__(self, deployment: Deployment, report: Callable = lambda text=None: None):
@@ -110,11 +102,7 @@ class Trials(LoadedModel):
         self._warm: set[str] = set()
 
     def run(self, workload: Workload) -> FitResult:
-        """Run a workload; one that has run already is not run again.
-
-        Raises:
-            RuntimeError: something of the run stayed on the cards.
-        """
+        """Run a workload, if it has not run; RuntimeError if something stays on the cards."""
         if self.error is not None:
             return super().run(workload)
         if workload in self.runs:
@@ -153,11 +141,8 @@ class Trials(LoadedModel):
 
 
 def limits(trials: Trials, workload: Workload | None = None) -> Limits:
-    """Everything ``glm4v-nb fit --limits`` answers, in four steps.
-
-    Raises:
-        ValueError: the workload's prompt or answer exceeds the model's context.
-    """
+    """Everything ``glm4v-nb fit --limits`` answers, in four steps; ValueError for a workload whose
+    prompt or answer exceeds the model's context."""
     started = time.perf_counter()
     workload = workload or Workload()
     # The plain answer is that of a fresh load.

@@ -92,7 +92,6 @@ def generate(model, processor, messages, sampling: Sampling | None = None) -> An
     Raises:
         ValueError: the prompt and ``max_new_tokens`` together exceed the model's context, or a
             message is wrong.
-        torch.OutOfMemoryError: as it comes from the device.
     """
     return _Generation(model, processor, messages, sampling).run(streamer=None)
 
@@ -188,8 +187,7 @@ class Stream:
     and waits for the worker, so that nothing goes on running unseen.
 
     Raises:
-        Exception: whatever ended the worker, an out-of-memory error above all, when the pieces
-            before it are read.
+        Exception: whatever ended the worker, once the pieces before it are read.
         TimeoutError: no token for ``timeout_seconds``.
     """
 

@@ -152,13 +152,10 @@ def encode(picture: Image.Image, format: str, **options) -> bytes:
 
 def sample_pictures() -> dict[str, Image.Image]:
     """A few pictures to try, by name; the same every time."""
-    counts_and_seeds = {"Five": (5, 11), "Three": (3, 5), "Two": (2, 8), "One": (1, 4)}
-    return {
-        f"{name} shape{'s' if count > 1 else ''}": draw(
-            random_scene(np.random.default_rng(seed), count), (320, 240)
-        )
-        for name, (count, seed) in counts_and_seeds.items()
-    }
+    counts = {"Five shapes": 5, "Three shapes": 3, "Two shapes": 2, "One shape": 1}
+    generators = map(np.random.default_rng, (11, 5, 8, 4))
+    scenes = map(random_scene, generators, counts.values())
+    return {name: draw(scene, (320, 240)) for name, scene in zip(counts, scenes, strict=True)}
 
 
 def _paint_background(scene: Scene, width: int, height: int, rng) -> np.ndarray:

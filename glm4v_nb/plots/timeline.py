@@ -55,13 +55,10 @@ def plot_timeline(
     drawn equally wide, and inside it one unit is one allocation or release.
 
     Args:
-        samples: as ``simgpu.monitor.read_samples`` returns them, of one process.
+        samples: as ``simgpu.monitor.read_samples`` returns them; ValueError if of several
+            processes, or none.
         only: the purposes to stack, as ``memory_by_purpose`` names them, on a scale of their own
-            without the capacity; what takes little beside the weights can be seen so. By default
-            all.
-
-    Raises:
-        ValueError: no samples, or those of several processes.
+            without the capacity, for what takes little beside the weights; by default all.
     """
     if not samples:
         raise ValueError("There are no samples. Expected some; did the monitor's block end?")

@@ -189,8 +189,8 @@ class PromptPanel(widgets.VBox):
                 if time.monotonic() - shown > REFRESH_SECONDS:
                     shown = time.monotonic()
                     self._show_history(asked + html.turn("Model", text + " ▌"))
-                    speed = f"{pieces.tokens_per_second:.1f} tokens/s"
-                    self._show_progress(f"{pieces.new_tokens} tokens · {speed}")
+                    count, speed = pieces.new_tokens, pieces.tokens_per_second
+                    self._show_progress(f"{count} tokens · {speed:.1f} tokens/s")
         return pieces.answer
 
     def _fail(self, error: Exception, sampling: Sampling | None):
