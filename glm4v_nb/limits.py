@@ -140,11 +140,10 @@ class Trials(LoadedModel):
         return [(memory.allocated_bytes, memory.reserved_bytes) for memory in self.rig.memory()]
 
 
-def limits(trials: Trials, workload: Workload | None = None) -> Limits:
+def limits(trials: Trials, workload: Workload) -> Limits:
     """Everything ``glm4v-nb fit --limits`` answers, in four steps; ValueError for a workload whose
     prompt or answer exceeds the model's context."""
     started = time.perf_counter()
-    workload = workload or Workload()
     # The plain answer is that of a fresh load.
     answers = [fit(workload=workload, **vars(trials.deployment))]
     trials.runs[workload] = answers[0]

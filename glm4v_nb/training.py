@@ -24,6 +24,7 @@ def trained_parameters(model, trained: str = "everything") -> list[torch.nn.Para
 
     Raises:
         ValueError: not one of ``TRAINED``.
+        ImportError: "lora" without peft installed.
     """
     if trained not in TRAINED:
         raise ValueError(f"trained is {trained!r}; expected one of {', '.join(TRAINED)}.")
@@ -37,8 +38,11 @@ def trained_parameters(model, trained: str = "everything") -> list[torch.nn.Para
 
 
 def _add_adapters(model):
-    from peft import LoraConfig, get_peft_model
-
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        needs = "LoRA needs the peft library, which is not installed."
+        raise ImportError(f"{needs} Run: pip install peft") from error
     if hasattr(model, "peft_config"):
         return
     with warnings.catch_warnings():

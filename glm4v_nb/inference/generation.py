@@ -48,11 +48,11 @@ class Sampling:
     def arguments(self) -> dict:
         """As arguments of transformers' ``generate``."""
         # Overwrites the sampling defaults that a checkpoint's generation_config.json may carry.
-        chosen = {"temperature": None, "top_p": None, "top_k": None}
-        if self.temperature > 0:
-            chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        drawn = self.temperature > 0
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": drawn, **chosen}
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        if self.temperature == 0:
+            drawn = dict.fromkeys(drawn)
+        sampled = self.temperature > 0
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": sampled, **drawn}
 
 
 @dataclass(frozen=True)

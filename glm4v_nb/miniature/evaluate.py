@@ -33,38 +33,37 @@ def evaluate(
     count: int = 2000,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
-    batch_size: int = 64,
+    examples: int = 20,
     progress: bool = False,
 ) -> dict:
     """Ask ``count`` questions, drawn from ``seed``, and compare the answers.
 
     Returns:
         ``accuracy`` over all; ``kinds``, ``languages``, ``kinds_and_languages`` and ``forms`` as
-        name → accuracy and count; ``wrong``: at most 20 wrong answers.
+        name → accuracy and count; ``wrong``: at most ``examples`` wrong answers.
     """
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
     rng = np.random.default_rng([HELD_OUT_SEED, seed])
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     wrong = []
-    batches = range(0, count, batch_size)
     console = Console(stderr=True)
-    for start in track(batches, "questions", console=console, disable=not progress):
-        asked = [held_out_question(rng) for _ in range(min(batch_size, count - start))]
+    for start in track(range(0, count, 64), "questions", console=console, disable=not progress):
+        asked = [held_out_question(rng) for _ in range(min(64, count - start))]
         answers = answer_all(model, processor, [one[:2] for one in asked])
-        for (_, question, expected, kind, language, form), given in zip(
-            asked, answers, strict=True
-        ):
+        for one, given in zip(asked, answers, strict=True):
+            _, question, expected, kind, language, form = one
             names = {"all": "", "kinds": kind, "languages": language, "forms": form}
             names["kinds_and_languages"] = f"{kind} {language}"
             for group, name in names.items():
                 right[group, name].append(given == expected)
-            said = {"form": form, "question": question, "expected": expected, "given": given}
-            wrong += [said] if given != expected else []
+            if given != expected and len(wrong) < examples:
+                said = {"question": question, "expected": expected, "given": given}
+                wrong.append({"form": form, **said})
     report = {"seed": seed, "count": count, "accuracy": float(np.mean(right.pop(("all", ""))))}
     for (group, name), hits in sorted(right.items()):
         report.setdefault(group, {})[name] = {"accuracy": float(np.mean(hits)), "count": len(hits)}
-    return {**report, "wrong": wrong[:20]}
+    return {**report, "wrong": wrong}
 
 
 def held_out_question(rng: np.random.Generator) -> tuple[bytes, str, str, str, str, str]:

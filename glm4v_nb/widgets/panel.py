@@ -56,11 +56,9 @@ class PromptPanel(widgets.VBox):
         self.samples = {name: load_image(picture) for name, picture in chosen.items()}
         self.history: list[dict] = []  # messages, as inference takes them
         self.image: Image.Image | None = None
-        self.state = "idle"
         self._turns: list[str] = []  # the same history as HTML
         self._stream: Stream | None = None
         self._hung: Stream | None = None  # given up, but not ended yet
-        self._stop_pressed = threading.Event()
         self._worker: threading.Thread | None = None
         self._lock = threading.RLock()
         self._waiting_upload: dict | None = None
@@ -97,8 +95,7 @@ class PromptPanel(widgets.VBox):
         if self.state not in ("idle", "error"):  # a second click on its way
             return
         if self.model is None:
-            how = "Make the panel with a model, or with from_checkpoint."
-            self._enter("error", f"No model is loaded. {how}")
+            self._enter("error", "No model is loaded. Make the panel with one or from_checkpoint.")
         elif self._hung is not None and self._hung.running:
             how = "wait for its end, or restart the kernel."
             self._enter("error", f"The answer that was given up still runs: {how}")
@@ -109,7 +106,6 @@ class PromptPanel(widgets.VBox):
             if self.image is not None and not self.history:
                 message["image"] = self.image  # stays in view for the whole conversation
             sampling = Sampling(self.max_tokens.value, self.temperature.value, self.top_p.value)
-            self._stop_pressed.clear()
             self._enter("running", "Reading the picture and the question ...")
             self._start(self._answer, [*self.history, message], sampling)
 
@@ -119,7 +115,6 @@ class PromptPanel(widgets.VBox):
             if self.state != "running":
                 return
             self._enter("stopping", "Stopping after this token ...")
-            self._stop_pressed.set()
             if self._stream is not None:
                 self._stream.cancel()
 
@@ -182,7 +177,7 @@ class PromptPanel(widgets.VBox):
         with stream(*asking, timeout_seconds=self.timeout_seconds) as pieces:
             with self._lock:
                 self._stream = pieces
-                if self._stop_pressed.is_set():  # pressed before there was anything to cancel
+                if self.state == "stopping":  # pressed before there was anything to cancel
                     pieces.cancel()
             for piece in pieces:
                 text += piece
