@@ -136,12 +136,10 @@ def _driver():
 def _torch_build():
     cuda = torch.version.cuda
     built = f"torch {torch.__version__}, {f'CUDA {cuda}' if cuda else 'no CUDA'}"
-    if torch.cuda.is_available():
-        yield Finding("torch build", OK, f"{built}, sees {torch.cuda.device_count()} GPUs")
-        return
-    hidden = card_count()
-    if not hidden:
-        yield Finding("torch build", OK, f"{built}, no GPU here")
+    available, hidden = torch.cuda.is_available(), card_count()
+    if available or not hidden:
+        sees = f"sees {torch.cuda.device_count()} GPUs" if available else "no GPU here"
+        yield Finding("torch build", OK, f"{built}, {sees}")
         return
     advice = "The driver is older than this build's: update it, or install torch for an older CUDA."
     if not cuda or "CUDA_VISIBLE_DEVICES" in os.environ:

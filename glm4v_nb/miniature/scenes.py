@@ -68,10 +68,8 @@ class Scene:
 def random_scene(rng, count: int | None = None, wide: bool = False, grey: bool = False) -> Scene:
     """A scene that follows the rules above; the same ``rng`` state gives the same scene.
 
-    Args:
-        count: of objects, 1 to 5; drawn if not given.
-        wide: for a picture with sides beyond 2 : 1, only large shapes.
-        grey: only black, white and grey.
+    ``count`` of objects, 1 to 5, is drawn if not given. A ``wide`` picture has sides beyond 2 : 1
+    and only large shapes, a ``grey`` one only black, white and grey.
     """
     count = count or int(rng.choice(5, p=(0.22, 0.2, 0.2, 0.19, 0.19))) + 1
     colours = NEUTRAL if grey else tuple(COLOURS)

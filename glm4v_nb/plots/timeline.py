@@ -82,16 +82,12 @@ def plot_timeline(
                     axes.axvline(border, color="black", linewidth=0.8, linestyle=":")
         _name_stages(panels[0, 0], stages, places[-1] - places[0])
         progress = "seconds"
-        if _is_simulated(samples):
+        if samples[0]["event"] is not None:  # simulated
             axes.set_xticks([])
             progress = "allocations and releases, stages equally wide"
         axes.set_xlabel(f"{progress} · {samples[0]['provenance']}", fontsize=11)
         colours = {name: colour for name, colour in PURPOSES.items() if name in used}
         return finish(figure, colours, only is None, title, columns=4)
-
-
-def _is_simulated(samples: Sequence[dict]) -> bool:
-    return samples[0]["event"] is not None
 
 
 def _unit(cards: list[list[dict]], only: Sequence[str] | None) -> tuple[str, int]:
@@ -153,7 +149,7 @@ def _name_stages(axes, stages: list[tuple[str, float, float]], width: float):
 
 def _places(samples: Sequence[dict]) -> tuple[list[float], list[tuple[str, float, float]]]:
     """Where each sample stands on the horizontal axis, and name, begin and end of every stage."""
-    simulated = _is_simulated(samples)
+    simulated = samples[0]["event"] is not None
     clock = "event" if simulated else "time"
     places: list[float] = []
     stages: list[tuple[str, float, float]] = []
