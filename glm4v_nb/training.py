@@ -4,7 +4,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from glm4v_nb.model.configuration import GLM4VConfig
@@ -93,12 +93,11 @@ class ExpandingCollator:
             (batch, expanded length) and padded on the left; -100 in labels at images and padding.
             ``pixel_values`` (images, 3, side, side) if there are any.
         """
-        longest = max(len(row["input_ids"]) for row in rows)
 
         def padded(name: str, filling: int, default):
             columns = [torch.as_tensor(row.get(name, default(row))) for row in rows]
-            return torch.stack(
-                [functional.pad(each, (longest - len(each), 0), value=filling) for each in columns]
+            return pad_sequence(
+                columns, batch_first=True, padding_value=filling, padding_side="left"
             )
 
         ids = padded("input_ids", self.config.pad_token_id, lambda row: row["input_ids"])

@@ -54,10 +54,8 @@ def plot_device_map(
 
     ``placements``: panel's name → blocks of ``explain_device_map``; a cell is as wide as its bytes.
     """
-    rows = {
-        name: sorted({block.place for block in blocks}, key=str)
-        for name, blocks in placements.items()
-    }
+    places = {name: {block.place for block in blocks} for name, blocks in placements.items()}
+    rows = {name: sorted(found, key=str) for name, found in places.items()}
     used: dict[str, str] = {}
     with styled():
         figure, panels = plt.subplots(

@@ -95,7 +95,7 @@ class PromptPanel(widgets.VBox):
         if self.state not in ("idle", "error"):  # a second click on its way
             return
         if self.model is None:
-            self._enter("error", "No model is loaded. Make the panel with one or from_checkpoint.")
+            self._enter("error", "No model is loaded. Make the panel with one, or from_checkpoint.")
         elif self._hung is not None and self._hung.running:
             how = "wait for its end, or restart the kernel."
             self._enter("error", f"The answer that was given up still runs: {how}")
