@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from inspect import currentframe
 
 import torch
-from accelerate.utils import find_executable_batch_size
 from accelerate.utils.memory import should_reduce_batch_size
 from IPython import get_ipython
 
@@ -59,12 +58,10 @@ class FreedMemory:
     def __repr__(self):
         lines = []
         for early, late in zip(self.before, self.after, strict=True):
-            changes = (
-                f"{kind} {bytes_in_words(getattr(early, f'{kind}_bytes'))} ->"
-                f" {bytes_in_words(getattr(late, f'{kind}_bytes'))}"
-                for kind in ("allocated", "reserved")
-            )
-            lines.append(f"card {late.index} ({late.card}): {', '.join(changes)}")
+            figures = (early.allocated_bytes, late.allocated_bytes)
+            figures += (early.reserved_bytes, late.reserved_bytes)
+            changes = "allocated {} -> {}, reserved {} -> {}".format(*map(bytes_in_words, figures))
+            lines.append(f"card {late.index} ({late.card}): {changes}")
         lines.append(f"let go: {', '.join(self.cleared) or 'nothing was hidden'}")
         lines.append("still held by:" if self.holders else "still held by: no variable")
         lines += [f"  {holder}" for holder in self.holders]
@@ -79,9 +76,7 @@ def free_memory(rig=None) -> FreedMemory:
     hold tensors on cards, of reference cycles and of cached memory. Your variables stay: the report
     says which to ``del``. After it ``%debug`` has no traceback to look at.
 
-    Args:
-        rig: whose cards are meant; simulated cards are known inside their ``with`` block, and by
-            this argument outside of it. Default: the cards ``torch.cuda`` shows.
+    ``rig`` is needed for simulated cards outside of their ``with`` block.
     """
     outside = rig is not None and Rig.active is None
     with rig if outside else nullcontext():
@@ -105,14 +100,13 @@ def free_memory(rig=None) -> FreedMemory:
 def with_smaller_batches(function, starting_batch_size: int) -> tuple[object, int]:
     """Call ``function(batch_size)``, with half the batch after every out-of-memory error.
 
-    accelerate's ``find_executable_batch_size``, and the frames of each failed try are emptied
+    As accelerate's ``find_executable_batch_size``, but the frames of each failed try are emptied
     before the next: the error would keep their tensors on the card.
 
     Returns:
         What the function returned, and the batch size it returned it for.
 
     Raises:
-        ValueError: ``starting_batch_size`` is not a whole number of at least 1.
         torch.OutOfMemoryError: a batch of one does not fit either.
     """
     if not isinstance(starting_batch_size, int) or starting_batch_size < 1:
@@ -120,27 +114,18 @@ def with_smaller_batches(function, starting_batch_size: int) -> tuple[object, in
             f"starting_batch_size is {starting_batch_size!r}; expected a whole number of at least"
             " 1. Start with the largest batch you would like to have."
         )
-    tried: list[int] = []
-    out_of_memory = None
-
-    def attempt(batch_size):
-        nonlocal out_of_memory
-        out_of_memory = None
+    tried, batch_size = [], starting_batch_size
+    while batch_size:
+        empty_caches()
         tried.append(batch_size)
         try:
-            return function(batch_size)
+            return function(batch_size), batch_size
         except Exception as error:
-            if should_reduce_batch_size(error):
-                out_of_memory = str(error)
-                clear_frames(error)
-            raise
-
-    try:
-        halving = find_executable_batch_size(attempt, starting_batch_size, lambda: tried[-1] // 2)
-        return halving(), tried[-1]
-    except RuntimeError:
-        if out_of_memory is None:
-            raise  # the function's own error; accelerate's comes in place of a batch of none
+            if not should_reduce_batch_size(error):
+                raise
+            out_of_memory = str(error)
+            clear_frames(error)
+        batch_size //= 2
     raise torch.OutOfMemoryError(
         f"no batch fits: tried {', '.join(map(str, tried))}. A batch of one has to fit: see"
         " what free_memory() says is still held, then shorten the prompt, use a smaller data type"
@@ -160,11 +145,9 @@ def _forget_errors(shell) -> list[str]:
         "last_execution_result.error_in_exec": getattr(last, "error_in_exec", None),
     }
     for name in ("last_exc", "last_type", "last_value", "last_traceback"):
-        if hasattr(sys, name):
-            delattr(sys, name)
-    for name in ("tb", "etype", "evalue"):
-        if hasattr(formatter, name):
-            setattr(formatter, name, None)
+        vars(sys).pop(name, None)
+    if formatter is not None:
+        formatter.tb = formatter.etype = formatter.evalue = None
     errors = {place: error for place, error in kept.items() if error is not None}
     for error in errors.values():
         clear_frames(error)
@@ -173,8 +156,8 @@ def _forget_errors(shell) -> list[str]:
 
 def _forget_outputs(shell) -> list[str]:
     """Drop what leads to tensors on cards from Out, _1, _2, ..., _, __, ___ and last results."""
-    cleared = {}
-    outputs, hook = shell.user_ns.get("_oh", {}), shell.displayhook
+    cleared, hook = {}, shell.displayhook
+    outputs = shell.user_ns.get("_oh", {})
     for number in [number for number, value in outputs.items() if tensors_in(value)]:
         cleared[f"Out[{number}]"] = outputs.pop(number)
     # IPython remembers in user_ns_hidden which variables are its own and what their values are, and
@@ -184,12 +167,10 @@ def _forget_outputs(shell) -> list[str]:
         if re.fullmatch(r"_{1,3}|_\d+", name) and tensors_in(value):
             cleared[name] = value
             for variables in (shell.user_ns, shell.user_ns_hidden):
-                if variables.get(name) is not value:
-                    continue
-                if name[-1].isdigit():
+                if variables.get(name) is value:
                     del variables[name]
-                else:
-                    variables[name] = ""
+                    if not name[-1].isdigit():
+                        variables[name] = ""
     for name in ("_", "__", "___"):
         if tensors_in(getattr(hook, name, None)):
             cleared[name] = getattr(hook, name)

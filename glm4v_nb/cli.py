@@ -80,14 +80,13 @@ def fit(
     workload = Workload(**{name: context.params[name] for name in Workload.__annotations__})
     device_map = fitting.read_device_map(device_map)
     deployment = fitting.Deployment(card, count, dtype, device_map, alloc_conf=alloc_conf)
-    found = points = None
+    found, picture = None, {}
     if limits or frontier:
-        result, found, points = _search(deployment, workload, limits, frontier)
+        result, found, picture = _search(deployment, workload, limits, frontier)
     else:
         with _progress(f"running on {count} x {card}, simulated"):
             result = fitting.fit(workload=workload, **vars(deployment))
     if as_json:
-        picture = {"frontier": {"file": frontier, "points": points}} if frontier else {}
         print(json.dumps((found or result).to_dict() | picture, indent=2))
     else:
         _print_fit(result, _next_step(context, result))
@@ -99,10 +98,8 @@ def fit(
 
 
 def _search(deployment, workload, with_limits: bool, picture: str | None):
-    """The plain answer, the limits or None, and the points of the frontier, which is drawn, or
-    None."""
+    """The plain answer, the limits or None, and what --json says of the frontier it draws."""
     from glm4v_nb import limits as searching
-    from glm4v_nb.fit import fit as fit_once
 
     if picture:
         from glm4v_nb.plots import plot_frontier, plot_path
@@ -113,14 +110,15 @@ def _search(deployment, workload, with_limits: bool, picture: str | None):
     with _progress("loading", steps=4 * with_limits + len(token_counts)) as report:
         trials = searching.Trials(deployment, report)
         found = searching.limits(trials, workload) if with_limits else None
-        result = found.result if found else fit_once(workload=workload, **vars(deployment))
+        result = found.result if found else searching.fit(workload=workload, **vars(deployment))
         if not picture:
-            return result, found, None
+            return result, found, {}
         batches = searching.frontier(trials, workload, token_counts)
     name = f"{workload.images} image per sample" if workload.images else "text only"
     title = f"What fits on {deployment.count} x {result.devices[0].card}"
     plot_frontier({name: batches}, title, result.provenance).savefig(picture)
-    return result, found, [{"text_tokens": n, "largest_batch": batches[n]} for n in batches]
+    points = [{"text_tokens": n, "largest_batch": batches[n]} for n in batches]
+    return result, found, {"frontier": {"file": picture, "points": points}}
 
 
 def _next_step(context: typer.Context, result) -> str:
@@ -160,16 +158,13 @@ def _print_fit(result, next_step: str):
         table.add_column(column, justify="right")
     for device in result.devices:
         figures = [getattr(device, f"{name.replace(' ', '_')}_bytes") for name in columns]
+        cells = [escape(f"{device.index} · {device.card}"), *map(_gib, figures)]
         full = result.oom is not None and result.oom.device == device.index
-        table.add_row(
-            escape(f"{device.index} · {device.card}"),
-            *(f"{figure / GIB:.2f}" for figure in figures),
-            style="bold red" if full else None,
-        )
+        table.add_row(*cells, style="bold red" if full else None)
     console.print(table)
     if result.oom is None:
         fullest = min(result.devices, key=lambda device: device.free_at_peak_bytes)
-        free = f"{fullest.free_at_peak_bytes / GIB:.2f} GiB free at its peak"
+        free = f"{_gib(fullest.free_at_peak_bytes)} GiB free at its peak"
         console.print(f"[green]It fits:[/] card {fullest.index} is the fullest, with {free}.")
     else:
         where = f"card {result.oom.device} is full, phase {result.oom.phase}."
@@ -180,20 +175,24 @@ def _print_fit(result, next_step: str):
     console.print(f"Next: {escape(next_step)}", soft_wrap=True)
 
 
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.2f}"
+
+
 def _host_memory(result) -> str:
     """What loading takes of the host's memory, in a sentence."""
     host = result.host
-    least, most = host.sequential_peak_anonymous_bytes / GIB, host.peak_anonymous_bytes / GIB
-    span = f"{most:.2f}" if f"{least:.2f}" == f"{most:.2f}" else f"{least:.2f} to {most:.2f}"
+    bounds = (host.sequential_peak_anonymous_bytes, host.peak_anonymous_bytes)
+    span = " to ".join(dict.fromkeys(map(_gib, bounds)))  # one figure where both read alike
     files = "files are read through the page cache."
     if host.view_bytes:
         files = (
-            f"{host.view_bytes / GIB:.2f} GiB of weights remain in their files, to be read in"
-            " every pass through the page cache."
+            f"{_gib(host.view_bytes)} GiB of weights remain in their files, to be read in every"
+            " pass through the page cache."
         )
     return (
         f"Host memory to load ({result.provenance}): {span} GiB beside Python and CUDA,"
-        f" {host.anonymous_bytes / GIB:.2f} GiB stays; {files}"
+        f" {_gib(host.anonymous_bytes)} GiB stays; {files}"
     )
 
 
@@ -205,13 +204,13 @@ def _print_limits(found):
         "model": "the model's context ends there",
         "search": "the search ends there",
     }
-    for label, edge, unit in (
-        ("Largest batch", found.largest_batch, "samples like this"),
-        ("Longest context", found.longest_context, "text tokens"),
+    batch, context, best = found.largest_batch, found.longest_context, found.recommendation
+    for edge, label, unit in (
+        (batch, "Largest batch", "samples like this"),
+        (context, "Longest context", "text tokens"),
     ):
         reason = reasons[edge.limited_by] if edge.size else "not even one fits"
         console.print(f"[bold]{label}:[/] {edge.size} {unit} ({reason})")
-    best = found.recommendation
     if best is None:
         advice = "none of the automatic ones fits; take more or larger cards."
         console.print(f"[bold]Device map:[/] {advice}")
@@ -219,9 +218,8 @@ def _print_limits(found):
     headroom = ", ".join(f"{size / GIB:.1f}" for size in best.headroom_bytes)
     name = best.device_map if isinstance(best.device_map, str) else "everything on the one card"
     memory = " with max_memory" if best.max_memory else ""
-    free = f"free at peak, per card: {headroom} GiB. To paste:\n"
-    console.print(f"[bold]Device map:[/] {name}{memory}; {free}")
-    console.print(escape(best.code) + "\n")
+    free = f"free at peak, per card: {headroom} GiB."
+    console.print(f"[bold]Device map:[/] {name}{memory}; {free} To paste:\n\n{escape(best.code)}\n")
 
 
 @app.command()
@@ -237,9 +235,11 @@ def doctor(
         from glm4v_nb import doctor as examination  # this command has the same name
     with _progress("examining this machine"):
         findings = list(examination.examine())
-    mend = examination.verdict(findings) == examination.STOP
+    status = examination.verdict(findings)
+    mend = status == examination.STOP
     if as_json:
-        print(examination.to_json(findings))
+        answer = {"status": status, "findings": [vars(finding) for finding in findings]}
+        print(json.dumps(answer, indent=2))
     elif as_report:
         print(examination.report(findings))
     else:

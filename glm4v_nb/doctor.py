@@ -4,7 +4,6 @@ Nothing is changed on the machine. A finding is "ok", "look" (works, but read th
 (mend it first). A machine without GPUs is fine: the notebooks simulate them.
 """
 
-import json
 import os
 import platform
 import re
@@ -12,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -29,12 +28,8 @@ OK, LOOK, STOP = "ok", "look", "stop"
 MISSING = "missing"  # in place of a version
 CHECKPOINT_BYTES = 27_812_641_792  # the official weights in bfloat16, see notebook 01
 GIB = 2**30
-# Python versions the tests run on; older ones cannot import the package.
-PYTHONS = ((3, 11), (3, 13))
 # Shown with their versions; the other dependencies only when something is wrong with them.
-MAIN_LIBRARIES = (
-    "torch", "transformers", "accelerate", "safetensors", "jupyterlab", "ipywidgets", "papermill",
-)  # fmt: skip
+MAIN_LIBRARIES = "torch transformers accelerate safetensors jupyterlab ipywidgets papermill".split()
 
 
 @dataclass(frozen=True)
@@ -66,12 +61,6 @@ def verdict(findings: list[Finding]) -> str:
     return max((finding.status for finding in findings), key=(OK, LOOK, STOP).index)
 
 
-def to_json(findings: list[Finding]) -> str:
-    """{"status", "findings": [{"subject", "status", "found", "advice"}]}."""
-    answer = {"status": verdict(findings), "findings": [asdict(one) for one in findings]}
-    return json.dumps(answer, indent=2)
-
-
 def report(findings: list[Finding]) -> str:
     """One block of text for a bug report, without home directory and names of user and host."""
     lines = [f"glm4v-nb doctor, {time.strftime('%Y-%m-%d')}: {verdict(findings)}"]
@@ -85,20 +74,19 @@ def _finding(subject: str, right: bool, found: str, advice: str = "", otherwise=
 
 
 def _python():
-    version, low, high = sys.version_info[:2], *PYTHONS
+    # Older ones cannot import the package.
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    tested = f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
-    advice = f"Tested are {tested}; make PYTHON=python3.13 takes another."
-    yield _finding("Python", low <= version <= high, found, advice)
+    advice = "Tested are 3.11 to 3.13; make PYTHON=python3.13 takes another."
+    yield _finding("Python", (3, 11) <= sys.version_info[:2] <= (3, 13), found, advice)
 
 
 def _libraries():
     try:
         lines = metadata.requires("glm4v-nb") or ()
     except metadata.PackageNotFoundError:
-        found = "glm4v-nb runs from its source without being installed, so what it requires is not"
+        found = "glm4v-nb runs from its source without being installed: its needs are not known"
         advice = "Run make setup, or pip install -e . in its folder."
-        yield Finding("libraries", LOOK, f"{found} known", advice)
+        yield Finding("libraries", LOOK, found, advice)
         return
     wrong = []
     for requirement in map(Requirement, lines):
@@ -109,14 +97,12 @@ def _libraries():
             wrong.append(f"{requirement.name} {version}, expected {allowed}")
     versions = ", ".join(f"{name} {_version(name)}" for name in MAIN_LIBRARIES)
     yield _finding("libraries", not wrong, "; ".join(wrong) or versions, "Run make setup.", STOP)
-    if _version("torchvision") != MISSING:
-        yield Finding(
-            "torchvision",
-            LOOK,
-            f"{_version('torchvision')} is installed",
+    if (torchvision := _version("torchvision")) != MISSING:
+        advice = (
             "It is not needed, and one that does not match torch breaks importing transformers: pip"
-            " uninstall it.",
+            " uninstall it."
         )
+        yield Finding("torchvision", LOOK, f"{torchvision} is installed", advice)
 
 
 def _version(name: str) -> str:
@@ -135,37 +121,30 @@ def _driver():
         advice = "Cards are simulated; real ones need a driver."
         yield Finding("NVIDIA driver", OK, f"none ({error})", advice)
         return
-    found = f"{version}, up to CUDA {cuda // 1000}.{cuda % 1000 // 10}"
-    yield Finding("NVIDIA driver", OK, found)
+    yield Finding("NVIDIA driver", OK, f"{version}, up to CUDA {cuda // 1000}.{cuda % 1000 // 10}")
     with nvml():
-        yield from map(_users, range(card_count()))
-
-
-def _users(index: int) -> Finding:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory, processes = memory_of(handle), processes_on(handle) or ()
-    others = sum(process != os.getpid() for process, _ in processes)
-    used = f"{memory.used / GIB:.2f} of {memory.total / GIB:.2f} GiB used"
-    found = f"{pynvml.nvmlDeviceGetName(handle)}: {used}, {others} other processes"
-    advice = "Others use this card; what they hold, your model cannot have."
-    return _finding(f"users of GPU {index}", not others, found, advice)
+        for index in range(card_count()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory, processes = memory_of(handle), processes_on(handle) or ()
+            others = sum(process != os.getpid() for process, _ in processes)
+            used = f"{memory.used / GIB:.2f} of {memory.total / GIB:.2f} GiB used"
+            found = f"{pynvml.nvmlDeviceGetName(handle)}: {used}, {others} other processes"
+            advice = "Others use this card; what they hold, your model cannot have."
+            yield _finding(f"users of GPU {index}", not others, found, advice)
 
 
 def _torch_build():
     cuda = torch.version.cuda
     built = f"torch {torch.__version__}, {f'CUDA {cuda}' if cuda else 'no CUDA'}"
-    if torch.cuda.is_available():
-        yield Finding("torch build", OK, f"{built}, sees {torch.cuda.device_count()} GPUs")
+    available, hidden = torch.cuda.is_available(), card_count()
+    if available or not hidden:
+        sees = f"sees {torch.cuda.device_count()} GPUs" if available else "no GPU here"
+        yield Finding("torch build", OK, f"{built}, {sees}")
         return
-    hidden = card_count()
-    if not hidden:
-        yield Finding("torch build", OK, f"{built}, no GPU here")
-        return
-    advice = "The driver is older than this build's CUDA: update it, or install torch for an"
-    advice += " older CUDA."
-    if not cuda or os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
-        advice = "Install a build for your driver's CUDA from pytorch.org, or unset"
-        advice += " CUDA_VISIBLE_DEVICES."
+    advice = "The driver is older than this build's: update it, or install torch for an older CUDA."
+    if not cuda or "CUDA_VISIBLE_DEVICES" in os.environ:
+        build = "Install a build for your driver's CUDA from pytorch.org"
+        advice = f"{build}, or unset CUDA_VISIBLE_DEVICES."
     found = f"{built}, sees none of the driver's {hidden} GPUs"
     yield Finding("torch build", STOP, found, advice)
 
@@ -191,12 +170,7 @@ def _gpus():
 
 
 def _multiply(device: torch.device, side: int = 1024):
-    """Allocate, multiply and check the result; ``side`` up to 2048, which float16 holds exactly.
-
-    Raises:
-        ValueError: the product is wrong.
-        RuntimeError: from CUDA.
-    """
+    """ValueError where a product is wrong; ``side`` up to 2048, which float16 holds exactly."""
     ones = torch.ones(side, side, dtype=torch.float16, device=device)
     if not bool(((ones @ ones) == side).all()):
         raise ValueError("a matrix product came out wrong")
@@ -249,17 +223,17 @@ def _disk():
 def _kernel():
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
-    subject, found = "notebook kernel", "there is no kernel named python3"
     try:
         command = KernelSpecManager().get_kernel_spec("python3").argv[0]
     except NoSuchKernel:
-        yield Finding(subject, STOP, found, "Run make setup.")
+        found = "there is no kernel named python3"
+        yield Finding("notebook kernel", STOP, found, "Run make setup.")
         return
     # ipykernel's own specification names no path: it starts the interpreter Jupyter runs on.
     same = not os.path.isabs(command) or Path(command).resolve() == Path(sys.executable).resolve()
     found = f"python3, {'this' if same else 'another'} Python"
     advice = "Notebooks would run without this environment: python -m ipykernel install"
-    yield _finding(subject, same, found, f"{advice} --sys-prefix.")
+    yield _finding("notebook kernel", same, found, f"{advice} --sys-prefix.")
 
 
 def _without_names(text: str) -> str:

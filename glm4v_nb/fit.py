@@ -134,11 +134,8 @@ class Deployment:
             return plan_device_map(strategy, sizes, DTYPES[self.dtype], self.checkpoint)
 
     def placement(self) -> dict[str, Place]:
-        """The device map; what an automatic one would offload is put on the last card instead.
-
-        The question is whether the cards alone hold the model. So the answer is the error that a
-        user without offloading meets.
-        """
+        """The device map; what an automatic one would offload is put on the last card instead, so
+        that the answer is the error that a user without offloading meets."""
         if not isinstance(self.device_map, str):
             return self.device_map
         if self.count == 1:
@@ -158,11 +155,8 @@ class Deployment:
 class LoadedModel:
     """A deployment's model on its cards, or the error that loading it ended with.
 
-    Attributes:
-        rig: the cards.
-        device_map: where every module is.
-        weights_bytes: allocated on each card when loading ended, by an error as well.
-        error: PyTorch's out-of-memory message of the load; None once it is loaded.
+    ``weights_bytes`` were allocated on each card when loading ended, by an error as well; ``error``
+    is PyTorch's out-of-memory message of the load, or None.
     """
 
     def __init__(self, deployment: Deployment):
@@ -177,32 +171,28 @@ class LoadedModel:
 
     def run(self, workload: Workload) -> FitResult:
         """Run a workload; the figures are those of all stages the rig has a record of."""
-        started, rig, error, oom = time.perf_counter(), self.rig, self.error, None
+        started, rig, error = time.perf_counter(), self.rig, self.error
         if error is None:
             try:
                 run_workload(rig, self.model, workload)
             except torch.OutOfMemoryError as caught:
                 error = str(caught)
+        verdict, oom = "fits", None
         if error is not None:
-            oom = OutOfMemory(int(re.search(r"GPU (\d+)", error)[1]), rig.stages[-1].name, error)
+            card = int(re.search(r"GPU (\d+)", error)[1])
+            verdict, oom = "oom", OutOfMemory(card, rig.stages[-1].name, error)
         devices = [self._device_fit(index) for index in range(self.deployment.count)]
         seconds = round(time.perf_counter() - started, 2)
-        verdict = "oom" if oom else "fits"
         return FitResult(verdict, devices, oom, seconds, rig.provenance, rig.host.memory)
 
     def _device_fit(self, index: int) -> DeviceFit:
-        stages = [stage.memory[index] for stage in self.rig.stages]
+        stages, card = [stage.memory[index] for stage in self.rig.stages], self.rig.card
+        allocated = max(memory.peak_allocated_bytes for memory in stages)
         reserved = max(memory.peak_reserved_bytes for memory in stages)
-        return DeviceFit(
-            index=index,
-            card=self.rig.card.key,
-            capacity_bytes=self.rig.card.total_bytes,
-            weights_bytes=self.weights_bytes[index],
-            peak_allocated_bytes=max(memory.peak_allocated_bytes for memory in stages),
-            peak_reserved_bytes=reserved,
-            # What is outside PyTorch's allocator only grows.
-            free_at_peak_bytes=stages[-1].free_bytes + stages[-1].reserved_bytes - reserved,
-        )
+        # What is outside PyTorch's allocator only grows.
+        free = stages[-1].free_bytes + stages[-1].reserved_bytes - reserved
+        weights = self.weights_bytes[index]
+        return DeviceFit(index, card.key, card.total_bytes, weights, allocated, reserved, free)
 
 
 def fit(
@@ -214,9 +204,7 @@ def fit(
     checkpoint: str | Path = OFFICIAL,
     alloc_conf: str | None = None,
 ) -> FitResult:
-    """Run a workload of a checkpoint, by default the full-size model, on ``count`` simulated cards.
-
-    The other arguments are those of ``Deployment``.
+    """Run a workload of a ``Deployment``, whose arguments the others are, on simulated cards.
 
     Raises:
         ValueError: as ``Deployment.check``; an impossible workload.
@@ -238,21 +226,14 @@ def load(rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFI
         torch.OutOfMemoryError: a card has no room.
     """
     with rig, rig.stage("load"):
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint,
-            config=read_config(checkpoint),
-            device_map=device_map,
-            dtype=dtype,
-            **options,
-        )
+        options |= {"config": read_config(checkpoint), "device_map": device_map, "dtype": dtype}
+        return AutoModelForCausalLM.from_pretrained(checkpoint, **options)
 
 
 def run_workload(rig: Rig, model, workload: Workload, **optimizer_options):
     """Run a workload on a loaded model, in the phases of ``OutOfMemory`` as stages.
 
-    In training "prefill" only makes the inputs.
-
-    ``optimizer_options`` are those of ``first_update``.
+    In training "prefill" only makes the inputs. ``optimizer_options`` are for ``first_update``.
 
     Raises:
         torch.OutOfMemoryError: a card has no room; the last of ``rig.stages`` says in which stage.
@@ -276,11 +257,8 @@ def run_workload(rig: Rig, model, workload: Workload, **optimizer_options):
 
 
 def read_device_map(text: str) -> str | dict[str, Place]:
-    """A device map as the command line takes it: a strategy's name, a JSON object, a JSON file.
-
-    Raises:
-        ValueError: neither of these, or not valid JSON.
-    """
+    """A device map as the command line takes it: a strategy's name, a JSON object, a JSON file;
+    ValueError for anything else."""
     if text in DEVICE_MAPS:
         return text
     is_object = text.lstrip().startswith("{")
@@ -305,25 +283,21 @@ def cards_for_weights(card: str, dtype: str) -> int:
     return math.ceil(Deployment(card, dtype=dtype).weights_bytes({"": 0})[0] / usable)
 
 
-# Parameters of a notebook that say how large its workload is.
-_WORKLOAD = ("batch_size", "images", "text_tokens", "new_tokens")
+_fit_once = functools.cache(fit)  # runs of a sweep often share their sizes
 
 
 def predict_run(notebook: str, parameters: dict) -> str | None:
     """What ``fit`` says of the full-size model with a notebook's cards and workload, in a few
     words; None for a notebook without a card among its parameters, or where ``fit`` refuses."""
-    card = parameters.get("card")
+    card, count = parameters.get("card"), parameters.get("count", 1)
     if not isinstance(card, str) or not card:
         return None
-    sizes = tuple((k, parameters[k]) for k in _WORKLOAD if isinstance(parameters.get(k), int))
-    count, dtype = parameters.get("count", 1), parameters.get("dtype", "bfloat16")
-    return _predicted(card, count, dtype, sizes)
-
-
-@functools.cache
-def _predicted(card: str, count: int, dtype: str, sizes: tuple) -> str | None:
+    names = ("batch_size", "images", "text_tokens", "new_tokens")
+    sizes = {name: parameters[name] for name in names if isinstance(parameters.get(name), int)}
     try:
-        result = fit(card, count, dtype, workload=Workload(**dict(sizes)))
+        result = _fit_once(
+            card, count, parameters.get("dtype", "bfloat16"), workload=Workload(**sizes)
+        )
     except ValueError:
         return None
     if result.fits:

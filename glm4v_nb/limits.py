@@ -1,14 +1,12 @@
 """How far does it go? The largest batch, the longest context, the best device map, by running.
 
-The model is loaded once per device map and many workloads run on it. Before the first, one token
-warms the cards up; after each, everything it made is dropped. So every run starts from the same
-bytes, those of a server that has answered before. The very first run after a load, which is what
-``fit`` shows, may take a sample more or less: which holes the allocator is left with depends on
-what ran before.
+The model is loaded once per device map and many workloads run on it, each from the same bytes:
+those of a server that has answered before. The very first run after a load, which is what ``fit``
+shows, may take a sample more or less, as the allocator's holes depend on what ran before.
 
 Edges are found by bisection, which assumes that what fits also fits when made smaller. The holes
-can break that too, by a little. An edge is therefore what was seen (this much ran, one more did
-not), and no promise for all below it.
+can break that too, by a little: an edge is what was seen (this much ran, one more did not), and no
+promise for all below it.
 """
 
 import gc
@@ -75,31 +73,23 @@ class Limits:
     seconds: float
 
     def to_dict(self) -> dict:
-        """The keys of a plain fit, then the limits; ``seconds`` is the time of all of it.
-
-        ``longest_context`` counts text tokens, as the workload does.
-        """
+        """The keys of a plain fit, then the limits; ``longest_context`` counts text tokens."""
         answer = asdict(self)
         result = answer.pop("result")
         headroom = [device["free_at_peak_bytes"] for device in result["devices"]]
-        beside = {"seconds": self.seconds, "host": result["host"], "headroom_bytes": headroom}
+        beside = {"host": result["host"], "headroom_bytes": headroom}
         return self.result.to_dict() | beside | answer
 
 
 class Trials(LoadedModel):
     """A model that is loaded once, to run many workloads on, each from the same bytes.
 
-    Args:
-        deployment: its card, count, dtype, device map and checkpoint.
-        report: called with a text before every run, and without one after every step of
-            ``limits`` and ``frontier``.
+    ``report`` is called with a text before every run, and without one after every step of
+    ``limits`` and ``frontier``. Raises ValueError as ``Deployment.check`` does.
 
     Attributes:
         base: bytes allocated and reserved per card before every run.
         runs: what has run, and its result.
-
-    Raises:
-        ValueError: as ``Deployment.check`` does.
     """
 
     def __init__(self, deployment: Deployment, report: Callable = lambda text=None: None):
@@ -112,34 +102,29 @@ class Trials(LoadedModel):
         self._warm: set[str] = set()
 
     def run(self, workload: Workload) -> FitResult:
-        """Run a workload; one that has run already is not run again.
-
-        Raises:
-            RuntimeError: something of the run stayed on the cards.
-        """
+        """Run a workload, if it has not run; RuntimeError if something stays on the cards."""
         if self.error is not None:
             return super().run(workload)
-        if workload not in self.runs:
-            sizes = f"{workload.images} images, {workload.text_tokens} tokens"
-            self.report(f"{workload.batch_size} x {sizes}")
-            self._warm_up(workload)
-            self.runs[workload] = self._run_and_drop(workload)
-            if self._held() != self.base:
-                raise RuntimeError(
-                    f"After {workload} the cards hold {self._held()} bytes (allocated, reserved);"
-                    f" expected {self.base}, as before it. Something still refers to tensors of the"
-                    " run."
-                )
-        return self.runs[workload]
-
-    def _warm_up(self, workload: Workload):
-        """Make what stays for good: workspaces of matrix products, of a backward pass, adapters."""
+        if workload in self.runs:
+            return self.runs[workload]
+        sizes = f"{workload.images} images, {workload.text_tokens} tokens"
+        self.report(f"{workload.batch_size} x {sizes}")
         kind = workload.trained if workload.train else "inference"
         if kind not in self._warm:
-            one_token = replace(workload, batch_size=1, images=0, text_tokens=1, new_tokens=1)
-            self._run_and_drop(one_token)
+            # What stays for good: workspaces of matrix products, of a backward pass, adapters.
+            self._run_and_drop(
+                replace(workload, batch_size=1, images=0, text_tokens=1, new_tokens=1)
+            )
             self._warm.add(kind)
             self.base = self._held()
+        self.runs[workload] = self._run_and_drop(workload)
+        if self._held() != self.base:
+            raise RuntimeError(
+                f"After {workload} the cards hold {self._held()} bytes (allocated, reserved);"
+                f" expected {self.base}, as before it. Something still refers to tensors of the"
+                " run."
+            )
+        return self.runs[workload]
 
     def _run_and_drop(self, workload: Workload) -> FitResult:
         self.rig.stages.clear()
@@ -155,30 +140,29 @@ class Trials(LoadedModel):
         return [(memory.allocated_bytes, memory.reserved_bytes) for memory in self.rig.memory()]
 
 
-def limits(trials: Trials, workload: Workload | None = None) -> Limits:
-    """Everything ``glm4v-nb fit --limits`` answers, in four steps.
-
-    Raises:
-        ValueError: the workload's prompt or answer exceeds the model's context.
-    """
+def limits(trials: Trials, workload: Workload) -> Limits:
+    """Everything ``glm4v-nb fit --limits`` answers, in four steps; ValueError for a workload whose
+    prompt or answer exceeds the model's context."""
     started = time.perf_counter()
-    workload = workload or Workload()
-    answers = []
-    for step in (_fresh_run, largest_batch, longest_context, recommend):
+    # The plain answer is that of a fresh load.
+    answers = [fit(workload=workload, **vars(trials.deployment))]
+    trials.runs[workload] = answers[0]
+    trials.report()
+    for step in (largest_batch, longest_context, recommend):
         answers.append(step(trials, workload))
         trials.report()
     return Limits(*answers, round(time.perf_counter() - started, 2))
 
 
-def _fresh_run(trials: Trials, workload: Workload) -> FitResult:
-    """The plain answer is that of a fresh load, as ``fit`` gives it."""
-    trials.runs[workload] = fit(workload=workload, **vars(trials.deployment))
-    return trials.runs[workload]
-
-
 def largest_batch(trials: Trials, workload: Workload, most: int = MOST_SAMPLES) -> Edge:
     """The largest batch of these samples that fits, up to ``most``, whatever their number is."""
-    guess = _estimate(trials, replace(workload, batch_size=1))
+    # As many as fit if each needed what the first one does beyond the weights.
+    first, guess = trials.run(replace(workload, batch_size=1, new_tokens=0)), 1
+    if first.fits:
+        held = zip(first.devices, trials.base, strict=True)
+        used = [(device.peak_reserved_bytes - reserved, device) for device, (_, reserved) in held]
+        rooms = [1 + device.free_at_peak_bytes // size for size, device in used if size > 0]
+        guess = min(rooms, default=1)
     size = _largest_that_fits(trials, workload, "batch_size", most, guess)
     return Edge(size, "memory" if size < most else "search")
 
@@ -201,11 +185,7 @@ def frontier(trials: Trials, workload: Workload, token_counts: list[int] = ()) -
     A longer prompt does not allow a larger batch, so each search ends where the one before did.
     Decode steps are run only where the answer is longer than a quarter of the prompt: a position of
     the prompt takes several times more in the prefill than the 40 KiB that a new token adds to the
-    KV cache.
-
-    Args:
-        token_counts: in any order, each a step; by default those of
-            ``frontier_tokens``.
+    KV cache. ``token_counts`` may be in any order; by default they are ``frontier_tokens``.
     """
     image_positions = workload.images * trials.config.vision_config.image_tokens
     found: dict[int, int] = {}
@@ -262,7 +242,7 @@ def _on_map(trials: Trials, candidate: Recommendation) -> Trials:
 def _better(
     best: Recommendation | None, candidate: Recommendation, trials: Trials, workload: Workload
 ) -> Recommendation | None:
-    """The candidate, if it fits without the CPU and its fullest card has more room than before."""
+    """The candidate, if it fits on cards alone and its fullest has more room than before."""
     if not candidate.on_cards_only:
         return best
     worth = _WORTH_BYTES if candidate.max_memory else 0
@@ -276,23 +256,20 @@ def _better(
 
 
 def _code(candidate: Recommendation, deployment: Deployment) -> str:
-    arguments = [json.dumps(str(deployment.checkpoint))]
-    arguments.append(f"device_map={json.dumps(candidate.device_map)}")
-    if candidate.max_memory:
-        sizes = ", ".join(f'{card}: "{size}"' for card, size in candidate.max_memory.items())
-        arguments.append(f"max_memory={{{sizes}}}")
-    arguments.append(f"dtype=torch.{deployment.dtype}")
-    lines = [
-        "import torch",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        "import glm4v_nb  # teaches transformers the model",
-        "",
-        "model = AutoModelForCausalLM.from_pretrained(",
-        *(f"    {argument}," for argument in arguments),
-        ").eval()",
-    ]
-    return "\n".join(lines)
+    limits = (candidate.max_memory or {}).items()
+    sizes = ", ".join(f'{card}: "{size}"' for card, size in limits)
+    max_memory = f"    max_memory={{{sizes}}},\n" if sizes else ""
+    return f"""\
+import torch
+from transformers import AutoModelForCausalLM
+
+import glm4v_nb  # teaches transformers the model
+
+model = AutoModelForCausalLM.from_pretrained(
+    {json.dumps(str(deployment.checkpoint))},
+    device_map={json.dumps(candidate.device_map)},
+{max_memory}    dtype=torch.{deployment.dtype},
+).eval()"""
 
 
 def _balanced(trials: Trials, workload: Workload, free: dict[int, int]) -> Recommendation | None:
@@ -332,27 +309,13 @@ def _most_text_tokens(config: GLM4VConfig, workload: Workload) -> int:
     return max(0, config.seq_length - workload.images * config.vision_config.image_tokens - answer)
 
 
-def _estimate(trials: Trials, single: Workload) -> int:
-    """How many samples might fit, if each needed what the first one did beyond the weights."""
-    result = trials.run(replace(single, new_tokens=0))
-    if not result.fits:
-        return 1
-    rooms = []
-    for device, (_, reserved) in zip(result.devices, trials.base, strict=True):
-        used = device.peak_reserved_bytes - reserved
-        if used > 0:
-            rooms.append((used + device.free_at_peak_bytes) // used)
-    return min(rooms, default=1)
-
-
 def _largest_that_fits(
     trials: Trials, workload: Workload, size_of: str, most: int, guess: int
 ) -> int:
-    """The largest size of a field, up to ``most``, whose workload fits, 0 if none; that it
-    fits, and one more does not, was run.
+    """The largest size of a field, up to ``most``, whose workload fits, 0 if none.
 
-    The prefill of every size is cheap, and what does not get through it cannot decode: its edge is
-    found first and the decode steps are run from there down.
+    The prefill is cheap, and what does not get through it cannot decode: its edge is found first
+    and the decode steps are run from there down.
     """
 
     def fits(size: int, new_tokens: int = workload.new_tokens) -> bool:

@@ -27,12 +27,8 @@ class MeasuredStage:
 def measured_run(file: str, load: str, run: str) -> list[MeasuredStage]:
     """The stages of a run that ``benchmarks/memory.py`` measured.
 
-    Args:
-        file: name of a file in benchmarks/results, without ".json".
-        load, run: names in the plan of ``benchmarks/memory.py``; the run "load" is the loading.
-
-    Raises:
-        KeyError: no such load or run in the file.
+    ``file`` is a file's name in benchmarks/results, without ".json"; ``load`` and ``run`` are names
+    in it, else KeyError. The run "load" is the loading.
     """
     results = _read(file)
     records = {each["load"]["name"]: each["records"] for each in results["loads"]}[load]
@@ -52,20 +48,16 @@ def measured_run(file: str, load: str, run: str) -> list[MeasuredStage]:
 
 
 def measured_notebook(file: str, number: str) -> list[list[MeasuredStage]]:
-    """The stages of every rig of a notebook that ``benchmarks/notebooks.py`` ran on real GPUs.
-
-    Raises:
-        KeyError: no such notebook in the file.
-    """
+    """The stages of every rig of a notebook that ``benchmarks/notebooks.py`` ran on real GPUs;
+    KeyError where the file has no such notebook."""
     rigs = {each["notebook"][:2]: each["rigs"] for each in _read(file)["notebooks"]}[number]
     measured = []
     for rig in rigs:
-        if rig["provenance"].startswith("measured"):
-            stages = [
-                (each["stage"], tuple(each["peak_allocated_bytes"]), each["out_of_memory"])
-                for each in rig["stages"]
-            ]
-            measured.append([MeasuredStage(*stage, rig["provenance"]) for stage in stages])
+        provenance, stages = rig["provenance"], []
+        for each in rig["stages"]:
+            figures = (tuple(each["peak_allocated_bytes"]), each["out_of_memory"])
+            stages.append(MeasuredStage(each["stage"], *figures, provenance))
+        measured += [stages] if provenance.startswith("measured") else []
     return measured
 
 

@@ -41,13 +41,8 @@ def plan_device_map(
 ) -> dict[str, Place]:
     """The map that ``from_pretrained`` would make of a strategy, without loading.
 
-    Args:
-        strategy: "auto", "balanced", "balanced_low_0" or "sequential".
-        max_memory: bytes per card index, and for "cpu".
-        checkpoint: the official hub id, or a directory with a config.json.
-
-    Raises:
-        ValueError: the checkpoint is neither of these.
+    ``strategy`` is "auto", "balanced", "balanced_low_0" or "sequential"; ``max_memory`` bytes per
+    card index, and for "cpu"; ``checkpoint`` as in ``read_config``, which raises ValueError.
     """
     return dict(_get_device_map(meta_model(dtype, checkpoint), strategy, max_memory, None))
 

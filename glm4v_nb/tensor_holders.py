@@ -45,12 +45,8 @@ def find_holders(
 ) -> list[TensorHolder]:
     """Everything with a name that keeps tensors on cards alive, most bytes first.
 
-    Args:
-        namespace: the notebook's variables (or those of ``__main__``).
-        hidden: variables that are in ``namespace`` but not the user's own; a name with another
-            value is.
-        outermost: frame to begin with; functions running below it are looked at too. Default: the
-            caller's.
+    ``namespace`` are the notebook's variables, ``hidden`` those among them that are not the user's
+    own; functions running from ``outermost`` (default: the caller) outwards are looked at too.
     """
     unexplained = [obj for obj in gc.get_objects() if _is_card_tensor(obj)]
     found = []
@@ -88,8 +84,7 @@ def tensors_in(value, seen: dict | None = None) -> list[torch.Tensor]:
 
     ``seen`` (id to object) is left out, and what was walked through is added to it.
     """
-    # The objects themselves are kept while walking: the id of a freed temporary would come back as
-    # another's.
+    # The objects are kept while walking: a freed temporary's id would come back as another's.
     seen, found = {} if seen is None else seen, []
     pending = list(vars(value).values()) if issubclass(type(value), type) else [value]
     while pending:
@@ -137,28 +132,21 @@ def _contents(obj) -> list:
 
 def _running_variables(frame, namespace):
     """Variables of the functions now running, from ``frame`` outwards to the notebook's cell."""
-    while frame is not None and (_is_function(frame) or frame.f_globals is not namespace):
+    while frame is not None:
         code = frame.f_code
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in _MACHINERY:
+        is_function = code.co_flags & inspect.CO_OPTIMIZED
+        if not is_function and frame.f_globals is namespace:
+            return
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if is_function and package not in _MACHINERY:
             place = f"{code.co_name} of {Path(code.co_filename).name}:{frame.f_lineno}"
-            for name, value in _locals(frame).items():
+            values = dict(shown := frame.f_locals)
+            if type(shown) is dict:
+                # Before Python 3.13 a copy that the frame keeps, and that would keep what it holds.
+                shown.clear()
+            for name, value in values.items():
                 yield f"{name} in {place}", value
         frame = frame.f_back
-
-
-def _is_function(frame) -> bool:
-    return bool(frame.f_code.co_flags & inspect.CO_OPTIMIZED)
-
-
-def _locals(frame) -> dict:
-    if not _is_function(frame):
-        return {}  # a module's own variables
-    shown = frame.f_locals
-    values = dict(shown)
-    if type(shown) is dict:
-        # Before Python 3.13 this is a copy that the frame keeps, and that would keep what it holds.
-        shown.clear()
-    return values
 
 
 def _module_variables(namespace):

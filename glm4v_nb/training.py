@@ -4,7 +4,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from glm4v_nb.model.configuration import GLM4VConfig
@@ -20,8 +20,7 @@ _LORA = {"r": 16, "target_modules": ["q_proj", "v_proj"]}
 def trained_parameters(model, trained: str = "everything") -> list[torch.nn.Parameter]:
     """Let a step change these weights and no others, and return them.
 
-    "lora" adds adapters to the model for good, with the peft library; the model is otherwise as it
-    was.
+    "lora" adds adapters to the model for good, with the peft library.
 
     Raises:
         ValueError: not one of ``TRAINED``.
@@ -93,16 +92,12 @@ class ExpandingCollator:
             ``input_ids``, ``attention_mask``, ``position_ids``, ``image_mask`` and ``labels``, each
             (batch, expanded length) and padded on the left; -100 in labels at images and padding.
             ``pixel_values`` (images, 3, side, side) if there are any.
-
-        Raises:
-            ValueError: as ``expand_image_positions``.
         """
-        longest = max(len(row["input_ids"]) for row in rows)
 
         def padded(name: str, filling: int, default):
             columns = [torch.as_tensor(row.get(name, default(row))) for row in rows]
-            return torch.stack(
-                [functional.pad(each, (longest - len(each), 0), value=filling) for each in columns]
+            return pad_sequence(
+                columns, batch_first=True, padding_value=filling, padding_side="left"
             )
 
         ids = padded("input_ids", self.config.pad_token_id, lambda row: row["input_ids"])
@@ -114,11 +109,8 @@ class ExpandingCollator:
 
 
 def first_update(parameters: list[torch.nn.Parameter], **options) -> torch.optim.Optimizer:
-    """The first update of a new AdamW, which makes its two numbers for every weight.
-
-    ``options`` are those of ``torch.optim.AdamW``, as ``foreach=False`` to update one weight after
-    the other.
-    """
+    """The first update of a new ``torch.optim.AdamW``, which makes its two numbers for every
+    weight; ``options`` are its own, as ``foreach=False`` to update one weight after the other."""
     optimizer = torch.optim.AdamW(parameters, **options)
     optimizer.step()
     return optimizer
@@ -142,7 +134,7 @@ def flop_counter() -> FlopCounterMode:
 
     formulas = {}
     for kind in ("cudnn", "flash", "efficient"):
-        operator = f"_scaled_dot_product_{kind}_attention"
-        formulas[getattr(torch.ops.aten, operator)] = forward
-        formulas[getattr(torch.ops.aten, f"{operator}_backward")] = backward
+        for ending, formula in (("", forward), ("_backward", backward)):
+            operator = f"_scaled_dot_product_{kind}_attention{ending}"
+            formulas[getattr(torch.ops.aten, operator)] = formula
     return FlopCounterMode(display=False, custom_mapping=formulas)

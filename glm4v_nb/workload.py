@@ -17,16 +17,13 @@ from glm4v_nb.training import OPTIMIZERS, TRAINED
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes of a run.
+    """Sizes of a run; ValueError for one that cannot be run.
 
     ``text_tokens`` counts prompt tokens per sample without the image's positions (1602 at full
     size); ``images`` is per sample, 0 or 1, which is what the model takes. With ``train`` it is one
     training step: ``trained`` names the weights it changes ("everything", "decoder" for all but the
     image tower, "lora" for small matrices added to the decoder's attention), ``optimizer`` the one
     whose first update follows the backward pass ("" for none, "adamw").
-
-    Raises:
-        ValueError: a size or a choice that cannot be run.
     """
 
     batch_size: int = 1
@@ -99,9 +96,8 @@ def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:
     placeholder = [config.boi_token_id, config.pad_token_id, config.eoi_token_id] * workload.images
     image = torch.tensor(placeholder, dtype=torch.long).expand(batch, -1)
     ids = torch.cat((image, text), dim=1)
-    prompt = expand_image_positions(config, ids, image_count=batch * workload.images)
-    names = ("input_ids", "position_ids", "image_mask")
-    inputs = {name: getattr(prompt, name) for name in names}
+    prompt = vars(expand_image_positions(config, ids, image_count=batch * workload.images))
+    inputs = {name: prompt[name] for name in ("input_ids", "position_ids", "image_mask")}
     if workload.images:
         # One image for the whole batch: drawing a new one for each takes seconds, and no byte
         # depends on it.

@@ -17,8 +17,6 @@ from glm4v_nb.cleanup import clear_frames
 from glm4v_nb.model.chat import is_batch
 from glm4v_nb.placement import input_device
 
-CANCELLED, LENGTH, END = "cancelled", "length", "end"
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -50,11 +48,11 @@ class Sampling:
     def arguments(self) -> dict:
         """As arguments of transformers' ``generate``."""
         # Overwrites the sampling defaults that a checkpoint's generation_config.json may carry.
-        chosen = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if self.temperature > 0:
-            drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-            chosen = {"do_sample": True, **drawn}
-        return {"max_new_tokens": self.max_new_tokens, **chosen}
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        if self.temperature == 0:
+            drawn = dict.fromkeys(drawn)
+        sampled = self.temperature > 0
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": sampled, **drawn}
 
 
 @dataclass(frozen=True)
@@ -80,21 +78,20 @@ class Answer:
     @property
     def tokens_per_second(self) -> float:
         """Speed of the tokens after the first; 0 with fewer than two."""
-        later = self.seconds - self.first_token_seconds
-        return (self.new_tokens - 1) / later if self.new_tokens > 1 and later > 0 else 0.0
+        return _speed(self.new_tokens, self.seconds - self.first_token_seconds)
+
+
+def _speed(new_tokens: int, later_seconds: float) -> float:
+    return (new_tokens - 1) / later_seconds if new_tokens > 1 and later_seconds > 0 else 0.0
 
 
 def generate(model, processor, messages, sampling: Sampling | None = None) -> Answer:
-    """The whole answer to a conversation.
-
-    Args:
-        messages: one conversation, e.g. ``[{"role": "user", "image": "cat.png", "content": "What is
-            it?"}]``.
+    """The whole answer to one conversation, as ``[{"role": "user", "image": "cat.png", "content":
+    "What is it?"}]``.
 
     Raises:
         ValueError: the prompt and ``max_new_tokens`` together exceed the model's context, or a
             message is wrong.
-        torch.OutOfMemoryError: as it comes from the device.
     """
     return _Generation(model, processor, messages, sampling).run(streamer=None)
 
@@ -104,11 +101,8 @@ def stream(
 ) -> "Stream":
     """An answer that comes in pieces: iterate over the result, in a ``with`` block.
 
-    Generation runs in a thread of its own. An error in it is raised here, with its type.
-
-    Args:
-        messages: as for ``generate``.
-        timeout_seconds: longest silence between two tokens, the first one's prefill included.
+    Generation runs in a thread of its own. ``messages`` are as for ``generate``, and
+    ``timeout_seconds`` is the longest silence between two tokens, the prefill included.
     """
     return Stream(_Generation(model, processor, messages, sampling), timeout_seconds)
 
@@ -137,7 +131,17 @@ class _Generation(StoppingCriteria):
                 " messages. Ask them one after the other, or call model.generate for a batch."
             )
         inputs = self.processor.apply_chat_template(self.messages, add_generation_prompt=True)
-        prompt_tokens = self._check_context(inputs)
+        config, most = self.model.config, self.sampling.max_new_tokens
+        # Three ids stand for each image in the prompt.
+        image_tokens = config.vision_config.image_tokens - 3
+        ids, images = inputs["input_ids"].shape[1], len(inputs.get("pixel_values", ()))
+        prompt_tokens = ids + images * image_tokens
+        if prompt_tokens + most > config.seq_length:
+            raise ValueError(
+                f"The conversation takes {prompt_tokens:,} tokens and the answer may take {most:,}"
+                f" more, but the model's context is {config.seq_length:,} (seq_length). Lower"
+                " max_new_tokens, shorten the question, or start a new conversation."
+            )
         if self.sampling.seed is not None:
             torch.manual_seed(self.sampling.seed)
         output = self.model.generate(
@@ -146,11 +150,11 @@ class _Generation(StoppingCriteria):
             stopping_criteria=StoppingCriteriaList([self]),
             streamer=streamer,
         )
-        new = output[0, inputs["input_ids"].shape[1] :].tolist()
+        new = output[0, ids:].tolist()
         end_ids = self.model.generation_config.eos_token_id
-        finish = LENGTH if len(new) == self.sampling.max_new_tokens else CANCELLED
+        finish = "length" if len(new) == most else "cancelled"
         if new and new[-1] in (end_ids if isinstance(end_ids, list) else [end_ids]):
-            finish = END
+            finish = "end"
         finished = time.monotonic()
         return Answer(
             text=self.processor.tokenizer.decode(new, skip_special_tokens=True).strip(),
@@ -161,32 +165,16 @@ class _Generation(StoppingCriteria):
             seconds=finished - self.started,
         )
 
-    def _check_context(self, inputs) -> int:
-        """Positions of the prompt; ValueError where the answer may exceed the context."""
-        config, answer = self.model.config, self.sampling.max_new_tokens
-        # Three ids stand for each image in the prompt.
-        image_tokens = config.vision_config.image_tokens - 3
-        prompt = inputs["input_ids"].shape[1] + len(inputs.get("pixel_values", ())) * image_tokens
-        if prompt + answer > config.seq_length:
-            raise ValueError(
-                f"The conversation takes {prompt:,} tokens and the answer may take {answer:,} more,"
-                f" but the model's context is {config.seq_length:,} (seq_length). Lower"
-                " max_new_tokens, shorten the question, or start a new conversation."
-            )
-        return prompt
-
 
 class _Pieces(TextStreamer):
     """Hands finished words to a queue instead of printing them."""
 
     def __init__(self, tokenizer, pieces: queue.Queue):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.pieces = pieces
-        self.began = False
+        self.pieces, self.began = pieces, False
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
-        if not self.began:  # answers begin with a line break
-            text = text.lstrip()
+        text = text if self.began else text.lstrip()  # answers begin with a line break
         if text:
             self.began = True
             self.pieces.put(text)
@@ -199,8 +187,7 @@ class Stream:
     and waits for the worker, so that nothing goes on running unseen.
 
     Raises:
-        Exception: whatever ended the worker, an out-of-memory error above all, when the pieces
-            before it are read.
+        Exception: whatever ended the worker, once the pieces before it are read.
         TimeoutError: no token for ``timeout_seconds``.
     """
 
@@ -210,7 +197,7 @@ class Stream:
         self._pieces: queue.Queue = queue.Queue()
         self._error: BaseException | None = None
         self._hung = False
-        self._worker = threading.Thread(target=self._work, name="glm4v-nb answer", daemon=True)
+        self._worker = threading.Thread(target=self._work, daemon=True)
         self._worker.start()
 
     def __enter__(self) -> "Stream":
@@ -224,22 +211,19 @@ class Stream:
         return self
 
     def __next__(self) -> str:
-        piece = self._next_piece()
-        if piece is not None:
-            return piece
-        self._pieces.put(None)  # for whoever asks again
-        error, self._error = self._error, None
-        raise StopIteration if error is None else error
-
-    def _next_piece(self) -> str | None:
-        """Waits while tokens come, though none may finish a word; None when there is no more."""
+        # Waits while tokens come, though none may finish a word.
         patience = self._timeout_seconds
         while patience > 0:
             patience = self._generation.last_token + self._timeout_seconds - time.monotonic()
             try:  # what has come is read, however late
-                return self._pieces.get(timeout=max(0.01, patience))
+                piece = self._pieces.get(timeout=max(0.01, patience))
             except queue.Empty:
                 continue
+            if piece is not None:
+                return piece
+            self._pieces.put(None)  # for whoever asks again
+            error, self._error = self._error, None
+            raise StopIteration if error is None else error
         self.cancel()
         self._hung = True
         raise TimeoutError(
@@ -262,8 +246,7 @@ class Stream:
     def tokens_per_second(self) -> float:
         """Speed so far of the tokens after the first."""
         now = self._generation
-        later = now.last_token - (now.first_token or now.last_token)
-        return (now.new_tokens - 1) / later if later > 0 else 0.0
+        return _speed(now.new_tokens, now.last_token - (now.first_token or now.last_token))
 
     def cancel(self):
         """Stop within one token; the pieces that came stay readable."""

@@ -8,8 +8,6 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 import glm4v_nb  # noqa: F401  (registers the model with transformers)
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
 
 def load(
     checkpoint: str | Path,
@@ -38,7 +36,19 @@ def load(
         ValueError: a hub id without a pinned revision; a damaged or foreign checkpoint.
     """
     if not Path(checkpoint).is_dir():
-        _check_hub_id(str(checkpoint), revision)
+        # A hub id is "owner/name"; anything else was meant as a path.
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(checkpoint)):
+            raise FileNotFoundError(
+                f"{checkpoint} is no directory. Expected a checkpoint's directory, or a hub id such"
+                " as zai-org/glm-4v-9b. Check the path."
+            )
+        if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+            raise ValueError(
+                f"{checkpoint}: revision is {revision!r}, and there is no directory of this name. A"
+                " repository on the hub is loaded at one commit only (40 hexadecimal digits), so"
+                " that the weights cannot change unnoticed. Take it from"
+                f" https://huggingface.co/{checkpoint}/commits/main."
+            )
     if device_map is None:
         device_map = "auto" if torch.cuda.is_available() else "cpu"
     # The processor first: it fails in a second where the weights would take minutes.
@@ -47,19 +57,3 @@ def load(
         checkpoint, revision=revision, dtype=dtype, device_map=device_map, max_memory=max_memory
     )
     return model.eval(), processor
-
-
-def _check_hub_id(checkpoint: str, revision: str | None):
-    # A hub id is "owner/name"; anything else was meant as a path.
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", checkpoint):
-        raise FileNotFoundError(
-            f"{checkpoint} is no directory. Expected a checkpoint's directory, or a hub id such as "
-            "zai-org/glm-4v-9b. Check the path."
-        )
-    if revision is None or not _COMMIT.fullmatch(revision):
-        raise ValueError(
-            f"{checkpoint}: revision is {revision!r}, and there is no directory of this name. A"
-            " repository on the hub is loaded at one commit only (40 hexadecimal digits), so that"
-            " the weights cannot change unnoticed. Take it from"
-            f" https://huggingface.co/{checkpoint}/commits/main."
-        )

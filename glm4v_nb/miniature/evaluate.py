@@ -33,7 +33,6 @@ def evaluate(
     count: int = 2000,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
-    batch_size: int = 64,
     examples: int = 20,
     progress: bool = False,
 ) -> dict:
@@ -49,9 +48,8 @@ def evaluate(
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     wrong = []
     console = Console(stderr=True)
-    batches = range(0, count, batch_size)
-    for start in track(batches, "questions", console=console, disable=not progress):
-        asked = [held_out_question(rng) for _ in range(min(batch_size, count - start))]
+    for start in track(range(0, count, 64), "questions", console=console, disable=not progress):
+        asked = [held_out_question(rng) for _ in range(min(64, count - start))]
         answers = answer_all(model, processor, [one[:2] for one in asked])
         for one, given in zip(asked, answers, strict=True):
             _, question, expected, kind, language, form = one
@@ -78,14 +76,13 @@ def held_out_question(rng: np.random.Generator) -> tuple[bytes, str, str, str, s
         size = (int(rng.integers(700, 1401)), int(rng.integers(700, 1401)))
     else:
         size = random_size(rng)
-    grey = form == "grey"
-    scene, question, answer, kind, language = sample(rng, wide=is_wide(size), grey=grey)
+    scene, *asked = sample(rng, wide=is_wide(size), grey=form == "grey")
     picture = draw(scene, size)
     if form == "jpeg":
         file = encode(picture, "JPEG", quality=int(rng.integers(40, 96)))
     else:
         file = encode(picture.convert({"alpha": "RGBA", "grey": "L"}.get(form, "RGB")), "PNG")
-    return file, question, answer, kind, language, form
+    return file, *asked, form
 
 
 @torch.inference_mode()
@@ -107,10 +104,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
-    options = parser.parse_args()
-    asked = (options.checkpoint, options.seed, options.count, options.device)
-    report = evaluate(*asked, progress=not options.json)
-    if options.json:
+    options = vars(parser.parse_args())
+    as_json = options.pop("json")
+    report = evaluate(**options, progress=not as_json)
+    if as_json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return
     print(f"accuracy {report['accuracy']:.2%} over {report['count']} questions")

@@ -34,22 +34,21 @@ PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SH
 QUESTIONS: dict[str, dict[str, list[str]]] = _GRAMMAR["questions"]
 KINDS = ("shape", "colour", "count", "where", "place", "larger", "exists", "absent", "describe")
 Question = tuple[str, str]
-Rng = np.random.Generator
 
 
-def sample(rng: Rng, wide: bool = False, grey: bool = False) -> tuple[Scene, str, str, str, str]:
+def sample(rng, wide: bool = False, grey: bool = False) -> tuple[Scene, str, str, str, str]:
     """Drawn: (scene, question, answer, kind, language). See ``random_scene`` for the options."""
-    kind = str(rng.choice(KINDS))
-    language = str(rng.choice(LANGUAGES))
+    kind, language = str(rng.choice(KINDS)), str(rng.choice(LANGUAGES))
     while True:
         scene = random_scene(rng, wide=wide, grey=grey)
-        found = ask(scene, kind, language, rng)
-        if found:
+        if found := ask(scene, kind, language, rng):
             return scene, *found, kind, language
 
 
 def ask(scene: Scene, kind: str, language: str, rng: np.random.Generator) -> Question | None:
     """A question of this kind about this scene with its answer; None if the scene allows none."""
+    if kind == "describe":
+        return _phrase(kind, language, rng), describe(scene.objects, language)
     return _ASK[kind](scene.objects, language, rng)
 
 
@@ -69,9 +68,8 @@ def name(language: str, shape: str | None = None, colour: str | None = None) -> 
 def describe(objects: tuple[Shape, ...], language: str) -> str:
     """The fixed form of a description, objects in reading order."""
     if language == "zh":
-        names = [name("zh", one.shape, one.colour) for one in objects]
         return "，".join(
-            f"{_at(o.cell, 'zh')}有一个{n}" for o, n in zip(objects, names, strict=True)
+            f"{_at(one.cell, 'zh')}有一个{name('zh', one.shape, one.colour)}" for one in objects
         )
     return ", ".join(
         f"{'an' if one.colour == 'orange' else 'a'} {one.colour} {one.shape} {_at(one.cell, 'en')}"
@@ -91,10 +89,8 @@ def _phrase(kind: str, language: str, rng: np.random.Generator, **parts: str) ->
     forms = QUESTIONS[kind][language]
     text = forms[rng.integers(len(forms))].format(**parts)
     # People leave the question mark out, and the capital.
-    if rng.random() < 0.1:
-        text = text.rstrip("?.？。")
-    if rng.random() < 0.1:
-        text = text[0].lower() + text[1:]
+    text = text.rstrip("?.？。") if rng.random() < 0.1 else text
+    text = text[0].lower() + text[1:] if rng.random() < 0.1 else text
     return text.replace(" a orange", " an orange")
 
 
@@ -144,11 +140,9 @@ def _count(objects, language, rng) -> Question:
 
 
 def _where(objects, language, rng) -> Question | None:
-    found = _pick(_unique_names(objects, language), rng)
-    if found is None:
-        return None
-    one, called = found
-    return _phrase("where", language, rng, o=called), word(language, CELLS[one.cell])
+    if found := _pick(_unique_names(objects, language), rng):
+        one, called = found
+        return _phrase("where", language, rng, o=called), word(language, CELLS[one.cell])
 
 
 def _place(objects, language, rng) -> Question:
@@ -207,13 +201,9 @@ def _absent(objects, language, rng) -> Question:
     return text, f"there is no {missing}" if language == "en" else f"没有{missing}"
 
 
-def _describe(objects, language, rng) -> Question:
-    return _phrase("describe", language, rng), describe(objects, language)
-
-
 _ASK: dict[str, Callable[..., Question | None]] = {
     "shape": partial(_attribute, asked="shape", given="colour"),
     "colour": partial(_attribute, asked="colour", given="shape"),
     "count": _count, "where": _where, "place": _place,
-    "larger": _larger, "exists": _exists, "absent": _absent, "describe": _describe,
+    "larger": _larger, "exists": _exists, "absent": _absent,
 }  # fmt: skip

@@ -34,6 +34,8 @@ LARGE, SMALL, ALONE = (0.12, 0.165), (0.07, 0.09), (0.08, 0.33)
 WIDE = 2.0  # sides from which on small shapes would lose their form
 NEUTRAL = ("black", "white", "grey")
 SUPERSAMPLING = 3
+# Drawn once and read at random offsets, which is many times faster than drawing it anew.
+_NOISE = np.random.default_rng(0).standard_normal(1_500_000, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,8 @@ class Scene:
 def random_scene(rng, count: int | None = None, wide: bool = False, grey: bool = False) -> Scene:
     """A scene that follows the rules above; the same ``rng`` state gives the same scene.
 
-    Args:
-        count: of objects, 1 to 5; drawn if not given.
-        wide: for a picture with sides beyond 2 : 1, only large shapes.
-        grey: only black, white and grey.
+    ``count`` of objects, 1 to 5, is drawn if not given. A ``wide`` picture has sides beyond 2 : 1
+    and only large shapes, a ``grey`` one only black, white and grey.
     """
     count = count or int(rng.choice(5, p=(0.22, 0.2, 0.2, 0.19, 0.19))) + 1
     colours = NEUTRAL if grey else tuple(COLOURS)
@@ -131,7 +131,12 @@ def draw(scene: Scene, size: tuple[int, int]) -> Image.Image:
         _paint(image, one)
     if scene.noise:
         pixels = np.asarray(image, dtype=np.float32)
-        pixels = pixels + scene.noise * _noise(pixels.shape, rng)
+        if pixels.size < len(_NOISE):
+            offset = rng.integers(0, len(_NOISE) - pixels.size)
+            noise = _NOISE[offset : offset + pixels.size].reshape(pixels.shape)
+        else:
+            noise = rng.standard_normal(pixels.shape, dtype=np.float32)
+        pixels = pixels + scene.noise * noise
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     return image
 
@@ -145,25 +150,10 @@ def encode(picture: Image.Image, format: str, **options) -> bytes:
 
 def sample_pictures() -> dict[str, Image.Image]:
     """A few pictures to try, by name; the same every time."""
-    counts_and_seeds = {"Five": (5, 11), "Three": (3, 5), "Two": (2, 8), "One": (1, 4)}
-    return {
-        f"{name} shape{'s' if count > 1 else ''}": draw(
-            random_scene(np.random.default_rng(seed), count), (320, 240)
-        )
-        for name, (count, seed) in counts_and_seeds.items()
-    }
-
-
-# Drawn once and read at random offsets, which is many times faster than drawing it anew.
-_NOISE = np.random.default_rng(0).standard_normal(1_500_000, dtype=np.float32)
-
-
-def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    size = math.prod(shape)
-    if size >= len(_NOISE):
-        return rng.standard_normal(shape, dtype=np.float32)
-    offset = rng.integers(0, len(_NOISE) - size)
-    return _NOISE[offset : offset + size].reshape(shape)
+    counts = {"Five shapes": 5, "Three shapes": 3, "Two shapes": 2, "One shape": 1}
+    generators = map(np.random.default_rng, (11, 5, 8, 4))
+    scenes = map(random_scene, generators, counts.values())
+    return {name: draw(scene, (320, 240)) for name, scene in zip(counts, scenes, strict=True)}
 
 
 def _paint_background(scene: Scene, width: int, height: int, rng) -> np.ndarray:
@@ -197,8 +187,8 @@ def _paint(image: Image.Image, one: Shape) -> None:
     radius = one.radius * min(width, height)
     left, top = int(one.x * width - radius) - 2, int(one.y * height - radius) - 2
     side = int(2 * radius) + 5
-    mask = Image.new("L", (side * SUPERSAMPLING, side * SUPERSAMPLING))
-    x, y = ((one.x * width - left) * SUPERSAMPLING, (one.y * height - top) * SUPERSAMPLING)
+    mask = Image.new("L", (side * SUPERSAMPLING,) * 2)
+    x, y = (one.x * width - left) * SUPERSAMPLING, (one.y * height - top) * SUPERSAMPLING
     pen = ImageDraw.Draw(mask)
     radius *= SUPERSAMPLING
     if one.shape == "circle":

@@ -138,18 +138,11 @@ def plot_frontier(
 
 
 def plot_path(path: str | Path) -> Path:
-    """The path, if a picture can be written there: asked before the work whose result it shows.
-
-    Raises:
-        ValueError: not a kind of picture, or no such folder.
-    """
-    path = Path(path)
+    """The path, if a picture can be written there, else ValueError; asked before a long search."""
+    path, folder = Path(path), str(Path(path).parent)
     if path.suffix not in (".png", ".svg", ".pdf"):
         expected = "expected a name ending in .png, .svg or .pdf."
         raise ValueError(f"The picture is to be {str(path)!r}; {expected}")
     if not path.parent.is_dir():
-        folder = str(path.parent)
-        raise ValueError(
-            f"There is no folder {folder!r} for the picture {path.name!r}. Make it first."
-        )
+        raise ValueError(f"There is no folder {folder!r} for the picture {path.name!r}. Make it.")
     return path

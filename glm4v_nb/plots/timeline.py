@@ -1,5 +1,6 @@
 """Memory over time: what a ``Monitor`` sampled, stacked by purpose, one panel per card."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -54,17 +55,13 @@ def plot_timeline(
     drawn equally wide, and inside it one unit is one allocation or release.
 
     Args:
-        samples: as ``simgpu.monitor.read_samples`` returns them, of one process.
+        samples: as ``simgpu.monitor.read_samples`` returns them; ValueError if of several
+            processes, or none.
         only: the purposes to stack, as ``memory_by_purpose`` names them, on a scale of their own
-            without the capacity; what takes little beside the weights can be seen so. By default
-            all.
-
-    Raises:
-        ValueError: no samples, or those of several processes.
+            without the capacity, for what takes little beside the weights; by default all.
     """
     if not samples:
-        expected = "Expected at least one; did the monitor's block end?"
-        raise ValueError(f"There are no samples. {expected}")
+        raise ValueError("There are no samples. Expected some; did the monitor's block end?")
     if len({sample["process"] for sample in samples}) > 1:
         raise ValueError(
             "The samples are of several processes, whose memory does not add up over time. Expected"
@@ -85,7 +82,7 @@ def plot_timeline(
                     axes.axvline(border, color="black", linewidth=0.8, linestyle=":")
         _name_stages(panels[0, 0], stages, places[-1] - places[0])
         progress = "seconds"
-        if _is_simulated(samples):
+        if samples[0]["event"] is not None:  # simulated
             axes.set_xticks([])
             progress = "allocations and releases, stages equally wide"
         axes.set_xlabel(f"{progress} · {samples[0]['provenance']}", fontsize=11)
@@ -93,17 +90,10 @@ def plot_timeline(
         return finish(figure, colours, only is None, title, columns=4)
 
 
-def _is_simulated(samples: Sequence[dict]) -> bool:
-    return samples[0]["event"] is not None
-
-
 def _unit(cards: list[list[dict]], only: Sequence[str] | None) -> tuple[str, int]:
     """Name and bytes of the unit in which the chosen purposes read well; GiB for all."""
-    highest = max(
-        sum(memory_by_purpose(card).get(name, 0) for name in set(only or ()))
-        for samples in cards
-        for card in samples
-    )
+    split = [memory_by_purpose(card) for samples in cards for card in samples]
+    highest = max(sum(sizes.get(name, 0) for name in set(only or ())) for sizes in split)
     return ("GiB", GIB) if only is None or highest >= GIB else ("MiB", MIB)
 
 
@@ -139,14 +129,13 @@ def _draw_card(
 def _largest_by_column(cards: list[dict], places: list[float]) -> tuple[list[dict], list[float]]:
     """The fullest of the samples that share a column, and where columns begin."""
     width = (places[-1] - places[0]) / COLUMNS or 1.0
-    columns: dict[int, list[dict]] = {}
+    columns: dict[int, list[dict]] = defaultdict(list)
     for card, place in zip(cards, places, strict=True):
-        columns.setdefault(int((place - places[0]) / width), []).append(card)
-    chosen, before = [], None
+        columns[int((place - places[0]) / width)].append(card)
+    chosen = []
     for column in range(max(columns) + 1):
-        here = columns.get(column, [before])
+        here = columns[column] = columns[column] or columns[column - 1][-1:]
         chosen.append(max(here, key=lambda card: card["allocated_bytes"]))
-        before = here[-1]
     return chosen, [places[0] + column * width for column in range(len(chosen))]
 
 
@@ -160,24 +149,22 @@ def _name_stages(axes, stages: list[tuple[str, float, float]], width: float):
 
 def _places(samples: Sequence[dict]) -> tuple[list[float], list[tuple[str, float, float]]]:
     """Where each sample stands on the horizontal axis, and name, begin and end of every stage."""
-    simulated, started = _is_simulated(samples), samples[0]["time"]
+    simulated = samples[0]["event"] is not None
+    clock = "event" if simulated else "time"
     places: list[float] = []
     stages: list[tuple[str, float, float]] = []
-    left = 0.0
-    numbered = list(enumerate(samples))
-    for name, run in groupby(numbered, key=lambda pair: (pair[1]["stages"] or [""])[-1]):
-        run = list(run)
-        following = samples[min(run[-1][0] + 1, len(samples) - 1)]
+    end = 0.0
+    for name, run in groupby(samples, key=lambda sample: (sample["stages"] or [""])[-1]):
+        times = [sample[clock] for sample in run]
+        following = samples[min(len(places) + len(times), len(samples) - 1)][clock]
+        begin, scale, width = end, 1.0, following - times[0]
         if simulated:
-            first, last = run[0][1]["event"], following["event"]
             width = 1.0 if name else 0.0  # nothing between stages
-            scale = width / max(1, last - first)
-            begin, end = left, left + width
-            places += [left + (sample["event"] - first) * scale for _, sample in run]
+            scale = width / max(1, following - times[0])
         else:
-            begin, end = run[0][1]["time"] - started, following["time"] - started
-            places += [sample["time"] - started for _, sample in run]
+            begin = times[0] - samples[0][clock]
+        end = begin + width
+        places += [begin + (time - times[0]) * scale for time in times]
         if name:
             stages.append((name, begin, end))
-        left = end
     return places, stages

@@ -13,7 +13,6 @@ from simgpu import CardMemory
 from simgpu.oom import parse_out_of_memory
 
 GIB, MIB = 2**30, 2**20
-THUMBNAIL_PIXELS = 240
 
 
 def _file(name: str) -> str:
@@ -40,10 +39,9 @@ def note(text: str) -> str:
 def turn(who: str, text: str, remark: str = "") -> str:
     """One question ("You") or answer of the conversation."""
     kind = "user" if who == "You" else "model"
-    ending = note(remark) if remark else ""
     return (
         f"<div class='glm4v-turn glm4v-{kind}'><div class='glm4v-who'>{escape(who)}</div>"
-        f"{escape(text)}{ending}</div>"
+        f"{escape(text)}{note(remark) if remark else ''}</div>"
     )
 
 
@@ -103,7 +101,7 @@ def picture(image: Image.Image | None, name: str) -> str:
     if image is None:
         return note(name)
     small = image.copy()
-    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    small.thumbnail((240, 240))
     data = base64.b64encode(encode(small, "PNG")).decode()
     return (
         f"<img class='glm4v-picture' alt='Picture in question: {escape(name)}'"

@@ -31,7 +31,7 @@ class MemoryBars(widgets.VBox):
 
     def update(self, sample: dict):
         """Show a monitor's sample, unless the same stages were shown less than 0.1 s ago."""
-        again = self._waiting is not None and self._waiting["stages"] == sample["stages"]
+        again = self._waiting and self._waiting["stages"] == sample["stages"]
         self._waiting = sample
         if not again or time.monotonic() - self._shown >= REFRESH_SECONDS:
             self.show()

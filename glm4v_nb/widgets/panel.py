@@ -16,7 +16,6 @@ from glm4v_nb.model.image_processing import load_image
 from glm4v_nb.widgets import html
 from simgpu import Rig
 
-STATES = ("idle", "loading", "running", "stopping", "error")
 REFRESH_SECONDS = 0.1
 NO_PICTURE = "(no picture)"
 READY = "Ready: ask about the picture, or without one."
@@ -25,16 +24,16 @@ READY = "Ready: ask about the picture, or without one."
 class PromptPanel(widgets.VBox):
     """A picture, a question, a streamed answer; show it as the last line of a cell.
 
-    One of the ``STATES`` says what can be pressed. The work happens in a thread, so the kernel
-    stays free; only traits of widgets are changed from it. A question that fails leaves the
-    conversation as it was.
+    ``state`` ("idle", "loading", "running", "stopping", "error") says what can be pressed. The work
+    happens in a thread, so the kernel stays free; only traits of widgets are changed from it. A
+    question that fails leaves the conversation as it was.
 
     Args:
         model, processor: as ``inference.load`` returns them.
         rig: whose memory the bars show; this machine's by default.
         rehearse: called in the worker as ``rehearse(messages, sampling)`` inside ``with rig:``
-            before the model answers, for example to run a prompt of the same size on simulated
-            cards. An error of it is an error of the question.
+            before the model answers, as to run a prompt of the same size on simulated cards. An
+            error of it is an error of the question.
         samples: pictures to choose from, name to PIL image; drawn scenes by default.
         timeout_seconds: see ``inference.stream``.
     """
@@ -57,11 +56,9 @@ class PromptPanel(widgets.VBox):
         self.samples = {name: load_image(picture) for name, picture in chosen.items()}
         self.history: list[dict] = []  # messages, as inference takes them
         self.image: Image.Image | None = None
-        self.state = "idle"
         self._turns: list[str] = []  # the same history as HTML
         self._stream: Stream | None = None
         self._hung: Stream | None = None  # given up, but not ended yet
-        self._stop_pressed = threading.Event()
         self._worker: threading.Thread | None = None
         self._lock = threading.RLock()
         self._waiting_upload: dict | None = None
@@ -77,11 +74,9 @@ class PromptPanel(widgets.VBox):
         return f"PromptPanel({self.state})"
 
     @classmethod
-    def from_checkpoint(
-        cls, checkpoint, *, panel_options: dict | None = None, **load_options
-    ) -> "PromptPanel":
+    def from_checkpoint(cls, checkpoint, **load_options) -> "PromptPanel":
         """A panel that shows at once and loads meanwhile; arguments as ``inference.load``."""
-        panel = cls(**(panel_options or {}))
+        panel = cls()
         panel._enter("loading", f"Loading {checkpoint} ...")
         panel._start(panel._load, checkpoint, load_options)
         return panel
@@ -90,7 +85,7 @@ class PromptPanel(widgets.VBox):
         """Wait for the work in progress, for scripts and tests; whether it ended."""
         if self._worker is not None:
             self._worker.join(timeout_seconds)
-        return self._worker is None or not self._worker.is_alive()
+        return not (self._worker and self._worker.is_alive())
 
     # What the reader presses
 
@@ -100,20 +95,17 @@ class PromptPanel(widgets.VBox):
         if self.state not in ("idle", "error"):  # a second click on its way
             return
         if self.model is None:
-            how = "Make the panel with a model, or with from_checkpoint."
-            self._enter("error", f"No model is loaded. {how}")
+            self._enter("error", "No model is loaded. Make the panel with one, or from_checkpoint.")
         elif self._hung is not None and self._hung.running:
             how = "wait for its end, or restart the kernel."
             self._enter("error", f"The answer that was given up still runs: {how}")
         elif not question:
-            how = "write one, then press Ask or Ctrl+Enter."
-            self._enter("idle", f"The question is empty: {how}")
+            self._enter("idle", "The question is empty: write one, then press Ask or Ctrl+Enter.")
         else:
             message = {"role": "user", "content": question}
             if self.image is not None and not self.history:
                 message["image"] = self.image  # stays in view for the whole conversation
             sampling = Sampling(self.max_tokens.value, self.temperature.value, self.top_p.value)
-            self._stop_pressed.clear()
             self._enter("running", "Reading the picture and the question ...")
             self._start(self._answer, [*self.history, message], sampling)
 
@@ -123,7 +115,6 @@ class PromptPanel(widgets.VBox):
             if self.state != "running":
                 return
             self._enter("stopping", "Stopping after this token ...")
-            self._stop_pressed.set()
             if self._stream is not None:
                 self._stream.cancel()
 
@@ -135,8 +126,7 @@ class PromptPanel(widgets.VBox):
     # The worker
 
     def _start(self, work: Callable, *arguments):
-        name = "glm4v-nb panel"
-        self._worker = threading.Thread(target=work, args=arguments, name=name, daemon=True)
+        self._worker = threading.Thread(target=work, args=arguments, daemon=True)
         self._worker.start()
 
     def _load(self, checkpoint, options: dict):
@@ -149,7 +139,12 @@ class PromptPanel(widgets.VBox):
 
     def _answer(self, messages: list[dict], sampling: Sampling):
         answered = threading.Event()
-        threading.Thread(target=self._watch_memory, args=(answered,), daemon=True).start()
+
+        def watch_memory():
+            while not answered.wait(2 * REFRESH_SECONDS):
+                self._refresh_memory()
+
+        threading.Thread(target=watch_memory, daemon=True).start()
         try:
             with self.rig, self.rig.stage("question"):
                 if self.rehearse is None:
@@ -166,8 +161,8 @@ class PromptPanel(widgets.VBox):
             answered.set()
         question, note = messages[-1]["content"], html.answer_note(answer)
         self.history = [*messages, {"role": "assistant", "content": answer.text}]
-        self._turns.append(html.turn("You", question))
-        self._turns.append(html.turn("Model", answer.text or "(no text)", note))
+        said = html.turn("Model", answer.text or "(no text)", note)
+        self._turns += [html.turn("You", question), said]
         self._show_history()
         if self.question.value.strip() == question:
             self.question.value = ""  # unless the next one is being written
@@ -177,25 +172,21 @@ class PromptPanel(widgets.VBox):
 
     def _streamed(self, messages, sampling):
         asked = html.turn("You", messages[-1]["content"])
-        options = {"timeout_seconds": self.timeout_seconds}
         text, shown = "", 0.0
-        with stream(self.model, self.processor, messages, sampling, **options) as pieces:
+        asking = (self.model, self.processor, messages, sampling)
+        with stream(*asking, timeout_seconds=self.timeout_seconds) as pieces:
             with self._lock:
                 self._stream = pieces
-                if self._stop_pressed.is_set():  # pressed before there was anything to cancel
+                if self.state == "stopping":  # pressed before there was anything to cancel
                     pieces.cancel()
             for piece in pieces:
                 text += piece
                 if time.monotonic() - shown > REFRESH_SECONDS:
                     shown = time.monotonic()
                     self._show_history(asked + html.turn("Model", text + " ▌"))
-                    speed = f"{pieces.tokens_per_second:.1f} tokens/s"
-                    self._show_progress(f"{pieces.new_tokens} tokens · {speed}")
+                    count, speed = pieces.new_tokens, pieces.tokens_per_second
+                    self._show_progress(f"{count} tokens · {speed:.1f} tokens/s")
         return pieces.answer
-
-    def _watch_memory(self, answered: threading.Event):
-        while not answered.wait(2 * REFRESH_SECONDS):
-            self._refresh_memory()
 
     def _fail(self, error: Exception, sampling: Sampling | None):
         if isinstance(error, TimeoutError):
@@ -272,11 +263,10 @@ class PromptPanel(widgets.VBox):
             self._waiting_upload = file
 
     def _take(self, file: dict):
-        name, content = file["name"], bytes(file["content"])
+        name, content, size = file["name"], bytes(file["content"]), file["size"]
         try:
-            if len(content) != file["size"]:
-                arrived = f"only {len(content):,} of {file['size']:,} bytes arrived"
-                raise ValueError(f"{arrived}; upload it again.")
+            if len(content) != size:
+                raise ValueError(f"only {len(content):,} of {size:,} bytes arrived; upload again.")
             image = load_image(content)
         except (ValueError, OSError) as error:
             self._enter("error", f"{name}: {error} The picture before it is still chosen.")
@@ -294,8 +284,7 @@ class PromptPanel(widgets.VBox):
         self.image = image
         self.picture.value = html.picture(image, name)
         if self.history:
-            why = "the model sees one picture in a conversation."
-            self._forget(f"New picture, new conversation: {why}")
+            self._forget("New picture, new conversation: a conversation is about one picture.")
         else:
             self._enter("idle", READY)
 
@@ -304,57 +293,46 @@ class PromptPanel(widgets.VBox):
     def _build(self) -> list[widgets.Widget]:
         """Make the controls, which are attributes, and lay them out in two columns."""
         wide = {"layout": {"width": "100%"}}
-        self.sample = widgets.Dropdown(
-            options=[NO_PICTURE, *self.samples], value=NO_PICTURE, **wide
-        )
-        self.sample.description = "Sample"
-        self.upload = widgets.FileUpload(accept="image/*", description="Upload a picture", **wide)
-        hint = "Ask about the picture (Ctrl+Enter sends)"
-        self.question = widgets.Textarea(placeholder=hint, rows=3, **wide)
-        self.question.description = "Question"
-        self.picture, self.conversation = widgets.HTML(), widgets.HTML()
-        self.status, self.memory = widgets.HTML(), widgets.HTML()
-        buttons, settings = self._build_buttons(), self._build_settings()
-        self._controls = (self.sample, self.upload, *settings, self.ask_button, self.clear_button)
+        names = [NO_PICTURE, *self.samples]
+        self.sample = widgets.Dropdown(options=names, description="Sample", **wide)
         self.sample.observe(self._sample_chosen, "value")
+        self.upload = widgets.FileUpload(accept="image/*", description="Upload a picture", **wide)
         self.upload.observe(self._uploaded, "value")
-        for widget, name in ((self.conversation, "history"), (self.ask_button, "ask")):
-            widget.add_class(f"glm4v-{name}")
-        picture = [self.sample, self.upload, self.picture, self.memory]
-        talk = [
-            self.conversation,
-            self.question,
-            widgets.HBox(buttons),
-            widgets.HBox(settings).add_class("glm4v-settings"),
-            self.status,
+        self.question = widgets.Textarea(rows=3, description="Question", **wide)
+        self.question.placeholder = "Ask about the picture (Ctrl+Enter sends)"
+        self.picture, self.memory, self.status = (widgets.HTML() for _ in range(3))
+        self.conversation = widgets.HTML().add_class("glm4v-history")
+        self.ask_button = _button("Ask", "Send the question (Ctrl+Enter)", self.ask, "primary")
+        self.stop_button = _button("Stop", "End the answer", self.stop, "danger")
+        self.clear_button = _button("New conversation", "Forget the conversation", self.clear)
+        buttons = [
+            self.ask_button.add_class("glm4v-ask"),
+            self.stop_button.add_class("glm4v-stop"),
+            self.clear_button,
         ]
-        columns = widgets.HBox().add_class("glm4v-columns")
-        columns.children = [
-            widgets.VBox(picture).add_class("glm4v-picture-column"),
-            widgets.VBox(talk).add_class("glm4v-talk-column"),
-        ]
-        return [widgets.HTML(html.STYLE + html.CONTROL_ENTER), columns]
-
-    def _build_buttons(self) -> list[widgets.Button]:
-        self.ask_button, self.stop_button, self.clear_button = buttons = [
-            widgets.Button(description=text, tooltip=tooltip, button_style=style)
-            for text, tooltip, style in (
-                ("Ask", "Send the question (Ctrl+Enter)", "primary"),
-                ("Stop", "End the answer", "danger"),
-                ("New conversation", "Forget the conversation", ""),
-            )
-        ]
-        for button, pressed in zip(buttons, (self.ask, self.stop, self.clear), strict=True):
-            button.on_click(pressed)
-        self.stop_button.add_class("glm4v-stop")
-        return buttons
-
-    def _build_settings(self) -> list[widgets.Widget]:
-        self.max_tokens = widgets.BoundedIntText(128, min=1, max=8192, layout={"width": "150px"})
-        slider = {"step": 0.05, "layout": {"width": "250px"}}
-        self.temperature = widgets.FloatSlider(0.0, min=0, max=2, **slider)
-        self.top_p = widgets.FloatSlider(1.0, min=0.05, max=1, **slider)
+        look = {"style": {"description_width": "initial"}}
+        number = {"layout": {"width": "150px"}, **look}
+        slider = {"step": 0.05, "layout": {"width": "250px"}, **look}
+        self.max_tokens = widgets.BoundedIntText(
+            128, min=1, max=8192, description="Max tokens", **number
+        )
+        self.temperature = widgets.FloatSlider(
+            0.0, min=0, max=2, description="Temperature", **slider
+        )
+        self.top_p = widgets.FloatSlider(1.0, min=0.05, max=1, description="Top-p", **slider)
         settings = [self.max_tokens, self.temperature, self.top_p]
-        for widget, name in zip(settings, ("Max tokens", "Temperature", "Top-p"), strict=True):
-            widget.description, widget.style.description_width = name, "initial"
-        return settings
+        self._controls = (self.sample, self.upload, *settings, self.ask_button, self.clear_button)
+        picture = widgets.VBox([self.sample, self.upload, self.picture, self.memory])
+        rows = [widgets.HBox(buttons), widgets.HBox(settings).add_class("glm4v-settings")]
+        talk = widgets.VBox([self.conversation, self.question, *rows, self.status])
+        columns = widgets.HBox(
+            [picture.add_class("glm4v-picture-column"), talk.add_class("glm4v-talk-column")]
+        )
+        style = widgets.HTML(html.STYLE + html.CONTROL_ENTER)
+        return [style, columns.add_class("glm4v-columns")]
+
+
+def _button(text: str, tooltip: str, pressed: Callable, style: str = "") -> widgets.Button:
+    button = widgets.Button(description=text, tooltip=tooltip, button_style=style)
+    button.on_click(pressed)
+    return button
