@@ -64,6 +64,10 @@ async def run_with_kernel(client: NotebookClient, **options):
     # ipykernel 7.4 warns at every start that loopback traffic is not encrypted.
     quiet = ["--IPKernelApp.log_level=ERROR", "--HistoryManager.hist_file=:memory:"]
     await client.km.start_kernel(extra_arguments=quiet, **options)
+    # A kernel that was killed before it had a process group of its own is still of this one, and
+    # jupyter_client ends a kernel by ending its group.
+    if client.km.provisioner.pgid == os.getpgrp():
+        client.km.provisioner.pgid = None
     client.kc = client.km.client()
     client.kc.start_channels()
     ready = False

@@ -52,10 +52,10 @@ def all_modules() -> Iterator[torch.nn.Module]:
 
 
 def weights_of(modules: Iterable[torch.nn.Module]) -> Iterator[torch.Tensor]:
-    """Parameters and buffers of modules and of what they contain."""
+    """Parameters and buffers of modules, without those of what they contain."""
     for module in modules:
-        yield from module.parameters()
-        yield from module.buffers()
+        yield from module.parameters(recurse=False)
+        yield from module.buffers(recurse=False)
 
 
 def gradients_of(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -1,12 +1,12 @@
 """``SimulatedRig``: cards with shapes and bytes only, so that any model runs on a laptop."""
 
 import os
+import weakref
 from collections.abc import Iterable
 from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from simgpu.accounting import Accounting, Allocation
 from simgpu.addresses import AddressSpace
@@ -75,8 +75,9 @@ class SimulatedRig(Rig):
         self.allocators = [kind(index, *common, **options) for index in range(count)]
         self._accounting = Accounting(self.allocators, self.card)
         self.host = Host()
-        # What was registered, whose gradients a backward pass makes.
-        self._weights = WeakIdKeyDictionary()
+        # Whose parameters a backward pass makes gradients of. Not the parameters themselves: torch
+        # cannot move a module whose parameters are weakly referred to.
+        self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     @property
     def provenance(self) -> str:
@@ -127,9 +128,9 @@ class SimulatedRig(Rig):
     def register_weights(self, modules: Iterable[torch.nn.Module]):
         """The modules' parameters and buffers are weights. Called for the models that
         ``from_pretrained`` returns, and for all when a stage named "load" ends."""
-        weights = [each for each in weights_of(modules) if each.device.type == DEVICE_TYPE]
-        self._weights.update(dict.fromkeys(weights))
-        self._accounting.register(WEIGHTS, weights)
+        found = {each for module in modules for each in module.modules()}
+        self._modules.update(found)
+        self._accounting.register(WEIGHTS, weights_of(found))
 
     def _blocks_at_failure(self) -> list[list[Allocation]]:
         return self._accounting.at_failure
@@ -152,4 +153,4 @@ class SimulatedRig(Rig):
         """Around a backward pass; an out-of-memory error cannot leave it, and is raised here."""
         with self._accounting.deferring():
             yield
-        self._accounting.register(GRADIENTS, gradients_of(list(self._weights)))
+        self._accounting.register(GRADIENTS, gradients_of(weights_of(list(self._modules))))

@@ -261,3 +261,27 @@ def test_somebody_elses_kernel_is_never_killed(place, start):
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def test_a_kernel_killed_before_it_has_a_group_of_its_own_does_not_take_the_sweep_along(place):
+    plan = """
+import os, sys
+from pathlib import Path
+from rich.console import Console
+from nbsweep import carry_out, plan_file
+
+os.getpgid = lambda pid: os.getpgrp()  # what the system says of such a kernel
+file = Path("small.toml")
+file.write_text('[[runs]]\\nnotebook = "01"\\nset.number = 1\\n')
+runs, _ = carry_out(plan_file(file), "runs", 1, Console(quiet=True))
+print([run.status for run in runs])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", plan],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        start_new_session=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "['done']\n"), done.stderr

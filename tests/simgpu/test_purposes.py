@@ -119,3 +119,13 @@ def test_a_training_step_leaves_weights_gradients_and_two_numbers_per_weight():
         assert sizes(rig)["optimizer state"] == 2 * weights
         optimizer.zero_grad()
         assert "gradients" not in sizes(rig)
+
+
+def test_a_loaded_model_can_be_moved_to_another_type_as_without_a_rig():
+    with Rig.simulated("L4", 1) as rig:
+        with rig.stage("load"):
+            model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 8)).cuda()
+        before = rig.memory()[0].allocated_bytes
+        model.to(torch.bfloat16)
+        assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+        assert rig.memory()[0].allocated_bytes <= before
