@@ -283,7 +283,9 @@ def cards_for_weights(card: str, dtype: str) -> int:
     return math.ceil(Deployment(card, dtype=dtype).weights_bytes({"": 0})[0] / usable)
 
 
-_fit_once = functools.cache(fit)  # runs of a sweep often share their sizes
+@functools.cache
+def _fit_once(card: str, count: int, dtype: str, workload: Workload) -> FitResult:
+    return fit(card, count, dtype, workload=workload)  # runs of a sweep often share their sizes
 
 
 def predict_run(notebook: str, parameters: dict) -> str | None:
@@ -295,9 +297,8 @@ def predict_run(notebook: str, parameters: dict) -> str | None:
     names = ("batch_size", "images", "text_tokens", "new_tokens")
     sizes = {name: parameters[name] for name in names if isinstance(parameters.get(name), int)}
     try:
-        result = _fit_once(
-            card, count, parameters.get("dtype", "bfloat16"), workload=Workload(**sizes)
-        )
+        dtype = parameters.get("dtype", "bfloat16")
+        result = _fit_once(card, count, dtype, Workload(**sizes))
     except ValueError:
         return None
     if result.fits:
