@@ -23,14 +23,20 @@ def clear_frames(error: BaseException | None):
     The local variables of a failed forward pass are its tensors, and they live as long as the error
     does. The text of the traceback stays.
     """
-    while error is not None:
+    pending, cleared = [error], set()
+    while pending:
+        error = pending.pop()
+        if error is None or id(error) in cleared:  # a chain may lead back to itself
+            continue
+        cleared.add(id(error))
         traceback.clear_frames(error.__traceback__)
         for frame, _ in traceback.walk_tb(error.__traceback__):
             # Before Python 3.13 a frame whose locals were once looked at, by IPython's own
             # traceback for one, keeps a copy of them; looking again brings it up to date, that is,
             # empties it.
             _ = frame.f_locals
-        error = error.__cause__ or error.__context__
+        # Both: ``raise X from Y`` while handling Z keeps Y as the cause and Z as the context.
+        pending += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
 
 
 def empty_caches():

@@ -44,3 +44,36 @@ def test_the_errors_it_came_from_are_cleared_too():
         failing(held, cause=first.value)
     clear_frames(second.value)
     assert [reference() for reference in held] == [None, None]
+
+
+def test_an_error_being_handled_is_cleared_behind_another_cause():
+    held = []
+    with pytest.raises(RuntimeError) as kept:
+        try:
+            failing(held)
+        except ValueError:
+            raise RuntimeError("not served") from KeyError("batch 16")
+    clear_frames(kept.value)
+    assert held[0]() is None
+
+
+def test_the_errors_of_a_group_are_cleared():
+    held, errors = [], []
+    for _ in range(2):
+        with pytest.raises(ValueError) as one:
+            failing(held)
+        errors.append(one.value)
+    del one
+    clear_frames(ExceptionGroup("both", errors))
+    assert [reference() for reference in held] == [None, None]
+
+
+@pytest.mark.timeout(20)
+def test_a_chain_that_leads_back_to_itself_ends():
+    held = []
+    with pytest.raises(ValueError) as kept:
+        failing(held)
+    other = KeyError("again")
+    kept.value.__cause__, other.__cause__ = other, kept.value
+    clear_frames(kept.value)
+    assert held[0]() is None
