@@ -18,7 +18,14 @@ from transformers.core_model_loading import (
 )
 
 from glm4v_nb.model.configuration import check_dtype
-from glm4v_nb.model.official_names import RENAMINGS, device_map_here, modules_here, split_fused
+from glm4v_nb.model.official_names import (
+    FUSED,
+    PARTS,
+    RENAMINGS,
+    device_map_here,
+    modules_here,
+    split_fused,
+)
 from simgpu.checkpoints import INDEX, weight_map
 
 
@@ -52,9 +59,7 @@ def register_official_layout(class_name: str):
     renamings = [WeightRenaming(source, target) for source, target in RENAMINGS.items()]
     splits = [
         WeightConverter(
-            f"self_attention.query_key_value.{kind}",
-            [f"self_attn.{part}_proj.{kind}" for part in "qkv"],
-            operations=[SplitQueryKeyValue()],
+            f"{FUSED}{kind}", [f"{part}{kind}" for part in PARTS], operations=[SplitQueryKeyValue()]
         )
         for kind in ("weight", "bias")
     ]

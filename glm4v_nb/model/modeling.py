@@ -130,7 +130,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if prompt is not None:
             input_ids, labels, image_mask = prompt.input_ids, prompt.labels, prompt.image_mask
             attention_mask, position_ids = prompt.attention_mask, prompt.position_ids
-        behind = getattr(past_key_values, "image_positions", None)
+        behind = getattr(past_key_values, "positions_behind", None)
         if position_ids is None and behind is not None:
             # A decoding loop by hand: go on from the numbering of the unexpanded prompt.
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
@@ -157,7 +157,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if prompt is not None and outputs.past_key_values is not None:
             # How far the numbering is behind the length of the cache, for each prompt.
             length = outputs.past_key_values.get_seq_length()
-            outputs.past_key_values.image_positions = length - 1 - position_ids[:, -1:]
+            outputs.past_key_values.positions_behind = length - 1 - position_ids[:, -1:]
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.lm_head(outputs.last_hidden_state[:, kept]), None
         if labels is not None:

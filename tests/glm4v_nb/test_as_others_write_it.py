@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from trainer_arguments import quiet_arguments
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -13,7 +14,6 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     Trainer,
-    TrainingArguments,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -69,7 +69,7 @@ def test_a_loop_by_hand_over_prompts_with_and_without_an_image(model, questions,
         first = model(**batch, past_key_values=cache)
         mask = torch.ones(3, first.logits.shape[1] + 2, dtype=torch.long)
         # Padding in front of the expanded prompts, as the model lays them out.
-        behind = cache.image_positions
+        behind = cache.positions_behind
         alone = []
         for row, question in enumerate(questions):
             own = DynamicCache(config=model.config)
@@ -230,21 +230,9 @@ def test_metrics_smoothing_and_own_losses_see_labels_of_the_logits_length(chat, 
     def trainer(**options):
         given = {"compute_metrics": options.pop("compute_metrics", None)}
         given |= {"compute_loss_func": options.pop("compute_loss_func", None)}
-        arguments = TrainingArguments(
-            tmp_path,
-            per_device_train_batch_size=2,
-            per_device_eval_batch_size=2,
-            max_steps=1,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            logging_strategy="no",
-            learning_rate=0.0,
-            **options,
-        )
         return Trainer(
             model,
-            arguments,
+            quiet_arguments(tmp_path, 2, max_steps=1, learning_rate=0.0, **options),
             train_dataset=rows,
             eval_dataset=rows,
             data_collator=ExpandingCollator(model.config),

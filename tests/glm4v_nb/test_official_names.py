@@ -9,7 +9,8 @@ import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from trainer_arguments import quiet_arguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from glm4v_nb.model.official_names import modules_here, names_here
 
@@ -51,17 +52,7 @@ def rows(golden):
 
 
 def trainer(model, folder, golden, **options):
-    arguments = TrainingArguments(
-        folder,
-        per_device_train_batch_size=1,
-        per_device_eval_batch_size=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_strategy="no",
-        learning_rate=1e-2,
-        **options,
-    )
+    arguments = quiet_arguments(folder, 1, learning_rate=1e-2, **options)
     return Trainer(model, arguments, train_dataset=rows(golden), eval_dataset=rows(golden))
 
 

@@ -33,6 +33,9 @@ def place(tmp_path_factory):
     return folder
 
 
+SCHEDULER = "--host 127.0.0.1 --port 0 --no-dashboard --scheduler-file".split()
+
+
 @pytest.fixture(scope="module")
 def address(place):
     """A scheduler, a worker that offers a GPU and one that does not, each of one thread."""
@@ -41,16 +44,7 @@ def address(place):
     settings = environment(
         EXECUTIONS=str(place / "executions.txt"), DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="1"
     )
-    options = (
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "0",
-        "--no-dashboard",
-        "--scheduler-file",
-        str(file),
-    )
-    processes = [dask("scheduler", *options, env=settings, cwd=place)]
+    processes = [dask("scheduler", *SCHEDULER, str(file), env=settings, cwd=place)]
     options = (
         "--scheduler-file",
         str(file),
@@ -313,16 +307,7 @@ def test_a_run_that_every_worker_dies_of_is_killed_and_those_behind_it_are_done(
 
 def test_a_scheduler_that_dies_ends_the_sweep_and_says_so_in_one_line(place, output, caplog):
     file = place / "other.json"
-    options = (
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "0",
-        "--no-dashboard",
-        "--scheduler-file",
-        str(file),
-    )
-    scheduler = dask("scheduler", *options, env=environment(), cwd=place)
+    scheduler = dask("scheduler", *SCHEDULER, str(file), env=environment(), cwd=place)
     plan = make_plan(place, {"number": 1})
     try:
         until(file.exists)
