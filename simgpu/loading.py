@@ -30,7 +30,7 @@ from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
 from simgpu.checkpoints import known_config, weight_map
-from simgpu.device import DEVICE_TYPE, fake_mode, machine_device
+from simgpu.device import DEVICE_TYPE, fake_mode, machine_device, on_card
 
 _AUTO_CLASS = auto_factory._BaseAutoModelClass
 _ORIGINAL_WARMUP = modeling_utils.caching_allocator_warmup
@@ -89,7 +89,7 @@ def _defining(name: str, *roots: type) -> list[type]:
 
 
 def _on_cards(original, answer, tensor=None):
-    is_simulated = tensor is not None and tensor.device.type == DEVICE_TYPE
+    is_simulated = tensor is not None and on_card(tensor)
     return answer if is_simulated else original(tensor)
 
 

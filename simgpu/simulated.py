@@ -12,7 +12,7 @@ from simgpu.accounting import Accounting, Allocation
 from simgpu.addresses import AddressSpace
 from simgpu.allocator import Allocator
 from simgpu.catalog import Card, find_card
-from simgpu.device import DEVICE_TYPE, observe
+from simgpu.device import observe, on_card
 from simgpu.expandable import ExpandableAllocator
 from simgpu.host import Host
 from simgpu.intercept import simulated_torch
@@ -92,7 +92,7 @@ class SimulatedRig(Rig):
 
     def _observe(self, operator, results: list, arguments: tuple):
         self.host.observe(results, arguments)
-        results = [tensor for tensor in results if tensor.device.type == DEVICE_TYPE]
+        results = [tensor for tensor in results if on_card(tensor)]
         if results:
             self._accounting.observe(operator, results, arguments)
 
@@ -144,13 +144,17 @@ class SimulatedRig(Rig):
         """
         self._accounting.repeat(step, count)
 
+    def snapshot(self) -> dict:
+        """Every segment and block, as ``torch.cuda.memory._snapshot`` gives them."""
+        return self._accounting.snapshot()
+
     def release_workspaces(self):
         """Free what matrix products keep on the cards for the next one."""
         self._accounting.release_workspaces()
 
     @contextmanager
     def backward_pass(self):
-        """Around a backward pass; an out-of-memory error cannot leave it, and is raised here."""
-        with self._accounting.deferring():
+        """Around a backward pass, which ends with the gradients in place."""
+        with self._accounting.backward_pass():
             yield
         self._accounting.register(GRADIENTS, gradients_of(weights_of(list(self._modules))))
