@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from simgpu.addresses import AddressSpace
-from simgpu.memory_stats import Log
+from simgpu.memory_stats import TOGETHER, Log
 from simgpu.units import MIB, as_pytorch_writes
 
 BLOCK_ROUNDING = 512
@@ -91,8 +91,7 @@ class Allocator:
             since the last reset.
         retries, errors: how often cached memory had to go for a request, and that was not enough
             (``num_alloc_retries``, ``num_ooms``).
-        blocks, segments, remainders: what came and went, for ``memory_stats``: blocks handed out,
-            segments, and free blocks that are a part of one.
+        blocks, segments: what came and went, for ``memory_stats``.
         listeners: called before every allocation (False) and release (True) with this allocator.
     """
 
@@ -116,7 +115,6 @@ class Allocator:
         self.retries = self.errors = 0
         self.blocks = Log("allocation", "allocated_bytes", "requested_bytes")
         self.segments = Log("segment", "reserved_bytes")
-        self.remainders = Log("inactive_split", "inactive_split_bytes")
         self.listeners: list[Callable[[Allocator, bool], None]] = []
         # Free blocks of the large and the small pool (True), as best fit looks at them: by size,
         # then address.
@@ -165,7 +163,9 @@ class Allocator:
         if self._splits(size, block.size - size, small):
             self._insert(self._split(block, size))
         block.requested = size_bytes
-        self.blocks.note((small, block.size, size_bytes))
+        self.blocks.append((small, block.size, size_bytes))
+        if len(self.blocks) >= TOGETHER:
+            self.blocks.count()
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         return block
@@ -174,7 +174,7 @@ class Allocator:
         """Give a block back. It stays reserved, as in PyTorch, until room is needed."""
         for listener in self.listeners:
             listener(self, True)
-        self.blocks.note((block.small, -block.size, -block.requested))
+        self.blocks.append((block.small, -block.size, -block.requested))
         self.allocated -= block.size
         block.requested = 0
         self._merge(block)
@@ -189,12 +189,12 @@ class Allocator:
     def reset_peaks(self):
         """Start new peaks at the present values."""
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
-        for log in (self.blocks, self.segments, self.remainders):
+        for log in (self.blocks, self.segments):
             log.reset_peaks()
 
     def reset_totals(self):
         """Count what has come and gone from here."""
-        for log in (self.blocks, self.segments, self.remainders):
+        for log in (self.blocks, self.segments):
             log.reset_totals()
         self.retries = self.errors = 0
 
@@ -204,16 +204,10 @@ class Allocator:
 
     def _insert(self, block: Block):
         block.free = True
-        self._note_remainder(block, 1)
         bisect.insort(self._pools[block.small], (block.size, block.address, block))
-
-    def _note_remainder(self, block: Block, sign: int):
-        if block.before is not None or block.after is not None:
-            self.remainders.note((block.small, sign * block.size, 0))
 
     def _remove(self, block: Block):
         block.free = False
-        self._note_remainder(block, -1)
         pool = self._pools[block.small]
         del pool[bisect.bisect_left(pool, (block.size, block.address))]
 
@@ -271,7 +265,6 @@ class Allocator:
             return None
         del pool[place]
         found.free = False
-        self._note_remainder(found, -1)
         return found
 
     def _new(self, size: int, small: bool) -> Block | None:
@@ -283,13 +276,13 @@ class Allocator:
         return Block(self.addresses.take(wanted), wanted, small)
 
     def _reserve(self, size: int, small: bool):
-        self.segments.note((small, size, 0))
+        self.segments.append((small, size, 0))
         self.reserved += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
     def _give_back(self, segment: Block):
         self._remove(segment)
-        self.segments.note((segment.small, -segment.size, 0))
+        self.segments.append((segment.small, -segment.size, 0))
         self.reserved -= segment.size
         self.addresses.give_back(segment.address)
 

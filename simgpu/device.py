@@ -20,7 +20,7 @@ is on; ``loading`` helps the two that do.)
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from unittest import mock
 
@@ -49,11 +49,20 @@ _observer: Observer | None = None
 
 
 _ATEN = torch.ops.aten
-# Operators that make no storage. Half of all calls are one of these, and torch's general path for
-# fake tensors takes several times as long for them as their shape rule.
-_DEFAULT_OVERLOADS = ("alias", "detach", "expand", "permute", "t", "unsqueeze", "view")
-_VIEWS = {getattr(_ATEN, name).default for name in _DEFAULT_OVERLOADS}
+# Operators that make no storage, and the commonest of those that make one new tensor. torch's
+# general path for fake tensors takes several times as long for them as their shape rule, or as
+# looking up what the rule has said before.
+_VIEWS = {
+    getattr(_ATEN, name).default
+    for name in ("alias", "detach", "expand", "permute", "t", "unsqueeze", "view", "_unsafe_view")
+}
 _VIEWS |= {_ATEN.select.int, _ATEN.slice.Tensor, _ATEN.transpose.int}
+_PLAIN = {
+    getattr(_ATEN, name).default
+    for name in ("addmm", "bmm", "cat", "clone", "gelu", "mm", "neg", "rsqrt", "sigmoid", "silu")
+}
+_PLAIN |= {_ATEN.add.Tensor, _ATEN.mul.Tensor, _ATEN.sub.Tensor, _ATEN.mean.dim}
+_PLAIN |= {_ATEN.pow.Tensor_Scalar, _ATEN.silu_backward.default, _ATEN._softmax.default}
 
 
 def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -163,6 +172,7 @@ class _ObservedFakeMode(FakeTensorMode):
 
     def __init__(self):
         self._nesting = threading.local()
+        self._results: dict[tuple, tuple] = {}  # of the rules of operators in _PLAIN
         super().__init__(allow_non_fake_inputs=True)
 
     def __deepcopy__(self, memo):
@@ -220,7 +230,20 @@ class _ObservedFakeMode(FakeTensorMode):
                 raise error.with_traceback(None) from None
         return output
 
+    def _remembered(self, func, args: tuple, kwargs: dict) -> torch.Tensor:
+        """The result of an operator, on the meta device."""
+        key = (func, _described(args), *kwargs.items())
+        if key not in self._results:
+            with in_kernel_invocation_manager(self):
+                made = func(*args, **kwargs)
+            self._results[key] = (made.shape, made.stride(), made.dtype)
+        shape, stride, dtype = self._results[key]
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
     def _by_shape_rule(self, *call):
+        func, _, args, kwargs = call
+        if func in _PLAIN and (device := _common_card(args)) is not None:
+            return FakeTensor(self, self._remembered(func, args, kwargs), device)
         try:
             return super().dispatch(*call)
         except FakeTensorDeviceMismatchError as error:
@@ -232,6 +255,32 @@ class _ObservedFakeMode(FakeTensorMode):
                 " (.item(), .tolist(), `if` on a tensor, indexing by a mask), or run this on a"
                 " real device."
             ) from None
+
+
+def _common_card(args: tuple) -> torch.device | None:
+    """The card that all tensors of an operator are on; None where it is not one alone."""
+    found = None
+    for each in args[0] if isinstance(args[0], list | tuple) else args:
+        if isinstance(each, FakeTensor) and each.constant is None:
+            device = each.fake_device
+            if device.type != DEVICE_TYPE or (found is not None and found != device):
+                return None
+            found = device
+        elif isinstance(each, torch.Tensor):
+            return None
+    return found
+
+
+def _described(args: Iterable) -> tuple:
+    """Arguments as a shape rule sees them."""
+    return tuple(
+        (each.shape, each.stride(), each.dtype)
+        if isinstance(each, torch.Tensor)
+        else _described(each)
+        if isinstance(each, list | tuple)
+        else (type(each), each)
+        for each in args
+    )
 
 
 @functools.cache

@@ -115,7 +115,7 @@ class ExpandableAllocator(Allocator):
             middle = self._split(block, begin - block.address)
             self._insert(block)
             block = middle
-        self.segments.note((block.small, -block.size, 0))
+        self.segments.append((block.small, -block.size, 0))
         self.reserved -= block.size
         for neighbour in (block.before, block.after):
             if neighbour is not None and not neighbour.mapped:

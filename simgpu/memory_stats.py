@@ -1,7 +1,8 @@
 """What an allocator has done, as ``torch.cuda.memory_stats`` and PyTorch's memory viewer have it.
 
 Names and meanings: c10/cuda/CUDACachingAllocator.h and torch/cuda/memory.py of PyTorch 2.11 to
-2.13, for one stream: what is released is free at once, so "active" is what is allocated.
+2.13, for one stream: what is released is free at once, so "active" is what is allocated. Of free
+pieces of segments (``inactive_split``) only the present number is known; it stands for the peak.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 POOLS = {"all": slice(None), "large_pool": False, "small_pool": True}
 # Changes are noted in a list, which is quick, and counted together so many at a time.
-_TOGETHER = 2**16
+TOGETHER = 2**16
 
 
 @dataclass(slots=True)
@@ -36,27 +37,21 @@ class Tally:
         self.freed -= int(changes[changes < 0].sum())
 
 
-class Log:
-    """Changes of what a pool holds, and what they add up to.
+class Log(list):
+    """Changes of what the pools hold, and what they add up to.
 
-    ``note((small, bytes, requested))``: of which pool, bytes that came (or, negative, went), and
-    how many of them were asked for.
+    Entries: (of the small pool, bytes that came or, negative, went, bytes asked for).
     """
 
     def __init__(self, *quantities: str):
-        self._changes: list[tuple[bool, int, int]] = []
-        self._tallies = {(name, pool): Tally() for name in quantities for pool in POOLS}
+        super().__init__()
         self._quantities = quantities
+        self._tallies = {(name, pool): Tally() for name in quantities for pool in POOLS}
 
-    def note(self, change: tuple[bool, int, int]):
-        self._changes.append(change)
-        if len(self._changes) >= _TOGETHER:
-            self.tallies()
-
-    def tallies(self) -> dict[tuple[str, str], Tally]:
-        """By quantity and pool: how many there are, their bytes, the bytes asked for."""
-        small, size, requested = np.array(self._changes, dtype=np.int64).reshape(-1, 3).T
-        self._changes.clear()
+    def count(self) -> dict[tuple[str, str], Tally]:
+        """The tallies by quantity and pool; the entries are in them and gone."""
+        small, size, requested = np.array(self, dtype=np.int64).reshape(-1, 3).T
+        self.clear()
         amounts = dict(zip(self._quantities, (np.sign(size), size, requested), strict=False))
         for pool, which in POOLS.items():
             chosen = which if pool == "all" else small == which
@@ -65,20 +60,25 @@ class Log:
         return self._tallies
 
     def reset_peaks(self):
-        for tally in self.tallies().values():
+        for tally in self.count().values():
             tally.peak = tally.current
 
     def reset_totals(self):
-        for tally in self.tallies().values():
+        for tally in self.count().values():
             tally.allocated = tally.freed = 0
 
 
 def memory_stats(allocator) -> dict:
     """The nested dictionary behind ``torch.cuda.memory_stats``."""
     found: dict = {}
-    for log in (allocator.blocks, allocator.segments, allocator.remainders):
-        for (name, pool), tally in log.tallies().items():
+    for log in (allocator.blocks, allocator.segments):
+        for (name, pool), tally in log.count().items():
             found.setdefault(name, {})[pool] = asdict(tally)
+    parts = [block for block in allocator.cached() if block.before or block.after]
+    for pool, which in POOLS.items():
+        sizes = [block.size for block in parts if pool == "all" or block.small == which]
+        for name, value in (("inactive_split", len(sizes)), ("inactive_split_bytes", sum(sizes))):
+            found.setdefault(name, {})[pool] = asdict(Tally(value, value, value, 0))
     found["active"], found["active_bytes"] = found["allocation"], found["allocated_bytes"]
     none = asdict(Tally())
     return found | {
