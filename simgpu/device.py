@@ -40,12 +40,14 @@ except ImportError:  # torch 2.11 has no error of its own for this
 from torch.utils import _pytree, backend_registration
 
 from simgpu.catalog import MAX_CARDS
+from simgpu.numbers import Numbers, keep, may_know
 
 DEVICE_TYPE = "simcuda"
 _MACHINE_HAS_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")  # how PyTorch was built
 # Called after every operator with its overload, its results on cards and CPU, and its arguments.
 Observer = Callable[[object, list[FakeTensor], tuple], None]
 _observer: Observer | None = None
+_numbers: Numbers | None = None
 
 
 _ATEN = torch.ops.aten
@@ -200,28 +202,39 @@ class _ObservedFakeMode(FakeTensorMode):
         if func in _VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
             with in_kernel_invocation_manager(self):
                 view = func(*args, **kwargs)
-            return FakeTensor(self, view, args[0].fake_device)
+            view = FakeTensor(self, view, args[0].fake_device)
+            if args[0].known is not None:
+                keep(func, args, kwargs, view)
+            return view
         if func in _REWRITTEN and isinstance(args[0], FakeTensor):
             with self:
                 output = _REWRITTEN[func](*args, **kwargs)
             if output is not NotImplemented:
                 return output
-        # Operators that a shape rule uses internally are not the program's own.
-        depth = getattr(self._nesting, "depth", 0)
-        if depth == 0:
-            _refuse_lost_numbers(func, args, kwargs)
-            if func is _ATEN.copy_.default and not isinstance(args[1], FakeTensor):
-                # The rule remembers its arguments weakly, and torch cannot move a parameter that
-                # something refers to weakly.
-                args = (args[0], args[1].detach(), *args[2:])
-        if depth == 0 and func in _IN_PLACE and _IN_PLACE[func](*args):
+        if self.is_running:  # an operator that a shape rule uses is not the program's own
+            return self._by_shape_rule(func, types, args, kwargs)
+        _refuse_lost_numbers(func, args, kwargs)
+        if func is _ATEN.copy_.default and not isinstance(args[1], FakeTensor):
+            # The rule remembers its arguments weakly, and torch cannot move a parameter that
+            # something refers to weakly.
+            is_weight = args[1].requires_grad
+            args = (args[0], args[1].detach(), *args[2:])
+            if is_weight:
+                return self._run(func, types, args, kwargs)
+        if _numbers is not None and may_know(func, args):
+            return _numbers.dispatch(self._run, func, types, args, kwargs)
+        return self._run(func, types, args, kwargs)
+
+    def _run(self, func, types, args: tuple, kwargs: dict):
+        """An operator of the program: its shape rule, and the observer is told."""
+        if func in _IN_PLACE and _IN_PLACE[func](*args):
             return args[0]
-        self._nesting.depth = depth + 1
+        self._nesting.depth = 1
         try:
             output = self._by_shape_rule(func, types, args, kwargs)
         finally:
-            self._nesting.depth = depth
-        if _observer is not None and depth == 0 and (results := _tensors_made(output)):
+            self._nesting.depth = 0
+        if _observer is not None and (results := _tensors_made(output)):
             try:
                 _observer(func, results, args)
             except torch.OutOfMemoryError as error:
@@ -400,6 +413,7 @@ def fake_mode() -> FakeTensorMode:
             _libraries.append(library)
             FakeTensor.device = property(_shown_device, _INSIDE.fset)
             FakeTensor.is_cuda = property(on_card)
+            FakeTensor.known = None  # by default, of ``numbers``
             _mode = _ObservedFakeMode()
             _try_engine()
     return _mode
@@ -409,11 +423,13 @@ def _never_called(*arguments):
     raise NotImplementedError("simulated cards do not compute")
 
 
-def observe(observer: Observer | None) -> Observer | None:
-    """Report every operator to ``observer`` from now on, or to none; returns the one before."""
-    global _observer
+def observe(observer: Observer | None, numbers: Numbers | None = None) -> tuple:
+    """Report every operator to ``observer`` from now on, or to none, and let ``numbers`` carry
+    those of small tensors; returns the two from before."""
+    global _observer, _numbers
     fake_mode()
-    before, _observer = _observer, observer
+    before = _observer, _numbers
+    _observer, _numbers = observer, numbers
     return before
 
 

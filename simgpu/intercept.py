@@ -12,7 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from simgpu import streams
-from simgpu.device import DEVICE_TYPE, as_card, backward_error, current, fake_mode
+from simgpu.device import DEVICE_TYPE, as_card, backward_error, current, fake_mode, on_card
 from simgpu.operators import attention, convolution
 from simgpu.runtime import Runtime
 
@@ -119,6 +119,7 @@ def _from_data(original, data, *args, device=None, **kwargs):
 
 
 def _from_data_of(self, original, *args, device=None, **kwargs):
+    device = self.device if device is None and on_card(self) else device
     return original(self, *args, device=as_card(device), **kwargs)
 
 

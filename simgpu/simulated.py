@@ -17,6 +17,7 @@ from simgpu.expandable import ExpandableAllocator
 from simgpu.host import Host
 from simgpu.intercept import simulated_torch
 from simgpu.loading import simulated_loading
+from simgpu.numbers import Numbers
 from simgpu.purposes import GRADIENTS, WEIGHTS, all_modules, gradients_of, registration, weights_of
 from simgpu.rig import CardMemory, Rig, Stage, check_count
 from simgpu.units import MIB
@@ -75,6 +76,7 @@ class SimulatedRig(Rig):
         self.allocators = [kind(index, *common, **options) for index in range(count)]
         self._accounting = Accounting(self.allocators, self.card)
         self.host = Host()
+        self.numbers = Numbers()
         # Whose parameters a backward pass makes gradients of. Not the parameters themselves: torch
         # cannot move a module whose parameters are weakly referred to.
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -88,7 +90,8 @@ class SimulatedRig(Rig):
         stack.enter_context(simulated_torch(self))
         stack.enter_context(simulated_loading(self))
         stack.enter_context(registration(self._accounting))
-        stack.callback(observe, observe(self._observe))
+        before = observe(self._observe, self.numbers)
+        stack.callback(lambda: observe(*before))
 
     def _observe(self, operator, results: list, arguments: tuple):
         self.host.observe(results, arguments)
