@@ -20,6 +20,7 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_TYPES = (Image.Image, str, Path, np.ndarray, bytes, memoryview)
 MOST_ENCODED_BYTES = 32 * 2**20  # of an image given as base64
+_MOST_PIXELS = 16384  # of one side; more takes gigabytes a picture
 _LONGEST_PATH = 4096  # bytes on Linux (PATH_MAX); longer text is no path
 # What Pillow reads by itself; for others, such as EPS, it starts programs of the machine.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -88,11 +89,18 @@ class GLM4VImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         is_square = isinstance(size, dict) and size.get("height") == size.get("width")
         side = size.get("height") if is_square else size
-        if not isinstance(side, int) or side < 1:
+        if type(side) is not int or not 1 <= side <= _MOST_PIXELS:
             raise ValueError(
-                f"The image size is {size}. Expected one whole number of pixels, the same for"
-                " height and width. Use vision_config.image_size of config.json."
+                f"The image size is {size!r:.60}. Expected one whole number of pixels, at most"
+                f" {_MOST_PIXELS:,}, the same for height and width. Use vision_config.image_size of"
+                " config.json."
             )
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+            if np.shape(values) != (3,) or not np.isfinite(np.divide(1, values)).all():
+                raise ValueError(
+                    f"{name} is {values!r:.60}. Expected three numbers other than 0, for red, green"
+                    " and blue. Leave it out of preprocessor_config.json."
+                )
         self.size = {"height": side, "width": side}
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 

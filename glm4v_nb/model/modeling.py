@@ -61,7 +61,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As transformers' own, but refuses damaged or incomplete checkpoints and pickles."""
         loader = super().from_pretrained
-        return load_checked(loader, pretrained_model_name_or_path, *model_args, **kwargs)
+        return load_checked(cls, loader, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As torch's own; takes official names as well, as when ``Trainer`` resumes.
