@@ -83,10 +83,11 @@ def weight_map(directory: Path) -> dict[str, str]:
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ValueError(f"{index} is not {kind}. Download the file again.")
     for file in set(places.values()):
-        if not file.endswith(".safetensors") or not file.isprintable():
+        path = Path(file)
+        if path.is_absolute() or path.suffix != ".safetensors" or not file.isprintable():
             raise ValueError(
-                f"{index} places tensors in {file!r}. Expected names that end in .safetensors: any"
-                " other file may be a pickle, which can run any code when loaded. Download the"
+                f"{index} places tensors in {file!r}. Expected names of .safetensors files beside"
+                " it: any other may be a pickle, which can run any code when loaded. Download the"
                 " safetensors files of the checkpoint and their index."
             )
         file_in(directory, file)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from glm4v_nb.model import GLM4VForConditionalGeneration
+from glm4v_nb.model.chat import IMAGE_TOKENS
 from glm4v_nb.model.checkpoint_files import SMALL_FILES, check_files, local_directory
 from glm4v_nb.model.configuration import read_config
 from glm4v_nb.model.processing import GLM4VProcessor
@@ -57,8 +58,16 @@ def load(
     # by name, not transformers' Auto ones, which let the files choose a class, and code.
     directory = Path(local_directory(checkpoint, SMALL_FILES, revision=revision))
     check_files(directory)
-    read_config(directory)
+    config = read_config(directory)
     processor = GLM4VProcessor.from_pretrained(directory)
+    ids = [config.boi_token_id, config.eoi_token_id]
+    named = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[::2])
+    if ids != named:
+        raise ValueError(
+            f"{directory}: boi_token_id and eoi_token_id of config.json are {ids}, but"
+            f" tokenizer_config.json gives the image's tokens the ids {named}. Take all files from"
+            " the same checkpoint."
+        )
     model = GLM4VForConditionalGeneration.from_pretrained(
         checkpoint, revision=revision, dtype=dtype, device_map=device_map, max_memory=max_memory
     )

@@ -151,9 +151,16 @@ def _check_weights(directory: Path, model_class, config, accepts_other_sizes: bo
         model = model_class(config)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     is_quantized = getattr(config, "quantization_config", None) is not None
-    other_sizes = []
+    other_sizes, taken = [], set()
     for name, (shape, dtype) in stored.items():
-        parts = [wanted.pop(here) for here in names_here(name) if here in wanted]
+        here = names_here(name)
+        if taken.intersection(here):
+            raise ValueError(
+                f"{directory}: {name!r} is there twice, under its official name and under that of"
+                f" the module. Expected each once. {again}"
+            )
+        parts = [wanted.pop(part) for part in here if part in wanted]
+        taken.update(here if parts else ())
         if not parts or (is_quantized and dtype not in _FLOATING):
             continue
         if dtype not in _FLOATING:
@@ -215,6 +222,11 @@ def _stored_tensors(directory: Path) -> dict[str, tuple[list[int], str]]:
                 f"{directory / shard} lacks {len(lacking)} tensors that the index places in it,"
                 f" first {lacking[0]!r}. The index and the shard are of different checkpoints;"
                 " download both again."
+            )
+        if twice := sorted(found.keys() & stored.keys()):
+            raise ValueError(
+                f"{directory / shard} holds {len(twice)} tensors that another shard has too, first"
+                f" {twice[0]!r}. Expected each once. Download the weights and their index again."
             )
         stored |= found
     return stored

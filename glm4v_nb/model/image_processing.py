@@ -12,8 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel
 from transformers import BatchFeature, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
+
+from glm4v_nb.model.checkpoint_files import Number, Positive, check_values
 
 # CLIP's constants; source: the original's transforms.Normalize.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -72,6 +75,13 @@ def load_image(image) -> Image.Image:
         return _decode(str(image), file)
 
 
+class _Colours(BaseModel):
+    """Numbers for red, green and blue."""
+
+    image_mean: tuple[Number, Number, Number]
+    image_std: tuple[Positive, Positive, Positive]
+
+
 class GLM4VImageProcessor(BaseImageProcessor):
     """Makes the ``pixel_values`` of GLM-4V.
 
@@ -95,12 +105,8 @@ class GLM4VImageProcessor(BaseImageProcessor):
                 f" {_MOST_PIXELS:,}, the same for height and width. Use vision_config.image_size of"
                 " config.json."
             )
-        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
-            if np.shape(values) != (3,) or not np.isfinite(np.divide(1, values)).all():
-                raise ValueError(
-                    f"{name} is {values!r:.60}. Expected three numbers other than 0, for red, green"
-                    " and blue. Leave it out of preprocessor_config.json."
-                )
+        colours = {"image_mean": image_mean, "image_std": image_std}
+        check_values("preprocessor_config.json", _Colours, colours)
         self.size = {"height": side, "width": side}
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 

@@ -8,8 +8,10 @@ patches 0..N, which is known to hurt accuracy (vllm-project/vllm#14790).
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from wrapt import when_imported, wrap_function_wrapper
 
 from glm4v_nb.model.configuration import GLM4VConfig
 
@@ -98,6 +100,28 @@ def merge_image_features(
     feature_index = (image_mask.cumsum(dim=1) - 1).clamp(min=0)
     placed = features[image_index[:, None], feature_index]
     return torch.where(image_mask[..., None], placed, embeddings)
+
+
+def expand_batches_of_trainer():
+    """Let transformers' ``Trainer`` give this model batches with room for their images.
+
+    The logits count all positions of an image, and ``Trainer`` compares them with the labels of the
+    batch: in ``compute_metrics``, label smoothing and losses of one's own, which are all of one
+    length so.
+    """
+
+    def prepare(wrapped, trainer, args, kwargs):
+        inputs, config = wrapped(*args, **kwargs), getattr(trainer.model, "config", None)
+        if isinstance(config, GLM4VConfig) and inputs.get("pixel_values") is not None:
+            if {"input_ids", "image_mask"} & inputs.keys() == {"input_ids"}:
+                given = ("input_ids", "attention_mask", "position_ids", "labels")
+                images = len(inputs["pixel_values"])
+                prompt = expand_image_positions(config, *map(inputs.get, given), images)
+                inputs |= {name: one for name, one in vars(prompt).items() if one is not None}
+        return inputs
+
+    wrap = partial(wrap_function_wrapper, name="Trainer._prepare_inputs", wrapper=prepare)
+    when_imported("transformers.trainer")(wrap)
 
 
 def _sources(starts: list[int | None], length: int, image_tokens: int):

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -73,6 +73,7 @@ class _TokenizerFile(BaseModel, arbitrary_types_allowed=True):
     """What is read of tokenizer_config.json and would fail only later, or elsewhere."""
 
     image_size: Size | None = None
+    model_input_names: list[str] = Field(["input_ids", "attention_mask"], min_length=2)
     model_max_length: Positive | None = None
     padding_side: Literal["left", "right"] = "left"
     pad_token: str | AddedToken

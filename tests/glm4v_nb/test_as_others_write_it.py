@@ -218,13 +218,18 @@ def own_loss(outputs, labels, num_items_in_batch=None):
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
 
 
-def test_metrics_smoothing_and_own_losses_see_labels_of_the_logits_length(chat, tmp_path):
+@pytest.mark.parametrize("collator", [ExpandingCollator, None], ids=["expanding", "Trainer's own"])
+def test_metrics_smoothing_and_own_losses_see_labels_of_the_logits_length(chat, tmp_path, collator):
     model, processor = chat
     turns = ([QUESTION, {"role": "assistant", "content": "4"}], [{"role": "user", "content": "a"}])
+    # Trainer's own collator takes rows of equal lengths.
+    turns = turns if collator else turns[:1]
     rows = [
         {name: value[0] for name, value in processor.apply_chat_template(turn).items()}
         for turn in turns
     ]
+    for row in rows:
+        row["labels"] = row["input_ids"]
     text_ids = sum(len(row["input_ids"]) for row in rows) - 3  # the image's three are no targets
 
     def trainer(**options):
@@ -235,7 +240,7 @@ def test_metrics_smoothing_and_own_losses_see_labels_of_the_logits_length(chat, 
             quiet_arguments(tmp_path, 2, max_steps=1, learning_rate=0.0, **options),
             train_dataset=rows,
             eval_dataset=rows,
-            data_collator=ExpandingCollator(model.config),
+            data_collator=collator and collator(model.config),
             **given,
         )
 
