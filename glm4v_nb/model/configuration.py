@@ -111,8 +111,8 @@ class TextOnlyChatGLM(ValueError):
 class GLM4VConfig(PreTrainedConfig):
     """Configuration of the whole model; field names are the official ones.
 
-    ``text_config`` (a ``GlmConfig``) is derived from the flat fields when the object is made. To
-    change the decoder, make a new configuration instead of assigning to a field.
+    ``text_config`` (a ``GlmConfig``) is derived from the flat fields when the object is made, and
+    again when a model is made of it.
     """
 
     model_type = "chatglm"
@@ -184,20 +184,23 @@ class GLM4VConfig(PreTrainedConfig):
             self.vision_config = GLM4VVisionConfig(
                 **{name: value for name, value in given.items() if name not in unknown}
             )
-        rope = {"rope_type": "default", "rope_theta": 10000.0 * self.rope_ratio}
-        self.text_config = GlmConfig(
-            **{name: getattr(self, official) for name, official in self.attribute_map.items()},
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            rms_norm_eps=self.layernorm_epsilon,
-            attention_bias=self.add_qkv_bias,
-            initializer_range=self.initializer_range,
-            tie_word_embeddings=False,
-            pad_token_id=self.pad_token_id,
-            eos_token_id=self.eos_token_id,
-            rope_parameters=rope | {"partial_rotary_factor": 0.5},
-        )
+        self.text_config = GlmConfig(**self.decoder_fields())
         super().__post_init__(**kwargs)
+
+    def decoder_fields(self) -> dict:
+        """The decoder's part of this configuration, as arguments of ``GlmConfig``."""
+        rope = {"rope_type": "default", "rope_theta": 10000.0 * self.rope_ratio}
+        return {name: getattr(self, official) for name, official in self.attribute_map.items()} | {
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "rms_norm_eps": self.layernorm_epsilon,
+            "attention_bias": self.add_qkv_bias,
+            "initializer_range": self.initializer_range,
+            "tie_word_embeddings": False,
+            "pad_token_id": self.pad_token_id,
+            "eos_token_id": self.eos_token_id,
+            "rope_parameters": rope | {"partial_rotary_factor": 0.5},
+        }
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

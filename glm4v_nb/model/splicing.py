@@ -50,8 +50,8 @@ def expand_image_positions(
     Rows without an image in a batch that has some are padded on the left to the common length.
 
     Raises:
-        ValueError: images and placeholders do not match, the mask is of another shape than the ids,
-            or a prompt exceeds ``config.seq_length``.
+        ValueError: images and placeholders do not match, mask or labels are of another shape than
+            the ids, or a prompt exceeds ``config.seq_length``.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -60,6 +60,11 @@ def expand_image_positions(
             f"attention_mask has the shape {tuple(attention_mask.shape)}, but input_ids"
             f" {tuple(input_ids.shape)}; they must be equal. In a later turn pass the whole"
             " conversation again: what the cache holds is not computed twice."
+        )
+    if labels is not None and labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels has the shape {tuple(labels.shape)}, but input_ids {tuple(input_ids.shape)};"
+            " they must be equal. Give one label for each id, -100 where there is none."
         )
     if position_ids is None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
