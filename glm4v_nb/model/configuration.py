@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, InstanceOf
 from transformers import AutoConfig, GlmConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
@@ -33,7 +34,6 @@ CONFIG_DIRECTORY = Path(__file__).parent / "configs"
 # Hub ids of the official checkpoint, whose config ships with this package.
 OFFICIAL_CHECKPOINTS = ("zai-org/glm-4v-9b", "THUDM/glm-4v-9b")
 OFFICIAL = OFFICIAL_CHECKPOINTS[0]
-
 
 logger = logging.get_logger(__name__)
 
@@ -104,6 +104,24 @@ _OTHER_KEYS |= {"attention_softmax_in_fp32", "bias_dropout_fusion", "classifier_
 _OTHER_KEYS |= {"fp32_residual_connection", "hidden_dropout", "prefix_projection"}
 
 
+_Dtype = Literal["bfloat16", "float16", "float32", "float64"] | InstanceOf[torch.dtype] | None
+
+
+class _Quantizer(BaseModel):
+    """The one whose weights are plain safetensors, and that fetches no code from the hub."""
+
+    quant_method: Literal["bitsandbytes"]
+
+
+class _OtherKeys(BaseModel):
+    """What transformers acts on in a config.json, beside the fields."""
+
+    vision_config: dict | InstanceOf[PreTrainedConfig]
+    dtype: _Dtype = None
+    torch_dtype: _Dtype = None
+    quantization_config: _Quantizer | None = None
+
+
 class TextOnlyChatGLM(ValueError):
     """A checkpoint of the same model_type that is another model: glm-4-9b-chat, chatglm3."""
 
@@ -169,21 +187,16 @@ class GLM4VConfig(PreTrainedConfig):
                 f" multi_query_group_num {self.multi_query_group_num} does not divide. Each group"
                 " of heads shares one key. Download config.json again."
             )
-        ids = {name: getattr(self, name) for name in vars(self) if name.endswith("i_token_id")}
-        ids["pad_token_id"] = self.pad_token_id
-        for name, number in ids.items():
-            if number >= self.padded_vocab_size:
+        for name in ("boi_token_id", "eoi_token_id", "pad_token_id"):
+            if getattr(self, name) >= self.padded_vocab_size:
                 raise ValueError(
-                    f"config.json: {name} is {number}, but padded_vocab_size is"
-                    f" {self.padded_vocab_size}. Expected an id below it. Download config.json"
-                    " again."
+                    f"config.json: {name} is {getattr(self, name)}, but padded_vocab_size is"
+                    f" {self.padded_vocab_size}. Expected an id below it. Download it again."
                 )
         if not isinstance(self.vision_config, PreTrainedConfig):
             given = self.vision_config or {}
-            unknown = given.keys() - set(OFFICIAL_VISION_KEYS)
-            self.vision_config = GLM4VVisionConfig(
-                **{name: value for name, value in given.items() if name not in unknown}
-            )
+            known = {name: given[name] for name in OFFICIAL_VISION_KEYS if name in given}
+            self.vision_config = GLM4VVisionConfig(**known)
         self.text_config = GlmConfig(**self.decoder_fields())
         super().__post_init__(**kwargs)
 
@@ -220,7 +233,11 @@ class GLM4VConfig(PreTrainedConfig):
                 " models."
             )
         check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
-        _check_other_keys(config_dict)
+        check_auto_map("config.json", config_dict.get("auto_map"))
+        check_values("config.json", _OtherKeys, config_dict)
+        for name in ("attn_implementation", "_attn_implementation"):
+            if config_dict.get(name) not in (None, "sdpa", "eager"):
+                refuse_attention(config_dict[name])
         unknown = config_dict.keys() - _OTHER_KEYS - cls.__dataclass_fields__.keys()
         if unknown:
             logger.warning_once(f"config.json: not read: {', '.join(sorted(unknown))}.")
@@ -250,47 +267,20 @@ class GLM4VConfig(PreTrainedConfig):
 _VALUES = schema_of(GLM4VConfig)
 
 
-def check_dtype(dtype, where: str = ""):
-    """Raise ValueError for text that names no floating type of torch, and is not "auto"."""
+def check_dtype(dtype):
+    """Raise ValueError for text that names no type of torch, and is not "auto"."""
     if isinstance(dtype, str) and dtype != "auto":
-        found = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        if not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
             raise ValueError(
-                f"{where}dtype is {dtype!r}; expected torch.bfloat16, torch.float16, torch.float32,"
+                f"dtype is {dtype!r}; expected torch.bfloat16, torch.float16, torch.float32,"
                 ' one of these names as text ("bfloat16"), or "auto".'
             )
 
 
-def _check_other_keys(config: dict):
-    """Raise ValueError for what of a config.json transformers would act on, beside the fields."""
-    check_auto_map("config.json", config.get("auto_map"))
-    if not isinstance(config["vision_config"], dict | PreTrainedConfig):
-        raise ValueError(
-            f"config.json: vision_config is {config['vision_config']!r:.60}. Expected an object"
-            " with the sizes of the image tower. Download config.json again."
-        )
-    for key in ("dtype", "torch_dtype"):
-        given = config.get(key)
-        is_known = given is None or isinstance(given, str | torch.dtype)
-        check_dtype(given if is_known else repr(given), "config.json: ")
-    attention = config.get("attn_implementation") or config.get("_attn_implementation")
-    if attention not in (None, "sdpa", "eager"):
-        refuse_attention(attention, "config.json: ")
-    quantizer = config.get("quantization_config")
-    kind = quantizer.get("quant_method") if isinstance(quantizer, dict) else quantizer
-    if quantizer is not None and kind != "bitsandbytes":
-        raise ValueError(
-            f"config.json: quantization_config is of method {kind!r:.60}. Expected none, or"
-            ' "bitsandbytes": other methods fetch code from the hub or read weights of their own'
-            " form. Load an unquantised checkpoint, and quantise it with from_pretrained's"
-            " quantization_config."
-        )
-
-
-def refuse_attention(attention, where: str = ""):
+def refuse_attention(attention):
     """Raise the ValueError for an attention that is not here."""
     raise ValueError(
-        f'{where}attn_implementation is {attention!r:.100}. Expected "sdpa" or "eager": nothing is'
+        f'attn_implementation is {attention!r:.100}. Expected "sdpa" or "eager": nothing is'
         ' fetched from the hub, and with "sdpa", the default, PyTorch picks its own flash attention'
         " where the card has one. Leave the argument out, also of config.json."
     )
@@ -326,21 +316,15 @@ def read_config(checkpoint: str | Path, **overrides) -> GLM4VConfig:
 
     Raises:
         ValueError: neither of these, or the configuration of another model.
-        FileNotFoundError: the directory has no config.json.
     """
     if str(checkpoint) in OFFICIAL_CHECKPOINTS:
         return official_config()
-    if not Path(checkpoint).is_dir():
-        raise ValueError(
-            f"checkpoint is {str(checkpoint)!r}; expected {OFFICIAL_CHECKPOINTS[0]!r}, whose config"
-            " ships with glm4v_nb, or a directory with a GLM-4V-9B config.json. Download other"
-            " checkpoints and give the directory."
-        )
     path = file_in(Path(checkpoint), "config.json")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing. Expected a directory with the config.json of a GLM-4V-9B. Download"
-            " the file into it."
+        raise ValueError(
+            f"checkpoint is {str(checkpoint)!r}; expected {OFFICIAL!r}, whose config ships with"
+            " glm4v_nb, or a directory with a GLM-4V-9B config.json. Download other checkpoints and"
+            " give the directory."
         )
     content = read_json(path)
     check_auto_map(str(path), content.get("auto_map"))
@@ -349,8 +333,6 @@ def read_config(checkpoint: str | Path, **overrides) -> GLM4VConfig:
             f"{path} has model_type {content.get('model_type')!r:.60}; expected"
             f" {GLM4VConfig.model_type!r}, a GLM-4V-9B. Give the directory of such a checkpoint."
         )
-    names = {*GLM4VConfig.__annotations__, *GLM4VConfig.attribute_map}
+    known = {*GLM4VConfig.__annotations__, *GLM4VConfig.attribute_map} & overrides.keys()
     with reading(path):
-        return GLM4VConfig.from_dict(
-            content, **{name: overrides[name] for name in names & overrides.keys()}
-        )
+        return GLM4VConfig.from_dict(content, **{name: overrides[name] for name in known})
