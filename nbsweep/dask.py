@@ -7,15 +7,15 @@ the first one dies; what has ended is decided by the sweep, which alone writes.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-import queue
 import re
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .execute import Ended, Job, SourceChanged, Stopped, execute
@@ -25,7 +25,9 @@ from .runner import AGAIN, Progress, Threads, ended_without
 from .store import RunSpec, SweepError
 
 try:
-    from distributed import Client, Future, KilledWorker, Reschedule, get_worker
+    import dask.config
+    from distributed import Client, Future, KilledWorker, Reschedule, Security, get_worker
+    from distributed.comm import connect as connect_to
 except ImportError as error:
     raise SweepError(
         f"--scheduler needs Dask, which cannot be imported ({error}). Install it: pip install"
@@ -33,8 +35,6 @@ except ImportError as error:
     ) from None
 
 CONNECT_SECONDS = 10.0
-# Dask's own limit ends where somebody accepts the connection.
-ANSWER_SECONDS = 15.0
 # How long runs may wait while no worker can take them; one that starts anew needs a few seconds.
 PATIENCE_SECONDS = 30.0
 LOOK_SECONDS = 1.0
@@ -49,44 +49,45 @@ def connect(address: str, packages: Sequence[str]) -> Iterator[Client]:
         ValueError: ``address`` is none.
         SweepError: nobody answers, or somebody has other packages.
     """
-    if not re.fullmatch(r"\w+://\S+:\d+", address):
+    if not (found := re.fullmatch(r"(tcp|tls)://(\S+):(\d+)", address)):
         raise ValueError(
-            f"--scheduler is {address!r}; expected an address such as tcp://10.0.0.1:8786."
+            f"--scheduler is {address!r}; expected an address such as tcp://10.0.0.1:8786, or"
+            " tls://10.0.0.1:8786 with certificates in Dask's configuration."
         )
+    scheme, host, port = found.groups()
+    try:
+        # In a thread, for a notebook has a loop of its own.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, _greet(address)).result()
+    except Exception as error:  # Dask has no class for what may be wrong with a connection
+        why = str(error) or "somebody accepts connections, but does not answer as Dask does"
+        if scheme == "tls" and not dask.config.get("distributed.comm.tls.client.cert", None):
+            why = "there is no certificate for tls:// in Dask's configuration, DASK_CONFIG"
+        raise SweepError(
+            f"no Dask scheduler answers at {address} ({why}). Start one there: dask scheduler"
+            f" --protocol {scheme} --host {host} --port {port} --dashboard-address {host}:8787; or"
+            " correct --scheduler"
+        ) from None
     # What it reports with a traceback is said here in one line.
     logger = logging.getLogger("distributed.client")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with _client(address) as client:
+        with Client(address, timeout=CONNECT_SECONDS, set_as_default=False) as client:
             _check_packages(client, packages)
             yield client
     finally:
         logger.setLevel(level)
 
 
-def _client(address: str) -> Client:
-    answer: queue.SimpleQueue = queue.SimpleQueue()
-
-    def start():
-        try:
-            answer.put(Client(address, timeout=CONNECT_SECONDS, set_as_default=False))
-        except Exception as error:
-            answer.put(error)
-
-    # In a thread that can be left behind: Dask waits for ever where somebody accepts and then says
-    # nothing.
-    threading.Thread(target=start, name="connect to Dask", daemon=True).start()
-    try:
-        client = answer.get(timeout=ANSWER_SECONDS)
-    except queue.Empty:
-        client = OSError("somebody accepts connections, but does not answer as Dask does")
-    if isinstance(client, Exception):
-        raise SweepError(
-            f"no Dask scheduler answers at {address} ({client}). Start one there: dask scheduler"
-            " --host ADDRESS; or correct --scheduler"
-        )
-    return client
+async def _greet(address: str):
+    """Whether somebody answers there as Dask does: a client that fails to connect goes on trying
+    when Python ends, and waits for ever for one that accepts and says nothing."""
+    encryption = Security().get_connection_args("client")
+    # Its own timeout ends where somebody accepts the connection.
+    async with asyncio.timeout(1.5 * CONNECT_SECONDS):
+        comm = await connect_to(address, timeout=CONNECT_SECONDS, **encryption)
+    await comm.close()
 
 
 def _check_packages(client: Client, packages: Sequence[str]):
@@ -230,7 +231,8 @@ class Cluster(Threads):
                 option = f' --resources "GPU={gpus}"' if gpus else ""
                 found[spec.id] = (
                     f"no {want} in {PATIENCE_SECONDS:.0f} s, {len(self._workers)} others. Start"
-                    f" one: dask worker {self._address} --nthreads 1{option}"
+                    f" one, with its machine's address for HOST: dask worker {self._address} --host"
+                    f" HOST --dashboard-address HOST:0 --nthreads 1{option}"
                 )
         return found
 

@@ -18,7 +18,8 @@ _OUT_OF_MEMORY = re.compile(r"[\w.]*OutOfMemoryError\b")
 # How Python prints a group: its members behind bars, each below a line of dashes, which begins with
 # a second plus below a group.
 _MEMBER = re.compile(r"^ *\+(-\+)?-{16} (?:\d+|\.\.\.) -{16}$", re.MULTILINE)
-_BAR = re.compile(r"^ *(?:\| ?|\+-+$)", re.MULTILINE)
+_END = re.compile(r"^ *\+-+$", re.MULTILINE)
+_BAR = re.compile(r"^ *\| ?", re.MULTILINE)
 _TYPE = re.compile(r"^([A-Za-z_][\w.]*)(?:$|: )", re.MULTILINE)
 _CHAINED = re.compile(r"^(?:The above exception was|During handling of the above)\b", re.MULTILINE)
 
@@ -60,7 +61,8 @@ def group_leaves(traceback: str) -> list[str]:
     leaves = []
     # A group stands before a line with a second plus, which begins its own members.
     for member, deeper in zip_longest(parts[1::2], parts[2::2]):
-        told = _CHAINED.split(_BAR.sub("", member))[-1]  # what it was caused by stands before it
+        member = _BAR.sub("", _END.split(member)[0])
+        told = _CHAINED.split(member)[-1]  # what it was caused by stands before it
         if not deeper and (found := _TYPE.search(told)):
             leaves.append(one_line(found[1], told[found.end() :]))
     return leaves

@@ -246,7 +246,7 @@ def _broken_records(files: dict[str, bytes], status: Status) -> str | None:
         parse_records(content)
     except ValueError as error:
         del files[RECORDS]
-        return f"the run's figures are not kept: {error}"
+        return f"no figures are kept: {error}"
     if content:
         files[RECORDS] = content
     return None

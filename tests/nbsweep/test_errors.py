@@ -28,6 +28,7 @@ def raised(error: Exception) -> Exception:
 
 def told(error: Exception) -> dict:
     text = "".join(traceback.format_exception(raised(error)))
+    text = f"cell\n------\n\n----- stderr -----\n{text}------------------\n\n"  # of nbclient
     return explain(type(error).__name__, str(error), text)
 
 
@@ -95,6 +96,11 @@ def test_a_leaf_is_told_by_its_own_type_and_not_by_what_caused_it():
     assert told(ExceptionGroup("g", [leaf]))["error"] == (
         "ExceptionGroup: g (1 sub-exception): ValueError: Odd: message"
     )
+
+
+def test_a_leaf_without_a_message_is_told_by_its_type():
+    group = ExceptionGroup("g", [ExceptionGroup("h", [ValueError()]), RuntimeError()])
+    assert told(group)["error"].endswith("(2 sub-exceptions): ValueError; RuntimeError")
 
 
 def test_running_out_of_memory_in_a_group_is_running_out_of_memory():

@@ -596,7 +596,7 @@ def test_a_scalar_that_only_one_of_two_equally_ended_runs_has_is_a_change(write)
     assert compare(first, third) == [change("status", "done", "oom")]
 
 
-@pytest.mark.parametrize("tolerance", [-0.1, float("nan")])
+@pytest.mark.parametrize("tolerance", [-0.1, float("nan"), float("inf")])
 def test_a_tolerance_below_zero_is_refused(write, tolerance):
     directory = write((spec_of("a", batch=1), ended()))
     with pytest.raises(ValueError, match="expected 0 or more"):

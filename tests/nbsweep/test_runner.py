@@ -293,7 +293,7 @@ def test_a_run_that_spoils_its_own_records_has_failed_and_says_by_what(
     source = f"{RECORD}\nopen(os.environ['NBSWEEP_RECORDS'], 'ab').write({content})"
     outcome, folder = outcome_of(notebooks, tmp_path, source)
     assert outcome.status == "failed"
-    assert "figures are not kept: line 2 of records.jsonl is no record, but b'" in outcome.error
+    assert "no figures are kept: line 2 of records.jsonl is no record, but b'" in outcome.error
     assert not (folder / "records.jsonl").exists()
     assert read_sweep(tmp_path / "runs")[1][0].status == "failed", "and is not done again for ever"
 
@@ -327,6 +327,30 @@ def test_the_error_of_a_run_is_one_line_that_says_something(notebooks, tmp_path,
     outcome, _ = outcome_of(notebooks, tmp_path, f'print(number)\nraise ImportError("{message}")')
     assert outcome.status == "failed"
     assert outcome.error == f"ImportError: {error}"
+
+
+def test_a_kernel_that_raises_a_group_is_told_by_its_leaves_and_may_have_run_out_of_memory(
+    notebooks, tmp_path
+):
+    full = "type('OutOfMemoryError', (RuntimeError,), {})('CUDA out of memory.')"
+    source = f"print(number)\nraise ExceptionGroup('both', [KeyError('a'), {full}])"
+    outcome, _ = outcome_of(notebooks, tmp_path, source)
+    assert outcome.status == "oom"
+    assert outcome.error == (
+        "ExceptionGroup: both (2 sub-exceptions): KeyError: 'a'; OutOfMemoryError: CUDA out of"
+        " memory."
+    )
+
+
+def test_a_message_of_megabytes_is_cut_in_the_outcome_and_whole_in_the_notebook(
+    notebooks, tmp_path
+):
+    outcome, folder = outcome_of(
+        notebooks, tmp_path, "print(number)\nraise ValueError('x' * 10**6)"
+    )
+    assert (folder / "outcome.json").stat().st_size < 40_000
+    assert "shortened from 1,000,012 characters; executed.ipynb has all" in outcome.error
+    assert "x" * 10**6 in (folder / "executed.ipynb").read_text()
 
 
 def test_a_notebook_may_end_itself_but_not_by_a_cell_that_is_to_fail(notebooks, tmp_path):
