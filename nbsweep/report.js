@@ -245,15 +245,13 @@
             (rows[point.row].oom ? `. ${rows[point.row].oom}` : ""),
         );
         draw("rect", { ...box, class: point.kind }, link);
-        const needs = rows[point.row].needs_gib;
+        const { needs_gib: needs, at_least: bound } = rows[point.row];
         const words =
           point.kind === "other"
             ? "?"
-            : point.kind === "fits"
-              ? ""
-              : needs === null
-                ? "×"
-                : `≥${Number(needs < 1 ? needs.toFixed(2) : needs.toPrecision(3))}`;
+            : needs === null
+              ? { fits: "", short: "×" }[point.kind]
+              : (bound ? "≥" : "") + Number(needs < 1 ? needs.toFixed(2) : needs.toPrecision(3));
         if (wide >= 48 || words.length < 2)
           draw(
             "text",

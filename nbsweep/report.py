@@ -142,11 +142,21 @@ def _page_columns(
 
 
 def _facts(run: FinishedRun, directory: Path) -> dict[str, Any]:
-    """What the page knows of a run beside its cells."""
+    """What the page knows of a run beside its cells.
+
+    What it needs of a card is the most that it recorded under names that begin with "needs";
+    without one, its out-of-memory error gives a lower bound.
+    """
     cause = run.outcome and run.outcome.oom
+    known = [
+        each for each in run.records if each.name.startswith("needs") and is_number(each.value)
+    ]
+    recorded = max((each.value for each in known if each.unit == "bytes"), default=0)
+    bound = (cause and cause.needs_bytes) or 0
     return {
-        "oom": cause and _short(cause),
-        "needs_gib": cause and cause.needs_bytes and cause.needs_bytes / 2**30,
+        "oom": cause and _short(cause, recorded),
+        "needs_gib": max(recorded, bound) / 2**30 or None,
+        "at_least": recorded < bound,
         "executed": (directory / run.spec.id / "executed.html").is_file(),
     }
 
@@ -235,7 +245,7 @@ def _scaled(value: Value | None, size: int) -> Value | None:
     return value / size if size > 1 and is_number(value) else value
 
 
-def _short(cause: OutOfMemoryCause) -> str:
+def _short(cause: OutOfMemoryCause, recorded: float) -> str:
     """Where a run ran out of memory, as words."""
 
     def size(number: int | None) -> str:
@@ -243,7 +253,10 @@ def _short(cause: OutOfMemoryCause) -> str:
         return "unknown bytes" if number is None else f"{_show(_scaled(number, size))} {unit}"
 
     device = "unknown device" if cause.device is None else f"GPU {cause.device}"
-    needs = f"needs at least {size(cause.needs_bytes)}, " if cause.needs_bytes else ""
+    needs = ""
+    if recorded or cause.needs_bytes:
+        at_least = recorded < (cause.needs_bytes or 0)
+        needs = f"needs {'at least ' * at_least}{size(max(recorded, cause.needs_bytes or 0))}, "
     return f"{device}, {cause.phase or 'unknown phase'}: {needs}{size(cause.short_bytes)} short"
 
 

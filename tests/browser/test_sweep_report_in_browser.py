@@ -250,7 +250,7 @@ def test_the_frontier_shows_what_fits_for_each_card_and_what_the_others_need(pag
     # short of, which says nothing about the run.
     needs = figures.last.locator("a:has(.short) text").all_text_contents()
     assert sorted(needs) == ["≥16.8", "≥16.8", "≥20.6"]
-    expect(page.locator("#frontier .legend")).to_contain_text("≥ the GiB it needs at least")
+    expect(page.locator("#frontier .legend")).to_contain_text("≥ for at least")
     # The 15 GiB of a T4 hold 4,294 tokens.
     said = figures.last.get_by_role("img").get_attribute("aria-label")
     assert "tokens 512: fits up to 8; tokens 1024: fits up to 4; tokens 2048: fits up to 2." in said

@@ -277,6 +277,33 @@ def test_where_a_run_ran_out_of_memory_is_said_in_words(page, outcome, said):
     assert data_of(soup)["rows"][0]["oom"] == said
 
 
+def test_what_a_run_recorded_that_it_needs_says_more_than_its_error(page):
+    def needs(name, value, unit="bytes"):
+        return Record(name=name, value=value, unit=unit, label="simulated")
+
+    more = (needs("needs on card 0", 30 * GIB), needs("needs on card 1", 27 * GIB))
+    no_bytes = (needs("needs on card 0", "much"), needs("needs", 10**12, "tokens"))
+    runs = [
+        (spec_of("a", batch=1), oom(needs=24 * GIB), *more),
+        (spec_of("b", batch=2), oom(needs=24 * GIB)),
+        (spec_of("c", batch=3), oom(needs=24 * GIB), needs("needs", 20 * GIB)),
+        (spec_of("d", batch=4), oom(), needs("needs", 20 * GIB)),
+        (spec_of("e", batch=5), ended(), needs("needs", 20 * GIB)),
+        (spec_of("f", batch=6), ended(), *no_bytes),
+        (spec_of("g", batch=7), oom()),
+    ]
+    rows = data_of(page(*runs))["rows"]
+    assert [(row["needs_gib"], row["at_least"]) for row in rows] == [
+        (30, False), (24, True), (24, True), (20, False), (20, False), (None, False), (None, False),
+    ]  # fmt: skip
+    assert [row["oom"] for row in rows[:4]] == [
+        "GPU 0, prefill: needs 30 GiB, 1.5 GiB short",
+        "GPU 0, prefill: needs at least 24 GiB, 1.5 GiB short",
+        "GPU 0, prefill: needs at least 24 GiB, 1.5 GiB short",
+        "GPU 0, prefill: needs 20 GiB, 1.5 GiB short",
+    ]
+
+
 ATTACKS = [
     "<script>window.attacked = 1</script>",
     "</script><script>window.attacked = 1</script>",

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from run_cells import ENDINGS, KEEP
 
-from nbsweep import execute, store
+from nbsweep import execute, runner, store
 from nbsweep.plan import Plan, plan_notebook, run_spec
 from nbsweep.provenance import package_hash
 from nbsweep.registry import Notebook, NotebookEntry, Registry
@@ -442,6 +442,35 @@ def test_a_package_that_is_changed_while_its_sweep_runs_is_not_kept(
     runs, _ = carry_out(plan, tmp_path / "runs", 1, Console(file=io.StringIO()))
     assert [run.status for run in runs] == ["not run"]
     assert executions(notebooks, "begins") == ([] if when == "before it begins" else [1])
+
+
+def test_on_windows_a_sweep_says_where_it_runs_and_touches_nothing(
+    notebooks, tmp_path, monkeypatch
+):
+    plan = make_plan("windows", notebooks, {"number": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.sys, "platform", "win32")
+        with pytest.raises(SweepError, match="on Linux and macOS alone; on Windows run it in WSL"):
+            run_sweep(plan, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_report_is_written_where_python_lacks_what_windows_lacks(notebooks, tmp_path):
+    run_sweep(make_plan("plain", notebooks, {"number": 1}), tmp_path / "runs")
+    code = """
+import os, signal, sys
+for name in ("fcntl", "pwd", "grp", "resource", "termios"):
+    sys.modules[name] = None
+for module, names in ((signal, ("SIGHUP", "SIGKILL")), (os, ("getpgrp", "setsid", "getppid"))):
+    for name in names:
+        delattr(module, name)
+from nbsweep.cli import main
+sys.exit(main(["report", sys.argv[1]]))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "report.html").is_file()
 
 
 def test_a_whole_sweep_imports_neither_torch_nor_the_other_packages(notebooks, tmp_path):
