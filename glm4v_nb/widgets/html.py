@@ -1,6 +1,7 @@
 """What the widgets show, as HTML; every text that comes from outside is escaped here."""
 
 import base64
+import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -8,7 +9,6 @@ from pathlib import Path
 from PIL import Image
 
 from glm4v_nb.inference import Answer
-from glm4v_nb.miniature.scenes import encode
 from simgpu import CardMemory
 from simgpu.oom import parse_out_of_memory
 
@@ -102,7 +102,9 @@ def picture(image: Image.Image | None, name: str) -> str:
         return note(name)
     small = image.copy()
     small.thumbnail((240, 240))
-    data = base64.b64encode(encode(small, "PNG")).decode()
+    file = io.BytesIO()
+    small.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
     return (
         f"<img class='glm4v-picture' alt='Picture in question: {escape(name)}'"
         f" src='data:image/png;base64,{data}'>"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from glm4v_nb.cleanup import clear_frames, empty_caches
 from glm4v_nb.inference import Sampling, Stream, load, stream
-from glm4v_nb.miniature.scenes import sample_pictures
+from glm4v_nb.miniature import sample_pictures
 from glm4v_nb.model.image_processing import load_image
 from glm4v_nb.widgets import html
 from simgpu import Rig

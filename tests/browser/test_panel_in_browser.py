@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from glm4v_nb.miniature.scenes import Scene, Shape, draw
+from tools.miniature.scenes import Scene, Shape, draw
 
 pytestmark = pytest.mark.timeout(600)
 SCREENSHOTS = os.environ.get("GLM4V_NB_SCREENSHOTS")

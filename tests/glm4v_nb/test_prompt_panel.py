@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from glm4v_nb.inference import load
 from glm4v_nb.miniature import CHECKPOINT
-from glm4v_nb.miniature.scenes import encode
 from glm4v_nb.widgets import PromptPanel, html
 from glm4v_nb.workload import Workload, make_prompt, prefill
 from simgpu import Rig
+from tools.miniature.scenes import encode
 
 OUT_OF_MEMORY = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 22.03 GiB of"
