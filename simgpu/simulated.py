@@ -81,8 +81,9 @@ class SimulatedRig(Rig):
 
     @property
     def provenance(self) -> str:
-        """ "simulated", and why on a machine that has GPUs."""
-        return f"simulated ({self.reason})" if self.reason else "simulated"
+        """ "simulated", what of the card is assumed, and why on a machine that has GPUs."""
+        remarks = "; ".join(filter(None, (self.card.assumed, self.reason)))
+        return f"simulated ({remarks})" if remarks else "simulated"
 
     def _build_world(self, stack):
         stack.enter_context(simulated_torch(self))
