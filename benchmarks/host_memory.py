@@ -143,7 +143,11 @@ def load(case: Case, checkpoint: str, **options):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=getattr(torch, case.dtype), device_map=case.device_map, **options
+        checkpoint,
+        dtype=getattr(torch, case.dtype),
+        device_map=case.device_map,
+        trust_remote_code=False,
+        **options,
     )
 
 

@@ -7,6 +7,7 @@ devices, which PyTorch no longer does (see ``device``).
 
 import itertools
 import os
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from unittest import mock
 
 import torch
 from accelerate import hooks
+from huggingface_hub.errors import StrictDataclassError
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     AutoConfig,
@@ -27,10 +29,11 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto import auto_factory
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
-from simgpu.checkpoints import known_config, weight_map
+from simgpu.checkpoints import known_config, read_json, weight_map
 from simgpu.device import DEVICE_TYPE, fake_mode, machine_device, on_card
 from simgpu.numbers import numbers_of
 
@@ -39,6 +42,7 @@ _ORIGINAL_WARMUP = modeling_utils.caching_allocator_warmup
 # Arguments that say where weights come from; a simulated model has none to fetch.
 _DOWNLOAD_ARGUMENTS = {"revision", "token", "cache_dir", "local_files_only"}
 _DOWNLOAD_ARGUMENTS |= {"force_download", "use_safetensors"}
+_COUNTED, MOST_OF_A_KIND = "layer|expert|label", 10_000
 # transformers asks these once and remembers the answer, which is another one inside the block.
 _REMEMBERED = (import_utils.is_torch_cuda_available, import_utils.is_torch_bf16_gpu_available)
 # Where a prompt's numbers are not known, it is neither packed nor padded.
@@ -78,8 +82,10 @@ def from_pretrained_replaced(replacement: Callable):
     """
     with ExitStack() as stack:
         for owner in _defining("from_pretrained", _AUTO_CLASS, PreTrainedModel):
-            changed = classmethod(partial(replacement, vars(owner)["from_pretrained"].__func__))
-            stack.enter_context(mock.patch.object(owner, "from_pretrained", changed))
+            original = vars(owner)["from_pretrained"].__func__
+            # Unless it is asked for, code of a checkpoint does not run, and nobody is asked.
+            changed = partial(replacement, original, trust_remote_code=False)
+            stack.enter_context(mock.patch.object(owner, "from_pretrained", classmethod(changed)))
         yield
 
 
@@ -205,15 +211,45 @@ def _read_config(cls: type, source) -> PreTrainedConfig:
     known = known_config(str(source))
     if known is not None:
         return known
+    file = Path(source) / "config.json"
+    if file.is_file():
+        _check_config(file)
     reader = AutoConfig if issubclass(cls, _AUTO_CLASS) else cls.config_class
     try:
         return reader.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except (OSError, TypeError) as error:
+    except (OSError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
+        if file.is_file():
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{file} cannot be used: {reason} Correct it, or download it."
+            ) from error
         raise ValueError(
             f"checkpoint is {str(source)!r}, of which this machine has no configuration. Expected"
             " a directory with a config.json, a checkpoint of the hub whose config.json has been"
             f" downloaded, or one registered with simgpu. Run: hf download {source} config.json"
         ) from error
+
+
+def _check_config(file: Path):
+    """Raise ValueError for a configuration of code that is not installed, or beyond all sense."""
+    content = read_json(file)
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{file} has model_type {kind!r:.60}, which no installed class stands for; code that"
+            " comes with a checkpoint is never run. Expected a model that transformers knows, or"
+            " one whose package is imported. Import that package first."
+        )
+    parts = [content]
+    for part in parts:  # which grows meanwhile
+        for name, size in part.items():
+            if isinstance(size, dict):
+                parts.append(size)
+            # Modules and names take memory and time, even if tensors are only simulated.
+            elif isinstance(size, int) and size > MOST_OF_A_KIND and re.search(_COUNTED, name):
+                raise ValueError(
+                    f"{file}: {name} is {size:,}. Expected at most {MOST_OF_A_KIND:,}. Correct it."
+                )
 
 
 def _model_class(auto_class: type, config) -> tuple[type, PreTrainedConfig]:

@@ -52,7 +52,8 @@ class Sampling:
         if self.temperature == 0:
             drawn = dict.fromkeys(drawn)
         sampled = self.temperature > 0
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": sampled, **drawn}
+        drawn |= {"do_sample": sampled, "return_dict_in_generate": False}
+        return {"max_new_tokens": self.max_new_tokens, **drawn}
 
 
 @dataclass(frozen=True)

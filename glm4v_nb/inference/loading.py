@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoProcessor
 
-import glm4v_nb  # noqa: F401  (registers the model with transformers)
+from glm4v_nb.model import GLM4VForConditionalGeneration
+from glm4v_nb.model.chat import IMAGE_TOKENS
+from glm4v_nb.model.checkpoint_files import SMALL_FILES, check_files, local_directory
+from glm4v_nb.model.configuration import read_config
+from glm4v_nb.model.processing import GLM4VProcessor
 
 
 def load(
@@ -51,9 +54,21 @@ def load(
             )
     if device_map is None:
         device_map = "auto" if torch.cuda.is_available() else "cpu"
-    # The processor first: it fails in a second where the weights would take minutes.
-    processor = AutoProcessor.from_pretrained(checkpoint, revision=revision)
-    model = AutoModelForCausalLM.from_pretrained(
+    # What is small first: it fails in a second where the weights would take minutes. The classes
+    # by name, not transformers' Auto ones, which let the files choose a class, and code.
+    directory = Path(local_directory(checkpoint, SMALL_FILES, revision=revision))
+    check_files(directory)
+    config = read_config(directory)
+    processor = GLM4VProcessor.from_pretrained(directory)
+    ids = [config.boi_token_id, config.eoi_token_id]
+    named = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[::2])
+    if ids != named:
+        raise ValueError(
+            f"{directory}: boi_token_id and eoi_token_id of config.json are {ids}, but"
+            f" tokenizer_config.json gives the image's tokens the ids {named}. Take all files from"
+            " the same checkpoint."
+        )
+    model = GLM4VForConditionalGeneration.from_pretrained(
         checkpoint, revision=revision, dtype=dtype, device_map=device_map, max_memory=max_memory
     )
     return model.eval(), processor

@@ -13,6 +13,7 @@ from glm4v_nb.model.configuration import (
 from glm4v_nb.model.modeling import GLM4VForConditionalGeneration
 from glm4v_nb.model.official_names import understand_official_names
 from glm4v_nb.model.processing import register_processing
+from glm4v_nb.model.splicing import expand_batches_of_trainer
 from simgpu.checkpoints import register_config
 
 __all__ = ["GLM4VConfig", "GLM4VForConditionalGeneration", "GLM4VVisionConfig", "official_config"]
@@ -25,4 +26,5 @@ for _checkpoint in OFFICIAL_CHECKPOINTS:
 register_official_layout(GLM4VForConditionalGeneration.__name__)
 register_processing(GLM4VConfig)
 understand_official_names()
+expand_batches_of_trainer()
 leave_text_only_checkpoints()

@@ -22,7 +22,10 @@ PART_KEYS = {
 ROLES = ("system", "user", "assistant", "observation")
 _RENDERED = f"{''.join(PREFIX)}<|"  # how a rendered prompt begins
 # Options of transformers' chat templates that this format does not have, and what to do instead.
+_IMAGE_ADVICE = 'Put the image into its message: {"role": "user", "image": image, "content": …}.'
 _OPTION_ADVICE = {
+    **dict.fromkeys(("images", "image", "pixel_values"), _IMAGE_ADVICE),
+    "videos": "Put one frame into its message as an image.",
     "tools": "Describe the tools in a message of role system.",
     "documents": "Put the documents' text into a message.",
     "chat_template": "Leave chat_template out.",
@@ -112,7 +115,8 @@ def refuse_rendered(text: str):
 def refuse_options(options: dict):
     """Take out of ``options`` what this format does not have; ValueError where it is set."""
     for name, advice in _OPTION_ADVICE.items():
-        if options.pop(name, None):
+        given = options.pop(name, None)
+        if given is not None and (hasattr(given, "shape") or given):  # arrays have no truth
             why = "GLM-4V's conversation format is fixed and has no such option."
             raise ValueError(f"{name} is set, but {why} {advice}")
 

@@ -5,10 +5,12 @@ Renaming and splitting happen inside transformers' own loader (and in reverse in
 """
 
 from collections import defaultdict
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -17,16 +19,27 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
-from glm4v_nb.model.configuration import check_dtype
+from glm4v_nb.model.checkpoint_files import (
+    LFS_POINTER,
+    SMALL_FILES,
+    check_files,
+    local_directory,
+    reading,
+    refuse_adapter,
+)
+from glm4v_nb.model.configuration import check_dtype, read_config, refuse_attention
 from glm4v_nb.model.official_names import (
     FUSED,
     PARTS,
     RENAMINGS,
     device_map_here,
     modules_here,
+    names_here,
     split_fused,
 )
-from simgpu.checkpoints import INDEX, weight_map
+from simgpu.checkpoints import INDEX, read_json, weight_map
+
+_FLOATING = {"F64", "F32", "F16", "BF16"}
 
 
 # transformers 5.23 has a generic ``Split``; 5.17, which is also supported, only equal chunks.
@@ -66,56 +79,50 @@ def register_official_layout(class_name: str):
     register_checkpoint_conversion_mapping(class_name, renamings + splits, overwrite=True)
 
 
-def load_checked(from_pretrained, name_or_path, *args, **kwargs):
+def load_checked(model_class, from_pretrained, name_or_path, *args, **kwargs):
     """Run transformers' loader on a checkpoint known to be whole, and refuse a partial result.
 
     Raises:
         FileNotFoundError: a shard named in the index is missing, or all safetensors weights are.
-        ValueError: a weights file is damaged; tensors of the model are missing or of other sizes.
+        ValueError: a file is damaged, leads elsewhere or names code; tensors of the model are
+            missing or of other sizes than config.json says.
     """
     if kwargs.get("use_safetensors") is False:
         raise ValueError(
             "use_safetensors=False would load pickled weights, which can run any code. Only"
             " safetensors weights are loaded; leave the argument out."
         )
+    if adapter := (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path"):
+        refuse_adapter(adapter)
     # Nothing of this model is remote code. transformers would still run a directory's
     # custom_generate/generate.py.
     kwargs.pop("trust_remote_code", None)
     _check_options(kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
-    # transformers refuses other sizes without saying which; its report is only logged.
-    accepts_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-    asked = ("use_safetensors", "output_loading_info", "ignore_mismatched_sizes")
-    kwargs |= dict.fromkeys(asked, True)
-    if name_or_path is not None and Path(name_or_path).is_dir():
-        check_weight_files(Path(name_or_path) / kwargs.get("subfolder", ""))
+    kwargs |= {"use_safetensors": True, "output_loading_info": True}
+    source = name_or_path
+    if name_or_path is not None:
+        source = local_directory(name_or_path, (*SMALL_FILES, "*.safetensors"), **kwargs)
+        directory, config = Path(source, kwargs.get("subfolder", "")), kwargs.get("config")
+        check_files(directory)
+        if not isinstance(config, PreTrainedConfig):
+            config = read_config(directory, **kwargs)
+        _check_weights(directory, model_class, config, kwargs.get("ignore_mismatched_sizes"))
     kwargs["device_map"] = device_map_here(kwargs.get("device_map"))
     quantizer = kwargs.get("quantization_config")
     for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
         if given := getattr(quantizer, field, None):
             setattr(quantizer, field, modules_here(given))
-    model, info = from_pretrained(name_or_path, *args, **kwargs)
-    mismatched, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
-    if mismatched and not accepts_other_sizes:
-        name, found, expected = mismatched[0]
-        raise ValueError(
-            f"{name_or_path}: {len(mismatched)} tensors have other sizes than config.json"
-            f" describes, first {name!r}: {tuple(found)}, expected {tuple(expected)}. Download"
-            " config.json and the weights again, from the same checkpoint."
-        )
-    if missing and quantizer is not None:
+    model, info = from_pretrained(source, *args, **kwargs)
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{name_or_path}: {type(quantizer).__name__} left {len(missing)} tensors without"
             f" weights, first {missing[0]!r}; the checkpoint itself is not at fault. This quantiser"
             " does not go with the fused projections of the official layout. Load without it, or"
             " quantise the loaded model."
         )
-    if missing:
-        raise ValueError(
-            f"{name_or_path}: the checkpoint lacks {len(missing)} tensors of the model, first"
-            f" {missing[0]!r}; the model would answer from random weights. Download the checkpoint"
-            " again, and check that config.json belongs to it."
-        )
+    if source != name_or_path:
+        model.name_or_path = model.config.name_or_path = str(name_or_path)
     return (model, info) if wants_info else model
 
 
@@ -125,31 +132,80 @@ def _check_options(options: dict):
     configured = getattr(options.get("config"), "_attn_implementation", None)
     attention = options.get("attn_implementation") or configured
     if isinstance(attention, str) and ("/" in attention or attention.startswith("flash_")):
+        refuse_attention(attention)
+
+
+def _check_weights(directory: Path, model_class, config, accepts_other_sizes: bool | None):
+    """Compare the headers of the weights with index and configuration, before memory is taken."""
+    stored = _stored_tensors(directory)
+    layers = config.num_layers + config.vision_config.num_hidden_layers
+    again = "Download config.json and the weights again, from the same checkpoint."
+    if layers > len(stored):  # even without memory, so many would take minutes to build
         raise ValueError(
-            f'attn_implementation is {attention!r}. Expected "sdpa" or "eager": nothing is fetched'
-            ' from the hub, and with "sdpa", the default, PyTorch picks its own flash attention'
-            " where the card has one. Leave the argument out, also of config.json."
+            f"{directory}: config.json describes {layers:,} layers, but the weights lack tensors"
+            f" for most of them: they have {len(stored):,}. {again}"
+        )
+    config = deepcopy(config)
+    config._attn_implementation = "eager"  # whatever was asked for is looked at by the loader
+    with torch.device("meta"), reading(directory / "config.json"):
+        model = model_class(config)
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    other_sizes, taken = [], set()
+    for name, (shape, dtype) in stored.items():
+        here = names_here(name)
+        if taken.intersection(here):
+            raise ValueError(
+                f"{directory}: {name!r} is there twice, under its official name and under that of"
+                f" the module. Expected each once. {again}"
+            )
+        parts = [wanted.pop(part) for part in here if part in wanted]
+        taken.update(here if parts else ())
+        if not parts or (is_quantized and dtype not in _FLOATING):
+            continue
+        if dtype not in _FLOATING:
+            raise ValueError(
+                f"{directory}: {name!r} is of type {dtype}. Expected weights of a floating type."
+                " Download the weights again."
+            )
+        expected = [sum(rows for rows, *_ in parts), *parts[0][1:]]
+        if shape != expected:
+            other_sizes.append(f"{name!r}: {tuple(shape)}, expected {tuple(expected)}")
+    if wanted:
+        raise ValueError(
+            f"{directory}: the checkpoint lacks {len(wanted)} tensors of the model, first"
+            f" {min(wanted)!r}; the model would answer from random weights. Download the checkpoint"
+            " again, and check that config.json belongs to it."
+        )
+    if other_sizes and not accepts_other_sizes:
+        raise ValueError(
+            f"{directory}: {len(other_sizes)} tensors have other sizes than config.json describes,"
+            f" first {other_sizes[0]}. {again}"
         )
 
 
-def check_weight_files(directory: Path):
-    """Compare every weights file with the index by its header; raises as ``load_checked``."""
-    single_file = directory / "model.safetensors"
-    if not (directory / INDEX).is_file():
-        if not single_file.is_file():
-            reason = "no weights at all"
-            for pickled in [*sorted(directory.glob("*.bin")), *sorted(directory.glob("*.pt*"))][:1]:
-                reason = (
-                    f"only pickled weights ({pickled.name}), which can run any code when loaded"
-                )
-            raise FileNotFoundError(
-                f"{directory} holds {reason}; expected model.safetensors or {INDEX} with its"
-                " shards. Download the safetensors files of the checkpoint."
+def _stored_tensors(directory: Path) -> dict[str, tuple[list[int], str]]:
+    """Shape and type of every tensor in the weights files, each compared with the index."""
+    single_file = "model.safetensors"
+    if (directory / INDEX).is_file():
+        places = weight_map(directory)
+        if not isinstance(read_json(directory / INDEX).get("metadata"), dict):
+            raise ValueError(
+                f'{directory / INDEX} has no object "metadata", which transformers reads. Add'
+                ' "metadata": {} or download the file again.'
             )
-        _check_safetensors(single_file, set())
-        return
+    elif (directory / single_file).is_file():
+        places = {None: single_file}
+    else:
+        reason = "no weights at all"
+        for pickled in [*sorted(directory.glob("*.bin")), *sorted(directory.glob("*.pt*"))][:1]:
+            reason = f"only pickled weights ({pickled.name}), which can run any code when loaded"
+        raise FileNotFoundError(
+            f"{directory} holds {reason}; expected model.safetensors or {INDEX} with its shards."
+            " Download the safetensors files of the checkpoint."
+        )
     tensors_by_shard = defaultdict(set)
-    for tensor, shard in weight_map(directory).items():
+    for tensor, shard in places.items():
         tensors_by_shard[shard].add(tensor)
     absent = sorted(shard for shard in tensors_by_shard if not (directory / shard).is_file())
     if absent:
@@ -157,30 +213,40 @@ def check_weight_files(directory: Path):
             f"{directory}: {len(absent)} of {len(tensors_by_shard)} shards named in {INDEX} are"
             f" missing, first {absent[0]}. Download the missing files into this directory."
         )
-    for shard, tensors in tensors_by_shard.items():
-        _check_safetensors(directory / shard, tensors)
+    stored = {}
+    for shard, expected in tensors_by_shard.items():
+        found = _header(directory / shard)
+        lacking = sorted(expected - found.keys() - {None})
+        if lacking:
+            raise ValueError(
+                f"{directory / shard} lacks {len(lacking)} tensors that the index places in it,"
+                f" first {lacking[0]!r}. The index and the shard are of different checkpoints;"
+                " download both again."
+            )
+        if twice := sorted(found.keys() & stored.keys()):
+            raise ValueError(
+                f"{directory / shard} holds {len(twice)} tensors that another shard has too, first"
+                f" {twice[0]!r}. Expected each once. Download the weights and their index again."
+            )
+        stored |= found
+    return stored
 
 
-def _check_safetensors(path: Path, expected: set[str]):
-    with path.open("rb") as file:
-        is_pointer = file.read(40).startswith(b"version https://git-lfs")
-    if is_pointer:
-        raise ValueError(
-            f"{path} is a Git LFS pointer, not the weights themselves. Run `git lfs pull` in the"
-            " checkpoint's directory, or download the file again."
-        )
+def _header(path: Path) -> dict[str, tuple[list[int], str]]:
+    """Shape and type of every tensor in a safetensors file."""
     try:
+        with path.open("rb") as file:
+            if file.read(40).startswith(LFS_POINTER):
+                raise ValueError(
+                    f"{path} is a Git LFS pointer, not the weights themselves. Run `git lfs pull`"
+                    " in the checkpoint's directory, or download the file again."
+                )
         # Opening compares the header with the size of the file, so a truncated file fails here.
         with safe_open(path, framework="pt") as file:
-            lacking = sorted(expected - set(file.keys()))
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return {name: (one.get_shape(), one.get_dtype()) for name, one in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is damaged ({path.stat().st_size:,} bytes; {error}). Expected a complete"
             " safetensors file. Delete it and download it again."
         ) from error
-    if lacking:
-        raise ValueError(
-            f"{path} lacks {len(lacking)} tensors that the index places in it, first"
-            f" {lacking[0]!r}. The index and the shard are of different checkpoints; download both"
-            " again."
-        )

@@ -12,15 +12,22 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel
 from transformers import BatchFeature, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
+
+from glm4v_nb.model.checkpoint_files import Number, Positive, check_values
 
 # CLIP's constants; source: the original's transforms.Normalize.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_TYPES = (Image.Image, str, Path, np.ndarray, bytes, memoryview)
 MOST_ENCODED_BYTES = 32 * 2**20  # of an image given as base64
+_MOST_PIXELS = 16384  # of one side; more takes gigabytes a picture
 _LONGEST_PATH = 4096  # bytes on Linux (PATH_MAX); longer text is no path
+# A picture of so many takes half a gigabyte to decode, whatever the size of its file; and so many
+# in all passes over a JPEG, of which a file can have thousands, some seconds.
+MOST_PIXELS, MOST_SCANNED_PIXELS = 64_000_000, 1_000_000_000
 # What Pillow reads by itself; for others, such as EPS, it starts programs of the machine.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_FORMS = (
@@ -71,6 +78,13 @@ def load_image(image) -> Image.Image:
         return _decode(str(image), file)
 
 
+class _Colours(BaseModel):
+    """Numbers for red, green and blue."""
+
+    image_mean: tuple[Number, Number, Number]
+    image_std: tuple[Positive, Positive, Positive]
+
+
 class GLM4VImageProcessor(BaseImageProcessor):
     """Makes the ``pixel_values`` of GLM-4V.
 
@@ -88,11 +102,14 @@ class GLM4VImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         is_square = isinstance(size, dict) and size.get("height") == size.get("width")
         side = size.get("height") if is_square else size
-        if not isinstance(side, int) or side < 1:
+        if type(side) is not int or not 1 <= side <= _MOST_PIXELS:
             raise ValueError(
-                f"The image size is {size}. Expected one whole number of pixels, the same for"
-                " height and width. Use vision_config.image_size of config.json."
+                f"The image size is {size!r:.60}. Expected one whole number of pixels, at most"
+                f" {_MOST_PIXELS:,}, the same for height and width. Use vision_config.image_size of"
+                " config.json."
             )
+        colours = {"image_mean": image_mean, "image_std": image_std}
+        check_values("preprocessor_config.json", _Colours, colours)
         self.size = {"height": side, "width": side}
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 
@@ -218,7 +235,24 @@ def _fault(image: Image.Image) -> str | None:
         )
     if 0 in image.size:
         return f"is {image.width}×{image.height} pixels. Expected at least one. Use another."
-    return None
+    return _cost(image)
+
+
+def _cost(image: Image.Image) -> str | None:
+    """What the header of a file says of a picture that takes gigabytes or minutes to decode."""
+    file, passes, pixels = getattr(image, "fp", None), 1, image.width * image.height
+    if file is None:  # decoded already
+        return None
+    if image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        passes = file.read(MOST_ENCODED_BYTES).count(b"\xff\xda")
+    if pixels <= MOST_PIXELS and passes * pixels <= MOST_SCANNED_PIXELS:
+        return None
+    return (
+        f"has too many pixels: {image.width} × {image.height} in {passes} passes. Expected at most"
+        f" {MOST_PIXELS:,}, and {MOST_SCANNED_PIXELS:,} in all passes of a progressive JPEG. Scale"
+        " it down, or save it anew without passes."
+    )
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

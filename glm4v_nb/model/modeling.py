@@ -51,6 +51,8 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _can_record_outputs = {"hidden_states": GlmDecoderLayer, "attentions": GlmAttention}
 
     def __init__(self, config: GLM4VConfig):
+        for name, value in config.decoder_fields().items():  # a field may have been assigned to
+            setattr(config.text_config, name, value)
         super().__init__(config)
         self.vision_tower = GLM4VVisionTower(config)
         self.language_model = GlmModel(config.text_config)
@@ -61,7 +63,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As transformers' own, but refuses damaged or incomplete checkpoints and pickles."""
         loader = super().from_pretrained
-        return load_checked(loader, pretrained_model_name_or_path, *model_args, **kwargs)
+        return load_checked(cls, loader, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As torch's own; takes official names as well, as when ``Trainer`` resumes.
@@ -78,6 +80,17 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 " remove its prefix)?"
             )
         return super().load_state_dict(here, strict, assign)
+
+    def load_adapter(self, *args, **kwargs):
+        """As transformers' own; ValueError where weights of the adapter find no values."""
+        info = super().load_adapter(*args, **kwargs)
+        if lost := sorted(getattr(info, "missing_keys", ())):
+            raise ValueError(
+                f"The adapter has no values for {len(lost)} of its weights here, first {lost[0]!r}:"
+                " it was saved under other names. Load the model anew, then"
+                " peft.PeftModel.from_pretrained(model, adapter), which takes official names too."
+            )
+        return info
 
     def resize_token_embeddings(self, *args, **kwargs):
         """As transformers' own; the configuration counts the new rows too, and is saved so."""

@@ -55,6 +55,7 @@ _LEAVES = {
     "vision": ("vision_tower",),
     "encoder": ("language_model.layers", "language_model.norm"),
 }
+_TOPMOST = ("encoder.", "vision.", "embedding.", "output_layer.")
 
 
 def names_here(official: str) -> list[str]:
@@ -63,13 +64,15 @@ def names_here(official: str) -> list[str]:
     for known in (_CONTAINERS, _LEAVES):
         if official in known:
             return list(known[official])
-    if not official.startswith("transformer."):
+    if official.startswith(_TOPMOST):  # without the first part, as LoRA targets may be given
+        official = f"transformer.{official}"
+    if "." not in official:
         return [official]
-    name = f"{official}."
+    name = f"{official}." if official.startswith("transformer.") else f".{official}."
     for pattern, replacement in RENAMINGS.items():
         name = re.sub(pattern, replacement.removeprefix("^"), name, count=1)
     parts = [name.replace(FUSED, part) for part in PARTS] if FUSED in name else [name]
-    return [part.removesuffix(".") for part in parts]
+    return [part.strip(".") for part in parts]
 
 
 def split_fused(fused: torch.Tensor, config) -> list[torch.Tensor]:
@@ -131,6 +134,10 @@ def modules_here(names: Iterable[str] | str):
     return names
 
 
+# Where accelerate has the function that loads by the names of modules, for its own use and ours.
+_ROOMS = ("", ".utils", ".utils.modeling", ".big_modeling")
+
+
 def _is_ours(model) -> bool:
     return type(model).__name__ == "GLM4VForConditionalGeneration"
 
@@ -140,7 +147,7 @@ def understand_official_names():
     for module, name, wrapper in (
         ("peft.tuners.tuners_utils", "BaseTuner.inject_adapter", _inject_adapter),
         ("peft.peft_model", "set_peft_model_state_dict", _adapter_weights),
-        ("accelerate.big_modeling", "load_checkpoint_in_model", _refuse_layout),
+        *((f"accelerate{room}", "load_checkpoint_in_model", _refuse_layout) for room in _ROOMS),
     ):
         when_imported(module)(partial(wrap_function_wrapper, name=name, wrapper=wrapper))
 
@@ -174,8 +181,8 @@ def _refuse_layout(wrapped, _, args, kwargs):
     model = args[0] if args else kwargs["model"]
     if _is_ours(model):
         raise ValueError(
-            "load_checkpoint_and_dispatch takes tensors by the names of the modules, and"
-            " checkpoints of GLM-4V-9B have the official ones. Use"
+            "load_checkpoint_and_dispatch and load_checkpoint_in_model take tensors by the names of"
+            " the modules, and checkpoints of GLM-4V-9B have the official ones. Use"
             " AutoModelForCausalLM.from_pretrained(checkpoint, device_map=...), which translates"
             " them and dispatches the model as well."
         )

@@ -1,9 +1,12 @@
 """The processor: messages and images in, everything the model's forward takes out."""
 
+from pathlib import Path
+
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.models.auto import image_processing_auto
 
 from glm4v_nb.model.chat import is_batch, parse_conversation, refuse_rendered
+from glm4v_nb.model.checkpoint_files import check_files, reading
 from glm4v_nb.model.configuration import GLM4VVisionConfig
 from glm4v_nb.model.image_processing import GLM4VImageProcessor, checkpoint_image_size
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
@@ -42,19 +45,22 @@ class GLM4VProcessor(ProcessorMixin):
         """
         for not_ours in ("_from_auto", "trust_remote_code"):
             kwargs.pop(not_ours, None)
-        tokenizer = ChatGLM4Tokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        built_for = checkpoint_image_size(pretrained_model_name_or_path, **kwargs)
-        try:
-            image_processor = GLM4VImageProcessor.from_pretrained(
-                pretrained_model_name_or_path, **kwargs
-            )
-        except OSError:
-            if tokenizer.image_size is None:
-                raise
-            image_processor = GLM4VImageProcessor(tokenizer.image_size)
+        source = pretrained_model_name_or_path
+        if Path(source).is_dir():
+            check_files(Path(source, kwargs.get("subfolder", "")))
+        with reading(f"{source}: tokenizer_config.json or tokenizer.model"):
+            tokenizer = ChatGLM4Tokenizer.from_pretrained(source, **kwargs)
+        built_for = checkpoint_image_size(source, **kwargs)
+        with reading(f"{source}: preprocessor_config.json or processor_config.json"):
+            try:
+                image_processor = GLM4VImageProcessor.from_pretrained(source, **kwargs)
+            except OSError:
+                if tokenizer.image_size is None:
+                    raise
+                image_processor = GLM4VImageProcessor(tokenizer.image_size)
         if built_for is not None and built_for != image_processor.image_size:
             raise ValueError(
-                f"{pretrained_model_name_or_path}: config.json has vision_config.image_size"
+                f"{source}: config.json has vision_config.image_size"
                 f" {built_for}, but the saved processor has {image_processor.image_size}."
                 f" {_SAME_SIZE}"
             )

@@ -8,8 +8,10 @@ patches 0..N, which is known to hurt accuracy (vllm-project/vllm#14790).
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from wrapt import when_imported, wrap_function_wrapper
 
 from glm4v_nb.model.configuration import GLM4VConfig
 
@@ -48,8 +50,8 @@ def expand_image_positions(
     Rows without an image in a batch that has some are padded on the left to the common length.
 
     Raises:
-        ValueError: images and placeholders do not match, the mask is of another shape than the ids,
-            or a prompt exceeds ``config.seq_length``.
+        ValueError: images and placeholders do not match, mask or labels are of another shape than
+            the ids, or a prompt exceeds ``config.seq_length``.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -58,6 +60,11 @@ def expand_image_positions(
             f"attention_mask has the shape {tuple(attention_mask.shape)}, but input_ids"
             f" {tuple(input_ids.shape)}; they must be equal. In a later turn pass the whole"
             " conversation again: what the cache holds is not computed twice."
+        )
+    if labels is not None and labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels has the shape {tuple(labels.shape)}, but input_ids {tuple(input_ids.shape)};"
+            " they must be equal. Give one label for each id, -100 where there is none."
         )
     if position_ids is None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -98,6 +105,28 @@ def merge_image_features(
     feature_index = (image_mask.cumsum(dim=1) - 1).clamp(min=0)
     placed = features[image_index[:, None], feature_index]
     return torch.where(image_mask[..., None], placed, embeddings)
+
+
+def expand_batches_of_trainer():
+    """Let transformers' ``Trainer`` give this model batches with room for their images.
+
+    The logits count all positions of an image, and ``Trainer`` compares them with the labels of the
+    batch: in ``compute_metrics``, label smoothing and losses of one's own, which are all of one
+    length so.
+    """
+
+    def prepare(wrapped, trainer, args, kwargs):
+        inputs, config = wrapped(*args, **kwargs), getattr(trainer.model, "config", None)
+        if isinstance(config, GLM4VConfig) and inputs.get("pixel_values") is not None:
+            if {"input_ids", "image_mask"} & inputs.keys() == {"input_ids"}:
+                given = ("input_ids", "attention_mask", "position_ids", "labels")
+                images = len(inputs["pixel_values"])
+                prompt = expand_image_positions(config, *map(inputs.get, given), images)
+                inputs |= {name: one for name, one in vars(prompt).items() if one is not None}
+        return inputs
+
+    wrap = partial(wrap_function_wrapper, name="Trainer._prepare_inputs", wrapper=prepare)
+    when_imported("transformers.trainer")(wrap)
 
 
 def _sources(starts: list[int | None], length: int, image_tokens: int):

@@ -9,12 +9,15 @@ import base64
 import binascii
 import json
 from pathlib import Path
+from typing import Literal
 
+from pydantic import BaseModel, Field
 from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from glm4v_nb.model import chat
+from glm4v_nb.model.checkpoint_files import Positive, Size, check_auto_map, check_values
 
 END_OF_TEXT = "<|endoftext|>"
 REQUIRED_SPECIAL_TOKENS = [*chat.PREFIX, *chat.IMAGE_TOKENS]
@@ -66,6 +69,16 @@ class _RanksConverter(TikTokenConverter):
     load_tiktoken_bpe = staticmethod(read_ranks)
 
 
+class _TokenizerFile(BaseModel, arbitrary_types_allowed=True):
+    """What is read of tokenizer_config.json and would fail only later, or elsewhere."""
+
+    image_size: Size | None = None
+    model_input_names: list[str] = Field(["input_ids", "attention_mask"], min_length=2)
+    model_max_length: Positive | None = None
+    padding_side: Literal["left", "right"] = "left"
+    pad_token: str | AddedToken
+
+
 class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
     """The tokenizer that the official tokenizer_config.json names as its ``tokenizer_class``.
 
@@ -109,10 +122,11 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         self._tokenizer = backend
 
         # The file's "auto_map" names remote code that this class replaces.
-        kwargs.pop("auto_map", None)
+        check_auto_map("tokenizer_config.json", kwargs.pop("auto_map", None))
         defaults = dict.fromkeys(("pad_token", "eos_token"), END_OF_TEXT)
         defaults["split_special_tokens"] = True
         kwargs |= {"added_tokens_decoder": special_tokens, "image_size": image_size}
+        check_values("tokenizer_config.json", _TokenizerFile, defaults | kwargs)
         super().__init__(vocab_file=vocab_file, **defaults | kwargs)
         self.image_size = image_size
 
@@ -129,6 +143,11 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         return tokenizer
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
+        if kwargs.get("images") is not None:
+            raise ValueError(
+                "images is set, but the tokenizer reads text only, and the pictures would be lost."
+                " Give both to AutoProcessor: processor(images, text)."
+            )
         texts = _replace_lone_surrogates((text, text_pair))
         for one in texts[0] if isinstance(texts[0], list) else texts[:1]:
             if isinstance(one, str):

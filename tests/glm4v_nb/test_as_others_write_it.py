@@ -218,13 +218,18 @@ def own_loss(outputs, labels, num_items_in_batch=None):
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
 
 
-def test_metrics_smoothing_and_own_losses_see_labels_of_the_logits_length(chat, tmp_path):
+@pytest.mark.parametrize("collator", [ExpandingCollator, None], ids=["expanding", "Trainer's own"])
+def test_metrics_smoothing_and_own_losses_see_labels_of_the_logits_length(chat, tmp_path, collator):
     model, processor = chat
     turns = ([QUESTION, {"role": "assistant", "content": "4"}], [{"role": "user", "content": "a"}])
+    # Trainer's own collator takes rows of equal lengths.
+    turns = turns if collator else turns[:1]
     rows = [
         {name: value[0] for name, value in processor.apply_chat_template(turn).items()}
         for turn in turns
     ]
+    for row in rows:
+        row["labels"] = row["input_ids"]
     text_ids = sum(len(row["input_ids"]) for row in rows) - 3  # the image's three are no targets
 
     def trainer(**options):
@@ -235,7 +240,7 @@ def test_metrics_smoothing_and_own_losses_see_labels_of_the_logits_length(chat, 
             quiet_arguments(tmp_path, 2, max_steps=1, learning_rate=0.0, **options),
             train_dataset=rows,
             eval_dataset=rows,
-            data_collator=ExpandingCollator(model.config),
+            data_collator=collator and collator(model.config),
             **given,
         )
 
@@ -295,3 +300,31 @@ def test_the_official_checkpoint_is_read_by_the_class_here_whatever_is_allowed(d
     assert (
         type(AutoConfig.from_pretrained(damaged, trust_remote_code=True)).__name__ == "GLM4VConfig"
     )
+
+
+# --- what would be dropped without a word
+
+
+@pytest.mark.parametrize("name", ["images", "image", "pixel_values", "videos"])
+def test_a_picture_beside_the_messages_is_refused_with_its_place(chat, name):
+    for one in (chat[1], chat[1].tokenizer):
+        with pytest.raises(ValueError, match=f"{name} is set.*into its message"):
+            one.apply_chat_template([{"role": "user", "content": "a"}], **{name: PICTURE})
+
+
+def test_the_tokenizer_alone_refuses_pictures(chat):
+    with pytest.raises(ValueError, match="text only.*AutoProcessor"):
+        chat[1].tokenizer("What is this?", images=[PICTURE])
+
+
+def test_labels_of_another_length_are_refused(chat, inputs):
+    with pytest.raises(ValueError, match=r"labels has the shape \(1, 3\), but input_ids"):
+        chat[0](**inputs, labels=torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_a_field_of_the_configuration_may_be_assigned_to_before_a_model_is_made(checkpoint):
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.num_layers, config.rope_ratio = 1, 4
+    model = AutoModelForCausalLM.from_config(config)
+    assert len(model.language_model.layers) == 1
+    assert model.language_model.config.rope_parameters["rope_theta"] == 40_000

@@ -4,6 +4,7 @@ import itertools
 import json
 import warnings
 
+import accelerate
 import pytest
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
@@ -183,17 +184,46 @@ def test_a_device_map_with_official_names_places_the_modules_here(checkpoint, tm
             ["language_model.layers.1.mlp.gate_up_proj"],
         ),
         (["dense_4h_to_h"], ["down_proj", "dense_4h_to_h"]),
+        (["self_attention.dense", "mlp.dense_4h_to_h"], ["self_attn.o_proj", "mlp.down_proj"]),
+        (
+            ["self_attention.query_key_value"],
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ),
+        (["encoder.layers.2.mlp.dense_h_to_4h"], ["language_model.layers.2.mlp.gate_up_proj"]),
+        (["vision.linear_proj.gate_proj"], ["vision_tower.linear_proj.gate_proj"]),
+        (["attention.query_key_value", "mlp.fc1"], ["attention.query_key_value", "mlp.fc1"]),
     ],
 )
 def test_a_list_of_modules_is_read_in_official_names(official, here):
     assert modules_here(official) == here
 
 
-def test_accelerates_own_loader_is_refused_with_what_to_use(checkpoint):
+@pytest.mark.parametrize(
+    "loader",
+    [
+        load_checkpoint_and_dispatch,
+        accelerate.load_checkpoint_in_model,
+        accelerate.utils.load_checkpoint_in_model,
+        accelerate.utils.modeling.load_checkpoint_in_model,
+    ],
+    ids=lambda loader: loader.__module__ + "." + loader.__name__,
+)
+def test_accelerates_own_loaders_are_refused_with_what_to_use(checkpoint, loader):
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
     with pytest.raises(ValueError, match=r"from_pretrained\(checkpoint, device_map="):
-        load_checkpoint_and_dispatch(model, str(checkpoint), device_map={"": "cpu"})
+        loader(model, str(checkpoint), device_map={"": "cpu"})
+
+
+def test_an_adapter_whose_names_are_not_found_is_not_loaded_as_zeros(load, tmp_path):
+    adapted = get_peft_model(load(), LoraConfig(target_modules=["lm_head"]))
+    adapted.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    load().load_adapter(tmp_path)
+    names = {name.replace("lm_head", "elsewhere"): one for name, one in load_file(file).items()}
+    save_file(names, file)
+    with pytest.raises(ValueError, match=r"no values for 2 of its weights.*'lm_head.*PeftModel"):
+        load().load_adapter(tmp_path)
 
 
 def test_other_models_keep_the_loaders_of_peft_and_accelerate(tmp_path):

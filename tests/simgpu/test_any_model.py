@@ -17,6 +17,7 @@ from transformers import (
 from simgpu import Rig
 from simgpu.allocator import block_bytes
 from simgpu.checkpoints import register_config
+from simgpu.loading import from_pretrained_replaced
 
 SMALL = dict(
     hidden_size=256,
@@ -164,3 +165,50 @@ def test_a_real_model_is_loaded_and_generates_outside_the_block(tmp_path):
     prompt = torch.tensor([[5, 6, 7]])
     assert loaded.generate(prompt, max_new_tokens=2, do_sample=False).shape == (1, 5)
     assert AutoConfig.from_pretrained(tmp_path).hidden_size == 256
+
+
+def evil(**values):
+    return {"model_type": "llama", "hidden_size": 64, **values}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            evil(model_type="unheard", auto_map={"AutoConfig": "mine.Config"}),
+            "'unheard'.*never run",
+        ),
+        ({"hidden_size": 64}, "model_type None"),
+        ([1], "is not a JSON object"),
+        (evil(num_hidden_layers=10**9), "num_hidden_layers is 1,000,000,000"),
+        (evil(num_labels=10**9), "num_labels is 1,000,000,000"),
+        (
+            {"model_type": "llava", "text_config": evil(num_hidden_layers=10**9)},
+            "num_hidden_layers",
+        ),
+        (evil(hidden_size="wide"), "cannot be used.*'wide'"),
+        (evil(dtype="wide"), "cannot be used.*'wide'"),
+    ],
+    ids=lambda value: str(value)[:60] if isinstance(value, str) else "",
+)
+def test_a_stranger_s_configuration_is_refused_in_a_sentence_and_runs_nothing(
+    content, said, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    (tmp_path / "mine.py").write_text("raise RuntimeError('ran')")
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with Rig.simulated("L4", 1), pytest.raises(ValueError, match=said) as raised:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert str(tmp_path / "config.json") in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_nobody_is_asked_whether_code_may_run_on_capped_gpus_either(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    content = {"model_type": "unheard", "auto_map": {"AutoConfig": "mine.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+
+    def as_it_is(original, cls, *args, **kwargs):
+        return original(cls, *args, **kwargs)
+
+    with from_pretrained_replaced(as_it_is), pytest.raises(ValueError, match="custom code"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

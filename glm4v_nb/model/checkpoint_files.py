@@ -1,0 +1,145 @@
+"""What a stranger's checkpoint may be: plain files with known contents, and never code."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+from huggingface_hub import snapshot_download
+from pydantic import BaseModel, Field, ValidationError, create_model
+
+from simgpu.checkpoints import INDEX, file_in, read_json
+
+SMALL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
+SMALL_FILES += ("preprocessor_config.json", "processor_config.json", INDEX, "tokenizer.model")
+LFS_POINTER = b"version https://git-lfs"
+# Code that the official files name; the classes here stand for it.
+_OFFICIAL_CODE = {"configuration_chatglm", "modeling_chatglm", "tokenization_chatglm"}
+
+# Far above every released checkpoint, and small enough that no product of two overflows.
+Size = Annotated[int, Field(strict=True, ge=1, le=2**24)]
+LayerCount = Annotated[int, Field(strict=True, ge=1, le=4096)]
+TokenId = Annotated[int, Field(strict=True, ge=0, le=2**24)]
+Positive = Annotated[float, Field(strict=True, gt=0, le=2**40)]
+Flag = Annotated[bool, Field(strict=True)]
+_Count = TokenId | None
+_TokenIds = TokenId | list[TokenId] | None
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class _GenerationFile(BaseModel, extra="allow"):
+    """generation_config.json: numbers and switches; what else transformers knows needs objects that
+    are no part of a checkpoint, or code from the hub."""
+
+    bos_token_id: _TokenIds = None
+    eos_token_id: _TokenIds = None
+    pad_token_id: _Count = None
+    forced_eos_token_id: _TokenIds = None
+    suppress_tokens: _TokenIds = None
+    begin_suppress_tokens: _TokenIds = None
+    max_length: _Count = None
+    max_new_tokens: Size | None = None
+    min_length: _Count = None
+    top_k: _Count = None
+    num_beams: Annotated[int, Field(strict=True, ge=1, le=256)] | None = None
+    num_return_sequences: Literal[1] | None = None
+    prompt_lookup_num_tokens: Size | None = None
+    do_sample: Flag | None = None
+    temperature: Annotated[Number, Field(ge=0)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Positive | None = None
+    assistant_early_exit: None = None
+    is_assistant: Literal[False] | None = None
+    prefill_chunk_size: None = None
+    stop_strings: None = None
+    token_healing: Literal[False] | None = None
+    cache_implementation: Literal["static", "dynamic"] | None = None
+    transformers_version: str | None = None
+    __pydantic_extra__: dict[str, Flag | Number | None]
+
+
+def schema_of(config_class: type) -> type[BaseModel]:
+    """The annotated fields of a class, all required, as what ``check_values`` compares with."""
+    fields = {name: (kind, ...) for name, kind in config_class.__annotations__.items()}
+    return create_model(config_class.__name__, **fields)
+
+
+def check_values(where: str, schema: type[BaseModel], values: dict):
+    """Raise ValueError that names the first of these values which is not as the schema says."""
+    try:
+        schema.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise ValueError(
+            f"{where}: {fault['loc'][0]} is {fault['input']!r:.60}; {fault['msg']}. Correct it, or"
+            " download the file again."
+        ) from error
+
+
+def check_auto_map(where: str, auto_map):
+    """Raise ValueError for an ``auto_map`` that names code other than the official one's."""
+    named = auto_map if isinstance(auto_map, dict) else {"auto_map": auto_map or []}
+    for references in named.values():
+        for reference in references if isinstance(references, list) else [references]:
+            module = str(reference).rpartition("--")[2].partition(".")[0]
+            if reference is not None and module not in _OFFICIAL_CODE:
+                raise ValueError(
+                    f"{where}: auto_map names {str(reference)!r:.100}, code that comes with the"
+                    " checkpoint and is never run here. Expected files of GLM-4V-9B, whose code the"
+                    " classes of glm4v_nb stand for. Load zai-org/glm-4v-9b or a fine-tune of it."
+                )
+
+
+def check_files(directory: Path):
+    """Look at every small file of a checkpoint's directory before a library reads one.
+
+    Raises:
+        ValueError: a file leads elsewhere, cannot be read, holds no JSON object or values of wrong
+            types, or names code; an adapter, which names another checkpoint.
+    """
+    if (directory / "adapter_config.json").is_file():
+        refuse_adapter(directory)
+    for name in (*SMALL_FILES, "model.safetensors"):
+        path = file_in(directory, name)
+        if path.is_file() and path.suffix == ".json" and name != INDEX:
+            content = read_json(path)
+            check_auto_map(str(path), content.get("auto_map"))
+            if name == "generation_config.json":
+                check_values(str(path), _GenerationFile, content)
+
+
+def refuse_adapter(directory):
+    """Raise the ValueError for an adapter in place of a checkpoint."""
+    raise ValueError(
+        f"{directory} holds a LoRA adapter (adapter_config.json), which names another checkpoint,"
+        " and none is loaded unasked. Load the checkpoint it was trained on, then"
+        " PeftModel.from_pretrained(model, directory)."
+    )
+
+
+def local_directory(checkpoint: str | Path, files: tuple[str, ...], **options) -> str | Path:
+    """The directory of a checkpoint: itself, or these files of the hub's, downloaded. ``options``
+    are those of ``from_pretrained``."""
+    if Path(checkpoint).is_dir():
+        return checkpoint
+    if options.get("subfolder"):
+        files = tuple(f"{options['subfolder']}/{file}" for file in files)
+    known = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+    options = {name: options[name] for name in known if name in options}
+    return snapshot_download(str(checkpoint), allow_patterns=list(files), **options)
+
+
+@contextmanager
+def reading(file: Path | str):
+    """Errors of the libraries that read this file become one sentence; our own pass."""
+    try:
+        yield
+    except Exception as error:
+        trace = error.__traceback__
+        while trace.tb_next:
+            trace = trace.tb_next
+        if trace.tb_frame.f_globals.get("__name__", "").startswith(("glm4v_nb.", "simgpu.")):
+            raise
+        raise ValueError(
+            f"{file} cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+            " Expected the official file of GLM-4V-9B. Download it again."
+        ) from error
