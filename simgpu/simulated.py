@@ -4,6 +4,7 @@ import os
 import weakref
 from collections.abc import Iterable
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -48,6 +49,18 @@ def read_alloc_conf(text: str) -> tuple[type[Allocator], dict]:
                 " real cards."
             )
     return kind, options
+
+
+_HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
+_BELOW = tuple(
+    str(_TORCH / name)
+    for name in ("_subclasses", "_dynamo", "_compile.py", "_ops.py", "utils/_stats.py")
+)
+
+
+def _is_below_operators(file: str) -> bool:
+    """Whether a file's functions run below an operator of PyTorch on simulated cards alone."""
+    return Path(file).parent == _HERE or file.startswith(_BELOW)
 
 
 class SimulatedRig(Rig):
@@ -137,6 +150,15 @@ class SimulatedRig(Rig):
         found = {each for module in modules for each in module.modules()}
         self._modules.update(found)
         self._accounting.register(WEIGHTS, weights_of(found))
+
+    def _forget_simulation(self, error: torch.OutOfMemoryError):
+        # Below an operator CUDA has no frames of Python that would keep its arguments.
+        place = error.__traceback__
+        while place is not None:
+            below = place.tb_next
+            while below is not None and _is_below_operators(below.tb_frame.f_code.co_filename):
+                below = below.tb_next
+            place.tb_next, place = below, below
 
     def _blocks_at_failure(self) -> list[list[Allocation]]:
         return self._accounting.at_failure
