@@ -115,8 +115,9 @@ def load_checked(model_class, from_pretrained, name_or_path, *args, **kwargs):
             setattr(quantizer, field, modules_here(given))
     model, info = from_pretrained(source, *args, **kwargs)
     if missing := sorted(info["missing_keys"]):
+        loader = "the loader" if quantizer is None else type(quantizer).__name__
         raise ValueError(
-            f"{name_or_path}: {type(quantizer).__name__} left {len(missing)} tensors without"
+            f"{name_or_path}: {loader} left {len(missing)} tensors without"
             f" weights, first {missing[0]!r}; the checkpoint itself is not at fault. This quantiser"
             " does not go with the fused projections of the official layout. Load without it, or"
             " quantise the loaded model."

@@ -69,9 +69,13 @@ def check_values(where: str, schema: type[BaseModel], values: dict):
         schema.model_validate(values)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
+        # Behind the first name pydantic also says which of several types it tried.
+        name, *inner = fault["loc"]
+        if isinstance(values.get(name), dict):
+            name = ".".join([name, *(key for key in inner if key in values[name])])
         raise ValueError(
-            f"{where}: {fault['loc'][0]} is {fault['input']!r:.60}; {fault['msg']}. Correct it, or"
-            " download the file again."
+            f"{where}: {name} is {fault['input']!r:.60}; {fault['msg']}. Correct it, or download"
+            " the file again."
         ) from error
 
 
@@ -118,14 +122,20 @@ def refuse_adapter(directory):
 
 def local_directory(checkpoint: str | Path, files: tuple[str, ...], **options) -> str | Path:
     """The directory of a checkpoint: itself, or these files of the hub's, downloaded. ``options``
-    are those of ``from_pretrained``."""
+    are those of ``from_pretrained``. FileNotFoundError if the hub does not give them."""
     if Path(checkpoint).is_dir():
         return checkpoint
     if options.get("subfolder"):
         files = tuple(f"{options['subfolder']}/{file}" for file in files)
     known = ("revision", "token", "cache_dir", "local_files_only", "force_download")
     options = {name: options[name] for name in known if name in options}
-    return snapshot_download(str(checkpoint), allow_patterns=list(files), **options)
+    try:
+        return snapshot_download(str(checkpoint), allow_patterns=list(files), **options)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{checkpoint} is no directory, and the hub does not give it: {_in_one_line(error)}"
+            " Check name, revision and connection, or give the directory of a download."
+        ) from error
 
 
 @contextmanager
@@ -140,6 +150,10 @@ def reading(file: Path | str):
         if trace.tb_frame.f_globals.get("__name__", "").startswith(("glm4v_nb.", "simgpu.")):
             raise
         raise ValueError(
-            f"{file} cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
-            " Expected the official file of GLM-4V-9B. Download it again."
+            f"{file} cannot be used ({type(error).__name__}: {_in_one_line(error)}). Expected the"
+            " official file of GLM-4V-9B. Download it again."
         ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

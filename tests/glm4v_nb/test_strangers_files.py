@@ -195,6 +195,17 @@ def test_a_repository_is_downloaded_without_code_and_looked_at_like_a_directory(
         load("someone/fine-tune", revision="0" * 40)
 
 
+def test_a_repository_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("offline,\nand not downloaded before")
+
+    monkeypatch.setattr("glm4v_nb.model.checkpoint_files.snapshot_download", unreachable)
+    with pytest.raises(
+        FileNotFoundError, match="someone/fine-tune.*offline, and not.*directory of"
+    ):
+        load("someone/fine-tune", revision="0" * 40)
+
+
 CODE = {"AutoModel": "mine.Model"}
 TOKENIZER = "tokenizer_config.json"
 REFUSED = {
@@ -232,6 +243,12 @@ REFUSED = {
     "a quantiser of the hub": (
         edited("config.json", quantization_config={"quant_method": "mxfp4"}),
         ("config.json", "quantization_config", "mxfp4"),
+    ),
+    "a quantiser's switch that is text": (
+        edited(
+            "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": "x"}
+        ),
+        ("config.json: quantization_config.load_in_8bit is 'x'",),
     ),
     "a quantiser that is text": (
         edited("config.json", quantization_config="int4"),
@@ -331,6 +348,10 @@ REFUSED = {
     "an end that is text": (
         edited("generation_config.json", eos_token_id="end"),
         ("generation_config.json", "eos_token_id is 'end'"),
+    ),
+    "a negative end": (
+        edited("generation_config.json", eos_token_id=-1),
+        ("generation_config.json", "eos_token_id is -1"),
     ),
     "a billion beams": (
         edited("generation_config.json", num_beams=10**9),
