@@ -1,8 +1,4 @@
-"""The official layout: how its tensor names map to the modules here, and what is refused.
-
-Renaming and splitting happen inside transformers' own loader (and in reverse in
-``save_pretrained``), through the mapping registered by ``register_official_layout``.
-"""
+"""Loading a checkpoint that is known to be whole, and what is refused before memory is taken."""
 
 from collections import defaultdict
 from copy import deepcopy
@@ -11,13 +7,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    ConversionOps,
-    WeightConverter,
-    WeightRenaming,
-)
 
 from glm4v_nb.model.checkpoint_files import (
     LFS_POINTER,
@@ -28,55 +17,10 @@ from glm4v_nb.model.checkpoint_files import (
     refuse_adapter,
 )
 from glm4v_nb.model.configuration import check_dtype, read_config, refuse_attention
-from glm4v_nb.model.official_names import (
-    FUSED,
-    PARTS,
-    RENAMINGS,
-    device_map_here,
-    modules_here,
-    names_here,
-    split_fused,
-)
+from glm4v_nb.model.official_names import device_map_here, modules_here, names_here
 from simgpu.checkpoints import INDEX, read_json, weight_map
 
 _FLOATING = {"F64", "F32", "F16", "BF16"}
-
-
-# transformers 5.23 has a generic ``Split``; 5.17, which is also supported, only equal chunks.
-class SplitQueryKeyValue(ConversionOps):
-    """Cut the decoder's fused projection along rows: query heads, key groups, value groups."""
-
-    @torch.no_grad
-    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
-        (fused,) = input_dict.values()
-        fused = fused[0] if isinstance(fused, list) else fused
-        parts = split_fused(fused, config)
-        # Copies, so that no part keeps the whole fused tensor alive.
-        return dict(zip(target_patterns, (part.contiguous() for part in parts), strict=True))
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return JoinQueryKeyValue(dim=0)
-
-
-class JoinQueryKeyValue(Concatenate):
-    """The reverse, used when saving."""
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return SplitQueryKeyValue()
-
-
-def register_official_layout(class_name: str):
-    """Make transformers load and save the official layout for the model class of this name."""
-    renamings = [WeightRenaming(source, target) for source, target in RENAMINGS.items()]
-    splits = [
-        WeightConverter(
-            f"{FUSED}{kind}", [f"{part}{kind}" for part in PARTS], operations=[SplitQueryKeyValue()]
-        )
-        for kind in ("weight", "bias")
-    ]
-    register_checkpoint_conversion_mapping(class_name, renamings + splits, overwrite=True)
 
 
 def load_checked(model_class, from_pretrained, name_or_path, *args, **kwargs):

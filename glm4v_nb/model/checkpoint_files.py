@@ -21,7 +21,6 @@ LayerCount = Annotated[int, Field(strict=True, ge=1, le=4096)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=2**24)]
 Positive = Annotated[float, Field(strict=True, gt=0, le=2**40)]
 Flag = Annotated[bool, Field(strict=True)]
-_Count = TokenId | None
 _TokenIds = TokenId | list[TokenId] | None
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -32,28 +31,21 @@ class _GenerationFile(BaseModel, extra="allow"):
 
     bos_token_id: _TokenIds = None
     eos_token_id: _TokenIds = None
-    pad_token_id: _Count = None
-    forced_eos_token_id: _TokenIds = None
+    pad_token_id: TokenId | None = None
     suppress_tokens: _TokenIds = None
-    begin_suppress_tokens: _TokenIds = None
-    max_length: _Count = None
     max_new_tokens: Size | None = None
-    min_length: _Count = None
-    top_k: _Count = None
     num_beams: Annotated[int, Field(strict=True, ge=1, le=256)] | None = None
     num_return_sequences: Literal[1] | None = None
-    prompt_lookup_num_tokens: Size | None = None
     do_sample: Flag | None = None
-    temperature: Annotated[Number, Field(ge=0)] | None = None
-    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Positive | None = None
+    cache_implementation: Literal["static", "dynamic"] | None = None
+    transformers_version: str | None = None
+    # These need more than numbers: a second model, a tokenizer, the image once more.
     assistant_early_exit: None = None
     is_assistant: Literal[False] | None = None
     prefill_chunk_size: None = None
     stop_strings: None = None
     token_healing: Literal[False] | None = None
-    cache_implementation: Literal["static", "dynamic"] | None = None
-    transformers_version: str | None = None
     __pydantic_extra__: dict[str, Flag | Number | None]
 
 
