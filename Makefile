@@ -64,9 +64,14 @@ test: setup
 validate: setup
 	@$(VENV)/python tools/notebook_rules --execute --workers '$(WORKERS)' $(NOTEBOOKS)
 
-# Containers often have only root, which Jupyter refuses unless told.
+# Containers often have only root, which Jupyter refuses unless told. A picture is uploaded in one
+# message; the server closes the connection on longer ones, and kernels cannot ask how long.
+MESSAGE_MIB := 64
+MESSAGE_BYTES := 67108864
 lab: setup
-	@$(VENV)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" $$([ "$$(id -u)" -ne 0 ] || echo --allow-root)
+	@GLM4V_NB_MESSAGE_MIB=$(MESSAGE_MIB) $(VENV)/jupyter lab --ServerApp.ip=127.0.0.1 \
+	  --ServerApp.root_dir="$(CURDIR)/notebooks" \
+	  --ServerApp.tornado_settings="{'websocket_max_message_size': $(MESSAGE_BYTES)}" $$([ "$$(id -u)" -ne 0 ] || echo --allow-root)
 
 lint: setup
 	@$(VENV)/ruff check .

@@ -15,8 +15,7 @@ import time
 import torch
 
 from glm4v_nb.inference import generate, load
-from glm4v_nb.miniature import CHECKPOINT
-from glm4v_nb.miniature.scenes import sample_pictures
+from glm4v_nb.miniature import CHECKPOINT, sample_pictures
 from simgpu import Rig
 
 LIMITS = {"load_seconds": 2.0, "first_token_seconds": 0.5, "one_word_answer_seconds": 1.0}

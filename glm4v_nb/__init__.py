@@ -8,6 +8,8 @@ from importlib import import_module
 
 from wrapt import when_imported
 
+import simgpu  # noqa: F401  (says so where neither was tried)
+
 __version__ = "0.1.0"
 
 

@@ -20,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from nbsweep import cli as sweeping
+from simgpu.catalog import find_card
+from simgpu.units import bytes_in_words
 
 GIB = 2**30
 # Where a clone has what is not part of the package.
@@ -80,25 +82,28 @@ def fit(
     workload = Workload(**{name: context.params[name] for name in Workload.__annotations__})
     device_map = fitting.read_device_map(device_map)
     deployment = fitting.Deployment(card, count, dtype, device_map, alloc_conf=alloc_conf)
-    found, picture = None, {}
+    found = figure = None
+    drawn = {}
     if limits or frontier:
-        result, found, picture = _search(deployment, workload, limits, frontier)
+        result, found, figure, drawn = _search(deployment, workload, limits, frontier)
     else:
         with _progress(f"running on {count} x {card}, simulated"):
             result = fitting.fit(workload=workload, **vars(deployment))
     if as_json:
-        print(json.dumps((found or result).to_dict() | picture, indent=2))
+        print(json.dumps((found or result).to_dict() | drawn, indent=2))
     else:
         _print_fit(result, _next_step(context, result))
         if found:
             _print_limits(found)
-        if frontier:
+    if frontier:
+        figure.savefig(frontier)  # last: a disk that is full by now takes no answer along
+        if not as_json:
             print(f"Picture: {frontier}")
     raise typer.Exit(0 if result.fits else 3)
 
 
 def _search(deployment, workload, with_limits: bool, picture: str | None):
-    """The plain answer, the limits or None, and what --json says of the frontier it draws."""
+    """The plain answer, the limits or None, the frontier's figure or None, and its --json."""
     from glm4v_nb import limits as searching
 
     if picture:
@@ -112,31 +117,26 @@ def _search(deployment, workload, with_limits: bool, picture: str | None):
         found = searching.limits(trials, workload) if with_limits else None
         result = found.result if found else searching.fit(workload=workload, **vars(deployment))
         if not picture:
-            return result, found, {}
+            return result, found, None, {}
         batches = searching.frontier(trials, workload, token_counts)
     name = f"{workload.images} image per sample" if workload.images else "text only"
     title = f"What fits on {deployment.count} x {result.devices[0].card}"
-    plot_frontier({name: batches}, title, result.provenance).savefig(picture)
+    figure = plot_frontier({name: batches}, title, result.provenance)
     points = [{"text_tokens": n, "largest_batch": batches[n]} for n in batches]
-    return result, found, {"frontier": {"file": picture, "points": points}}
+    return result, found, figure, {"frontier": {"file": picture, "points": points}}
 
 
 def _next_step(context: typer.Context, result) -> str:
-    """What to try, as a command line where there is one."""
-    from glm4v_nb.fit import DEVICE_MAPS, cards_for_weights
-    from simgpu import MAX_CARDS
+    """What to do next: a command line that has been tried, wherever one was seen to fit."""
+    from glm4v_nb.advice import what_fits
 
-    options = context.params
+    with _progress("looking for what fits") as report:
+        changes = what_fits(result, report)
+    if changes:
+        return _command(context, **changes)
     if result.fits:
         return "notebooks/01_will_it_fit.ipynb shows where these bytes go."
-    if result.oom.phase == "backward" and not options["gradient_checkpointing"]:
-        return _command(context, gradient_checkpointing=True)
-    if options["device_map"] not in DEVICE_MAPS:
-        return f"in the device map, move modules from card {result.oom.device} to another."
-    more = max(options["count"] + 1, cards_for_weights(options["card"], options["dtype"]))
-    if more > MAX_CARDS:
-        return "take larger cards, a smaller batch or a shorter prompt."
-    return _command(context, count=more)
+    return "nothing that was tried fits, neither more or larger cards nor a smaller batch."
 
 
 def _command(context: typer.Context, **changes) -> str:
@@ -152,7 +152,7 @@ def _command(context: typer.Context, **changes) -> str:
 def _print_fit(result, next_step: str):
     """A ``FitResult`` for people: table, verdict, what to do next."""
     console = Console(highlight=False)
-    table = Table("card", title=f"{result.provenance} cards, GiB")
+    table = Table("card", title="simulated cards, GiB")
     columns = ("capacity", "weights", "peak allocated", "peak reserved", "free at peak")
     for column in columns:
         table.add_column(column, justify="right")
@@ -162,17 +162,34 @@ def _print_fit(result, next_step: str):
         full = result.oom is not None and result.oom.device == device.index
         table.add_row(*cells, style="bold red" if full else None)
     console.print(table)
-    if result.oom is None:
-        fullest = min(result.devices, key=lambda device: device.free_at_peak_bytes)
-        free = f"{_gib(fullest.free_at_peak_bytes)} GiB free at its peak"
-        console.print(f"[green]It fits:[/] card {fullest.index} is the fullest, with {free}.")
-    else:
-        where = f"card {result.oom.device} is full, phase {result.oom.phase}."
-        console.print(f"[bold red]It does not fit:[/] {where}")
-        console.print(escape(result.oom.message), soft_wrap=True)
+    if result.provenance != "simulated":
+        console.print(f"The cards are {escape(result.provenance)}.", soft_wrap=True)
+    console.print(_verdict(result), soft_wrap=True)
     if result.host is not None:
         console.print(_host_memory(result), soft_wrap=True)
     console.print(f"Next: {escape(next_step)}", soft_wrap=True)
+
+
+def _verdict(result) -> str:
+    """Whether it fits, and by how much, in a sentence; and PyTorch's message."""
+    if result.oom is None:
+        fullest = min(result.devices, key=lambda device: device.free_at_peak_bytes)
+        where = f"card {fullest.index} is the fullest, with"
+        free = f"{_gib(fullest.free_at_peak_bytes)} GiB free at its peak"
+        if not result.just_fits:
+            return f"[green]It fits:[/] {where} {free}."
+        differ = _gib(find_card(result.asked[0].card).uncertainty_bytes)
+        why = f"drivers and programs make {differ} GiB of difference on such a card"
+        return f"[yellow]It just fits:[/] {where} {free}; {why}."
+    short = "; ".join(
+        f"{bytes_in_words(size)}, {bytes_in_words(size - device.capacity_bytes)} short on card"
+        f" {device.index}"
+        for device, size in zip(result.devices, result.needs, strict=True)
+        if size > device.capacity_bytes
+    )
+    where = f"card {result.oom.device} is full, phase {result.oom.phase}."
+    message = escape(result.oom.message)
+    return f"[bold red]It does not fit:[/] {where} It needs {short}.\n{message}"
 
 
 def _gib(size_bytes: int) -> str:
@@ -191,7 +208,7 @@ def _host_memory(result) -> str:
             " pass through the page cache."
         )
     return (
-        f"Host memory to load ({result.provenance}): {span} GiB beside Python and CUDA,"
+        f"Host memory to load (simulated): {span} GiB beside Python and CUDA,"
         f" {_gib(host.anonymous_bytes)} GiB stays; {files}"
     )
 
@@ -212,8 +229,7 @@ def _print_limits(found):
         reason = reasons[edge.limited_by] if edge.size else "not even one fits"
         console.print(f"[bold]{label}:[/] {edge.size} {unit} ({reason})")
     if best is None:
-        advice = "none of the automatic ones fits; take more or larger cards."
-        console.print(f"[bold]Device map:[/] {advice}")
+        console.print("[bold]Device map:[/] none of the automatic ones fits.")
         return
     headroom = ", ".join(f"{size / GIB:.1f}" for size in best.headroom_bytes)
     name = best.device_map if isinstance(best.device_map, str) else "everything on the one card"

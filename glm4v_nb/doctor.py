@@ -4,6 +4,7 @@ Nothing is changed on the machine. A finding is "ok", "look" (works, but read th
 (mend it first). A machine without GPUs is fine: the notebooks simulate them.
 """
 
+import difflib
 import os
 import platform
 import re
@@ -22,7 +23,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from simgpu import Rig
-from simgpu.nvml import card_count, memory_of, nvml, processes_on
+from simgpu.nvml import asked, card_count, driver_version, memory_of, nvml, processes_on
+from simgpu.simulated import ALLOC_CONF, SIMULATED_OPTIONS
 
 OK, LOOK, STOP = "ok", "look", "stop"
 MISSING = "missing"  # in place of a version
@@ -30,6 +32,39 @@ CHECKPOINT_BYTES = 27_812_641_792  # the official weights in bfloat16, see noteb
 GIB = 2**30
 # Shown with their versions; the other dependencies only when something is wrong with them.
 MAIN_LIBRARIES = "torch transformers accelerate safetensors jupyterlab ipywidgets papermill".split()
+
+_BROKEN_DRIVER = {
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: (
+        "The driver was updated while its older part is running: restart the machine, and with it"
+        " every container."
+    ),
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: (
+        "It is installed and not loaded: sudo modprobe nvidia, or restart the machine. Where there"
+        " is no NVIDIA card, remove it."
+    ),
+}
+# What options of PYTORCH_CUDA_ALLOC_CONF mean; those of torch 2.13, c10/core/AllocatorConfig.cpp
+# and c10/cuda/CUDAAllocatorConfig.h.
+_ALLOCATOR_OPTIONS = {
+    "expandable_segments": "segments that grow, which leaves fewer holes",
+    "max_split_size_mb": "larger blocks are kept whole",
+    "garbage_collection_threshold": "cached blocks are given back early",
+    "roundup_power2_divisions": "sizes are rounded up, to be reused more often",
+    "max_non_split_rounding_mb": "whole blocks may be larger than what was asked for",
+    "large_segment_size_mb": "another size of segments",
+    "backend": "another allocator",
+    "per_process_memory_fraction": "less than the whole card",
+    "graph_capture_record_stream_reuse": "memory reused in graphs",
+    "throw_on_cudamalloc_oom": "another error when the driver has none left",
+    "release_lock_on_cudamalloc": "other threads go on meanwhile",
+} | dict.fromkeys(
+    (
+        "pinned_use_cuda_host_register", "pinned_num_register_threads",
+        "pinned_use_background_threads", "pinned_reserve_segment_size_mb",
+        "pinned_max_round_threshold_mb", "pinned_max_cached_size_mb",
+    ),
+    "how pinned host memory is made and kept",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +80,7 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Every finding in turn; a check that breaks is one too, so that the others still run."""
     for check in (
-        _python, _libraries, _driver, _torch_build, _gpus,
+        _python, _libraries, _driver, _torch_build, _allocator, _gpus,
         _copies, _simulation, _host_memory, _disk, _kernel,
     ):  # fmt: skip
         try:
@@ -115,22 +150,60 @@ def _version(name: str) -> str:
 def _driver():
     try:
         with nvml():
-            cuda = pynvml.nvmlSystemGetCudaDriverVersion()
-            version = pynvml.nvmlSystemGetDriverVersion()
-    except pynvml.NVMLError as error:
+            yield from _cards_of_the_driver()
+    except pynvml.NVMLError_LibraryNotFound as error:
         advice = "Cards are simulated; real ones need a driver."
         yield Finding("NVIDIA driver", OK, f"none ({error})", advice)
-        return
-    yield Finding("NVIDIA driver", OK, f"{version}, up to CUDA {cuda // 1000}.{cuda % 1000 // 10}")
-    with nvml():
-        for index in range(card_count()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory, processes = memory_of(handle), processes_on(handle) or ()
-            others = sum(process != os.getpid() for process, _ in processes)
-            used = f"{memory.used / GIB:.2f} of {memory.total / GIB:.2f} GiB used"
-            found = f"{pynvml.nvmlDeviceGetName(handle)}: {used}, {others} other processes"
-            advice = "Others use this card; what they hold, your model cannot have."
-            yield _finding(f"users of GPU {index}", not others, found, advice)
+    except pynvml.NVMLError as error:
+        otherwise = "Run nvidia-smi, which says more; reinstall the driver or restart the machine."
+        advice = _BROKEN_DRIVER.get(error.value, otherwise)
+        yield Finding("NVIDIA driver", STOP, f"there is one, and it does not work: {error}", advice)
+
+
+def _cards_of_the_driver():
+    """What the driver does not tell, as of a slice of a card or under WSL, is "unknown"."""
+    version = driver_version() or "version unknown"
+    cuda = asked(pynvml.nvmlSystemGetCudaDriverVersion)
+    newest = f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else "unknown"
+    yield Finding("NVIDIA driver", OK, f"{version}, up to CUDA {newest}")
+    for index in range(card_count()):
+        handle = asked(pynvml.nvmlDeviceGetHandleByIndex, index)
+        if handle is None:
+            advice = "Look into dmesg for Xid errors; in a container, ask for access to it."
+            yield Finding(f"users of GPU {index}", LOOK, "the driver does not open it", advice)
+            continue
+        memory, processes = memory_of(handle), processes_on(handle)
+        used = memory and f"{memory.used / GIB:.2f} of {memory.total / GIB:.2f} GiB used"
+        others = sum(process != os.getpid() for process, _ in processes or ())
+        found = f"{asked(pynvml.nvmlDeviceGetName, handle) or 'name unknown'}:"
+        found += f" {used or 'memory unknown'},"
+        found += " other processes unknown" if processes is None else f" {others} other processes"
+        advice = "Others use this card; what they hold, your model cannot have."
+        yield _finding(f"users of GPU {index}", not others, found, advice)
+
+
+def _allocator():
+    given = {name: os.environ[name] for name in ALLOC_CONF if os.environ.get(name)}
+    if not given:
+        yield Finding("allocator", OK, "PyTorch's defaults: PYTORCH_CUDA_ALLOC_CONF is not set")
+    for variable, text in given.items():
+        # A list in brackets has commas of its own.
+        parts = [part.strip() for part in re.sub(r"\[.*?\]", "[]", text).split(",")]
+        status, advice, meanings = OK, "", []
+        for part in filter(None, parts):
+            name = part.partition(":")[0]
+            meanings.append(_ALLOCATOR_OPTIONS.get(name, f"{name} is unknown to PyTorch"))
+            if name not in _ALLOCATOR_OPTIONS:
+                close = difflib.get_close_matches(name, _ALLOCATOR_OPTIONS, n=1)
+                status, advice = STOP, f"Unset it{', or write ' * bool(close)}{' '.join(close)}."
+            elif status != STOP:
+                try:
+                    Rig.simulated("L4", alloc_conf=part)
+                except ValueError as error:
+                    wrong = name in SIMULATED_OPTIONS  # the others are for real cards alone
+                    status = STOP if wrong else LOOK
+                    advice = str(error) if wrong else "Simulated cards refuse it: unset it there."
+        yield Finding("allocator", status, f"{variable}={text}: {'; '.join(meanings)}", advice)
 
 
 def _torch_build():
@@ -194,7 +267,7 @@ def _copies():
 def _simulation():
     found, advice = "40 GiB fitted on a simulated L4", "Please report this."
     try:
-        with Rig("L4"):
+        with Rig.simulated("L4", alloc_conf=""):  # the variable for it has a check of its own
             torch.empty(40 * GIB, dtype=torch.uint8, device="cuda:0")
     except torch.OutOfMemoryError:
         found, advice = "a simulated L4 runs out of memory as it should", ""

@@ -3,10 +3,11 @@
 import functools
 import json
 import math
+import os
 import re
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,12 +17,16 @@ from glm4v_nb.model.configuration import OFFICIAL, read_config
 from glm4v_nb.placement import Place, check_device_map, meta_model, place_of, plan_device_map
 from glm4v_nb.training import first_update, train_step, trained_parameters
 from glm4v_nb.workload import Workload, check_context, decode, make_prompt, prefill
-from simgpu import HostMemory, Rig, find_card
+from simgpu import Card, HostMemory, Rig, find_card
+from simgpu.oom import parse_out_of_memory
+from simgpu.units import MIB
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-# More host memory than any weights need, so that placement depends on the cards alone.
-_AMPLE_HOST_BYTES = 2**50
+# More memory than any weights need, so that placement depends on the cards alone, or on the map.
+_AMPLE_BYTES = 2**60
+# By how much a card is made larger to see whether a run fits then.
+_STEP_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class OutOfMemory:
 
 @dataclass(frozen=True)
 class FitResult:
-    """The answer. ``host`` is the host memory that loading takes; None where the cards did not
-    hold the weights."""
+    """The answer to ``asked``, a deployment and a workload. ``host`` is the host memory that
+    loading takes; None where the cards did not hold the weights."""
 
     verdict: str
     devices: list[DeviceFit]
@@ -63,19 +68,53 @@ class FitResult:
     seconds: float
     provenance: str
     host: HostMemory | None
+    asked: tuple["Deployment", Workload] = field(repr=False)
 
     @property
     def fits(self) -> bool:
         """Whether the run ended without an out-of-memory error."""
         return self.verdict == "fits"
 
+    @property
+    def just_fits(self) -> bool:
+        """Whether it fits with less to spare than such cards differ among themselves."""
+        spare = min(device.free_at_peak_bytes for device in self.devices)
+        return self.fits and spare < find_card(self.asked[0].card).uncertainty_bytes
+
+    @functools.cached_property
+    def on_ample_cards(self) -> list[DeviceFit]:
+        """The same device map on cards that have enough, simulated when first asked for."""
+        return self._on_cards_of(_AMPLE_BYTES).devices
+
+    @functools.cached_property
+    def needs(self) -> list[int]:
+        """Bytes that each card must have, CUDA's context and the driver's part among them. On cards
+        with the largest of them the run has been seen to fit."""
+        sizes = [_AMPLE_BYTES - device.free_at_peak_bytes for device in self.on_ample_cards]
+        fullest = sizes.index(max(sizes))
+        # transformers first takes one block for all weights where much is free, and smaller ones,
+        # with holes between them, where little is.
+        while not (tried := self._on_cards_of(sizes[fullest])).fits:
+            sizes[fullest] += max(_STEP_BYTES, parse_out_of_memory(tried.oom.message).short_bytes)
+        return sizes
+
+    def _on_cards_of(self, total_bytes: int) -> "FitResult":
+        deployment, workload = self.asked
+        card = replace(find_card(deployment.card), total_bytes=total_bytes)
+        same_map = replace(deployment, card=card, device_map=deployment.placement())
+        return LoadedModel(same_map).run(workload)
+
     def to_dict(self) -> dict:
-        """What ``glm4v-nb fit --json`` prints: the keys it has always had."""
-        answer = asdict(self)
-        del answer["host"]
+        """What ``glm4v-nb fit --json`` prints: the keys it has always had, and ``needs_bytes``, of
+        the card that was full, where it does not fit."""
+        answer = {name: getattr(self, name) for name in ("verdict", "devices", "oom")}
+        answer |= {"seconds": self.seconds, "provenance": self.provenance}
+        answer["devices"] = [asdict(device) for device in self.devices]
         for device in answer["devices"]:
             del device["free_at_peak_bytes"]
-        return answer
+        if self.oom is None:
+            return answer
+        return answer | {"oom": asdict(self.oom), "needs_bytes": self.needs[self.oom.device]}
 
 
 @dataclass(frozen=True)
@@ -83,7 +122,7 @@ class Deployment:
     """A checkpoint on a number of simulated cards: what is asked whether it fits.
 
     Attributes:
-        card, count: the cards' kind, as in simgpu's catalogue, and their number.
+        card, count: the cards' kind, as ``simgpu.find_card`` takes it, and their number.
         dtype: of the weights, one of ``DTYPES``.
         device_map: one of ``DEVICE_MAPS``, or module names and their places.
         checkpoint: the official hub id, or a directory with a GLM-4V config.json. Only the
@@ -92,7 +131,7 @@ class Deployment:
         alloc_conf: PyTorch's ``PYTORCH_CUDA_ALLOC_CONF``, as of ``Rig.simulated``.
     """
 
-    card: str = "L4"
+    card: str | Card = "L4"
     count: int = 1
     dtype: str = "bfloat16"
     device_map: str | dict[str, Place] = "auto"
@@ -140,7 +179,7 @@ class Deployment:
             return self.device_map
         if self.count == 1:
             return {"": 0}
-        plan = self.plan(self.device_map, self.free_bytes() | {"cpu": _AMPLE_HOST_BYTES})
+        plan = self.plan(self.device_map, self.free_bytes() | {"cpu": _AMPLE_BYTES})
         last = self.count - 1
         return {name: place if isinstance(place, int) else last for name, place in plan.items()}
 
@@ -183,7 +222,8 @@ class LoadedModel:
             verdict, oom = "oom", OutOfMemory(card, rig.stages[-1].name, error)
         devices = [self._device_fit(index) for index in range(self.deployment.count)]
         seconds = round(time.perf_counter() - started, 2)
-        return FitResult(verdict, devices, oom, seconds, rig.provenance, rig.host.memory)
+        asked = (self.deployment, workload)
+        return FitResult(verdict, devices, oom, seconds, rig.provenance, rig.host.memory, asked)
 
     def _device_fit(self, index: int) -> DeviceFit:
         stages, card = [stage.memory[index] for stage in self.rig.stages], self.rig.card
@@ -262,19 +302,28 @@ def read_device_map(text: str) -> str | dict[str, Place]:
     if text in DEVICE_MAPS:
         return text
     is_object = text.lstrip().startswith("{")
-    if not is_object and not Path(text).is_file():
+    if not is_object and not os.path.isfile(text):
         raise ValueError(
-            f"device_map is {text!r}; expected one of {', '.join(DEVICE_MAPS)}, a JSON object such"
-            " as '{\"\": 0}', or the path of a JSON file. There is no file of that name."
+            f"device_map is {text[:200]!r}; expected one of {', '.join(DEVICE_MAPS)}, a JSON object"
+            " such as '{\"\": 0}', or the path of a JSON file. There is no file of that name."
         )
     source, expected = "device_map" if is_object else text, 'Expected {"module": card, ...}.'
     try:
-        device_map = json.loads(text if is_object else Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = text if is_object else Path(text).read_text(encoding="utf-8")
+        device_map = json.loads(text, object_pairs_hook=_without_repetition)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not JSON: {error}. {expected}") from None
     if not isinstance(device_map, dict):
         raise ValueError(f"{source} holds no JSON object. {expected}")
     return device_map
+
+
+def _without_repetition(pairs: list[tuple[str, object]]) -> dict:
+    """JSON allows a name twice, and Python would silently take the last."""
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"{name!r} stands there {times} times; give each module one place")
+    return dict(pairs)
 
 
 def cards_for_weights(card: str, dtype: str) -> int:

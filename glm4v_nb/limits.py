@@ -74,11 +74,12 @@ class Limits:
 
     def to_dict(self) -> dict:
         """The keys of a plain fit, then the limits; ``longest_context`` counts text tokens."""
-        answer = asdict(self)
-        result = answer.pop("result")
-        headroom = [device["free_at_peak_bytes"] for device in result["devices"]]
-        beside = {"host": result["host"], "headroom_bytes": headroom}
-        return self.result.to_dict() | beside | answer
+        result, host = self.result, self.result.host
+        headroom = [device.free_at_peak_bytes for device in result.devices]
+        beside = {"host": host and asdict(host), "headroom_bytes": headroom}
+        parts = ("largest_batch", "longest_context", "recommendation")
+        found = {name: getattr(self, name) and asdict(getattr(self, name)) for name in parts}
+        return result.to_dict() | beside | found | {"seconds": self.seconds}
 
 
 class Trials(LoadedModel):

@@ -52,7 +52,8 @@ def check_device_map(device_map: dict[str, Place], count: int, checkpoint: str |
 
     Raises:
         ValueError: a place that is neither one of the cards nor "cpu", a name the model does not
-            have, a parameter without a place, or "" beside other names.
+            have, a parameter without a place, "" beside other names, or a module inside another
+            one that has another place.
     """
     for name, place in device_map.items():
         is_card = isinstance(place, int) and not isinstance(place, bool) and 0 <= place < count
@@ -74,6 +75,14 @@ def check_device_map(device_map: dict[str, Place], count: int, checkpoint: str |
         for close in difflib.get_close_matches(name, known, n=1):
             advice = f"Did you mean {close!r}?"
         raise ValueError(f"device_map names {name!r}, which the model does not have. {advice}")
+    for name, place in device_map.items():
+        outer = next((one for one in device_map if name.startswith(f"{one}.")), name)
+        if device_map[outer] != place:
+            raise ValueError(
+                f"device_map puts {name!r} on {place!r}, inside {outer!r} on {device_map[outer]!r}."
+                " accelerate would put all of the outer one there first. Instead of it name the"
+                " modules it is made of, or leave out the inner one."
+            )
     prefixes = tuple(f"{name}." for name in device_map)
     for name in parameters:
         if "" not in device_map and not f"{name}.".startswith(prefixes):

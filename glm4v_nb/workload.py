@@ -14,6 +14,9 @@ from glm4v_nb.model.splicing import expand_image_positions
 from glm4v_nb.placement import input_device
 from glm4v_nb.training import OPTIMIZERS, TRAINED
 
+# Beyond any card: of so many samples the logits of one position alone take 300 GB.
+MOST_SAMPLES = 2**20
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -39,8 +42,13 @@ class Workload:
         smallest = {"batch_size": 1, "text_tokens": 1, "new_tokens": 0, "images": 0}
         for name, least in smallest.items():
             size, expected = getattr(self, name), f"expected a whole number of at least {least}."
-            if not isinstance(size, int) or size < least:
+            if not isinstance(size, int) or isinstance(size, bool) or size < least:
                 raise ValueError(f"{name} is {size!r}; {expected}")
+        if self.batch_size > MOST_SAMPLES:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; expected at most {MOST_SAMPLES}, which is more"
+                " than any card holds. Lower it; fit --limits finds the largest that fits."
+            )
         if self.images > 1:
             raise ValueError(
                 f"images is {self.images}; GLM-4V-9B takes at most one image per sample. For"
@@ -79,7 +87,7 @@ def check_context(workload: Workload, config: GLM4VConfig):
 
 
 def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:
-    """Random inputs of the workload's size on the model's device; all samples have the same image.
+    """Random inputs of the workload's size on the model's device; all samples are the same.
 
     Returns:
         ``input_ids``, ``position_ids`` and ``image_mask``, each (batch, positions), and with images
@@ -88,25 +96,26 @@ def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: the prompt is longer than the model's context.
     """
-    config, batch = model.config, workload.batch_size
+    config = model.config
     generator = torch.Generator().manual_seed(0)
     # Ordinary text only: special ids, the image's among them, stand at the end of the vocabulary.
     ordinary = min(config.boi_token_id, config.pad_token_id)
-    text = torch.randint(ordinary, (batch, workload.text_tokens), generator=generator)
+    text = torch.randint(ordinary, (1, workload.text_tokens), generator=generator)
     placeholder = [config.boi_token_id, config.pad_token_id, config.eoi_token_id] * workload.images
-    image = torch.tensor(placeholder, dtype=torch.long).expand(batch, -1)
-    ids = torch.cat((image, text), dim=1)
-    prompt = vars(expand_image_positions(config, ids, image_count=batch * workload.images))
+    ids = torch.cat((torch.tensor([placeholder], dtype=torch.long), text), dim=1)
+    prompt = vars(expand_image_positions(config, ids, image_count=workload.images))
     inputs = {name: prompt[name] for name in ("input_ids", "position_ids", "image_mask")}
     if workload.images:
-        # One image for the whole batch: drawing a new one for each takes seconds, and no byte
-        # depends on it.
         side = config.vision_config.image_size
-        pixels = torch.rand(1, 3, side, side, generator=generator)
-        inputs["pixel_values"] = pixels.expand(batch, -1, -1, -1)
+        inputs["pixel_values"] = torch.rand(1, 3, side, side, generator=generator)
     # Not model.device: that is "meta" where the first module of the model is offloaded.
     device = input_device(model)
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    # One sample for the whole batch, copied on the device: no byte of it depends on the values, and
+    # a simulated batch may be larger than this machine.
+    return {
+        name: tensor.expand(workload.batch_size, *tensor.shape[1:]).to(device)
+        for name, tensor in inputs.items()
+    }
 
 
 @torch.no_grad()

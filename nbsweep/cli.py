@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer import Argument, Option
 
 # The base of typer's errors of wrong use; typer itself gives it no public name.
 UsageError = typer.BadParameter.__base__
@@ -26,15 +27,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print what would run, how long, and what would not fit.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Also what is done already.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the runs as one JSON array.")]
-RegistryFile = Annotated[
-    str | None,
-    typer.Option("--registry", help="The registry.toml; notebooks/registry.toml if left out."),
-]
+DRY_RUN = Option("--dry-run", help="Print what would run, how long, and what would not fit.")
+FORCE = Option("--force", help="Also what is done already.")
+AS_JSON = Option("--json", help="Print the runs as one JSON array.")
+REGISTRY = Option("--registry", help="The registry.toml; notebooks/registry.toml if left out.")
+NOTEBOOKS = Argument(help="Numbers such as 01 02, or files; all if left out.")
+PAIR = Option("-p", metavar="NAME VALUE", help="A parameter of the one notebook; may be repeated.")
+OUTPUT = Option(help="Folder that receives suite/, suite-01-02/ or, with -p, the notebook's.")
+WORKERS = Option(min=1, help="Runs at a time on this machine; 2 if left out.")
+SCHEDULER = Option(
+    metavar="ADDRESS", help="A Dask cluster that does the runs, such as tcp://10.0.0.1:8786."
+)
 
 
 @app.callback()
@@ -61,24 +64,14 @@ class _WithPairs(typer.core.TyperCommand):
 
 @app.command(cls=_WithPairs)
 def run(
-    notebooks: Annotated[
-        list[str] | None, typer.Argument(help="Numbers such as 01 02, or files; all if left out.")
-    ] = None,
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-p", metavar="NAME VALUE", help="A parameter of the one notebook; may be repeated."
-        ),
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Notebooks at a time.")] = 2,
-    dry_run: DryRun = False,
-    force: Force = False,
-    output: Annotated[
-        str,
-        typer.Option(help="Folder that receives suite/, suite-01-02/ or, with -p, the notebook's."),
-    ] = "runs",
-    registry: RegistryFile = None,
-    as_json: AsJson = False,
+    notebooks: Annotated[list[str] | None, NOTEBOOKS] = None,
+    parameter: Annotated[list[str] | None, PAIR] = None,
+    workers: Annotated[int, Option(min=1, help="Notebooks at a time.")] = 2,
+    dry_run: Annotated[bool, DRY_RUN] = False,
+    force: Annotated[bool, FORCE] = False,
+    output: Annotated[str, OUTPUT] = "runs",
+    registry: Annotated[str | None, REGISTRY] = None,
+    as_json: Annotated[bool, AS_JSON] = False,
 ):
     """Execute notebooks, all of the registry or some; with -p, one with other parameters.
 
@@ -90,39 +83,26 @@ def run(
     if not parameter:
         plan = plan_suite(notebooks, registry)
     elif notebooks and len(notebooks) == 1:
-        pairs = dict(zip(parameter[::2], parameter[1::2], strict=True))
+        pairs = list(zip(parameter[::2], parameter[1::2], strict=True))
         plan = plan_notebook(notebooks[0], pairs, registry)
     else:
         raise ValueError(
             "-p is for one notebook; give exactly one number before it, as in: run 01 -p card H100"
         )
-    if dry_run:
-        _print_plan(plan, workers, as_json)
-    else:
-        _carry_out(plan, output, workers, force, True, as_json)
+    _perform(plan, dry_run, as_json, output, workers, force=force, retry=True)
 
 
 @app.command()
 def sweep(
-    file: Annotated[str, typer.Argument(help="A sweep file, such as sweeps/fit.toml.")],
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time on this machine; 2 if left out.")
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="A Dask cluster that does the runs, such as tcp://10.0.0.1:8786.",
-        ),
-    ] = None,
-    dry_run: DryRun = False,
-    force: Force = False,
-    retry: Annotated[
-        bool, typer.Option("--retry", help="Also what failed or took too long.")
-    ] = False,
-    output: Annotated[str, typer.Option(help="Folder that receives <name>/.")] = "runs",
-    registry: RegistryFile = None,
-    as_json: AsJson = False,
+    file: Annotated[str, Argument(help="A sweep file, such as sweeps/fit.toml.")],
+    workers: Annotated[int | None, WORKERS] = None,
+    scheduler: Annotated[str | None, SCHEDULER] = None,
+    dry_run: Annotated[bool, DRY_RUN] = False,
+    force: Annotated[bool, FORCE] = False,
+    retry: Annotated[bool, Option("--retry", help="Also what failed or took too long.")] = False,
+    output: Annotated[str, Option(help="Folder that receives <name>/.")] = "runs",
+    registry: Annotated[str | None, REGISTRY] = None,
+    as_json: Annotated[bool, AS_JSON] = False,
 ):
     """Run notebooks with many parameters; the same command goes on where it was interrupted.
 
@@ -132,25 +112,21 @@ def sweep(
     from .plan import plan_file
 
     plan = plan_file(file, registry)
-    if dry_run:
-        _print_plan(plan, workers or 2, as_json)
-        return
-    if scheduler and workers is not None:
-        print(
-            f"--workers {workers} is not used: the cluster decides how many run at a time.",
-            file=sys.stderr,
-        )
-    _carry_out(plan, output, workers or 2, force, retry, as_json, scheduler)
+    if scheduler and workers is not None and not dry_run:
+        said = f"--workers {workers} is not used: the cluster decides how many run at a time."
+        print(said, file=sys.stderr)
+    more = {"force": force, "retry": retry, "scheduler": scheduler}
+    _perform(plan, dry_run, as_json, output, workers or 2, **more)
 
 
 @app.command()
 def report(
-    folder: Annotated[str, typer.Argument(help="The folder of a sweep, such as runs/fit.")],
+    folder: Annotated[str, Argument(help="The folder of a sweep, such as runs/fit.")],
     compare: Annotated[
-        str | None, typer.Option(help="Another sweep's folder: what changed from it to this one.")
+        str | None, Option(help="Another sweep's folder: what changed from it to this one.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="With --compare: relative change that is no change.")
+        float, Option(help="With --compare: relative change that is no change.")
     ] = 0.01,
 ):
     """Write a sweep's report.html, runs.csv and runs.parquet, or a comparison of two sweeps."""
@@ -188,30 +164,24 @@ def _fail(error: Exception | str, code: int) -> int:
     return code
 
 
-def _carry_out(
-    plan,
-    output: str,
-    workers: int,
-    force: bool,
-    retry: bool,
-    as_json: bool,
-    scheduler: str | None = None,
-):
-    """Do a plan, write its report, print how it went and leave with its exit code."""
-    from .display import print_runs
+def _perform(plan, dry_run: bool, as_json: bool, output: str, workers: int, **more):
+    """Do a plan, write its report, print how it went and leave with its exit code; or print what
+    there is to do. ``more`` goes to ``carry_out``."""
+    from .display import print_plan, print_runs
     from .report import write_report
     from .runner import carry_out, exit_code
 
+    if dry_run:
+        print_plan(plan, workers, as_json)
+        return
     console = Console(stderr=as_json)
     try:
         with _signals_interrupt():
-            runs, directory = carry_out(
-                plan, output, workers, console, force=force, retry=retry, scheduler=scheduler
-            )
+            runs, directory = carry_out(plan, output, workers, console, **more)
     except KeyboardInterrupt:
         with contextlib.suppress(FileNotFoundError):  # before anything was begun
             write_report(Path(output) / plan.name)
-        again = "Without --force the same command" if force else "The same command"
+        again = "Without --force the same command" if more["force"] else "The same command"
         console.print(f"Interrupted. What has ended is kept. {again} goes on where it stopped.")
         raise typer.Exit(130) from None
     page = write_report(directory)
@@ -229,7 +199,7 @@ def _signals_interrupt():
 
     A signal that is ignored, as nohup has it, stays so.
     """
-    both = (signal.SIGTERM, signal.SIGHUP)
+    both = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
     taken = [number for number in both if signal.getsignal(number) is signal.SIG_DFL]
     for number in taken:
         signal.signal(number, signal.default_int_handler)
@@ -238,30 +208,3 @@ def _signals_interrupt():
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
-
-
-def _print_plan(plan, workers: int, as_json: bool):
-    """What a sweep would do: its runs, about how long, and what is predicted of them."""
-    from rich.table import Table
-
-    from .display import parameters_in_words
-    from .plan import predict
-
-    predicted = predict(plan.specs)
-    if as_json:
-        runs = [spec.model_dump() | {"predicted": predicted.get(spec.id)} for spec in plan.specs]
-        print(json.dumps({"name": plan.name, "minutes": plan.minutes, "runs": runs}, indent=2))
-        return
-    table = Table("notebook", "parameters", "predicted", title=f"sweep {plan.name}")
-    for spec in plan.specs:
-        words = predicted.get(spec.id, "")
-        style = "magenta" if words.startswith("does not") else None
-        table.add_row(
-            escape(spec.notebook), escape(parameters_in_words(spec)), escape(words), style=style
-        )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
-        f"{len(plan.specs)} runs, about {plan.minutes / workers:.1f} minutes with {workers} at a"
-        " time, by the registry. Nothing was run; leave out --dry-run to begin."
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from .store import FinishedRun, Value, read_sweep
-from .tables import distinct, status_of
+from .tables import distinct, series, status_of
 from .words import is_number
 
 
@@ -54,13 +55,11 @@ def compare(
     Raises:
         FileNotFoundError, ValueError: as ``read_sweep``; or ``tolerance`` is below 0.
     """
-    if not tolerance >= 0:
+    if not 0 <= tolerance < math.inf:
         raise ValueError(
             f"tolerance is {tolerance}; expected 0 or more, such as 0.01 for one percent."
         )
-    first, second = (
-        by_parameters(read_sweep(directory)[1]) for directory in (directory_a, directory_b)
-    )
+    first, second = (by_parameters(read_sweep(each)[1]) for each in (directory_a, directory_b))
     changes = []
     for key in distinct([*first, *second]):
         a, b = first.get(key), second.get(key)
@@ -70,18 +69,17 @@ def compare(
         before, after = a and status_of(a), b and status_of(b)
         if before != after:
             changes.append(Change(kind=kind, before=before, after=after, **run))
-        old, new = ({(r.name, r.unit): r for r in (one.records if one else [])} for one in (a, b))
-        for scalar in distinct([*old, *new]):
-            if before != after and not (scalar in old and scalar in new):
-                continue  # the run that ended early cannot have recorded it
-            (x, x_label), (y, y_label) = (
-                (r.value, r.label) if r else (None, "") for r in (old.get(scalar), new.get(scalar))
-            )
-            changed, relative = _differ(x, y, tolerance)
+        old, new = (series(one) if one else {} for one in (a, b))
+        # A run that ended early cannot have recorded everything.
+        scalars = distinct([*old, *new]) if before == after else filter(new.__contains__, old)
+        for name, unit in scalars:
+            x, y = (found.get((name, unit), [None])[-1] for found in (old, new))
+            values = {"before": x and x.value, "after": y and y.value}
+            labels = {"before_label": x.label if x else "", "after_label": y.label if y else ""}
+            changed, relative = _differ(*values.values(), tolerance)
             if changed:
-                more = {"name": scalar[0], "unit": scalar[1], "relative": relative, **run}
-                more |= {"before_label": x_label, "after_label": y_label}
-                changes.append(Change(kind="scalar", before=x, after=y, **more))
+                more = {"name": name, "unit": unit, "relative": relative, **values, **labels}
+                changes.append(Change(kind="scalar", **more, **run))
     return changes
 
 
@@ -102,9 +100,8 @@ def _differ(
 ) -> tuple[bool, float | None]:
     """Whether two scalars differ, and the relative change where there is one."""
     if not (is_number(before) and is_number(after)):
-        return json.dumps(before) != json.dumps(
-            after
-        ), None  # which tells True from 1, and takes NaN for NaN
+        # In JSON, True is not 1, and NaN is NaN.
+        return json.dumps(before) != json.dumps(after), None
     if before == 0:
         return abs(after) > tolerance, None
     relative = (after - before) / abs(before)

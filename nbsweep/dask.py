@@ -7,25 +7,27 @@ the first one dies; what has ended is decided by the sweep, which alone writes.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-import queue
 import re
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .execute import Ended, Job, Link, SourceChanged, execute
+from .execute import Ended, Job, SourceChanged, Stopped, execute
 from .plan import Plan
 from .provenance import checkpoint_sizes, package_hash
-from .runner import AGAIN, Progress, RunKilled, Threads
+from .runner import AGAIN, Progress, Threads, ended_without
 from .store import RunSpec, SweepError
 
 try:
-    from distributed import Client, Future, KilledWorker, Reschedule, get_worker
+    import dask.config
+    from distributed import Client, Future, KilledWorker, Reschedule, Security, get_worker
+    from distributed.comm import connect as connect_to
 except ImportError as error:
     raise SweepError(
         f"--scheduler needs Dask, which cannot be imported ({error}). Install it: pip install"
@@ -33,16 +35,10 @@ except ImportError as error:
     ) from None
 
 CONNECT_SECONDS = 10.0
-# Dask's own limit ends where somebody accepts the connection.
-ANSWER_SECONDS = 15.0
 # How long runs may wait while no worker can take them; one that starts anew needs a few seconds.
 PATIENCE_SECONDS = 30.0
 LOOK_SECONDS = 1.0
 RESULT_SECONDS = 60.0
-
-
-class HostError(RuntimeError):
-    """A host cannot do runs of this sweep; the message names it and says what to do there."""
 
 
 @contextlib.contextmanager
@@ -53,55 +49,55 @@ def connect(address: str, packages: Sequence[str]) -> Iterator[Client]:
         ValueError: ``address`` is none.
         SweepError: nobody answers, or somebody has other packages.
     """
-    if not re.fullmatch(r"\w+://\S+:\d+", address):
+    if not (found := re.fullmatch(r"(tcp|tls)://(\S+):(\d+)", address)):
         raise ValueError(
-            f"--scheduler is {address!r}; expected an address such as tcp://10.0.0.1:8786."
+            f"--scheduler is {address!r}; expected an address such as tcp://10.0.0.1:8786, or"
+            " tls://10.0.0.1:8786 with certificates in Dask's configuration."
         )
+    scheme, host, port = found.groups()
+    try:
+        # In a thread, for a notebook has a loop of its own.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, _greet(address)).result()
+    except Exception as error:  # Dask has no class for what may be wrong with a connection
+        why = str(error) or "somebody accepts connections, but does not answer as Dask does"
+        if scheme == "tls" and not dask.config.get("distributed.comm.tls.client.cert", None):
+            why = "there is no certificate for tls:// in Dask's configuration, DASK_CONFIG"
+        raise SweepError(
+            f"no Dask scheduler answers at {address} ({why}). Start one there: dask scheduler"
+            f" --protocol {scheme} --host {host} --port {port} --dashboard-address {host}:8787; or"
+            " correct --scheduler"
+        ) from None
     # What it reports with a traceback is said here in one line.
     logger = logging.getLogger("distributed.client")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with _client(address) as client:
+        with Client(address, timeout=CONNECT_SECONDS, set_as_default=False) as client:
             _check_packages(client, packages)
             yield client
     finally:
         logger.setLevel(level)
 
 
-def _client(address: str) -> Client:
-    answer: queue.SimpleQueue = queue.SimpleQueue()
-
-    def start():
-        try:
-            answer.put(Client(address, timeout=CONNECT_SECONDS, set_as_default=False))
-        except Exception as error:
-            answer.put(error)
-
-    # In a thread that can be left behind: Dask waits for ever where somebody accepts and then says
-    # nothing.
-    threading.Thread(target=start, name="connect to Dask", daemon=True).start()
-    try:
-        client = answer.get(timeout=ANSWER_SECONDS)
-    except queue.Empty:
-        client = OSError("somebody accepts connections, but does not answer as Dask does")
-    if isinstance(client, Exception):
-        raise SweepError(
-            f"no Dask scheduler answers at {address} ({client}). Start one there: dask scheduler"
-            " --host ADDRESS; or correct --scheduler"
-        )
-    return client
+async def _greet(address: str):
+    """Whether somebody answers there as Dask does: a client that fails to connect goes on trying
+    when Python ends, and waits for ever for one that accepts and says nothing."""
+    encryption = Security().get_connection_args("client")
+    # Its own timeout ends where somebody accepts the connection.
+    async with asyncio.timeout(1.5 * CONNECT_SECONDS):
+        comm = await connect_to(address, timeout=CONNECT_SECONDS, **encryption)
+    await comm.close()
 
 
 def _check_packages(client: Client, packages: Sequence[str]):
     """Functions travel by name, so all must have the same source: the scheduler, which reads them,
     and its workers."""
-    found: dict[str, object] = {}
+    found = client.run(package_hash, packages, on_error="return")
     try:
         found["the scheduler"] = client.run_on_scheduler(package_hash, packages)
     except Exception as error:
         found["the scheduler"] = error
-    found |= client.run(package_hash, packages, on_error="return")
     expected, wrong = package_hash(packages), []
     for who, what in found.items():
         if isinstance(what, OSError):
@@ -118,68 +114,47 @@ def _check_packages(client: Client, packages: Sequence[str]):
         )
 
 
-class _WorkerLink(Link):
-    """A run's connection with the sweep, on the worker that does it.
-
-    Args:
-        checkpoint: sizes in bytes of the checkpoint's files by name, as ``checkpoint_sizes`` has
-            them where the sweep is.
-        topic: where the run tells at which cell it is.
-    """
-
-    def __init__(self, spec: RunSpec, checkpoint: dict[str, int], topic: str):
-        self.spec, self.checkpoint, self.topic = spec, checkpoint, topic
-
-    def begin(self) -> Path:
-        # Asked from other threads later, which Dask knows nothing of.
-        self.worker = get_worker()
-        self.task = self.worker.get_current_task()
-        folder = Path(self.worker.local_directory)
-        if self.checkpoint != checkpoint_sizes(self.spec.parameters, folder):
-            raise HostError(
-                f"{self.host} has another checkpoint, or none, at"
-                f" {self.spec.parameters['checkpoint']}. Put the same files there on every host,"
-                " and name them by their absolute path"
-            )
-        return folder
-
-    def at_cell(self, cell: int, cells: int):
-        self.worker.log_event(self.topic, (self.spec.id, cell, cells))
-
-    @property
-    def wanted(self) -> bool:
-        """Not if the task was cancelled, its client is gone, or its worker lost the scheduler."""
-        task = self.worker.state.tasks.get(self.task)
-        closing = self.worker.status.name in ("closing", "closed", "failed")
-        return task is not None and task.state != "cancelled" and not closing
-
-    def stopped(self) -> Exception:
-        return Reschedule()
-
-    @property
-    def host(self) -> str:
-        """The worker as errors name it."""
-        return f"worker {self.worker.address} on {socket.gethostname()}"
-
-
-def execute_on_worker(job: Job, link: _WorkerLink) -> Ended:
+def execute_on_worker(job: Job, checkpoint: dict[str, int], topic: str) -> Ended:
     """``execute``, with errors that name the host.
 
+    Args:
+        checkpoint: ``checkpoint_sizes`` where the sweep is.
+        topic: where the run tells at which cell it is.
+
     Raises:
-        HostError: this host has other packages or another checkpoint, or cannot write.
+        SweepError: this host has other packages or another checkpoint, or cannot write.
         distributed.Reschedule: the run was cancelled or this worker is closing; its processes have
             been ended.
     """
+    # Asked from other threads later, which Dask knows nothing of.
+    worker = get_worker()
+    task = worker.get_current_task()
+    folder = Path(worker.local_directory)
+    host = f"worker {worker.address} on {socket.gethostname()}"
+
+    def wanted() -> bool:
+        """Not if the task was cancelled, its client is gone, or its worker lost the scheduler."""
+        state = worker.state.tasks.get(task)
+        closing = worker.status.name in ("closing", "closed", "failed")
+        return state is not None and state.state != "cancelled" and not closing
+
+    def at_cell(cell: int, cells: int):
+        worker.log_event(topic, (job.spec.id, cell, cells))
+
     try:
-        return execute(job, link)
+        if checkpoint == checkpoint_sizes(job.spec.parameters, folder):
+            return execute(job, at_cell, wanted, folder)
+        problem = (
+            f"has another checkpoint, or none, at {job.spec.parameters['checkpoint']}. Put the same"
+            " files there on every host, and name them by their absolute path"
+        )
+    except Stopped:
+        raise Reschedule() from None
     except SourceChanged as error:
-        raise HostError(
-            f"{link.host} has another {error}. Install the same there and start its worker again"
-        ) from None
+        problem = f"has another {error}. Install the same there and start its worker again"
     except OSError as error:
-        raise HostError(
-            f"{link.host} cannot do a run: {error}. See to that host or stop its worker"
-        ) from None
+        problem = f"cannot do a run: {error}. See to that host or stop its worker"
+    raise SweepError(f"{host} {problem}")
 
 
 class Cluster(Threads):
@@ -197,6 +172,7 @@ class Cluster(Threads):
         self._most_gpus = 0
         self._looked = 0.0
         self._possible: dict[int, float] = {}  # when runs of so many GPUs were last possible
+        self._begun: dict[str, float] = {}
         self._topic = f"nbsweep-{uuid.uuid4()}"
         client.subscribe_topic(self._topic, lambda event: self.tell(*event[1]))
 
@@ -216,14 +192,13 @@ class Cluster(Threads):
         spec = job.spec
         folder = self._plan.notebooks[spec.notebook].path.parent
         gpus = self._gpus(spec)
-        return self._client.submit(
-            execute_on_worker,
-            job,
-            _WorkerLink(spec, checkpoint_sizes(spec.parameters, folder), self._topic),
-            # Never the key of an earlier try, whose result may still be there.
-            key=f"{spec.notebook}-{spec.id}-{uuid.uuid4()}",
-            resources={"GPU": gpus} if gpus else None,
-        )
+        # Never the key of an earlier try, whose result may still be there.
+        options = {"key": f"{spec.notebook}-{spec.id}-{uuid.uuid4()}"}
+        if gpus:
+            options["resources"] = {"GPU": gpus}
+        self._begun[options["key"]] = time.monotonic()
+        checkpoint = checkpoint_sizes(spec.parameters, folder)
+        return self._client.submit(execute_on_worker, job, checkpoint, self._topic, **options)
 
     def ended(self, future: Future) -> Ended | None:
         """What a run has brought; None if its worker has died with the result."""
@@ -235,9 +210,9 @@ class Cluster(Threads):
             raise self._lost(f"the run is {future.status} there")
         error = future.exception()
         if isinstance(error, KilledWorker):
-            raise RunKilled(
-                f"{error.allowed_failures + 1} workers died one after the other while they did it"
-            )
+            seconds = time.monotonic() - self._begun[future.key]
+            workers = f"{error.allowed_failures + 1} workers died one after the other"
+            return ended_without("killed", f"{workers} while they did it", "workers died", seconds)
         raise SweepError(f"run {future.key}: {error}; then {AGAIN}.")
 
     def hopeless(self, specs: Iterable[RunSpec], progress: Progress) -> dict[str, str]:
@@ -250,14 +225,14 @@ class Cluster(Threads):
             if self._places(gpus):
                 self._possible[gpus] = now
                 continue
-            want = f"a worker that offers GPU={gpus}" if gpus else "a worker"
-            progress.note(f"waiting for {want}")
+            want = f"worker that offers GPU={gpus}" if gpus else "worker"
+            progress.note(f"waiting for a {want}")
             if now - last >= PATIENCE_SECONDS:
                 option = f' --resources "GPU={gpus}"' if gpus else ""
                 found[spec.id] = (
-                    f"no {want.removeprefix('a ')} in {PATIENCE_SECONDS:.0f} s,"
-                    f" {len(self._workers)} others. Start one: dask worker {self._address}"
-                    f" --nthreads 1{option}"
+                    f"no {want} in {PATIENCE_SECONDS:.0f} s, {len(self._workers)} others. Start"
+                    f" one, with its machine's address for HOST: dask worker {self._address} --host"
+                    f" HOST --dashboard-address HOST:0 --nthreads 1{option}"
                 )
         return found
 
@@ -270,19 +245,17 @@ class Cluster(Threads):
         """What workers there are, asked once a second."""
         if self._client.status != "running":
             raise self._lost("the connection broke")
-        now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        if time.monotonic() - self._looked < LOOK_SECONDS:
             return
-        self._looked = now
+        self._looked = time.monotonic()
         try:
             workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
         except (OSError, KeyError) as error:  # of a client that has lost it, it is empty
             raise self._lost(error) from None
         self._workers = [worker for worker in workers if worker["status"] == "running"]
-        offered = [int(worker["resources"].get("GPU", 0)) for worker in self._workers]
         # Once seen, GPUs are waited for: runs of one sweep should not differ because a worker
         # starts anew.
-        self._most_gpus = max([self._most_gpus, *offered])
+        self._most_gpus = max([self._most_gpus, *map(_offered, self._workers)])
 
     def _gpus(self, spec: RunSpec) -> int:
         """How many a run asks for: what it needs, or what it would rather have where a worker
@@ -292,16 +265,17 @@ class Cluster(Threads):
 
     def _places(self, gpus: int) -> int:
         """How many runs that ask for so many GPUs the workers can do at a time."""
-        places = 0
-        for worker in self._workers:
-            threads = worker["nthreads"]
-            places += (
-                min(threads, int(worker["resources"].get("GPU", 0)) // gpus) if gpus else threads
-            )
-        return places
+        return sum(
+            min(worker["nthreads"], _offered(worker) // gpus) if gpus else worker["nthreads"]
+            for worker in self._workers
+        )
 
     def _lost(self, why: object) -> SweepError:
         return SweepError(
             f"the Dask scheduler at {self._address} is gone ({why}). Start it and its workers"
             f" again, then {AGAIN}."
         )
+
+
+def _offered(worker: dict) -> int:
+    return int(worker["resources"].get("GPU", 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from rich.progress import Progress as BarsOfRich
 from rich.table import Table
 from rich.text import Text
 
+from .plan import Plan, predict
 from .runner import Progress
 from .store import FinishedRun, Outcome, RunSpec
 from .words import in_words
@@ -43,12 +45,13 @@ class Display:
     def __init__(self, specs: Sequence[RunSpec], console: Console):
         self._specs = {spec.id: spec for spec in specs}
         self._console = console
-        self._said = 0
+        self._notes_said = 0
         self._seen: set[str] | None = None
-        columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
         self._bars = BarsOfRich(
             TextColumn("{task.description}", markup=False),
-            *columns,
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal or bool(os.environ.get("CI")),
@@ -68,29 +71,27 @@ class Display:
         if self._seen is None:
             self._seen = set(progress.outcomes)
             if self._seen:
-                hint = "; --force (make run: FORCE=1) repeats them"
-                self._print(
-                    f"{len(self._seen)} of {progress.total} runs had ended before"
-                    f"{hint if len(self._seen) == progress.total else ''}",
-                    "dim",
-                )
-        for note in progress.notes[self._said :]:
-            self._print(note, "yellow")
-        self._said = len(progress.notes)
+                words = f"{len(self._seen)} of {progress.total} runs had ended before"
+                if len(self._seen) == progress.total:
+                    words += "; --force (make run: FORCE=1) repeats them"
+                self._print(Text(words, style="dim"))
+        for note in progress.notes[self._notes_said :]:
+            self._print(Text(note, style="yellow"))
+        self._notes_said = len(progress.notes)
         for name in [name for name in progress.outcomes if name not in self._seen]:
             self._seen.add(name)
             self._print_ended(self._specs[name], progress.outcomes[name])
         self._renew_bars(progress)
 
-    def _print(self, text: str, style: str):
-        self._console.print(Text(text, style=style), soft_wrap=True)
+    def _print(self, text: Text):
+        self._console.print(text, soft_wrap=True)
 
     def _print_ended(self, spec: RunSpec, outcome: Outcome):
         run = FinishedRun(spec=spec, outcome=outcome, records=[])
         words = [spec.notebook, parameters_in_words(spec), f"{outcome.seconds:.1f} s"]
         words += [ending_in_words(run)[:120]] if outcome.status != "done" else []
         status = Text(f"{outcome.status:>7}", style=STYLES.get(outcome.status, "bold red"))
-        self._console.print(status + "  " + "  ".join(filter(None, words)), soft_wrap=True)
+        self._print(status + "  " + "  ".join(filter(None, words)))
 
     def _renew_bars(self, progress: Progress):
         for name in progress.running.keys() - self._tasks.keys():
@@ -123,3 +124,23 @@ def print_runs(runs: Sequence[FinishedRun], console: Console):
             escape(recorded + more),
         )
     console.print(table)
+
+
+def print_plan(plan: Plan, workers: int, as_json: bool):
+    """What a sweep would do: its runs, about how long, and what is predicted of them."""
+    predicted = predict(plan.specs)
+    if as_json:
+        runs = [spec.model_dump() | {"predicted": predicted.get(spec.id)} for spec in plan.specs]
+        print(json.dumps({"name": plan.name, "minutes": plan.minutes, "runs": runs}, indent=2))
+        return
+    table = Table("notebook", "parameters", "predicted", title=f"sweep {plan.name}")
+    for spec in plan.specs:
+        words = predicted.get(spec.id, "")
+        cells = map(escape, (spec.notebook, parameters_in_words(spec), words))
+        table.add_row(*cells, style="magenta" if words.startswith("does not") else None)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"{len(plan.specs)} runs, about {plan.minutes / workers:.1f} minutes with {workers} at a"
+        " time, by the registry. Nothing was run; leave out --dry-run to begin."
+    )

@@ -9,22 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import importlib.metadata
 import json
 import os
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-from papermill.exceptions import strip_color
 from papermill.parameterize import parameterize_notebook
 
+from .errors import explain, one_line, signature_of
 from .kernel import MARK, end_marked, kernel_manager, run_with_kernel, scratch_folder
 from .provenance import (
     commit_of,
@@ -37,9 +35,9 @@ from .provenance import (
 )
 from .records import RECORDS_VARIABLE
 from .registry import Registry
-from .store import RECORDS, RESULT_FILES, Outcome, OutOfMemoryCause, RunSpec, now
+from .store import RECORDS, RESULT_FILES, Outcome, RunSpec, Status, now, parse_records
+from .words import whole_characters
 
-CAUSES = "nbsweep.causes"
 WATCH_SECONDS = 0.2
 
 
@@ -49,26 +47,6 @@ class SourceChanged(RuntimeError):
 
 class Stopped(RuntimeError):
     """Nobody waits for a run any more; its processes have been ended."""
-
-
-class Link:
-    """How a run that is being done is connected with whoever asked for it; here by memory.
-
-    Attributes:
-        at_cell: called with the number of a code cell, from 1, and how many there are.
-        wanted: whether anybody waits for the run; asked a few times a second.
-    """
-
-    def __init__(self, at_cell: Callable[[int, int], None]):
-        self.at_cell = at_cell
-        self.wanted = True
-
-    def begin(self) -> Path | None:
-        """Called first, in the run's thread; where scratch folders may be, None for anywhere."""
-
-    def stopped(self) -> Exception:
-        """What to raise once the processes of an unwanted run have been ended."""
-        return Stopped()
 
 
 @dataclass(frozen=True)
@@ -93,23 +71,28 @@ class Job:
     private: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a run ended, and the files it left, by name."""
-
-    outcome: Outcome
-    files: dict[str, bytes]
+# How a run ended, and the files it left, by name.
+Ended = tuple[Outcome, dict[str, bytes]]
 
 
-def execute(job: Job, link: Link) -> Ended:
+def execute(
+    job: Job,
+    at_cell: Callable[[int, int], None],
+    wanted: Callable[[], bool],
+    parent: Path | None = None,
+) -> Ended:
     """Do a run in this thread; a notebook that fails is a result, not an exception.
+
+    Args:
+        at_cell: called with the number of a code cell, from 1, and how many there are.
+        wanted: whether anybody waits for the run; asked a few times a second.
+        parent: where scratch folders may be; None for anywhere.
 
     Raises:
         SourceChanged: the packages are not, or no longer, those that the run is named by.
         OSError: this machine cannot do it, as with a full disk.
-        Exception: ``link.stopped()``.
+        Stopped: it is not wanted.
     """
-    parent = link.begin()
     _check_packages(job)
     with scratch_folder(job.scratch, parent) as (scratch, mark):
         folder = job.folder
@@ -118,16 +101,31 @@ def execute(job: Job, link: Link) -> Ended:
             folder.mkdir()
             (folder / job.spec.notebook).write_bytes(job.notebook)
         started, begin = now(), time.monotonic()
-        result = _run_cells(job, link, folder, scratch, mark)
-        result["seconds"] = round(time.monotonic() - begin, 3)
-        if not link.wanted:
-            raise link.stopped()
+        clean = functools.partial(_shareable, folders=(*job.private, scratch))
+        with _watch(mark, job.spec.timeout_seconds, wanted) as late:
+            notebook, result = _run_cells(job, at_cell, folder, scratch, mark, clean)
+        if late.is_set() and result["status"] == "killed":
+            text = f"stopped after {job.spec.timeout_seconds:g} seconds, its timeout_seconds"
+            result |= {"status": "timeout", "error": text}
+        seconds = round(time.monotonic() - begin, 3)
+        if not wanted():
+            raise Stopped
         _check_packages(job)
-        clean = functools.partial(without_private_paths, folders=(*job.private, scratch))
-        for name in {"error", "traceback"} & result.keys():
-            result[name] = clean(_encodable(result[name]))
-        files = _files(result.pop("notebook", None), scratch, clean)
-    return Ended(_outcome(job, started, result), files)
+        files = _files(notebook, scratch, clean)
+        if problem := _broken_records(files, result["status"]):
+            result |= {"status": "failed", "error": problem}
+    about = {
+        "signature": signature_of(result["error"]) if "error" in result else None,
+        "versions": installed_versions(job.registry.libraries),
+        "platform": platform_description(),
+        "cards": gpu_names(),
+        "commit": commit_of(package_folder(job.registry.packages[0])),
+    }
+    return Outcome(**about | result, started=started, seconds=seconds), files
+
+
+def _shareable(text: str, folders: Sequence[Path]) -> str:
+    return without_private_paths(whole_characters(text), folders)
 
 
 def _check_packages(job: Job):
@@ -138,55 +136,52 @@ def _check_packages(job: Job):
         )
 
 
-def _run_cells(job: Job, link: Link, folder: Path, scratch: Path, mark: str) -> dict:
-    """Run the cells; returns what an ``Outcome`` says of it, and the notebook as it is then."""
-    spec, begun = job.spec, 0
-    notebook = _with_parameters(job)
+def _run_cells(
+    job: Job,
+    at_cell: Callable[[int, int], None],
+    folder: Path,
+    scratch: Path,
+    mark: str,
+    clean: Callable[[str], str],
+) -> tuple[nbformat.NotebookNode | None, dict]:
+    """Run the cells; returns the notebook as it is then, if one was begun, and what an ``Outcome``
+    says of it."""
+    notebook, begun = _with_parameters(job), 0
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
-    cells = len(code) - bool(spec.given)
+    result = {"status": "done", "cells": len(code) - bool(job.spec.given)}
 
-    def at_cell(cell, cell_index):
+    def begin(cell, cell_index):
         nonlocal begun
         if "injected-parameters" not in cell.metadata.get("tags", []):
             begun += 1
-            link.at_cell(begun, cells)
+            at_cell(begun, result["cells"])
 
     environment = {"OMP_NUM_THREADS": str(job.threads)} | os.environ | job.registry.environment
     environment |= {MARK: mark, RECORDS_VARIABLE: str(scratch.resolve() / RECORDS)}
-    client = NotebookClient(
-        notebook,
-        km=kernel_manager(scratch),
-        timeout=None,
-        force_raise_errors=True,
-        on_cell_execute=at_cell,
-    )
-    result = {"status": "done", "cells": cells}
-    with _watch(mark, spec.timeout_seconds, link) as late:
-        try:
-            # In this very thread: a kernel dies with the thread that started it.
-            with (scratch / "executed.kernel.log").open("wb") as log:
-                kernel = {"env": environment, "stdout": log, "stderr": log, "cwd": str(folder)}
-                asyncio.run(run_with_kernel(client, **kernel))
-        except CellExecutionError as error:
-            # As papermill has it: a notebook may end itself.
-            if error.ename != "SystemExit" or error.evalue not in ("", "0"):
-                result |= {"status": "failed", "error": _one_line(error.ename, error.evalue)}
-                result["traceback"] = strip_color(error.traceback)
-        except DeadKernelError:
-            text = "kernel died (killed, out of memory, or a crash in native code)"
-            result |= {"status": "killed", "error": text}
-        except OSError:
-            raise
-        except Exception as error:
-            # Not the notebook's own: its kernel did not start, or was killed as it did.
-            text = _one_line(type(error).__name__, str(error))
-            result |= {"status": "killed", "error": f"kernel did not start or answer: {text}"}
-    if late.is_set() and result["status"] == "killed":
-        text = f"stopped after {spec.timeout_seconds:g} seconds, its timeout_seconds"
-        result |= {"status": "timeout", "error": text}
+    options = {"timeout": None, "force_raise_errors": True, "on_cell_execute": begin}
+    client = NotebookClient(notebook, km=kernel_manager(scratch), **options)
+    try:
+        # In this very thread: a kernel dies with the thread that started it.
+        with (scratch / "executed.kernel.log").open("wb") as log:
+            kernel = {"env": environment, "stdout": log, "stderr": log, "cwd": str(folder)}
+            asyncio.run(run_with_kernel(client, **kernel))
+    except CellExecutionError as error:
+        # As papermill has it: a notebook may end itself.
+        if error.ename != "SystemExit" or error.evalue not in ("", "0"):
+            texts = map(clean, (error.ename, error.evalue or "", error.traceback))
+            result |= explain(*texts)
+    except DeadKernelError:
+        text = "kernel died (killed, out of memory, or a crash in native code)"
+        result |= {"status": "killed", "error": text}
+    except OSError:
+        raise
+    except Exception as error:
+        # Not the notebook's own: its kernel did not start, or was killed as it did.
+        text = clean(one_line(type(error).__name__, str(error)))
+        result |= {"status": "killed", "error": f"kernel did not start or answer: {text}"}
     if result["status"] != "done":
         result["failed_cell"] = begun or None
-    return result | ({"notebook": notebook} if begun else {})
+    return notebook if begun else None, result
 
 
 def _with_parameters(job: Job) -> nbformat.NotebookNode:
@@ -202,7 +197,7 @@ def _with_parameters(job: Job) -> nbformat.NotebookNode:
 
 
 @contextlib.contextmanager
-def _watch(mark: str, seconds: float, link: Link) -> Iterator[threading.Event]:
+def _watch(mark: str, seconds: float, wanted: Callable[[], bool]) -> Iterator[threading.Event]:
     """While a run goes on, end its processes once ``seconds`` have passed, which sets the event, or
     when it is unwanted."""
     ended, late = threading.Event(), threading.Event()
@@ -212,7 +207,7 @@ def _watch(mark: str, seconds: float, link: Link) -> Iterator[threading.Event]:
         while not ended.wait(WATCH_SECONDS):
             if time.monotonic() > deadline:
                 late.set()
-            if late.is_set() or not link.wanted:
+            if late.is_set() or not wanted():
                 end_marked(mark)
 
     watcher = threading.Thread(target=watch, name="watch a run", daemon=True)
@@ -224,17 +219,6 @@ def _watch(mark: str, seconds: float, link: Link) -> Iterator[threading.Event]:
         watcher.join()
 
 
-def _one_line(name: str, message: str) -> str:
-    """An error as its type and the first line of its message that says something."""
-    lines = [" ".join(line.split()) for line in strip_color(message or "").split("\n")]
-    return f"{name}: {next(filter(None, lines), '')}".removesuffix(": ")
-
-
-def _encodable(text: str) -> str:
-    """A text without the halves of characters that file names and messages may hold."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def _files(notebook, scratch: Path, clean: Callable[[str], str]) -> dict[str, bytes]:
     """What a run leaves beside its outcome, by name."""
     files = {}
@@ -243,7 +227,7 @@ def _files(notebook, scratch: Path, clean: Callable[[str], str]) -> dict[str, by
             for output in cell.get("outputs", []):
                 _clean_output(output, clean)
         text = nbformat.writes(notebook)
-        files["executed.ipynb"] = _encodable(text).encode()
+        files["executed.ipynb"] = whole_characters(text).encode()
         files["executed.html"] = _page(notebook)
     for name in (RECORDS, "executed.kernel.log"):
         if (scratch / name).is_file() and (content := (scratch / name).read_bytes()):
@@ -251,6 +235,21 @@ def _files(notebook, scratch: Path, clean: Callable[[str], str]) -> dict[str, by
     if log := files.get("executed.kernel.log"):
         files["executed.kernel.log"] = clean(log.decode(errors="replace")).encode()
     return {name: files[name] for name in RESULT_FILES if files.get(name)}
+
+
+def _broken_records(files: dict[str, bytes], status: Status) -> str | None:
+    """What is wrong with a run's records, which are not kept then."""
+    content = files.get(RECORDS, b"")
+    if status != "done":  # it may have been ended in the middle of a line
+        content = content[: content.rfind(b"\n") + 1]
+    try:
+        parse_records(content)
+    except ValueError as error:
+        del files[RECORDS]
+        return f"no figures are kept: {error}"
+    if content:
+        files[RECORDS] = content
+    return None
 
 
 def _clean_output(output: nbformat.NotebookNode, clean: Callable[[str], str]):
@@ -277,49 +276,6 @@ def _page(notebook: nbformat.NotebookNode) -> bytes:
         page, _ = exporter.from_notebook_node(
             notebook, resources={"metadata": {"name": "executed"}}
         )
-        return _encodable(page).encode()
+        return whole_characters(page).encode()
     except Exception:
         return b""
-
-
-def _outcome(job: Job, started: str, result: dict) -> Outcome:
-    """The class of a run's end, and for an error what groups it with others of the same cause."""
-    status, error = result["status"], result.get("error")
-    if error is not None:
-        result["signature"] = signature_of(error)
-        if status == "failed" and error.partition(":")[0].endswith("OutOfMemoryError"):
-            cause = cause_of(error, result["traceback"])
-            result |= {"status": "oom", "oom": cause}
-            result["signature"] = f"out of memory in {cause.phase or 'an unnamed stage'}"
-    return Outcome(
-        started=started,
-        versions=installed_versions(job.registry.libraries),
-        platform=platform_description(),
-        cards=gpu_names(),
-        commit=commit_of(package_folder(job.registry.packages[0])),
-        **result,
-    )
-
-
-def cause_of(error: str, traceback: str) -> OutOfMemoryCause:
-    """Device, phase and bytes short of an out-of-memory error, as far as an installed package can
-    read its text.
-
-    Those packages are entry points of the group "nbsweep.causes": functions of the error's line and
-    its traceback that return {"device", "phase", "short_bytes"}, or None.
-    """
-    for point in importlib.metadata.entry_points(group=CAUSES):
-        # Whatever is wrong with that package, the run has ended.
-        with contextlib.suppress(Exception):
-            if found := point.load()(error, traceback):
-                return OutOfMemoryCause(**found)
-    return OutOfMemoryCause()
-
-
-def signature_of(error: str) -> str:
-    """The error without what differs between runs of the same cause: addresses, numbers, paths,
-    quoted texts."""
-    text = re.sub(r"0x[0-9a-fA-F]+", "0x…", error)
-    text = re.sub(r"'[^']*'|\"[^\"]*\"", "…", text)
-    text = re.sub(r"(?<![\w.])[~.]?/[^\s:,)]+", "/…", text)
-    return re.sub(r"\d+(?:[.,]\d+)*", "#", text)

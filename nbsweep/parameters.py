@@ -20,13 +20,10 @@ from pathlib import Path
 from typing import Annotated
 
 import nbformat
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .reads import Reads
 from .store import Value
-
-_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
-_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 class ParameterError(ValueError):
@@ -61,16 +58,13 @@ class ParsedNotebook:
                     f"{self.file}: code cell {number} is not valid Python ({error.msg}, line"
                     f" {error.lineno}); correct it, or write a magic with its %"
                 ) from None
-        reasons = {}
-        for name in self.parameters.keys() - reads.read:
-            if name in reads.held:
-                reasons[name] = "nothing reads it; read it in a later cell or remove it"
-            else:
-                reasons[name] = (
-                    f"code cell {reads.rebound[name]} gives the name another value before anything"
-                    " reads it; use another name there"
-                )
-        return reasons
+        return {
+            name: f"code cell {reads.rebound[name]} gives the name another value before anything"
+            " reads it; use another name there"
+            if name in reads.rebound
+            else "nothing reads it; read it in a later cell or remove it"
+            for name in self.parameters.keys() - reads.read
+        }
 
 
 def parse_notebook(path: Path | str) -> ParsedNotebook:
@@ -83,26 +77,21 @@ def parse_notebook(path: Path | str) -> ParsedNotebook:
     """
     path = Path(path)
     cells = _read_cells(path)
-    tagged = [cell for cell in cells if "parameters" in _tags(cell)]
-    if any("injected-parameters" in _tags(cell) for cell in cells):
+    tags = [cell["metadata"].get("tags", []) for cell in cells]
+    if any("injected-parameters" in each for each in tags):
         raise ParameterError(
             f"{path} is an executed copy, with injected parameters; name the notebook it came from"
         )
-    if len(tagged) != 1 or tagged[0]["cell_type"] != "code":
-        found = (
-            f"{len(tagged)} of them"
-            if len(tagged) > 1
-            else "a cell that is no code"
-            if tagged
-            else "none"
-        )
+    tagged = [cell for cell, each in zip(cells, tags, strict=True) if "parameters" in each]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    if len(tagged) != 1 or tagged[0] not in code:
+        found = "a cell that is no code" if len(tagged) == 1 else f"{len(tagged) or 'none'} of them"
         raise ParameterError(
             f'{path} needs exactly one code cell tagged "parameters", but has {found}; '
             "put the tag on the one cell of name = literal lines"
         )
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    sources = ["".join(cell["source"]) for cell in code]
     position = next(index for index, cell in enumerate(code) if cell is tagged[0])
+    sources = ["".join(cell["source"]) for cell in code]
     later = tuple(enumerate(sources, start=1))[position + 1 :]
     return ParsedNotebook(path.name, _read_assignments(sources[position], path), later)
 
@@ -148,35 +137,27 @@ def parse_value(text: str, default: Value) -> Value:
 
     Raises ParameterError for text that is no such value; the caller names the parameter.
     """
-    expected = {
-        bool: "true or false",
-        int: "a whole number such as 12",
-        float: "a finite number such as 0.5",
-    }
     try:
+        if isinstance(default, str):
+            return _converted(text, default)
         if isinstance(default, bool):
-            return {"true": True, "false": False}[text]
-        if isinstance(default, int):
-            return int(_matching(_INTEGER, text))
-        if isinstance(default, float):
-            return _converted(float(_matching(_NUMBER, text)), default)
+            return {"true": True, "True": True, "false": False, "False": False}[text]
         if isinstance(default, list):
             return _converted(json.loads(text), default)
-        return text
-    except (KeyError, TypeError, ValueError, RecursionError):
-        wanted = expected.get(
-            type(default), f"{_described(default)} in JSON, such as {json.dumps(default)}"
-        )
+        # Neither 1_000 nor digits of other scripts nor a word.
+        if not re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", text):
+            raise ValueError(text)
+        return _converted(ast.literal_eval(text), default)
+    except (KeyError, SyntaxError, TypeError, ValueError, RecursionError):
+        wanted = {
+            bool: "true or false",
+            int: "a whole number such as 12",
+            float: "a finite number such as 0.5",
+            str: "whole characters",
+        }.get(type(default), f"{_described(default)} in JSON, such as {json.dumps(default)}")
         raise ParameterError(
             f"{text!r} cannot be read as {_described(default)}; write {wanted}"
         ) from None
-
-
-def _matching(pattern: re.Pattern, text: str) -> str:
-    # int() and float() alone would also take "1_000", " 1" and digits of other scripts.
-    if not pattern.fullmatch(text):
-        raise ValueError(text)
-    return text
 
 
 def _read_cells(path: Path) -> list[dict]:
@@ -206,10 +187,6 @@ def _read_cells(path: Path) -> list[dict]:
     return notebook["cells"]
 
 
-def _tags(cell: dict) -> list[str]:
-    return cell["metadata"].get("tags", [])
-
-
 def _read_assignments(source: str, path: Path) -> dict[str, Value]:
     parameters: dict[str, Value] = {}
     try:
@@ -221,9 +198,8 @@ def _read_assignments(source: str, path: Path) -> dict[str, Value]:
         ) from None
     for statement in statements:
         try:
-            (target,) = (
-                statement.targets
-            )  # AttributeError for another statement, ValueError for a = b = 1
+            # AttributeError for another statement, ValueError for a = b = 1
+            (target,) = statement.targets
             name, value = target.id, ast.literal_eval(statement.value)
             _converted(value, value)
         except (AttributeError, TypeError, ValueError):
@@ -243,16 +219,17 @@ def _read_assignments(source: str, path: Path) -> dict[str, Value]:
 # What a parameter can be, in the order in which a value's own kind is found: every int would do for
 # a float, too. Strict: to Python True is an int, and "1" would do for 1.
 _FLOAT = Annotated[float, Field(allow_inf_nan=False)]
+_TEXT = Annotated[str, AfterValidator(lambda text: text.encode().decode())]  # no half characters
 _KINDS = {
     name: TypeAdapter(kind, config=ConfigDict(strict=True))
     for name, kind in {
         "a bool": bool,
         "an int": int,
         "a float": _FLOAT,
-        "a str": str,
+        "a str": _TEXT,
         "a list of int": list[int],
         "a list of float": list[_FLOAT],
-        "a list of str": list[str],
+        "a list of str": list[_TEXT],
     }.items()
 }
 
@@ -280,4 +257,6 @@ def _described(value: Value) -> str:
         return kind
     if isinstance(value, list):
         return "a list of other things than one of int, float and str"
+    if isinstance(value, str):
+        return "no text, for it has half of a character"
     return "no finite float" if isinstance(value, float) else f"a {type(value).__name__}"

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from .parameters import check_override, parse_notebook, parse_value
-from .provenance import DISTRIBUTION, checkpoint_fingerprint, digest, package_hash, source_hash
+from .parameters import ParameterError, check_override, parse_value
+from .provenance import DISTRIBUTION, checkpoint_fingerprint, digest, package_hash
 from .registry import Notebook, Registry, RegistryError, find_notebook, find_registry, load_registry
-from .store import RunSpec, Value
+from .store import RunSpec
 from .sweepfile import WantedRun, read_sweep_file
+from .words import whole_characters
 
 PREDICTORS = "nbsweep.predictors"
 
@@ -37,97 +38,85 @@ def plan_file(path: Path | str, registry: Path | str | None = None) -> Plan:
     """The runs of a sweep file.
 
     Raises:
-        ValueError: the file, a notebook or the registry is not right; the message says what and
-            where.
+        ValueError: the file, a notebook or the registry is not right; says what and where.
     """
-    return _plan(*read_sweep_file(path, _registry(registry)))
+    return _plan(*read_sweep_file(path, _registry(registry, [".ipynb"])))
 
 
-def plan_suite(numbers: Sequence[str] | None = None, registry: Path | str | None = None) -> Plan:
-    """Each of these registered notebooks once, with its own parameters; for None all of them, as
-    ``make run`` does. A path of a notebook is as good as a number.
+def plan_suite(names: Sequence[str] | None = None, registry: Path | str | None = None) -> Plan:
+    """Each of these notebooks once, by numbers or paths, with its own parameters; without names all
+    that are registered, as ``make run`` does.
 
     Raises:
         ValueError: no such notebook, or the registry is not right.
     """
-    if any(number.endswith(".ipynb") for number in numbers or ()):
-        found = [find_notebook(each, Path.cwd(), _registry(registry)) for each in numbers]
-    else:
-        listed = load_registry(registry)
-        found = [
-            Notebook(listed.folder / entry.file, entry, listed) for entry in listed.select(numbers)
-        ]
-    names = [each.entry.number for each in found] if numbers else []
-    wanted = [WantedRun(each, {}, float(each.entry.timeout_seconds)) for each in found]
-    return _plan("-".join(["suite", *names]), wanted)
+    listed = _registry(registry, names or ())
+    wanted = names or [entry.file for entry in listed.notebook]
+    found = {each.path: each for each in (find_notebook(n, Path.cwd(), listed) for n in wanted)}
+    chosen = [found[path] for path in sorted(found)]
+    name = "-".join(["suite", *(each.entry.number for each in chosen if names)])
+    return _plan(name, [WantedRun(each, {}, each.entry.timeout_seconds) for each in chosen])
 
 
-def plan_notebook(name: str, texts: dict[str, str], registry: Path | str | None = None) -> Plan:
+def plan_notebook(
+    name: str, texts: dict[str, str] | Iterable[tuple[str, str]], registry: Path | str | None = None
+) -> Plan:
     """One run of a notebook, named by its number or its path, with parameters as they stand on a
-    command line.
+    command line: names and texts.
 
     Raises:
-        ValueError: no such notebook or parameter, or a value of another type.
+        ValueError: no such notebook or parameter, one given twice, or a value of another type.
     """
-    listed = _registry(registry) if name.endswith(".ipynb") else load_registry(registry)
-    notebook = find_notebook(name, Path.cwd(), listed)
-    parsed = parse_notebook(notebook.path)
-    given = {}
-    for parameter, text in texts.items():
-        check_override(parsed, parameter, parsed.parameters.get(parameter, text))
+    notebook = find_notebook(name, Path.cwd(), _registry(registry, [name]))
+    defaults, given = notebook.parsed.parameters, {}
+    for parameter, text in texts.items() if isinstance(texts, dict) else texts:
+        if parameter in given:
+            raise ValueError(f"-p {parameter} is given twice; give it once")
+        check_override(notebook.parsed, parameter, defaults.get(parameter, text))
         try:
-            given[parameter] = parse_value(text, parsed.parameters[parameter])
-        except ValueError as error:
+            given[parameter] = parse_value(text, defaults[parameter])
+        except ParameterError as error:
             raise ValueError(f"-p {parameter}: {error}") from None
-    wanted = WantedRun(notebook, given, float(notebook.entry.timeout_seconds))
+    wanted = WantedRun(notebook, given, notebook.entry.timeout_seconds)
     return _plan(notebook.path.stem, [wanted])
 
 
-def _registry(given: Path | str | None) -> Registry:
-    """The registry; an empty one where there is none, and notebooks are named by their paths."""
+def _registry(given: Path | str | None, names: Sequence[str]) -> Registry:
+    """The registry; an empty one will do where there is none and notebooks are named by paths."""
     try:
         path = find_registry(given)
     except RegistryError:
-        return Registry()
+        if any(name.endswith(".ipynb") for name in names):
+            return Registry()
+        raise
     return load_registry(path)
 
 
 def _plan(name: str, runs: Sequence[WantedRun]) -> Plan:
     notebooks: dict[str, Notebook] = {}
     for run in runs:
-        other = notebooks.setdefault(run.notebook.path.name, run.notebook)
+        file = run.notebook.path.name
+        if file != whole_characters(file):
+            raise ValueError(f"a notebook is called {file!r}, which is no text; rename it")
+        other = notebooks.setdefault(file, run.notebook)
         if other.path != run.notebook.path:
-            raise ValueError(
-                f"two notebooks are called {other.path.name}; rename one, or give each a sweep"
-            )
-    defaults = cache(lambda path: parse_notebook(path).parameters)
-    source = cache(lambda path: source_hash(path.read_bytes()))
+            raise ValueError(f"two notebooks are called {file}; rename one, or give each a sweep")
     package = cache(package_hash)
-    specs = [
-        run_spec(
-            run,
-            defaults(run.notebook.path),
-            source(run.notebook.path),
-            package(tuple(run.notebook.registry.packages)),
-        )
-        for run in runs
-    ]
+    specs = [run_spec(run, package(tuple(run.notebook.registry.packages))) for run in runs]
     return Plan(name, specs, notebooks)
 
 
-def run_spec(run: WantedRun, defaults: dict[str, Value], source: str, package: str) -> RunSpec:
-    """A run's specification; its ``id`` changes with notebook, parameters, packages and checkpoint.
-
-    Not with the libraries, the machine and its GPUs: the outcome has those.
+def run_spec(run: WantedRun, package: str) -> RunSpec:
+    """A run's specification. Its ``id`` changes with notebook, parameters, packages and checkpoint;
+    not with the libraries, the machine and its GPUs: the outcome has those.
 
     Args:
-        defaults: all parameters of the notebook.
-        source, package: ``source_hash`` of the notebook, ``package_hash`` of its packages.
+        package: ``package_hash`` of the notebook's packages.
     """
-    parameters = defaults | run.parameters
+    parameters = run.notebook.parsed.parameters | run.parameters
     identity = {
         "notebook": run.notebook.path.name,
-        "source": source,
+        "source": run.notebook.source,
         "parameters": parameters,
         "package": package,
         "checkpoint": checkpoint_fingerprint(parameters, run.notebook.path.parent),

@@ -6,13 +6,16 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
+
+from .parameters import ParsedNotebook, parse_notebook
+from .provenance import source_hash
+from .tomlfile import read_toml
 
 REGISTRY_VARIABLE = "NBSWEEP_REGISTRY"
 FILE = "registry.toml"
@@ -33,12 +36,12 @@ class NotebookEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.ipynb$")]
+    file: str
     title: Annotated[str, Field(min_length=1)]
     tier: Literal["core", "extra"]
     hardware: Annotated[str, Field(min_length=1)]
     timeout_seconds: Annotated[int, Field(gt=0)]
-    minutes: Annotated[float, Field(gt=0)]
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
     @property
     def number(self) -> str:
@@ -76,28 +79,6 @@ class Registry(BaseModel):
     environment: dict[str, str] = {}
     folder: Path = Path()
 
-    def select(self, numbers: Sequence[str] | None = None) -> list[NotebookEntry]:
-        """The notebooks with these numbers ("1" and "01" are the same); all when `numbers` is empty
-        or None.
-
-        Raises RegistryError for a number that is not there, naming those that are.
-        """
-        if not numbers:
-            return list(self.notebook)
-        wanted = {number.zfill(2) for number in numbers}
-        unknown = sorted(wanted - {entry.number for entry in self.notebook})
-        if unknown:
-            raise RegistryError(
-                f"no notebook has the number {', '.join(unknown)}; the registry has"
-                f" {self.numbers}. Choose among those, for example NOTEBOOKS=01"
-            )
-        return [entry for entry in self.notebook if entry.number in wanted]
-
-    @property
-    def numbers(self) -> str:
-        """The notebooks' numbers as a text."""
-        return ", ".join(entry.number for entry in self.notebook) or "none"
-
 
 @dataclass(frozen=True)
 class Notebook:
@@ -106,6 +87,16 @@ class Notebook:
     path: Path
     entry: NotebookEntry
     registry: Registry
+
+    @cached_property
+    def parsed(self) -> ParsedNotebook:
+        """Its parameters and code. Raises ParameterError."""
+        return parse_notebook(self.path)
+
+    @cached_property
+    def source(self) -> str:
+        """``source_hash`` of the file. Raises OSError, ValueError."""
+        return source_hash(self.path.read_bytes())
 
 
 def find_registry(given: Path | str | None = None) -> Path:
@@ -130,8 +121,8 @@ def find_notebook(name: str, base: Path, registry: Registry) -> Notebook:
     """A notebook by its number or file name in the registry, or by its path.
 
     Args:
-        name: such as "01", "01_first.ipynb" or "targets/first.ipynb"; what a path's own registry,
-            beside it, says of it counts.
+        name: such as "01", "1", "01_first.ipynb" or "targets/first.ipynb"; what a path's own
+            registry, beside it, says of it counts.
         base: the folder that a path is relative to.
 
     Raises:
@@ -145,20 +136,16 @@ def find_notebook(name: str, base: Path, registry: Registry) -> Notebook:
         own = Registry(folder=path.parent)
         if (path.parent / FILE).is_file():
             own = load_registry(path.parent / FILE)
-        entry = next((entry for entry in own.notebook if entry.file == path.name), None)
-        return Notebook(path, entry or _unregistered(path), own)
+        unregistered = NotebookEntry(
+            file=path.name, title=path.stem, tier="extra", hardware="any", timeout_seconds=300,
+            minutes=1,
+        )  # fmt: skip
+        listed = (entry for entry in own.notebook if entry.file == path.name)
+        return Notebook(path, next(listed, unregistered), own)
     close = difflib.get_close_matches(name, [entry.file for entry in registry.notebook], n=1)
     guess = f"did you mean {close[0]}? The" if close else "the"
-    raise RegistryError(
-        f"no notebook {name!r} is registered; {guess} registry has {registry.numbers}"
-    )
-
-
-def _unregistered(path: Path) -> NotebookEntry:
-    return NotebookEntry.model_construct(
-        file=path.name, title=path.stem, tier="extra", hardware="any", timeout_seconds=300,
-        minutes=1.0,
-    )  # fmt: skip
+    numbers = ", ".join(entry.number for entry in registry.notebook) or "none"
+    raise RegistryError(f"no notebook {name!r} is registered; {guess} registry has {numbers}")
 
 
 def load_registry(path: Path | str | None = None) -> Registry:
@@ -169,45 +156,21 @@ def load_registry(path: Path | str | None = None) -> Registry:
     """
     path = find_registry(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        registry = Registry.model_validate(content | {"folder": path.parent})
-    except FileNotFoundError:
-        raise RegistryError(
-            f"{path} does not exist; expected the list of notebooks. Restore it from the repository"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RegistryError(f"{path} is not valid TOML: {error}. Correct that line") from None
-    except ValidationError as error:
-        raise RegistryError(f"{path}: {_first_problem(error)}") from None
-    _check_against_files(registry, path)
-    return registry
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = ", ".join(NotebookEntry.model_fields)
-        return f"unknown key {where}; a [[notebook]] has {known}. Correct the spelling or remove it"
-    return f"{where}: {problem['msg']} (found {problem['input']!r}). Correct this entry"
-
-
-def _check_against_files(registry: Registry, path: Path) -> None:
+        registry = read_toml(path, Registry, NotebookEntry, "the list of notebooks")
+    except ValueError as error:
+        raise RegistryError(str(error)) from None
     listed = [entry.file for entry in registry.notebook]
     present = {file.name for file in path.parent.glob("*.ipynb")}
-    if unlisted := sorted(present - set(listed)):
-        raise RegistryError(
-            f"{path} does not list {', '.join(unlisted)}; expected every notebook beside it. "
-            "Add a [[notebook]] entry"
-        )
-    if absent := [file for file in listed if file not in present]:
-        raise RegistryError(
-            f"{path} lists {', '.join(absent)}, which does not exist beside it. "
-            "Restore the file or remove the entry"
-        )
     numbers = [entry.number for entry in registry.notebook]
-    if numbers != sorted(set(numbers)):
-        raise RegistryError(
-            f"{path} has the numbers {', '.join(numbers)}; expected each once and ascending. "
-            "Reorder the entries"
-        )
+    if unlisted := sorted(present - set(listed)):
+        problem = f"does not list {', '.join(unlisted)}; expected every notebook beside it. "
+        problem += "Add a [[notebook]] entry"
+    elif absent := [file for file in listed if file not in present]:
+        problem = f"lists {', '.join(absent)}, which does not exist beside it. "
+        problem += "Restore the file or remove the entry"
+    elif numbers != sorted(set(numbers)):
+        problem = f"has the numbers {', '.join(numbers)}; expected each once and ascending. "
+        problem += "Reorder the entries"
+    else:
+        return registry.model_copy(update={"folder": path.parent})
+    raise RegistryError(f"{path} {problem}")

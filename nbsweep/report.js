@@ -187,7 +187,7 @@
   }
 
   function frontier(name, some, x, y, xs, ys) {
-    const wide = Math.max(14, Math.min(44, 600 / xs.length)),
+    const wide = Math.max(14, Math.min(52, 600 / xs.length)),
       high = Math.max(14, Math.min(28, 420 / ys.length));
     const left = 32 + 8.2 * Math.max(...ys.map((value) => text(value).length)),
       bottom = 4 + high * ys.length;
@@ -245,18 +245,14 @@
             (rows[point.row].oom ? `. ${rows[point.row].oom}` : ""),
         );
         draw("rect", { ...box, class: point.kind }, link);
-        const short = rows[point.row].short_gib;
+        const { needs_gib: needs, at_least: bound } = rows[point.row];
         const words =
           point.kind === "other"
             ? "?"
-            : point.kind === "fits"
-              ? ""
-              : short === null
-                ? "×"
-                : short < 0.01
-                  ? "<.01"
-                  : text(Number(short < 0.1 ? short.toFixed(2) : short.toPrecision(2)));
-        if (wide >= 40 || words.length < 2)
+            : needs === null
+              ? { fits: "", short: "×" }[point.kind]
+              : (bound ? "≥" : "") + Number(needs < 1 ? needs.toFixed(2) : needs.toPrecision(3));
+        if (wide >= 48 || words.length < 2)
           draw(
             "text",
             { x: box.x + box.width / 2, y: box.y + box.height / 2 + 5, "text-anchor": "middle" },

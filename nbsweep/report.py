@@ -1,8 +1,7 @@
 """The report of a sweep: ``report.html`` (one self-contained page), ``runs.csv`` and
 ``runs.parquet`` in its folder, and what changed between two sweeps.
 
-Every file is written whole: a reader never sees half of one. Where a run recorded a name twice, the
-last one counts.
+Every file is written whole: a reader never sees half of one.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import secrets
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,11 +20,12 @@ import jinja2
 
 from .compare import by_parameters, compare
 from .provenance import DISTRIBUTION
-from .store import FinishedRun, OutOfMemoryCause, Record, Status, Value, read_sweep, write_whole
-from .tables import csv_bytes, distinct, parquet_bytes, runs_table, status_of
-from .words import is_number, unit_for
+from .store import FinishedRun, Outcome, OutOfMemoryCause, Status, Value, read_sweep, write_whole
+from .tables import Column, csv_bytes, distinct, parquet_bytes, runs_columns, runs_table, status_of
+from .words import is_number, shortened, unit_for
 
 STATUSES = (*get_args(Status), "unfinished")
+LONGEST_CELL = 1_000
 NO_PARQUET = (
     "runs.parquet was not written: pyarrow is not installed. Run `pip install pyarrow`, then report"
     " again."
@@ -56,10 +57,15 @@ def write_report(directory: Path | str) -> Path:
     parquet = parquet_bytes(table)
     if parquet is None:
         (directory / "runs.parquet").unlink(missing_ok=True)  # of an earlier report, no longer true
-        print(NO_PARQUET)
+        print(NO_PARQUET, file=sys.stderr)
     else:
         write_whole(directory / "runs.parquet", parquet)
+    for problem in filter(None, (run.problem for run in runs)):
+        print(f"{problem}. The report counts it as unfinished; sweep again.", file=sys.stderr)
     counts = Counter(status_of(run) for run in runs)
+    outcomes = [run.outcome for run in runs if run.outcome]
+    given = distinct(name for run in runs for name in run.spec.given)
+    failures = _failures(runs, given)
     return _write_page(
         directory / "report.html",
         kind="sweep",
@@ -68,13 +74,13 @@ def write_report(directory: Path | str) -> Path:
         sweep=sweep,
         runs=runs,
         counts={status: counts[status] for status in STATUSES},
-        seconds=sum(run.outcome.seconds for run in runs if run.outcome),
-        platforms=Counter(
-            run.outcome.platform for run in runs if run.outcome and run.outcome.platform
-        ),
-        versions=_versions(runs),
+        seconds=sum(outcome.seconds for outcome in outcomes),
+        platforms=Counter(outcome.platform for outcome in outcomes if outcome.platform),
+        versions=_versions(runs, outcomes),
         no_parquet=NO_PARQUET if parquet is None else None,
-        **_report_table(runs, directory),
+        failures=failures,
+        frontier=_has_frontier(runs, given),
+        **_table(_page_columns(runs, given, failures), [_facts(run, directory) for run in runs]),
     )
 
 
@@ -94,16 +100,15 @@ def write_comparison(
     names = ["what", "notebook", *given, "scalar", "unit", "before", "after", "change"]
     rows = []
     for change in changes:
-        cells = [change.kind, change.notebook, *(change.parameters.get(name) for name in given)]
         unit, size = unit_for(change.unit, [change.before, change.after])
-        cells += [change.name or None, unit or None]
-        cells += [_scaled(change.before, size), _scaled(change.after, size)]
-        cells.append(None if change.relative is None else 100 * change.relative)
-        labels = {len(cells) - 3: change.before_label, len(cells) - 2: change.after_label}
-        rows.append(
-            {"cells": cells, "labels": {index: label for index, label in labels.items() if label}}
-        )
-    columns = [(name, "run", "%" if name == "change" else "") for name in names]
+        row = [change.kind, change.notebook, *map(change.parameters.get, given)]
+        row += [change.name or None, unit or None]
+        row += [_scaled(change.before, size), _scaled(change.after, size)]
+        rows.append([*row, None if change.relative is None else 100 * change.relative])
+    columns = [Column(name, "run", [row[i] for row in rows]) for i, name in enumerate(names)]
+    columns[-3].labels = [change.before_label for change in changes]
+    columns[-2].labels = [change.after_label for change in changes]
+    columns[-1].unit = "%"
     changed = len({(change.notebook, json.dumps(change.parameters)) for change in changes})
     return _write_page(
         Path(path),
@@ -113,96 +118,89 @@ def write_comparison(
         sweeps=[(sweep_a, len(runs_a)), (sweep_b, len(runs_b))],
         matched=len(matched),
         tolerance=tolerance,
-        **_table(columns, rows),
+        **_table(columns, [{} for _ in changes]),
     )
 
 
-_Columns = list[tuple[str, str, str]]  # name, group, unit
+def _page_columns(
+    runs: Sequence[FinishedRun], given: Sequence[str], failures: list[dict]
+) -> list[Column]:
+    """What the page shows of ``runs_columns``, and which failure a run belongs to."""
+    columns = {(column.name, column.group): column for column in runs_columns(runs)}
+    failure = {index: each["tag"] for each in failures for index in each["runs"]}
+    seconds = columns["seconds", "clock"]
+    seconds.labels = ["measured, wall clock" if run.outcome else None for run in runs]
+    columns["id", "run"].name = "run"
+    return [
+        *(columns[name, "run"] for name in ("id", "notebook", "status")),
+        Column("failure", "run", [failure.get(index) for index in range(len(runs))]),
+        seconds,
+        *(columns[name, "parameter"] for name in given),
+        *(column for column in columns.values() if column.group == "scalar"),
+        columns["error", "run"],
+    ]
 
 
-def _report_table(runs: Sequence[FinishedRun], directory: Path) -> dict[str, Any]:
-    """The page's table and pictures: columns, rows, failures, and whether there is an OOM frontier
-    to draw."""
-    given = distinct(name for run in runs for name in run.spec.given)
-    recorded = [{(record.name, record.unit): record for record in run.records} for run in runs]
-    units = {
-        key: unit_for(key[1], [records[key].value for records in recorded if key in records])
-        for key in distinct(chain(*recorded))
+def _facts(run: FinishedRun, directory: Path) -> dict[str, Any]:
+    """What the page knows of a run beside its cells.
+
+    What it needs of a card is the most that it recorded under names that begin with "needs";
+    without one, its out-of-memory error gives a lower bound.
+    """
+    cause = run.outcome and run.outcome.oom
+    known = [
+        each for each in run.records if each.name.startswith("needs") and is_number(each.value)
+    ]
+    recorded = max((each.value for each in known if each.unit == "bytes"), default=0)
+    bound = (cause and cause.needs_bytes) or 0
+    return {
+        "oom": cause and _short(cause, recorded),
+        "needs_gib": max(recorded, bound) / 2**30 or None,
+        "at_least": recorded < bound,
+        "executed": (directory / run.spec.id / "executed.html").is_file(),
     }
-    failures = _failures(runs, given)
-    failure_of = {index: failure["tag"] for failure in failures for index in failure["runs"]}
-    rows = []
-    for index, (run, records) in enumerate(zip(runs, recorded, strict=True)):
-        row = _row(run, failure_of.get(index), given, records, units)
-        row["executed"] = (directory / run.spec.id / "executed.html").is_file()
-        rows.append(row)
-    table = _table(_columns(given, units), rows)
-    return {**table, "failures": failures, "frontier": _has_frontier(runs, given)}
-
-
-def _columns(given: Sequence[str], units: dict[tuple[str, str], tuple[str, int]]) -> _Columns:
-    columns = [(name, "run", "") for name in ("run", "notebook", "status", "failure")]
-    columns += [("seconds", "clock", ""), *((name, "parameter", "") for name in given)]
-    columns += [(name, "scalar", unit) for (name, _), (unit, _) in units.items()]
-    return [*columns, ("error", "run", "")]
-
-
-def _row(
-    run: FinishedRun,
-    failure: str | None,
-    given: Sequence[str],
-    records: dict[tuple[str, str], Record],
-    units: dict[tuple[str, str], tuple[str, int]],
-) -> dict[str, Any]:
-    """A run's cells, in the order of ``_columns``, and the labels of those that have one."""
-    outcome, cause = run.outcome, run.outcome and run.outcome.oom
-    cells = [run.spec.id, run.spec.notebook, status_of(run), failure]
-    labels = {len(cells): "measured, wall clock"} if outcome else {}
-    cells += [outcome and outcome.seconds, *(run.spec.parameters.get(name) for name in given)]
-    for key, (_, size) in units.items():
-        if key in records:
-            labels[len(cells)] = records[key].label
-        cells.append(_scaled(records[key].value, size) if key in records else None)
-    cells.append(outcome and outcome.error)
-    short_gib = cause and cause.short_bytes and cause.short_bytes / 2**30
-    oom = cause and _short(cause)
-    return {"cells": cells, "labels": labels, "oom": oom, "short_gib": short_gib}
 
 
 def _has_frontier(runs: Sequence[FinishedRun], given: Sequence[str]) -> bool:
     """Whether some runs fit and some do not, along a number and another parameter."""
-    values = {name: [run.spec.parameters.get(name) for run in runs] for name in given}
-    numbers = [name for name in given if len(set(filter(is_number, values[name]))) > 1]
-    varied = [
-        name
-        for name in given
-        if len({json.dumps(value) for value in values[name] if value is not None}) > 1
-    ]
+    values = [[run.spec.parameters.get(name) for run in runs] for name in given]
+    numbers = [each for each in values if len(set(filter(is_number, each))) > 1]
+    varied = [each for each in values if len({json.dumps(one) for one in each} - {"null"}) > 1]
     both = {"done", "oom"} <= {status_of(run) for run in runs}
     return both and bool(numbers) and len(varied) > 1
 
 
-def _table(columns: _Columns, rows: list[dict]) -> dict[str, list]:
-    """Columns (name, group, unit) as the page wants them, and the cells of rows as JSON takes them.
+def _table(columns: Sequence[Column], facts: list[dict]) -> dict[str, list]:
+    """Columns as the page wants them, and rows of cells as JSON takes them, with what else is known
+    of each.
 
     A column is hidden where it says nothing, and has a label where all its cells have the same.
     """
-    found = []
-    for index, (name, group, unit) in enumerate(columns):
-        for row in rows:
-            value = row["cells"][index]
-            if isinstance(value, list) or (isinstance(value, float) and not math.isfinite(value)):
-                row["cells"][index] = json.dumps(value)
-        values = [row["cells"][index] for row in rows if row["cells"][index] is not None]
-        labels = {row["labels"][index] for row in rows if index in row["labels"]}
-        column = {"index": index, "name": name, "group": group, "unit": unit}
-        column["numeric"] = bool(values) and all(map(is_number, values))
-        column["label"] = labels.pop() if len(labels) == 1 else None
-        column["hidden"] = not values or (
-            name == "notebook" and group == "run" and len(set(values)) == 1
-        )
-        found.append(column)
-    return {"columns": found, "rows": rows}
+    described, rows = [], [{"cells": [], "labels": {}} | each for each in facts]
+    for index, column in enumerate(columns):
+        unit, size = unit_for(column.unit, column.values)
+        for row, value, label in zip_longest(rows, column.values, column.labels):
+            row["cells"].append(_plain(_scaled(value, size)))
+            row["labels"] |= {index: label} if label else {}
+        found = distinct(row["cells"][index] for row in rows if row["cells"][index] is not None)
+        labels = set(filter(None, column.labels))
+        about = {"index": index, "name": column.name, "group": column.group, "unit": unit}
+        about["numeric"] = bool(found) and all(map(is_number, found))
+        about["label"] = labels.pop() if len(labels) == 1 else None
+        alone = (column.name, column.group) == ("notebook", "run") and len(found) == 1
+        described.append(about | {"hidden": not found or alone})
+    return {"columns": described, "rows": rows}
+
+
+def _plain(value: Value | None) -> Value | None:
+    """A value that JSON has a word for, a long text without its middle."""
+    if isinstance(value, list) or (isinstance(value, float) and not math.isfinite(value)):
+        value = json.dumps(value)
+    return _brief(value) if isinstance(value, str) else value
+
+
+def _brief(text: str) -> str:
+    return shortened(text, LONGEST_CELL, "runs.csv")
 
 
 def _failures(runs: Sequence[FinishedRun], given: Sequence[str]) -> list[dict[str, Any]]:
@@ -215,33 +213,25 @@ def _failures(runs: Sequence[FinishedRun], given: Sequence[str]) -> list[dict[st
             groups.setdefault(cause, []).append(index)
     failures = []
     for cause, members in sorted(groups.items(), key=lambda group: -len(group[1])):
-        shared = {}
-        for name in filter(runs[members[0]].spec.parameters.__contains__, given):
+        first, shared = runs[members[0]], {}
+        for name in filter(first.spec.parameters.__contains__, given):
             values = [json.dumps(run.spec.parameters.get(name)) for run in runs]
             if len({values[index] for index in members}) == 1 < len(set(values)):
-                shared[name] = runs[members[0]].spec.parameters[name]
-        failures.append(
-            {
-                "tag": f"F{len(failures) + 1}",
-                "signature": cause,
-                "runs": members,
-                "statuses": distinct(status_of(runs[index]) for index in members),
-                "example": runs[members[0]].outcome,
-                "shared": shared,
-            }
-        )
+                shared[name] = first.spec.parameters[name]
+        failure = {"tag": f"F{len(failures) + 1}", "signature": cause, "runs": members}
+        failure["statuses"] = distinct(status_of(runs[index]) for index in members)
+        failures.append(failure | {"example": first.outcome, "shared": shared})
     return failures
 
 
-def _versions(runs: Sequence[FinishedRun]) -> dict[str, Counter]:
+def _versions(runs: Sequence[FinishedRun], outcomes: list[Outcome]) -> dict[str, Counter]:
     """Package → version → in how many runs, the notebooks' own first, by number and hash; then
     commit and GPUs."""
     found = {DISTRIBUTION: Counter(f"{run.spec.version} ({run.spec.package[:12]})" for run in runs)}
-    for run in runs:
-        for name, version in (run.outcome.versions if run.outcome else {}).items():
+    for outcome in outcomes:
+        for name, version in outcome.versions.items():
             if name.replace("_", "-") != DISTRIBUTION:
                 found.setdefault(name, Counter())[version] += 1
-    outcomes = [run.outcome for run in runs if run.outcome]
     found["commit"] = Counter(outcome.commit or "unknown" for outcome in outcomes)
     found["GPUs"] = Counter(_gpus(outcome.cards) for outcome in outcomes)
     return found
@@ -255,16 +245,19 @@ def _scaled(value: Value | None, size: int) -> Value | None:
     return value / size if size > 1 and is_number(value) else value
 
 
-def _short(cause: OutOfMemoryCause) -> str:
+def _short(cause: OutOfMemoryCause, recorded: float) -> str:
     """Where a run ran out of memory, as words."""
-    unit, size = unit_for("bytes", [cause.short_bytes])
-    missing = (
-        "unknown bytes"
-        if cause.short_bytes is None
-        else f"{_show(_scaled(cause.short_bytes, size))} {unit}"
-    )
+
+    def size(number: int | None) -> str:
+        unit, size = unit_for("bytes", [number])
+        return "unknown bytes" if number is None else f"{_show(_scaled(number, size))} {unit}"
+
     device = "unknown device" if cause.device is None else f"GPU {cause.device}"
-    return f"{device}, {cause.phase or 'unknown phase'}: {missing} short"
+    needs = ""
+    if recorded or cause.needs_bytes:
+        at_least = recorded < (cause.needs_bytes or 0)
+        needs = f"needs {'at least ' * at_least}{size(max(recorded, cause.needs_bytes or 0))}, "
+    return f"{device}, {cause.phase or 'unknown phase'}: {needs}{size(cause.short_bytes)} short"
 
 
 def _show(value: Any) -> str:
@@ -273,14 +266,16 @@ def _show(value: Any) -> str:
         return "–"
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return _brief(text)
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-_TEMPLATES.filters |= {"show": _show, "counted": _count, "gpus": _gpus}
+_TEMPLATES.filters |= {"show": _show, "brief": lambda value: _brief(str(value))}
+_TEMPLATES.filters |= {"counted": _count, "gpus": _gpus}
 
 
 def _write_page(path: Path, **content) -> Path:

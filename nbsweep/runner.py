@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import queue
+import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
-from .execute import Ended, Job, Link, SourceChanged, execute
+from .execute import Ended, Job, SourceChanged, execute
 from .kernel import end_leftovers
 from .plan import Plan
 from .provenance import checkpoint_fingerprint, source_hash
@@ -42,7 +43,7 @@ from .store import (
 
 # These are results; the others ended for reasons that may be gone the next time.
 FINISHED: tuple[Status, ...] = ("done", "oom", "failed", "timeout")
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 AGAIN = "run the same command again; what has ended is kept"
 
 
@@ -70,10 +71,6 @@ class Progress:
             self.notes.append(text)
 
 
-class RunKilled(RuntimeError):
-    """What did a run has died of it, or with it, too often."""
-
-
 class Threads:
     """Where runs are done: on threads of this process, each with a kernel of its own.
 
@@ -84,7 +81,7 @@ class Threads:
     def __init__(self, workers: int):
         self._workers = workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="run")
-        self._links: list[Link] = []
+        self._stopped = threading.Event()
         self.tell: Callable[[str, int, int], None] = lambda run, cell, cells: None
 
     def has_room(self, spec: RunSpec, running: Sequence[RunSpec]) -> bool:
@@ -93,13 +90,12 @@ class Threads:
 
     def submit(self, job: Job) -> Any:
         """Begin a run; returns its future, of ``concurrent.futures`` or of Dask."""
-        link = Link(functools.partial(self.tell, job.spec.id))
-        self._links.append(link)
-        return self._pool.submit(execute, job, link)
+        at_cell = functools.partial(self.tell, job.spec.id)
+        return self._pool.submit(execute, job, at_cell, lambda: not self._stopped.is_set())
 
     def ended(self, future: Any) -> Ended | None:
         """What a future that is done has brought, None if it is to be done again; raises what
-        ``execute`` raises, or RunKilled."""
+        ``execute`` raises."""
         return future.result()
 
     def hopeless(self, specs: Iterable[RunSpec], progress: Progress) -> dict[str, str]:
@@ -108,9 +104,7 @@ class Threads:
 
     def stop(self, futures: Iterable[Any]) -> None:
         """End these runs and all others; there will be no more."""
-        # Not the futures alone: an interrupt may come before the sweep has noted the newest.
-        for link in self._links:
-            link.wanted = False
+        self._stopped.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -177,13 +171,18 @@ def run_sweep(
         workers: how many at a time, on threads of this process.
         executor: where runs are done instead.
         force, retry: as for ``carry_out``.
-        show: called whenever something has changed, and a few times a second.
+        show: called a few times a second.
 
     Raises:
-        SweepError: another process is at this sweep, its files cannot be written, or a machine
-            cannot do runs.
+        SweepError: another process is at this sweep, its files cannot be written, a machine cannot
+            do runs, or this is Windows.
         KeyboardInterrupt: what was running has no outcome and is done the next time.
     """
+    if sys.platform == "win32":
+        raise SweepError(
+            "nbsweep runs notebooks on Linux and macOS alone; on Windows run it in WSL. Reports of"
+            " sweeps are written here, too."
+        )
     with only_process(directory):
         prepare(directory, plan.name, plan.specs)
         # Of a sweep that was killed: its processes, and what it had begun to write.
@@ -191,7 +190,8 @@ def run_sweep(
             end_leftovers(scratch)
         for partial in directory.rglob("*.partial"):
             partial.unlink(missing_ok=True)
-        _Sweep(plan, directory, workers, executor, force, retry, show).run()
+        kept = set() if force else set(FINISHED) - ({"failed", "timeout"} if retry else set())
+        _Sweep(plan, directory, workers, executor, kept).run(show)
     return read_sweep(directory)[1]
 
 
@@ -202,9 +202,8 @@ def threads_each(workers: int) -> int:
     Threads of PyTorch that wait for each other on a core too few take minutes for what takes
     seconds.
     """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, cores // workers)
 
 
@@ -217,45 +216,55 @@ def exit_code(runs: Iterable[FinishedRun]) -> int:
     return 3 if "oom" in statuses else 0
 
 
+def ended_without(status: Status, error: str, signature: str, seconds: float = 0.0) -> Ended:
+    """How a run ended of which only the sweep can tell."""
+    outcome = Outcome(status=status, started=now(), seconds=round(seconds, 3), error=error)
+    return outcome.model_copy(update={"signature": signature}), {}
+
+
 class _Sweep:
     """The one loop over the runs of a sweep, wherever they are done."""
 
-    def __init__(self, plan, directory, workers, executor, force, retry, show):
-        self.plan, self.directory, self.show = plan, directory, show
+    def __init__(
+        self,
+        plan: Plan,
+        directory: Path,
+        workers: int,
+        executor: Threads | None,
+        kept: Container[Status],
+    ):
+        self.plan, self.directory = plan, directory
         runs = read_sweep(directory)[1]
-        self.progress = Progress(len(runs))
-        self.waiting: list[RunSpec] = []
-        repeated = {"failed", "timeout"} if retry else set()
-        for run in runs:
-            # An outcome stays until its run begins.
-            if run.status in FINISHED and run.status not in repeated and not force:
-                self.progress.outcomes[run.spec.id] = run.outcome
-            else:
-                self.waiting.append(run.spec)
-        self.waiting.sort(key=lambda spec: -plan.notebooks[spec.notebook].entry.minutes)
+        problems = [f"{run.problem}. It is done again." for run in runs if run.problem]
+        # An outcome stays until its run begins.
+        self.progress = Progress(
+            len(runs),
+            {run.spec.id: run.outcome for run in runs if run.status in kept},
+            notes=problems,
+        )
+        waiting = [run.spec for run in runs if run.status not in kept]
+        minutes = {name: each.entry.minutes for name, each in plan.notebooks.items()}
+        self.waiting = sorted(waiting, key=lambda spec: -minutes[spec.notebook])
         self.local = executor is None
-        workers = max(1, min(workers, len(self.waiting)))
+        workers = max(1, min(workers, len(waiting)))
         self.threads = threads_each(workers) if self.local else 1
         self.executor = executor or Threads(workers)
         self.executor.tell = self._at_cell
-        self.futures: dict[Any, tuple[RunSpec, float]] = {}
-        self.woken: queue.SimpleQueue = queue.SimpleQueue()
+        self.futures: dict[Any, RunSpec] = {}
 
-    def run(self):
-        self.show(self.progress)
+    def run(self, show: Callable[[Progress], None]):
+        show(self.progress)
         try:
             while self.waiting or self.futures:
                 for spec in list(self.waiting):
-                    running = [other for other, _ in self.futures.values()]
-                    if self.executor.has_room(spec, running):
+                    if self.executor.has_room(spec, list(self.futures.values())):
                         self.waiting.remove(spec)
                         self._begin(spec)
-                with contextlib.suppress(queue.Empty):
-                    self.woken.get(timeout=POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
                 for future in [future for future in self.futures if future.done()]:
                     self._collect(future)
                 self._give_up()
-                self.show(self.progress)
+                show(self.progress)
         finally:
             self.executor.stop(self.futures)
 
@@ -266,7 +275,7 @@ class _Sweep:
     def _begin(self, spec: RunSpec):
         notebook, folder = self.plan.notebooks[spec.notebook], self.directory / spec.id
         (folder / OUTCOME).unlink(missing_ok=True)
-        if not (content := self._unchanged(spec)):
+        if (content := self._unchanged(spec)) is None:
             return
         self.progress.running[spec.id] = (0, 0)
         job = Job(
@@ -278,75 +287,60 @@ class _Sweep:
             notebook.registry,
             (notebook.path.parents[1], self.directory.parent),
         )
-        future = self.executor.submit(job)
-        self.futures[future] = (spec, time.monotonic())
-        future.add_done_callback(lambda done: self.woken.put(None))
+        self.futures[self.executor.submit(job)] = spec
 
     def _unchanged(self, spec: RunSpec) -> bytes | None:
         """The notebook, if it and its checkpoint are what the run is named by."""
         path = self.plan.notebooks[spec.notebook].path
-        try:
+        # It may have been removed, or be half written.
+        with contextlib.suppress(OSError, ValueError):
             content = path.read_bytes()
-            same = (source_hash(content), checkpoint_fingerprint(spec.parameters, path.parent)) == (
-                spec.source,
-                spec.checkpoint,
-            )
-        except (OSError, ValueError):  # removed, or half written
-            same = False
-        if same:
-            return content
-        self._not_run(f"{path.name} or its checkpoint was changed while the sweep ran")
+            checkpoint = checkpoint_fingerprint(spec.parameters, path.parent)
+            if (source_hash(content), checkpoint) == (spec.source, spec.checkpoint):
+                return content
+        self._not_kept(f"{path.name} or its checkpoint was changed while the sweep ran")
         return None
 
-    def _not_run(self, why: str):
+    def _not_kept(self, why: str):
         self.progress.note(f"{why}; the runs concerned are not kept. Run the same command again.")
 
     def _collect(self, future):
         """Keep the result of a run that has ended."""
-        spec, began = self.futures.pop(future)
+        spec = self.futures.pop(future)
         self.progress.running.pop(spec.id, None)
         try:
             ended = self.executor.ended(future)
         except SourceChanged as error:
-            self._not_run(str(error))
-        except RunKilled as error:
-            seconds = round(time.monotonic() - began, 3)
-            self._end(spec, "killed", str(error), "workers died", seconds)
+            self._not_kept(str(error))
         except OSError as error:
-            raise SweepError(
-                f"run {spec.id} ({spec.notebook}) could not be done: {error}. See to that and"
-                f" {AGAIN}."
-            ) from None
+            what = f"run {spec.id} ({spec.notebook}) could not be done"
+            raise _cannot_go_on(what, error) from None
         else:
             if ended is None:
                 self.waiting.append(spec)
-            elif self._unchanged(spec):
-                self._keep(spec, ended.outcome, ended.files)
+            elif self._unchanged(spec) is not None:
+                self._keep(spec, ended)
 
     def _give_up(self):
-        specs = [*self.waiting, *(spec for spec, _ in self.futures.values())]
-        for identity, why in self.executor.hopeless(specs, self.progress).items():
-            self.waiting = [each for each in self.waiting if each.id != identity]
-            for future in [each for each in self.futures if self.futures[each][0].id == identity]:
+        specs = {spec.id: spec for spec in (*self.waiting, *self.futures.values())}
+        for identity, why in self.executor.hopeless(specs.values(), self.progress).items():
+            spec = specs[identity]
+            for future in [each for each in self.futures if self.futures[each] is spec]:
                 self.executor.stop([future])
                 del self.futures[future]
+            self.waiting = [each for each in self.waiting if each is not spec]
             self.progress.running.pop(identity, None)
-            (spec,) = (each for each in specs if each.id == identity)
-            self._end(spec, "not run", why, "no worker that can", 0.0)
+            self._keep(spec, ended_without("not run", why, "no worker that can"))
 
-    def _end(self, spec: RunSpec, status: Status, error: str, signature: str, seconds: float):
-        """Keep how a run ended of which only the sweep can tell."""
-        outcome = Outcome(
-            status=status, started=now(), seconds=seconds, error=error, signature=signature
-        )
-        self._keep(spec, outcome, {})
-
-    def _keep(self, spec: RunSpec, outcome: Outcome, files: dict[str, bytes]):
+    def _keep(self, spec: RunSpec, ended: Ended):
+        outcome, files = ended
         try:
             keep(self.directory / spec.id, outcome, files)
         except OSError as error:
-            raise SweepError(
-                f"the outcome of run {spec.id} ({spec.notebook}) could not be written: {error}. See"
-                f" to that and {AGAIN}."
-            ) from None
+            what = f"the outcome of run {spec.id} ({spec.notebook}) could not be written"
+            raise _cannot_go_on(what, error) from None
         self.progress.outcomes[spec.id] = outcome
+
+
+def _cannot_go_on(what: str, error: OSError) -> SweepError:
+    return SweepError(f"{what}: {error}. See to that and {AGAIN}.")

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
+import functools
 import os
-import time
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from filelock import FileLock, Timeout
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from .words import shortened
 
 Scalar = bool | int | float | str
 Value = Scalar | list[int] | list[float] | list[str]
@@ -28,6 +31,11 @@ OUTCOME = "outcome.json"
 RECORDS = "records.jsonl"
 # What a run leaves in its folder, beside its outcome.
 RESULT_FILES = ("executed.ipynb", "executed.html", RECORDS, "executed.kernel.log")
+
+
+def _at_most(characters: int) -> AfterValidator:
+    """A message of megabytes would be in the report several times."""
+    return AfterValidator(functools.partial(shortened, most=characters, where="executed.ipynb"))
 
 
 class SweepError(RuntimeError):
@@ -60,17 +68,25 @@ class RunSpec(BaseModel):
     package: str
     version: str
     checkpoint: str
-    timeout_seconds: float
+    timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class OutOfMemoryCause(BaseModel):
-    """Where a run ran out of memory; None for what its message did not say."""
+    """Where a run ran out of memory; None for what its message did not say.
+
+    Attributes:
+        device: index of the card.
+        phase: name of the stage.
+        short_bytes: how much more memory the request needed.
+        needs_bytes: what the program held of the card, and the request: it needs at least so much.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     device: int | None = None
     phase: str | None = None
     short_bytes: int | None = None
+    needs_bytes: int | None = None
 
 
 class Outcome(BaseModel):
@@ -82,7 +98,7 @@ class Outcome(BaseModel):
             ``error``.
         started: local time with zone, ISO 8601.
         cells, failed_cell: code cells of the notebook, and the one that failed, counted from 1.
-        error: one line.
+        error: one line; a very long one without its middle, as the traceback.
         signature: the same for errors of the same cause: type and message without numbers and
             addresses.
         traceback: of the error, without private paths.
@@ -97,12 +113,12 @@ class Outcome(BaseModel):
 
     status: Status
     started: str
-    seconds: float
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     cells: int = 0
     failed_cell: int | None = None
-    error: str | None = None
-    signature: str | None = None
-    traceback: str | None = None
+    error: Annotated[str, _at_most(2_000)] | None = None
+    signature: Annotated[str, _at_most(2_000)] | None = None
+    traceback: Annotated[str, _at_most(20_000)] | None = None
     oom: OutOfMemoryCause | None = None
     versions: dict[str, str] = {}
     platform: str = ""
@@ -135,11 +151,12 @@ class Sweep(BaseModel):
 
 class FinishedRun(BaseModel):
     """A run's folder as it was read: ``outcome`` is None for one that has not ended, or whose files
-    cannot be read, so that it is done again."""
+    cannot be read, which ``problem`` says then, so that it is done again."""
 
     spec: RunSpec
     outcome: Outcome | None
     records: list[Record]
+    problem: str | None = None
 
     @property
     def status(self) -> Status:
@@ -174,26 +191,42 @@ def read_sweep(directory: Path | str) -> tuple[Sweep, list[FinishedRun]]:
 
 
 def _read_run(folder: Path, spec: RunSpec) -> FinishedRun:
+    problem = None
     try:
-        outcome = Outcome.model_validate_json((folder / OUTCOME).read_bytes())
-        records = read_records(folder / RECORDS)
-    except (OSError, ValueError):  # no outcome yet, or files that something has damaged
-        return FinishedRun(spec=spec, outcome=None, records=[])
-    return FinishedRun(spec=spec, outcome=outcome, records=records)
+        content = (folder / OUTCOME).read_bytes()
+        outcome = Outcome.model_validate_json(content)
+        return FinishedRun(spec=spec, outcome=outcome, records=read_records(folder / RECORDS))
+    except FileNotFoundError:  # no outcome yet
+        pass
+    except ValidationError as error:
+        problem = f"run {spec.id}: {OUTCOME} cannot be read ({error.errors()[0]['msg']})"
+    except (OSError, ValueError) as error:
+        problem = f"run {spec.id}: {error}"
+    return FinishedRun(spec=spec, outcome=None, records=[], problem=problem)
 
 
 def read_records(path: Path) -> list[Record]:
-    """The scalars a run recorded; none if there is no file. A last line that was cut off is left
-    out.
+    """The scalars a run recorded; none if there is no file.
 
     Raises:
         ValueError: a line is no record.
     """
-    if not path.is_file():
-        return []
+    return parse_records(path.read_bytes()) if path.is_file() else []
+
+
+def parse_records(content: bytes) -> list[Record]:
+    """The scalars of a file of records. Raises ValueError, as ``read_records``."""
+    records = []
     # Lines end with this alone: a text may hold other characters at which Python breaks lines.
-    *whole, _ = path.read_bytes().split(b"\n")
-    return [Record.model_validate_json(line) for line in whole]
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), start=1):
+        try:
+            records += [Record.model_validate_json(line)] if content else []
+        except ValidationError:
+            raise ValueError(
+                f"line {number} of {RECORDS} is no record, but {reprlib.repr(line)}; let `record`"
+                " alone write there"
+            ) from None
+    return records
 
 
 def prepare(directory: Path, name: str, specs: Sequence[RunSpec]):
@@ -257,29 +290,19 @@ def only_process(directory: Path, wait_seconds: float = 3.0) -> Iterator[None]:
     """Be the only one at a sweep: nothing in its folder changes before that is sure.
 
     Raises:
-        SweepError: another process is at it still after ``wait_seconds``, or the folder cannot be
-            written.
+        SweepError: another process is at it still after ``wait_seconds``, as one that has been
+            killed may be for a moment; or the folder cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # Not the library filelock: it empties the file, and so changes it, before it has the lock.
-        file = (directory / "lock").open("a")
+        lock = FileLock(directory / "lock", timeout=wait_seconds).acquire()
+    except Timeout:
+        raise SweepError(
+            f"another process is running {directory}. Wait for it, or choose another --output."
+        ) from None
     except OSError as error:
         raise _not_writable(directory, error) from None
-    with file:
-        # One that has just been killed may still be on its way out.
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise SweepError(
-                        f"another process is running {directory}. Wait for it, or choose another"
-                        " --output."
-                    ) from None
-                time.sleep(0.1)
+    with lock:
         yield
 
 

@@ -3,38 +3,22 @@ anything runs."""
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
-import reprlib
-import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from .parameters import ParameterError, ParsedNotebook, check_override, parse_notebook
+from .parameters import ParameterError, ParsedNotebook, check_override
 from .registry import Notebook, Registry, RegistryError, find_notebook
 from .store import Value
+from .tomlfile import read_toml
 
 MOST_RUNS = 10_000
-
-_EXPECTED = {
-    "dict_type": "a table of names",
-    "finite_number": "a positive number",
-    "float_type": "a positive number",
-    "greater_than": "a positive number",
-    "list_type": "a list such as [first, second]",
-    "literal_error": "core or extra",
-    "model_type": 'a table such as [[runs]] with notebook = "01"',
-    "string_pattern_mismatch": "only a-z, 0-9, _ and -",
-    "string_too_short": "some text",
-    "string_type": "text",
-    "too_short": "at least one element",
-}
 
 
 class SweepFileError(ValueError):
@@ -94,86 +78,70 @@ def read_sweep_file(path: Path | str, registry: Registry) -> tuple[str, list[Wan
         SweepFileError: whatever is wrong with the file, two runs that are the same included.
     """
     path = Path(path)
+    if path.suffix in (".yaml", ".yml"):
+        raise SweepFileError(
+            f"{path}: sweep files are TOML now, not YAML; write it as .toml, with [[runs]] and"
+            ' below it notebook = "01", grid.count = [1, 2], set.card = "L4"'
+        )
     try:
-        file = _File.model_validate({"name": path.stem} | _load(path))
-        chosen = list(_entries(file, path.resolve().parent, registry))
-        if not chosen:
+        file = read_toml(path, _File, _Run, "a sweep file", name=path.stem)
+    except ValueError as error:
+        raise SweepFileError(str(error)) from None
+    try:
+        entries = list(_entries(file, path.resolve().parent, registry))
+        if not entries:
             filters = " and ".join(
                 f"{key} {value}" for key in ("tier", "hardware") if (value := getattr(file, key))
             )
             raise SweepFileError(
                 f"{filters}: no notebook of the runs is left; change the filter or remove it"
             )
-        count = sum(math.prod(map(len, blocks)) for *_, blocks in chosen)
+        count = sum(math.prod(map(len, blocks)) for *_, blocks in entries)
         if count > MOST_RUNS:
             raise SweepFileError(
                 f"runs: {count:,} runs are planned; expected at most {MOST_RUNS:,}; shorten a list"
             )
-        return file.name, _expand(chosen)
-    except ValidationError as error:
-        raise SweepFileError(f"{path}: {_first_problem(error)}") from None
-    except OSError as error:
-        raise SweepFileError(
-            f"{path}: cannot be read ({error.strerror}); expected a sweep file in TOML"
-        ) from None
-    except UnicodeDecodeError:
-        raise SweepFileError(f"{path}: not text in UTF-8; save it as that") from None
-    except RecursionError:
-        raise SweepFileError(f"{path}: nested too deeply; expected a few levels") from None
+        return file.name, _expand(entries)
     except (SweepFileError, ParameterError, RegistryError) as error:
         raise SweepFileError(f"{path}: {error}") from None
 
 
-def _load(path: Path) -> dict[str, Any]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix in (".yaml", ".yml"):
-        raise SweepFileError(
-            "sweep files are TOML now, not YAML; write it as .toml, with [[runs]] and below it"
-            ' notebook = "01", grid.count = [1, 2], set.card = "L4"'
-        )
-    try:
-        return tomllib.loads(text)
-    except ValueError as error:  # a number of thousands of digits, beside TOML's own
-        raise SweepFileError(f"not valid TOML: {error}; correct that line") from None
-
-
-# An entry of the file, checked: its place, such as runs[0], the notebook as it was found and as it
-# was parsed, its time limit, and what varies independently: a run takes one set of each block.
-_Block = tuple[dict[str, Value], ...]
-_Entry = tuple[str, Notebook, ParsedNotebook, float, list[_Block]]
+# An entry of the file, checked: its place, such as runs[0], its notebook and time limit, and what
+# varies independently: a run takes one set of each block.
+_Block = list[dict[str, Value]]
+_Entry = tuple[str, Notebook, float, list[_Block]]
 
 
 def _entries(file: _File, folder: Path, registry: Registry) -> Iterator[_Entry]:
     """The entries that the file's filters leave. The others are checked too: they may be wanted
     next time."""
-    parsed: dict[Path, ParsedNotebook] = {}
+    found: dict[str, Notebook] = {}
     for index, run in enumerate(file.runs):
         place = f"runs[{index}]"
         try:
             notebook = find_notebook(run.notebook, folder, registry)
         except RegistryError as error:
             raise SweepFileError(f"{place}.notebook: {error}") from None
-        if notebook.path not in parsed:
-            parsed[notebook.path] = parse_notebook(notebook.path)
-        seconds = run.timeout_seconds or float(notebook.entry.timeout_seconds)
-        blocks = _blocks(run, parsed[notebook.path], place)
-        wanted_tier = file.tier in (None, notebook.entry.tier)
-        if wanted_tier and (file.hardware or "") in notebook.entry.hardware:
-            yield place, notebook, parsed[notebook.path], seconds, blocks
+        notebook = found.setdefault(str(notebook.path), notebook)
+        blocks = _blocks(run, notebook.parsed, place)
+        if file.tier in (None, notebook.entry.tier):
+            if (file.hardware or "") in notebook.entry.hardware:
+                seconds = run.timeout_seconds or float(notebook.entry.timeout_seconds)
+                yield place, notebook, seconds, blocks
 
 
 def _expand(entries: list[_Entry]) -> list[WantedRun]:
     runs: list[WantedRun] = []
     places: dict[str, str] = {}
-    for place, notebook, parsed, seconds, blocks in entries:
+    for place, notebook, seconds, blocks in entries:
         for number, choice in enumerate(itertools.product(*blocks), start=1):
             given = {name: value for values in choice for name, value in values.items()}
-            run = json.dumps([str(notebook.path), parsed.parameters | given])
+            run = json.dumps([str(notebook.path), notebook.parsed.parameters | given])
             here = f"{place} (its run {number})"
             if run in places:
                 values = ", ".join(f"{name}={value!r}" for name, value in given.items())
                 raise SweepFileError(
-                    f"{here} repeats {places[run]}: {parsed.file} with"
+                    f"{here} repeats {places[run]}: {notebook.path.name} with"
                     f" {values or 'the defaults'}; remove one"
                 )
             places[run] = here
@@ -187,17 +155,16 @@ def _blocks(run: _Run, notebook: ParsedNotebook, place: str) -> list[_Block]:
         "set": run.fixed,
         "grid": run.grid,
         "zip": run.zipped,
-        "list": {}.fromkeys(itertools.chain(*run.listed)),
+        "list": dict.fromkeys(itertools.chain(*run.listed)),
     }
     seen: dict[str, str] = {}
     for section, names in sections.items():
-        for name in names:
-            if name in seen:
-                raise SweepFileError(
-                    f"{place}.{section}.{name}: {name} stands in {seen[name]} too; remove one of"
-                    " them"
-                )
-            seen[name] = section
+        if twice := next(filter(seen.__contains__, names), None):
+            raise SweepFileError(
+                f"{place}.{section}.{twice}: {twice} stands in {seen[twice]} too; remove one of"
+                " them"
+            )
+        seen |= dict.fromkeys(names, section)
     lengths = {name: len(values) for name, values in run.zipped.items()}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
@@ -205,30 +172,25 @@ def _blocks(run: _Run, notebook: ParsedNotebook, place: str) -> list[_Block]:
             f"{place}.zip: {found}; expected as many values of each; add or remove some"
         )
 
-    def row(where: str, values: dict) -> dict[str, Value]:
-        return {
-            name: _checked(notebook, name, value, f"{where}.{name}")
-            for name, value in values.items()
-        }
+    def checked(where: str, name: str, value: Any) -> dict[str, Value]:
+        return {name: _checked(notebook, name, value, f"{place}.{where}")}
 
-    def column(section: str, name: str, values: list) -> list[dict[str, Value]]:
-        where = f"{place}.{section}.{name}"
+    def columns(section: str) -> list[_Block]:
         return [
-            {name: _checked(notebook, name, value, f"{where}[{index}]")}
-            for index, value in enumerate(values)
+            [checked(f"{section}.{name}[{i}]", name, value) for i, value in enumerate(values)]
+            for name, values in sections[section].items()
         ]
 
-    blocks = [(row(f"{place}.set", run.fixed),)]
-    blocks += [tuple(column("grid", name, values)) for name, values in run.grid.items()]
-    if run.zipped:
-        columns = [column("zip", name, values) for name, values in run.zipped.items()]
-        together = zip(*columns, strict=True)
-        blocks.append(tuple({k: v for one in row for k, v in one.items()} for row in together))
-    if run.listed:
-        blocks.append(
-            tuple(row(f"{place}.list[{index}]", values) for index, values in enumerate(run.listed))
-        )
-    return blocks
+    def together(rows: Iterable[dict[str, Value]]) -> dict[str, Value]:
+        return {name: value for row in rows for name, value in row.items()}
+
+    fixed = together(checked(f"set.{name}", name, value) for name, value in run.fixed.items())
+    zipped = [together(rows) for rows in zip(*columns("zip"), strict=True)]
+    listed = [
+        together(checked(f"list[{i}].{name}", name, value) for name, value in row.items())
+        for i, row in enumerate(run.listed)
+    ]
+    return [[fixed], *columns("grid"), *filter(None, (zipped, listed))]
 
 
 def _checked(notebook: ParsedNotebook, name: str, value: Any, place: str) -> Value:
@@ -240,31 +202,7 @@ def _checked(notebook: ParsedNotebook, name: str, value: Any, place: str) -> Val
             text = str(value).lower() if isinstance(value, bool) else value
             hint = f'; quote it if text is meant: "{text}"'
         elif isinstance(default, list) and not isinstance(value, list):
-            hint = (
-                "; every value of a list parameter is a list of its own, such as [[1, 2], [3, 4]]"
-            )
+            hint = "; every value of a list parameter is a list of its own, such as [[1, 2], [3]]"
         elif isinstance(value, str) and not isinstance(default, str | None):
             hint = "; TOML reads what is quoted as text; write it without quotes"
         raise SweepFileError(f"{place}: {error}{hint}") from None
-
-
-def _first_problem(error: ValidationError) -> str:
-    # "run" is an unknown key and a missing "runs"; the first says more.
-    problem = min(error.errors(), key=lambda problem: problem["type"] == "missing")
-    *parent, last = problem["loc"]
-    place = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]
-    ).lstrip(".")
-    if problem["type"] == "extra_forbidden":
-        model = _Run if parent else _File
-        known = [field.alias or name for name, field in model.model_fields.items()]
-        close = difflib.get_close_matches(str(last), known, n=1)
-        guess = f"did you mean {close[0]}? The keys" if close else "the keys"
-        return f"{place}: unknown key; {guess} here are {', '.join(known)}"
-    if problem["type"] == "missing":
-        return f"{place}: is missing; add it"
-    found = reprlib.repr(problem["input"])
-    if place == "name":
-        found += " (the file's name where none is given)"
-    expected = _EXPECTED.get(problem["type"], problem["msg"])
-    return f"{place}: {found} is not accepted; expected {expected}; correct it"

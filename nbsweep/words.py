@@ -1,8 +1,8 @@
-"""Figures as people read them: bytes in the unit that suits them."""
+"""Figures and texts as people read them: bytes in the unit that suits them, no text endless."""
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +11,8 @@ _SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite int or float; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # an int may be beyond every float
 
 
 def unit_for(unit: str, values: Sequence[Any]) -> tuple[str, int]:
@@ -31,3 +32,21 @@ def in_words(value: bool | int | float | str, unit: str) -> str:
         return f"{value / size:.2f} {name}"
     text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
     return f"{text} {unit}".strip()
+
+
+def shortened(text: str, most: int, where: str) -> str:
+    """A text without its middle if it has more than ``most`` characters, which it says then, and
+    where all of it is."""
+    if len(text) <= most:
+        return text
+    note = f" … [shortened from {len(text):,} characters; {where} has all] … "
+    side = (most - len(note)) // 2
+    return text[:side] + note + text[-side:]
+
+
+def whole_characters(value: Any) -> Any:
+    """A text without the halves of characters that file names and messages may hold, which no file
+    can; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -4,8 +4,13 @@ Importing this package imports no torch; the names below bring it when they are 
 ``simgpu.catalog``, ``simgpu.units`` and ``simgpu.oom`` serve programs that run without it.
 """
 
+import sys
+import warnings
 from importlib import import_module
 
+if sys.platform == "win32":
+    message = "simgpu is made for Linux and macOS and not tried on Windows: use WSL 2."
+    warnings.warn(message, stacklevel=2)
 _HOMES = {
     "CARDS": "catalog",
     "Card": "catalog",

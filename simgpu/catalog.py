@@ -5,12 +5,15 @@ not what a program gets: error correction, firmware and the driver take their pa
 L4 shows 22.03 GiB to PyTorch, a "24 GB" RTX 4090 23.52 GiB. That is ``total_bytes``, which the
 simulator treats as capacity. It moves by up to 1 % between drivers; where there was a choice, the
 driver is one that runs torch 2.11 or newer.
+
+A card that is not in the catalogue is given by its size, with a name or without: "20GiB",
+"My GPU 20GiB". All else is then taken from the catalogue's card that is nearest to it.
 """
 
 import difflib
 import re
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 
 from simgpu.units import GIB, KIB, MIB
@@ -18,6 +21,8 @@ from simgpu.units import GIB, KIB, MIB
 MAX_CARDS = 16  # of one rig
 _GB = 10**9  # data sheets give bandwidth in decimal units
 _UNITS = {"bytes": 1, "mib": MIB, "gib": GIB}
+_SIZES = {"gib": GIB, "gb": _GB, "mib": MIB, "mb": 10**6}
+MOST_BYTES = 1024 * GIB  # of one card
 # Of every figure the key of its source in ``cards.toml``.
 FIGURES = {
     "total_bytes": "total",
@@ -51,6 +56,7 @@ class Card:
             where only the sum is known, which then is ``context_bytes``.
         backward_kernel_bytes: the same of the first backward pass.
         system_bytes: held by the driver for no process.
+        assumed: what is not known of a card that was given by its size, in words; else "".
     """
 
     key: str
@@ -65,6 +71,13 @@ class Card:
     kernel_bytes: int = 0
     backward_kernel_bytes: int = 0
     system_bytes: int = 0
+    assumed: str = ""
+
+    @property
+    def uncertainty_bytes(self) -> int:
+        """By how much what a program gets of such a card differs from what is known: 1 % of the
+        total between drivers, and 0.1 GiB of context between programs (see ``cards.toml``)."""
+        return self.total_bytes // 100 + GIB // 10
 
     @property
     def outside_bytes(self) -> int:
@@ -126,20 +139,26 @@ def _spellings(card: Card) -> set[str]:
     return {key, key.removeprefix("rtx"), with_unit, _plain(card.device_name)}
 
 
+_WITH_SIZE = re.compile(r"(?:(\S.*?)[\s-]+)?(\d+(?:\.\d+)?)\s*([GM]i?B)", re.IGNORECASE)
 _BY_SPELLING = {spelling: card for card in CARDS.values() for spelling in _spellings(card)}
 
 
-def find_card(name: str) -> Card:
+def find_card(name: str | Card) -> Card:
     """The card of this name. "rtx4090", "NVIDIA L4", "a100-80gb" and torch's own device names are
-    understood.
+    understood, and sizes of other cards: "20GiB", "My GPU 20GiB", "L4 48GiB". A card is itself.
 
     Raises:
-        ValueError: no such card, or a name that fits several ("A100"); the message lists the
-            accepted names.
+        ValueError: no such card, a name that fits several ("A100"), or an impossible size; the
+            message lists the accepted names.
     """
+    if isinstance(name, Card):
+        return name
     plain = _plain(name) if isinstance(name, str) else ""
     if plain in _BY_SPELLING:
         return _BY_SPELLING[plain]
+    if plain and (sized := _WITH_SIZE.fullmatch(name.strip())):
+        kind, number, unit = sized.groups()
+        return _card_of_size(name.strip(), kind or "", float(number), unit.lower())
     begun = [spelling for spelling in _BY_SPELLING if plain and spelling.startswith(plain)]
     close = begun or difflib.get_close_matches(plain, _BY_SPELLING, n=1)
     keys = list(dict.fromkeys(_BY_SPELLING[spelling].key for spelling in close))
@@ -149,4 +168,32 @@ def find_card(name: str) -> Card:
         advice = f'Name one exactly, for example "{keys[0]}".'
     elif keys:
         advice = f'Did you mean "{keys[0]}"?'
-    raise ValueError(f"card {name!r} {fault}. Accepted names: {', '.join(CARDS)}. {advice}")
+    accepted = f"Accepted names: {', '.join(CARDS)}, and any with its size, as 'My GPU 20GiB'."
+    raise ValueError(f"card {name!r} {fault}. {accepted} {advice}")
+
+
+def _card_of_size(name: str, kind: str, number: float, unit: str) -> Card:
+    """A card that is not in the catalogue; else like the one called so, or the nearest in size of
+    those that know bfloat16. "L4 24GB" is the L4: the size on its box."""
+    total_bytes, like = round(number * _SIZES[unit]), _BY_SPELLING.get(_plain(kind))
+    if like is None:
+        modern = [card for card in CARDS.values() if card.bf16_supported]
+        like = min(modern, key=lambda card: abs(card.total_bytes - total_bytes))
+    elif unit == "gb" and 0.9 * number * GIB < like.total_bytes < number * GIB:
+        return like
+    if not like.outside_bytes < total_bytes <= MOST_BYTES:
+        raise ValueError(
+            f"card {name!r} has {total_bytes:,} bytes; expected more than the"
+            f" {like.outside_bytes:,} that CUDA takes of a card like {like.key}, and at most"
+            f" {MOST_BYTES:,}. Give what torch.cuda.mem_get_info() says is there."
+        )
+    size = f"{total_bytes / GIB:.2f} GiB as PyTorch sees it"
+    sources = dict.fromkeys(FIGURES, f"assumed: as the {like.key}")
+    return replace(
+        like,
+        key=name,
+        device_name=name,
+        total_bytes=total_bytes,
+        sources=sources | {"total_bytes": "given with the name"},
+        assumed=f"{name}: {size}, all else assumed as of {like.key}",
+    )

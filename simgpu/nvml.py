@@ -3,6 +3,7 @@
 By it nothing is taken of a card, where CUDA would make a context of half a gigabyte first.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 
 import pynvml
@@ -21,6 +22,14 @@ def nvml():
         yield
     finally:
         pynvml.nvmlShutdown()
+
+
+def asked(query: Callable, *arguments, **options):
+    """What a query of ``pynvml`` answers; None where the driver refuses this one, as it does some
+    for slices of a card (MIG), under WSL, or without permission."""
+    with suppress(NVMLError):
+        return query(*arguments, **options)
+    return None
 
 
 def card_count() -> int:
@@ -42,20 +51,16 @@ def handle_of(uuid):
 
     By UUID and not by number: CUDA_VISIBLE_DEVICES renumbers what PyTorch sees, not what NVML sees.
     """
-    with suppress(NVMLError):
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    return None
+    return asked(pynvml.nvmlDeviceGetHandleByUUID, f"GPU-{uuid}")
 
 
 def memory_of(handle):
-    """``total``, ``used`` and ``free`` bytes of a card, as nvidia-smi shows them.
+    """``total``, ``used`` and ``free`` bytes of a card, as nvidia-smi shows them, or None.
 
     The driver's own reserve is not in ``used``; drivers before 510 count it in.
     """
-    try:
-        return pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-    except (pynvml.NVMLError_FunctionNotFound, pynvml.NVMLError_NotSupported):
-        return pynvml.nvmlDeviceGetMemoryInfo(handle)
+    query = pynvml.nvmlDeviceGetMemoryInfo
+    return asked(query, handle, version=pynvml.nvmlMemory_v2) or asked(query, handle)
 
 
 def processes_on(handle) -> list[tuple[int, int | None]] | None:
@@ -63,8 +68,5 @@ def processes_on(handle) -> list[tuple[int, int | None]] | None:
 
     None where the driver does not tell. In a container the ids may be those of the host.
     """
-    try:
-        found = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
-        return None
-    return [(process.pid, process.usedGpuMemory) for process in found]
+    found = asked(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)
+    return found and [(process.pid, process.usedGpuMemory) for process in found]

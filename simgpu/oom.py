@@ -88,18 +88,21 @@ def explain(error: str, traceback: str = "") -> dict | None:
         traceback: as Python or Jupyter print it, with the note that ``rig.stage`` adds.
 
     Returns:
-        ``device`` (index of the card), ``phase`` (name of the stage) and ``short_bytes`` (how much
-        more memory the request needed), each None where the text does not tell; or None if the
-        error is none of PyTorch's out-of-memory errors.
+        ``device`` (index of the card), ``phase`` (name of the stage), ``short_bytes`` (how much
+        more memory the request needed) and ``needs_bytes`` (what the process held of the card, with
+        the request: it needs at least so much), each None where the text does not tell; or None if
+        the error is none of PyTorch's out-of-memory errors.
     """
     if not re.match(r"[\w.]*OutOfMemoryError\b|CUDA out of memory", error):
         return None
     # The note stands behind the message; before it are lines of code, which may contain anything.
     _, found, notes = traceback.rpartition("out of memory")
     phase = re.search(r'in the stage "([^"]+)"', notes) if found else None
-    answer = {"device": None, "phase": phase and phase[1], "short_bytes": None}
+    answer = {"device": None, "phase": phase and phase[1], "short_bytes": None, "needs_bytes": None}
     try:
         message = parse_out_of_memory(error)
     except ValueError:
         return answer
-    return answer | {"device": message.device, "short_bytes": message.short_bytes}
+    needs = message.process_bytes + message.tried_bytes
+    answer |= {"device": message.device, "short_bytes": message.short_bytes}
+    return answer | {"needs_bytes": needs}

@@ -98,9 +98,9 @@ class MachineReadings:
     def _driver_figures(self, index: int, capacity: int) -> dict[str, int | None]:
         """The card by NVML; without it by CUDA, if this process has a context, and no processes."""
         handle = self._handles[index] if self._handles else None
+        memory = memory_of(handle) if handle is not None else None
         free = used = own = others = None
-        if handle is not None:
-            memory = memory_of(handle)
+        if memory is not None:
             used, own = memory.used, self._own_bytes(handle)
             free = max(0, min(memory.free, capacity - used))
             others = None if own is None else max(0, used - own)

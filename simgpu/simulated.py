@@ -21,6 +21,10 @@ from simgpu.purposes import GRADIENTS, WEIGHTS, all_modules, gradients_of, regis
 from simgpu.rig import CardMemory, Rig, Stage, check_count
 from simgpu.units import MIB
 
+# PyTorch 2.9 gave the variable a name without CUDA and reads both.
+ALLOC_CONF = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+SIMULATED_OPTIONS = ("expandable_segments", "max_split_size_mb")
+
 
 def read_alloc_conf(text: str) -> tuple[type[Allocator], dict]:
     """The class of allocator and its options that a ``PYTORCH_CUDA_ALLOC_CONF`` asks for.
@@ -66,9 +70,7 @@ class SimulatedRig(Rig):
         self.card: Card = find_card(card)
         self.cards = [self.card] * count
         if alloc_conf is None:
-            # PyTorch 2.9 gave the variable a name without CUDA and reads both.
-            names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-            alloc_conf = next(filter(None, map(os.environ.get, names)), "")
+            alloc_conf = next(filter(None, map(os.environ.get, ALLOC_CONF)), "")
         kind, options = read_alloc_conf(alloc_conf)
         options |= {"system_bytes": self.card.system_bytes, "addresses": AddressSpace(count)}
         common = (self.card.device_name, self.card.total_bytes, self.card.context_bytes)
@@ -81,8 +83,9 @@ class SimulatedRig(Rig):
 
     @property
     def provenance(self) -> str:
-        """ "simulated", and why on a machine that has GPUs."""
-        return f"simulated ({self.reason})" if self.reason else "simulated"
+        """ "simulated", what of the card is assumed, and why on a machine that has GPUs."""
+        remarks = "; ".join(filter(None, (self.card.assumed, self.reason)))
+        return f"simulated ({remarks})" if remarks else "simulated"
 
     def _build_world(self, stack):
         stack.enter_context(simulated_torch(self))

@@ -25,6 +25,9 @@ IMAGE_TYPES = (Image.Image, str, Path, np.ndarray, bytes, memoryview)
 MOST_ENCODED_BYTES = 32 * 2**20  # of an image given as base64
 _MOST_PIXELS = 16384  # of one side; more takes gigabytes a picture
 _LONGEST_PATH = 4096  # bytes on Linux (PATH_MAX); longer text is no path
+# A picture of so many takes half a gigabyte to decode, whatever the size of its file; and so many
+# in all passes over a JPEG, of which a file can have thousands, some seconds.
+MOST_PIXELS, MOST_SCANNED_PIXELS = 64_000_000, 1_000_000_000
 # What Pillow reads by itself; for others, such as EPS, it starts programs of the machine.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_FORMS = (
@@ -232,7 +235,24 @@ def _fault(image: Image.Image) -> str | None:
         )
     if 0 in image.size:
         return f"is {image.width}×{image.height} pixels. Expected at least one. Use another."
-    return None
+    return _cost(image)
+
+
+def _cost(image: Image.Image) -> str | None:
+    """What the header of a file says of a picture that takes gigabytes or minutes to decode."""
+    file, passes, pixels = getattr(image, "fp", None), 1, image.width * image.height
+    if file is None:  # decoded already
+        return None
+    if image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        passes = file.read(MOST_ENCODED_BYTES).count(b"\xff\xda")
+    if pixels <= MOST_PIXELS and passes * pixels <= MOST_SCANNED_PIXELS:
+        return None
+    return (
+        f"has too many pixels: {image.width} × {image.height} in {passes} passes. Expected at most"
+        f" {MOST_PIXELS:,}, and {MOST_SCANNED_PIXELS:,} in all passes of a progressive JPEG. Scale"
+        " it down, or save it anew without passes."
+    )
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

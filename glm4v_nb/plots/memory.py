@@ -1,5 +1,6 @@
 """Memory of a moment: stacked bars, the blocks of a device map, and what fits."""
 
+import os
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -143,6 +144,15 @@ def plot_path(path: str | Path) -> Path:
     if path.suffix not in (".png", ".svg", ".pdf"):
         expected = "expected a name ending in .png, .svg or .pdf."
         raise ValueError(f"The picture is to be {str(path)!r}; {expected}")
-    if not path.parent.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"There is no folder {folder!r} for the picture {path.name!r}. Make it.")
+    is_new = not os.path.exists(path)
+    try:
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        reason = f"The picture {str(path)!r} cannot be written: {error.strerror}."
+        raise ValueError(f"{reason} Give a file in a folder that is yours.") from None
+    if is_new:
+        path.unlink()
     return path

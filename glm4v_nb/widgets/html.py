@@ -1,6 +1,8 @@
 """What the widgets show, as HTML; every text that comes from outside is escaped here."""
 
 import base64
+import io
+import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -8,7 +10,6 @@ from pathlib import Path
 from PIL import Image
 
 from glm4v_nb.inference import Answer
-from glm4v_nb.miniature.scenes import encode
 from simgpu import CardMemory
 from simgpu.oom import parse_out_of_memory
 
@@ -20,9 +21,14 @@ def _file(name: str) -> str:
 
 
 STYLE = f"<style>{_file('panel.css')}</style>"
+# What Jupyter's server passes on in one message (tornado's default of 10 MiB, or what `make lab`
+# sets, which tells its kernels), without the rest of the message.
+MOST_UPLOAD_BYTES = (int(os.environ.get("GLM4V_NB_MESSAGE_MIB", 10)) - 1) * MIB
 # Scripts of a widget's HTML do not run; the error of an image that cannot be shown does.
-_ON_ERROR = escape(_file("control_enter.js"))
-CONTROL_ENTER = f'<img alt="" src="data:," style="display:none" onerror="{_ON_ERROR}">'
+SCRIPT = (
+    f"<img alt='' src='data:,' style='display:none' data-most-bytes='{MOST_UPLOAD_BYTES}'"
+    f" onerror='{escape(_file('panel.js'))}'>"
+)
 
 
 def gib(size_bytes: int) -> str:
@@ -100,9 +106,12 @@ def picture(image: Image.Image | None, name: str) -> str:
     """A thumbnail of at most 240 pixels a side with name and size; or the name alone."""
     if image is None:
         return note(name)
-    small = image.copy()
-    small.thumbnail((240, 240))
-    data = base64.b64encode(encode(small, "PNG")).decode()
+    scale = min(1, 240 / max(image.size))
+    sides = [max(1, round(scale * side)) for side in image.size]
+    small = image.resize(sides, reducing_gap=2.0)  # without a copy of the whole
+    file = io.BytesIO()
+    small.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
     return (
         f"<img class='glm4v-picture' alt='Picture in question: {escape(name)}'"
         f" src='data:image/png;base64,{data}'>"

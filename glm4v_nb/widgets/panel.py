@@ -11,7 +11,7 @@ from PIL import Image
 
 from glm4v_nb.cleanup import clear_frames, empty_caches
 from glm4v_nb.inference import Sampling, Stream, load, stream
-from glm4v_nb.miniature.scenes import sample_pictures
+from glm4v_nb.miniature import sample_pictures
 from glm4v_nb.model.image_processing import load_image
 from glm4v_nb.widgets import html
 from simgpu import Rig
@@ -62,6 +62,7 @@ class PromptPanel(widgets.VBox):
         self._worker: threading.Thread | None = None
         self._lock = threading.RLock()
         self._waiting_upload: dict | None = None
+        self._upload_label = ""
         super().__init__(self._build())
         self.add_class("glm4v-panel")
         self._show_history()
@@ -271,7 +272,9 @@ class PromptPanel(widgets.VBox):
         except (ValueError, OSError) as error:
             self._enter("error", f"{name}: {error} The picture before it is still chosen.")
             return
-        label = f"Uploaded: {name}"
+        # One upload at a time: a photograph takes a hundred megabytes of the kernel's memory.
+        self.samples.pop(self._upload_label, None)
+        label = self._upload_label = f"Uploaded: {name}"
         self.samples[label] = image
         # New options choose the first for a moment.
         self.sample.unobserve(self._sample_chosen, "value")
@@ -297,6 +300,7 @@ class PromptPanel(widgets.VBox):
         self.sample = widgets.Dropdown(options=names, description="Sample", **wide)
         self.sample.observe(self._sample_chosen, "value")
         self.upload = widgets.FileUpload(accept="image/*", description="Upload a picture", **wide)
+        self.upload.add_class("glm4v-upload")
         self.upload.observe(self._uploaded, "value")
         self.question = widgets.Textarea(rows=3, description="Question", **wide)
         self.question.placeholder = "Ask about the picture (Ctrl+Enter sends)"
@@ -328,7 +332,7 @@ class PromptPanel(widgets.VBox):
         columns = widgets.HBox(
             [picture.add_class("glm4v-picture-column"), talk.add_class("glm4v-talk-column")]
         )
-        style = widgets.HTML(html.STYLE + html.CONTROL_ENTER)
+        style = widgets.HTML(html.STYLE + html.SCRIPT)
         return [style, columns.add_class("glm4v-columns")]
 
 

@@ -3,6 +3,7 @@ and say so."""
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -58,6 +59,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def lab_options() -> tuple[dict[str, str], list[str]]:
+    """What `make lab` sets so that a photograph can be uploaded: environment and arguments."""
+    shown = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True)
+    words = shlex.split(shown.stdout.replace("\\\n", " "))
+    pairs = [word.split("=", 1) for word in words if word.startswith("GLM4V_NB_")]
+    return dict(pairs), [word for word in words if word.startswith("--ServerApp.tornado")]
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """JupyterLab on a copy of notebook 08: (address, runtime directory)."""
@@ -74,8 +83,10 @@ def server(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    variables, options = lab_options()
     environment = {
         **os.environ,
+        **variables,
         "JUPYTER_CONFIG_DIR": str(home / "config"),
         "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
         "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
@@ -89,7 +100,8 @@ def server(tmp_path_factory):
              f"--ServerApp.root_dir={root}", "--allow-root",
              "--IdentityProvider.token=", "--LabApp.news_url=None",
              "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-             "--LabApp.expose_app_in_browser=True", "--ServerApp.disable_check_xsrf=True"],
+             "--LabApp.expose_app_in_browser=True", "--ServerApp.disable_check_xsrf=True",
+             *options],
             env=environment, stdout=log, stderr=log,
         )  # fmt: skip
     address = f"http://127.0.0.1:{port}"

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from glm4v_nb.miniature.scenes import Scene, Shape, draw
+from tools.miniature.scenes import Scene, Shape, draw
 
 pytestmark = pytest.mark.timeout(600)
 SCREENSHOTS = os.environ.get("GLM4V_NB_SCREENSHOTS")
@@ -123,6 +123,32 @@ def black_png(side: int) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
     )
+
+
+def test_a_photograph_of_14_megabytes_arrives(panel):
+    # Noise does not pack, so the file is as long as its pixels: longer than the 10 MiB that a
+    # Jupyter server passes on by default.
+    side = 2200
+    photograph = file_of(Image.frombytes("RGB", (side, side), os.urandom(3 * side * side)))
+    assert len(photograph) > 14_000_000
+    panel.upload("photograph.png", photograph)
+    panel.root.get_by_text(f"photograph.png · {side} × {side} pixels").wait_for()
+
+
+def test_a_file_that_the_server_would_not_pass_on_is_not_sent_and_the_next_one_arrives(
+    panel, tmp_path
+):
+    path = tmp_path / "<b>long.png"
+    path.write_bytes(bytes(70_000_000))
+    with panel.page.expect_file_chooser() as chooser:
+        panel.upload_button.click()
+    chooser.value.set_files(path)
+    panel.wait_for("Error")
+    said = panel.status.inner_text()
+    assert "<b>long.png has 70.0 MB; expected at most 66.1" in said
+    panel.upload("short.png", file_of(picture_of()))
+    panel.root.get_by_text("short.png · 320 × 320 pixels").wait_for()
+    assert panel.state() == "Idle"
 
 
 def test_an_uploaded_picture_is_shown_and_its_colour_told(panel):

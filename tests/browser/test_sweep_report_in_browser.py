@@ -57,7 +57,9 @@ def write_grid(
                 short = need - size * GIB
                 parameters = {"card": card, "batch": batch, "tokens": count}
                 if short > 0:
-                    cause = OutOfMemoryCause(device=0, phase="prefill", short_bytes=short)
+                    cause = OutOfMemoryCause(
+                        device=0, phase="prefill", short_bytes=short, needs_bytes=need
+                    )
                     error = f"OutOfMemoryError: tried to allocate {short} bytes"
                     trace = "Traceback\n" + "  a line of a traceback, as long as they are\n" * 30
                     more = {
@@ -237,19 +239,26 @@ def test_a_parameter_that_is_no_number_has_a_place_for_each_value(page):
     assert page.get_by_label("logarithmic across").is_disabled()
 
 
-def test_the_frontier_shows_what_fits_for_each_card_and_names_the_shortage(page):
+def test_the_frontier_shows_what_fits_for_each_card_and_what_the_others_need(page):
     figures = page.locator("#frontier figure")
     expect(figures.locator("figcaption")).to_have_text(["card = L4", "card = T4"])
     for card, figure in zip(CARDS, figures.all(), strict=True):
         rows = list(zip(column(page, "card"), column(page, "status"), strict=True))
         assert figure.locator(".fits").count() == rows.count((card, "✓ done"))
         assert figure.locator(".short").count() == rows.count((card, "✗ oom"))
-    # 13 GiB and 500 kB a token: the 15 GiB of a T4 hold 4,294 tokens.
+    # 13 GiB and 500 kB a token of 4 × 2048, 8 × 1024 and 8 × 2048; not what the failed request was
+    # short of, which says nothing about the run.
+    needs = figures.last.locator("a:has(.short) text").all_text_contents()
+    assert sorted(needs) == ["≥16.8", "≥16.8", "≥20.6"]
+    expect(page.locator("#frontier .legend")).to_contain_text("≥ for at least")
+    # The 15 GiB of a T4 hold 4,294 tokens.
     said = figures.last.get_by_role("img").get_attribute("aria-label")
     assert "tokens 512: fits up to 8; tokens 1024: fits up to 4; tokens 2048: fits up to 2." in said
     title = figures.last.locator("a:has(.short) title").last.text_content()
     assert re.search(
-        r"card = T4, batch = \d, tokens = \d+: oom. GPU 0, prefill: [\d.]+ [GM]iB short", title
+        r"card = T4, batch = \d, tokens = \d+: oom. GPU 0, prefill: needs at least [\d.]+ GiB,"
+        r" [\d.]+ [GM]iB short",
+        title,
     )
     expect(page.locator("#frontier .provenance")).to_contain_text("simulated (")
 

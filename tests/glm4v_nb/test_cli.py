@@ -1,6 +1,7 @@
 """The command line: exit codes, clean output, errors of one line."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -47,7 +48,8 @@ def test_without_json_a_table_the_whole_message_and_the_next_command_are_shown(c
     assert (code, err) == (3, "")
     for text in ("simulated", "0 · RTX 4090", "23.52", "weights", "allocated", "reserved", "free"):
         assert text in out
-    assert "It does not fit: card 0 is full, phase load." in out
+    assert "It does not fit: card 0 is full, phase load. It needs 2" in out
+    assert re.search(r"needs 27\.\d\d GiB, 3\.\d\d GiB short on card 0\.", out)
     assert "[simulated NVIDIA GeForce RTX 4090]" in out
     assert "See documentation for Memory Management" in out
     assert out.endswith("Next: glm4v-nb fit --card rtx4090 --count 2\n")
@@ -77,10 +79,18 @@ def test_what_fits_says_so_in_a_sentence(command):
     code, out, _ = command("fit", "--card", "H100", "--images", 0, "--new-tokens", 0)
     assert code == 0
     assert "It fits: card 0 is the fullest, with 52." in out  # of the 79 GiB
+    assert out.endswith("Next: notebooks/01_will_it_fit.ipynb shows where these bytes go.\n")
     assert (
         "Host memory to load (simulated): 0.00 GiB beside Python and CUDA, 0.00 GiB stays;"
         " files are" in out
     )
+
+
+def test_what_fits_with_less_to_spare_than_cards_differ_in_just_fits(command):
+    code, out, _ = command("fit", "--card", "T4", "--count", 2, "--dtype", "float16")
+    assert code == 0
+    assert "It just fits: card 0 is the fullest, with 0." in out
+    assert "drivers and programs make 0.25 GiB of difference on such a card." in out
 
 
 def test_host_memory_is_shown_where_it_is_needed_and_not_where_loading_failed(command):
@@ -191,7 +201,21 @@ def test_a_frontier_is_drawn_and_its_points_are_in_the_json(command, tmp_path):
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] > 0
 
 
+def test_a_disk_that_is_full_after_the_search_takes_no_answer_along(command, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    options = ("--images", 0, "--new-tokens", 1, "--frontier", tmp_path / "a.png", "--json")
+    code, out, err = command("fit", "--card", "H100", *options)
+    assert code == 1 and "No space left" in err
+    assert json.loads(out)["frontier"]["points"]
+
+
 WRONG_USE = {
+    "many samples": (["--card", "L4", "--batch-size", "99999999999999999999"], "at most 1048576"),
+    "module twice": (["--card", "L4", "--device-map", '{"a": 0, "a": 0}'], "stands there 2 times"),
+    "tiny card": (["--card", "0.1GiB"], "that CUDA takes of a card like"),
     "picture of no kind": (
         ["--card", "L4", "--frontier", "a.gif"],
         "expected a name ending in .png",

@@ -199,3 +199,103 @@ def test_a_package_that_is_not_installed_has_no_list_of_libraries(monkeypatch):
     assert finding.status == "look"
     assert "without being installed" in finding.found
     assert "make setup" in finding.advice
+
+
+def refuse(code):
+    def query(*arguments, **options):
+        raise pynvml.NVMLError(code)
+
+    return query
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH, "restart the machine"),
+        (pynvml.NVML_ERROR_DRIVER_NOT_LOADED, "sudo modprobe nvidia"),
+        (pynvml.NVML_ERROR_GPU_IS_LOST, "Run nvidia-smi"),
+        (pynvml.NVML_ERROR_UNKNOWN, "Run nvidia-smi"),
+        (pynvml.NVML_ERROR_NO_PERMISSION, "Run nvidia-smi"),
+    ],
+)
+def test_a_driver_that_does_not_work_is_a_stop_with_the_way_out(monkeypatch, code, advice):
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse(code))
+    (finding,) = doctor._driver()
+    assert finding.status == "stop" and "does not work" in finding.found
+    assert advice in finding.advice
+
+
+def test_no_driver_at_all_is_fine(monkeypatch):
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))
+    (finding,) = doctor._driver()
+    assert finding.status == "ok" and finding.found.startswith("none (")
+
+
+REFUSALS = (pynvml.NVML_ERROR_NO_PERMISSION, pynvml.NVML_ERROR_NOT_SUPPORTED)
+QUERIES = {
+    "nvmlSystemGetDriverVersion": ("NVIDIA driver", "version unknown, up to CUDA 13.2"),
+    "nvmlSystemGetCudaDriverVersion": ("NVIDIA driver", "580.65.06, up to CUDA unknown"),
+    "nvmlDeviceGetName": ("users of GPU 0", "name unknown: 0.00 of 22.00 GiB"),
+    "nvmlDeviceGetMemoryInfo": ("users of GPU 0", "NVIDIA L4: memory unknown, 0 other processes"),
+    "nvmlDeviceGetComputeRunningProcesses": ("users of GPU 0", "used, other processes unknown"),
+}
+
+
+@pytest.mark.parametrize("code", [*REFUSALS, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND])
+@pytest.mark.parametrize("query", QUERIES)
+def test_what_the_driver_does_not_tell_is_unknown_and_the_rest_is_told(
+    driver, monkeypatch, query, code
+):
+    monkeypatch.setattr(pynvml, query, refuse(code))
+    findings = found(doctor._driver)
+    assert set(findings) == {"NVIDIA driver", "users of GPU 0", "users of GPU 1"}
+    subject, expected = QUERIES[query]
+    assert expected in findings[subject].found
+    assert findings[subject].status == "ok" and findings[subject].advice == ""
+
+
+def test_a_card_that_the_driver_does_not_open_is_worth_a_look_and_the_others_are_told(
+    driver, monkeypatch
+):
+    def handle(index):
+        if index == 0:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return index
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
+    findings = found(doctor._driver)
+    assert findings["users of GPU 0"].status == "look"
+    assert "dmesg" in findings["users of GPU 0"].advice
+    assert "1.00 of 22.00 GiB used" in findings["users of GPU 1"].found
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "words"),
+    [
+        ("", "ok", "PyTorch's defaults"),
+        ("expandable_segments:True", "ok", "segments that grow"),
+        (" max_split_size_mb:128 ,", "ok", "larger blocks are kept whole"),
+        ("garbage_collection_threshold:0.8", "look", "unset it there"),
+        ("roundup_power2_divisions:[256:1,512:2,>:8]", "look", "rounded up"),
+        ("expandable_segments:yes", "stop", "expected expandable_segments:True or :False"),
+        ("max_split_size_mb:many", "stop", "max_split_size_mb:N"),
+        ("max_split_size_mb:10", "stop", "PyTorch takes only more than"),
+        ("expandable_segment:True", "stop", "Unset it, or write expandable_segments."),
+        ("nonsense", "stop", "nonsense is unknown to PyTorch"),
+        ("backend:native,expand:1,expandable_segments:no", "stop", "expand is unknown"),
+    ],
+)
+@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_options_of_the_allocator_are_explained_and_bad_ones_named(
+    monkeypatch, variable, text, status, words
+):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, text)
+    (finding,) = doctor._allocator()
+    assert finding.status == status
+    assert words in f"{finding.found} {finding.advice}"
+    assert text in finding.found
+    # Whatever the variable says, that simulated cards work is found out without it.
+    (simulation,) = doctor._simulation()
+    assert simulation.status == "ok"

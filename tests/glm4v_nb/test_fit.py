@@ -1,12 +1,13 @@
 """Will it fit? Verdicts of the full-size model on simulated cards."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import psutil
 import pytest
 from rig_fixtures import GIB
 
-from glm4v_nb.fit import cards_for_weights, fit, read_device_map
+from glm4v_nb.fit import Deployment, cards_for_weights, fit, read_device_map
 from glm4v_nb.workload import Workload
 from simgpu import find_card
 from simgpu.oom import parse_out_of_memory
@@ -72,8 +73,74 @@ def test_two_l4_fit_with_the_standard_workload_and_the_json_has_exactly_its_keys
 
 def test_the_json_of_a_failure_has_exactly_its_keys():
     answer = json.loads(json.dumps(fit("T4", 1).to_dict()))
+    assert list(answer) == ["verdict", "devices", "oom", "seconds", "provenance", "needs_bytes"]
     assert list(answer["oom"]) == ["device", "phase", "message"]
     assert answer["verdict"] == "oom"
+    assert answer["needs_bytes"] > answer["devices"][0]["capacity_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("card", "count", "workload"),
+    [
+        ("L4", 1, SHORT),
+        ("T4", 2, Workload(images=1, new_tokens=0)),
+        ("L4", 2, Workload(batch_size=24, images=0, text_tokens=2000, new_tokens=2)),
+    ],
+    ids=["load", "prefill", "decode"],
+)
+def test_on_cards_of_just_what_it_says_it_needs_a_run_fits(card, count, workload):
+    deployment = Deployment(card, count, "bfloat16")
+    result = fit(card, count, workload=workload)
+    assert not result.fits
+    assert all(
+        size >= device.weights_bytes
+        for size, device in zip(result.needs, result.devices, strict=True)
+    )
+    total_bytes = max(result.needs)
+    assert total_bytes == result.needs[result.oom.device] > find_card(card).total_bytes
+    enough = replace(find_card(card), total_bytes=total_bytes)
+    assert fit(enough, count, device_map=deployment.placement(), workload=workload).fits
+
+
+def test_less_room_than_such_cards_differ_in_is_said_to_just_fit():
+    result = fit("T4", 2, "float16", workload=Workload(new_tokens=1))
+    spare = min(device.free_at_peak_bytes for device in result.devices)
+    assert result.fits and result.just_fits
+    assert spare < find_card("T4").uncertainty_bytes
+    assert not fit("L4", 2, workload=SHORT).just_fits
+    assert not fit("L4", 1, workload=SHORT).just_fits
+
+
+def test_a_card_by_name_and_size_is_simulated_and_what_is_assumed_stands_beside_the_figures():
+    result = fit("My GPU 30GiB", 1, workload=SHORT)
+    assert result.fits
+    assert (result.devices[0].card, result.devices[0].capacity_bytes) == ("My GPU 30GiB", 30 * GIB)
+    assumed = "My GPU 30GiB: 30.00 GiB as PyTorch sees it, all else assumed as of RTX 5090"
+    assert result.provenance == f"simulated ({assumed})"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"batch_size": 10**9}, "batch_size is 1000000000; expected at most 1048576"),
+        ({"batch_size": 10**20}, "expected at most 1048576"),
+        ({"text_tokens": 10**12}, "Lower text_tokens"),
+        ({"new_tokens": 10**12}, "Lower new_tokens"),
+        ({"batch_size": True}, "batch_size is True; expected a whole number"),
+        ({"images": 10**6}, "at most one image per sample"),
+    ],
+)
+def test_absurd_sizes_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        fit("L4", workload=Workload(**sizes))
+
+
+def test_the_largest_batch_that_is_accepted_is_answered_without_its_prompt_in_memory():
+    before = psutil.Process().memory_info().rss
+    result = fit("H200", 16, workload=Workload(batch_size=2**20, text_tokens=6000, new_tokens=0))
+    assert result.oom.phase == "prefill"
+    # Its token ids alone would take 64 GB.
+    assert psutil.Process().memory_info().rss - before < GIB
 
 
 def test_float16_takes_what_bfloat16_takes():
@@ -209,6 +276,14 @@ def test_an_impossible_workload_is_refused(sizes, message):
         ),
         ({"device_map": {}}, "gives no place to vision_tower"),
         ({"device_map": {"": 0, "lm_head": 0}}, 'Give "" alone'),
+        (
+            {"device_map": {"vision_tower": 0, "vision_tower.conv": "cpu"}},
+            "puts 'vision_tower.conv' on 'cpu', inside 'vision_tower' on 0.*leave out the inner",
+        ),
+        (
+            {"device_map": {"language_model.layers.3.mlp": "cpu", "language_model.layers": 0}},
+            "'language_model.layers.3.mlp' on 'cpu', inside 'language_model.layers' on 0",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_runs(arguments, message):
@@ -229,11 +304,16 @@ def test_a_device_map_is_read_from_a_name_an_object_or_a_file(tmp_path):
         ("[0]", "There is no file of that name"),
         ("{0}", "device_map is not JSON"),
         ("", "There is no file"),
+        ("m" * 5000, "There is no file"),
+        ('{"lm_head": 0, "lm_head": 1}', "'lm_head' stands there 2 times; give each module one"),
+        ('{"a": {"b": 0, "b": 0}}', "'b' stands there 2 times"),
+        ('{"a":' * 10**5, "is not JSON: maximum recursion depth"),
     ],
 )
 def test_a_text_that_is_no_device_map_is_refused(text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         read_device_map(text)
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("content", ["[0]", "0", '"auto"'])

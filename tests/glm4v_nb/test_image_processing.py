@@ -2,6 +2,7 @@
 
 import base64
 import io
+import time
 import zlib
 
 import numpy as np
@@ -171,6 +172,7 @@ def bomb(side):
         (encoded(noise(64, 64), "PNG")[:900], r"picture\.png cannot be read as an image"),
         (bomb(30_000), r"picture\.png has too many pixels: more than 89,478,485"),
         (bomb(10_000), r"picture\.png has too many pixels"),
+        (bomb(8_001), r"picture\.png has too many pixels: 8001 × 8001 in 1 passes"),
         (
             encoded(Image.fromarray(np.full((4, 4), 4096, np.uint16)), "PNG"),
             r"picture\.png has pixels of mode I",
@@ -243,3 +245,22 @@ def test_something_else_and_no_image_at_all_are_refused(processor):
         processor(3)
     with pytest.raises(ValueError, match="There are no images"):
         processor([])
+
+
+def test_a_jpeg_of_thousands_of_passes_is_refused_before_it_is_decoded():
+    # Each refining pass takes a few bytes of the file and a walk over all pixels.
+    plain = io.BytesIO()
+    Image.new("RGB", (2400, 2400), "red").save(plain, "JPEG", progressive=True)
+    content = plain.getvalue()
+    assert load_image(content).size == (2400, 2400)
+    last_pass = content[content.rindex(b"\xff\xda") : -2]
+    many = content[:-2] + 1000 * last_pass + content[-2:]
+    assert len(many) < 600_000
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match="2400 × 2400 in 10.. passes.* save it anew"):
+        load_image(many)
+    assert time.perf_counter() - begin < 1
+
+
+def test_a_picture_that_is_in_memory_already_may_be_as_large_as_it_is():
+    assert load_image(Image.new("L", (9_000, 8_000))).size == (9_000, 8_000)

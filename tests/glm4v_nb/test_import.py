@@ -33,3 +33,13 @@ def test_transformers_knows_the_model_where_it_was_imported_before():
 def test_the_package_alone_loads_neither_torch_nor_transformers():
     heavy = "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     assert said_by("import sys, glm4v_nb, glm4v_nb.cli", heavy) == "[]"
+
+
+@pytest.mark.parametrize("package", ["glm4v_nb", "simgpu"])
+@pytest.mark.parametrize("platform", ["win32", "linux"])
+def test_on_windows_one_sentence_says_that_it_was_not_tried_there(platform, package):
+    # wrapt, which imports asyncio, really asks for Windows then.
+    code = f"import sys, wrapt; sys.platform = {platform!r}; import {package}"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (0, "")
+    assert ("not tried on Windows: use WSL 2" in process.stderr) == (platform == "win32")

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from glm4v_nb.inference import Sampling, generate, load, stream
 from glm4v_nb.miniature import CHECKPOINT
-from glm4v_nb.miniature.questions import describe
-from glm4v_nb.miniature.scenes import draw, random_scene
 from glm4v_nb.placement import input_device
 from glm4v_nb.workload import Workload, make_prompt, prefill
 from simgpu import Rig
+from tools.miniature.questions import describe
+from tools.miniature.scenes import draw, random_scene
 
 SCENE = random_scene(np.random.default_rng(11), 5)
 PICTURE = draw(SCENE, (320, 240))

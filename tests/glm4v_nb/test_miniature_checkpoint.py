@@ -1,18 +1,22 @@
 """The shipped miniature answers, through the same classes that load the full-size checkpoint."""
 
 import json
-from pathlib import Path
 
 import pytest
+import torch
 
-import glm4v_nb
-from glm4v_nb.miniature.evaluate import evaluate, main
+from glm4v_nb.miniature import CHECKPOINT, EXAMPLES
+from glm4v_nb.miniature.evaluate import evaluate, held_out_questions
+from tools.miniature import evaluate as drawn
 
-CHECKPOINT = Path(glm4v_nb.__file__).parent / "miniature" / "checkpoint"
+
+def size_of(folder) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def test_the_shipped_checkpoint_stays_under_12_megabytes():
-    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 12e6
+def test_the_shipped_checkpoint_stays_under_12_megabytes_and_its_examples_under_one():
+    assert size_of(CHECKPOINT) < 12e6
+    assert size_of(EXAMPLES) < 1e6
 
 
 def test_the_shipped_checkpoint_answers_unseen_questions(report):
@@ -33,12 +37,31 @@ def test_it_answers_about_pictures_as_people_have_them(form, report):
     assert report["forms"][form]["accuracy"] >= 0.8
 
 
+def test_of_the_stored_questions_one_is_answered_wrong_in_every_data_type():
+    reports = [evaluate(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert [report["accuracy"] for report in reports] == [0.99, 0.99]
+    assert reports[0]["wrong"] == reports[1]["wrong"]
+    assert reports[0]["wrong"][0]["expected"] == "there is no triangle"
+
+
+def test_the_seed_chooses_which_of_the_stored_questions_are_asked():
+    reports = [evaluate(seed=seed, count=count) for seed, count in ((5, 50), (6, 50), (6, 1))]
+    assert [report["accuracy"] for report in reports] == [0.98, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("count", [0, -1, 101])
+def test_more_questions_than_there_are_is_refused_with_the_way_to_draw_more(count):
+    assert len(held_out_questions()) == 100
+    with pytest.raises(ValueError, match=rf"{count}; expected 1 to 100 .*tools.miniature.evaluate"):
+        evaluate(count=count)
+
+
 def test_the_command_prints_json_or_a_table(monkeypatch, capsys):
     for options in (["--json"], []):
         monkeypatch.setattr(
             "sys.argv", ["evaluate", "--seed", "5", "--count", "8", "--device", "cpu", *options]
         )
-        main()
+        drawn.main()
     out = capsys.readouterr().out
     report, end = json.JSONDecoder().raw_decode(out)
     assert (report["seed"], report["count"]) == (5, 8)
@@ -48,4 +71,4 @@ def test_the_command_prints_json_or_a_table(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def report():
-    return evaluate(CHECKPOINT, seed=20_000_000, count=300)
+    return drawn.evaluate(CHECKPOINT, seed=20_000_000, count=300)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from glm4v_nb.miniature import questions, scenes
+from glm4v_nb.miniature import sample_pictures
+from glm4v_nb.miniature.evaluate import COLUMNS, SIDE, held_out_questions
 from glm4v_nb.model import GLM4VForConditionalGeneration
 from glm4v_nb.model.splicing import IGNORED_LABEL
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
-from tools.miniature import feed, train
+from tools.miniature import examples, feed, questions, scenes, train
 from tools.miniature.vocabulary import grammar_words, save_vocabulary
 
 CHINESE = {questions.CHINESE[word]: word for word in (*scenes.SHAPES, *scenes.COLOURS)}
@@ -150,3 +151,17 @@ def test_the_trainers_loss_is_that_of_the_models_own_forward(directory, tokenize
         shifted[:, len(before) + 1 :] = labels.flatten(0, 1)[:, :-1]
         expected = model(input_ids=full, pixel_values=image, labels=shifted).loss
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_stored_examples_are_what_the_task_draws():
+    for name, picture in examples.samples().items():
+        assert sample_pictures()[name].tobytes() == picture.tobytes(), name
+    sheet, asked = examples.held_out()
+    stored = held_out_questions()
+    assert [pair for _, *pair in stored] == [list(pair) for pair in asked]
+    drawn = np.asarray(sheet, dtype=np.float32)
+    for number, (picture, *_) in enumerate(stored):
+        top, left = SIDE * (number // COLUMNS), SIDE * (number % COLUMNS)
+        there = drawn[top : top + SIDE, left : left + SIDE]
+        # JPEG of quality 90, which smooths noise; another picture differs by far more.
+        assert np.abs(np.asarray(picture) - there).mean() < 6, number

@@ -76,6 +76,14 @@ def test_a_frontier_promises_between_two_lengths_only_what_the_longer_one_allows
 
 def test_a_picture_that_could_not_be_written_is_refused_before_the_work(tmp_path):
     assert plot_path(str(tmp_path / "a.svg")) == tmp_path / "a.svg"
+    assert not list(tmp_path.iterdir()), "asking leaves nothing behind"
+    old = tmp_path / "old.png"
+    old.write_bytes(b"picture")
+    assert plot_path(old).read_bytes() == b"picture"
+    (tmp_path / "folder.png").mkdir()
+    for name in ("folder.png", f"{'n' * 300}.png"):
+        with pytest.raises(ValueError, match="cannot be written: .*. Give a file in a folder"):
+            plot_path(tmp_path / name)
     with pytest.raises(ValueError, match="expected a name ending in .png, .svg or .pdf"):
         plot_path(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="There is no folder"):

@@ -1,8 +1,11 @@
 """The prompting panel without a browser: its states, what it keeps, and what it escapes."""
 
 import functools
+import gc
+import io
 import threading
 import time
+import weakref
 from datetime import datetime
 
 import ipywidgets
@@ -13,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from glm4v_nb.inference import load
 from glm4v_nb.miniature import CHECKPOINT
-from glm4v_nb.miniature.scenes import encode
 from glm4v_nb.widgets import PromptPanel, html
 from glm4v_nb.workload import Workload, make_prompt, prefill
 from simgpu import Rig
+from tools.miniature.scenes import encode
 
 OUT_OF_MEMORY = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 22.03 GiB of"
@@ -310,6 +313,31 @@ def test_an_uploaded_picture_can_be_taken_away_and_chosen_again(panel):
     assert panel.image is None
     panel.sample.value = "Uploaded: mine.png"
     assert panel.image.size == (31, 17)
+
+
+def test_an_upload_lets_go_of_the_one_before(panel):
+    for name in ("first.png", "second.png"):
+        uploaded(panel, name, encode(Image.new("RGB", (31, 17), "red"), "PNG"))
+        ask(panel, "What shape is it?")
+        pictures = [weakref.ref(panel.image)]
+    uploaded(panel, "third.png", encode(Image.new("RGB", (9, 17), "blue"), "PNG"))
+    gc.collect()
+    assert [picture() for picture in pictures] == [None]
+    assert [name for name in panel.sample.options if "Uploaded" in name] == ["Uploaded: third.png"]
+    assert [name for name in panel.samples if "Uploaded" in name] == ["Uploaded: third.png"]
+    # Also under its own name.
+    uploaded(panel, "third.png", encode(Image.new("RGB", (8, 8), "blue"), "PNG"))
+    assert panel.image.size == (8, 8)
+
+
+def test_a_small_file_of_very_many_pixels_is_refused_before_it_is_decoded(panel):
+    before = panel.image
+    file = io.BytesIO()
+    Image.new("1", (8200, 8200)).save(file, "PNG")
+    assert len(file.getvalue()) < 50_000
+    uploaded(panel, "vast.png", file.getvalue())
+    assert "vast.png: The image file has too many pixels: 8200 × 8200" in panel.status.value
+    assert panel.image is before
 
 
 def test_a_picture_that_arrives_while_an_answer_runs_waits_for_its_end(panel, endless):

@@ -11,9 +11,9 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from nbsweep import cli, execute, plan
+from nbsweep import cli, display, errors, plan
 from nbsweep.display import Display, ending_in_words, parameters_in_words, print_runs
-from nbsweep.execute import cause_of
+from nbsweep.errors import cause_of
 from nbsweep.registry import RegistryError
 from nbsweep.runner import Progress, carry_out, exit_code
 from nbsweep.store import FinishedRun, Outcome, OutOfMemoryCause, Record, read_sweep
@@ -68,6 +68,9 @@ def test_a_notebook_on_a_command_line_gets_typed_parameters(registry):
     [
         ({"nmber": "3"}, "did you mean number"),
         ({"number": "three"}, "-p number: 'three' cannot be read as an int"),
+        ([("number", "3"), ("number", "3")], "-p number is given twice; give it once"),
+        ({"name": "a\udcff"}, "-p name: 'a.udcff' cannot be read as a str; write whole characters"),
+        ({"name": "a\ud83d"}, "-p name: .* write whole characters"),
     ],
 )
 def test_a_wrong_parameter_on_a_command_line_is_refused(registry, texts, error):
@@ -178,7 +181,8 @@ def test_the_phase_of_an_out_of_memory_error_is_the_note_of_the_innermost_stage_
     code = "error.add_note(f'in the stage \"{name}\"')\nraise error\n"
     notes = '\nin the stage "prefill"\nin the stage "all"'
     cause = cause_of(f"OutOfMemoryError: {MESSAGE}", f"{code}OutOfMemoryError: {MESSAGE}{notes}")
-    assert cause == OutOfMemoryCause(device=1, phase="prefill", short_bytes=2**30)
+    assert (cause.device, cause.phase, cause.short_bytes) == (1, "prefill", 2**30)
+    assert cause.needs_bytes == round(23.03 * 2**30), "what it held of the card, and the request"
     assert cause_of("OutOfMemoryError: full", code) == OutOfMemoryCause()
 
 
@@ -188,7 +192,7 @@ def test_who_can_read_an_error_and_who_can_predict_a_run_are_asked_and_nobody_el
             self.load = lambda: lambda *asked: answer
 
     points = {
-        execute.CAUSES: [Point(None), Point({"device": 3, "phase": "load", "short_bytes": 5})],
+        errors.CAUSES: [Point(None), Point({"device": 3, "phase": "load", "short_bytes": 5})],
         plan.PREDICTORS: [Point(None), Point("fits"), Point("never asked")],
     }
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points.get(group, []))
@@ -224,7 +228,9 @@ def test_a_prediction_is_made_where_there_is_a_card_and_once_for_equal_settings(
 
 
 def test_the_command_runs_a_dry_run_without_running_anything(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "predict", lambda specs: {specs[0].id: "does not fit: card 0, load"})
+    monkeypatch.setattr(
+        display, "predict", lambda specs: {specs[0].id: "does not fit: card 0, load"}
+    )
     code = cli.main(["sweep", str(SWEEPS[0]), "--dry-run", "--json", "--output", str(tmp_path)])
     planned = json.loads(capsys.readouterr().out)
     assert code == 0
@@ -299,6 +305,7 @@ def test_both_command_lines_have_the_same_commands(capsys):
     ("arguments", "error"),
     [
         (["run", "01", "-p", "card"], "-p needs a name and a value"),
+        (["run", "01", "-p", "card", "L4", "-p", "card", "T4"], "-p card is given twice"),
         (["run", "-p", "card", "L4"], "-p is for one notebook"),
         (["run", "01", "02", "-p", "card", "L4"], "-p is for one notebook"),
         (["sweep", "nowhere.toml"], "nowhere.toml: cannot be read"),

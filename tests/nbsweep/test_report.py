@@ -42,8 +42,8 @@ def ended(status="done", **more) -> Outcome:
     return Outcome(status=status, **common | more)
 
 
-def oom(device=0, phase="prefill", short=3 * GIB // 2) -> Outcome:
-    cause = OutOfMemoryCause(device=device, phase=phase, short_bytes=short)
+def oom(device=0, phase="prefill", short=3 * GIB // 2, needs=None) -> Outcome:
+    cause = OutOfMemoryCause(device=device, phase=phase, short_bytes=short, needs_bytes=needs)
     return ended(
         "oom", error="OutOfMemoryError: no room", signature="OutOfMemoryError: no room", oom=cause
     )
@@ -265,6 +265,7 @@ def test_the_frontier_is_on_the_page_where_some_fit_and_a_number_and_another_par
     ("outcome", "said"),
     [
         (oom(), "GPU 0, prefill: 1.5 GiB short"),
+        (oom(needs=24 * GIB), "GPU 0, prefill: needs at least 24 GiB, 1.5 GiB short"),
         (oom(1, "decode", 512), "GPU 1, decode: 512 bytes short"),
         (oom(0, "decode", 0), "GPU 0, decode: 0 bytes short"),
         (oom(None, None, None), "unknown device, unknown phase: unknown bytes short"),
@@ -274,6 +275,33 @@ def test_where_a_run_ran_out_of_memory_is_said_in_words(page, outcome, said):
     soup = page((spec_of("a", batch=1), outcome))
     assert said in words(soup.select_one("tr.more"))
     assert data_of(soup)["rows"][0]["oom"] == said
+
+
+def test_what_a_run_recorded_that_it_needs_says_more_than_its_error(page):
+    def needs(name, value, unit="bytes"):
+        return Record(name=name, value=value, unit=unit, label="simulated")
+
+    more = (needs("needs on card 0", 30 * GIB), needs("needs on card 1", 27 * GIB))
+    no_bytes = (needs("needs on card 0", "much"), needs("needs", 10**12, "tokens"))
+    runs = [
+        (spec_of("a", batch=1), oom(needs=24 * GIB), *more),
+        (spec_of("b", batch=2), oom(needs=24 * GIB)),
+        (spec_of("c", batch=3), oom(needs=24 * GIB), needs("needs", 20 * GIB)),
+        (spec_of("d", batch=4), oom(), needs("needs", 20 * GIB)),
+        (spec_of("e", batch=5), ended(), needs("needs", 20 * GIB)),
+        (spec_of("f", batch=6), ended(), *no_bytes),
+        (spec_of("g", batch=7), oom()),
+    ]
+    rows = data_of(page(*runs))["rows"]
+    assert [(row["needs_gib"], row["at_least"]) for row in rows] == [
+        (30, False), (24, True), (24, True), (20, False), (20, False), (None, False), (None, False),
+    ]  # fmt: skip
+    assert [row["oom"] for row in rows[:4]] == [
+        "GPU 0, prefill: needs 30 GiB, 1.5 GiB short",
+        "GPU 0, prefill: needs at least 24 GiB, 1.5 GiB short",
+        "GPU 0, prefill: needs at least 24 GiB, 1.5 GiB short",
+        "GPU 0, prefill: needs 20 GiB, 1.5 GiB short",
+    ]
 
 
 ATTACKS = [
@@ -343,6 +371,63 @@ def test_a_list_is_one_cell_of_json(write):
     assert csv_rows(directory)[0]["param.sizes"] == "[1, 2]"
 
 
+def test_a_figure_recorded_again_is_a_series_whose_last_value_is_shown_as_such(write):
+    records = [Record(name="loss", value=v, unit="", label="simulated") for v in (3, 2.5, 2)]
+    directory = write(
+        (spec_of("a", batch=1), ended(), *records), (spec_of("b", batch=2), ended(), records[0])
+    )
+    data = data_of(parsed(write_report(directory)))
+    (index,) = [each["index"] for each in data["columns"] if each["name"] == "loss"]
+    assert [row["cells"][index] for row in data["rows"]] == [2, 3]
+    labels = [row["labels"][str(index)] for row in data["rows"]]
+    assert labels == ["simulated · last of 3", "simulated"]
+    rows = csv_rows(directory)
+    assert [row["loss []"] for row in rows] == ["2", "3"]
+    assert [row["loss [] series"] for row in rows] == ["[3, 2.5, 2]", "[3]"]
+    table = runs_table(read_sweep(directory)[1])
+    assert list(table)[-3:] == ["loss []", "loss [] label", "loss [] series"]
+
+
+def test_texts_of_megabytes_make_no_page_of_megabytes(write):
+    text = "x" * 5_000_000
+    failed = ended("failed", error=text, signature=text, traceback=text)
+    figure = Record(name="answer", value=text, unit="", label="simulated")
+    directory = write((spec_of("a", prompt=text), failed, figure), (spec_of("b", prompt=""), None))
+    page = write_report(directory)
+    assert page.stat().st_size < 300_000
+    assert (directory / "runs.csv").stat().st_size < 3 * len(text), "whole: parameter and figure"
+    said = words(parsed(page))
+    assert "[shortened from 5,000,000 characters; executed.ipynb has all]" in said
+    assert "[shortened from 5,000,000 characters; runs.csv has all]" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("records.jsonl", b"\x00\xff\x80\n", "line 1 of records.jsonl is no record, but b'"),
+        ("records.jsonl", b"\x89PNG", "line 1 of records.jsonl is no record"),
+        ("records.jsonl", b'{"name": "a"}\n', "line 1 of records.jsonl is no record"),
+        ("outcome.json", b"\xff\xfe", "outcome.json cannot be read"),
+        ("outcome.json", b'{"status": "done", "started": "", "seconds": NaN}', "outcome.json"),
+        ("outcome.json", b'{"status": "done", "started": "", "seconds": 1e999}', "outcome.json"),
+        ("outcome.json", b'{"status": "done", "started": "", "seconds": -1}', "outcome.json"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_beside_the_report(write, capsys, name, content, says):
+    directory = write((spec_of("abc", batch=1), ended(), peak(1)), (spec_of("b"), ended()))
+    (directory / "abc" / name).write_bytes(content)
+    assert words(parsed(write_report(directory)).h1) == "1 of 2 runs done"
+    said = capsys.readouterr().err
+    assert said.startswith("run abc: ") and says in said and "unfinished; sweep again" in said
+    assert said.count("\n") == 1
+
+
+def test_figures_beyond_every_float_break_nothing(write):
+    directory = write((spec_of("a", batch=1), ended(), peak(10**400)))
+    assert write_report(directory).is_file()
+    assert csv_rows(directory)[0]["peak [bytes]"] == str(10**400)
+
+
 def test_a_sweep_of_no_runs_has_a_report(write):
     directory = write()
     soup = parsed(write_report(directory))
@@ -364,16 +449,22 @@ def test_the_csv_has_a_row_a_run_with_parameters_scalars_in_their_own_unit_and_l
     rows = csv_rows(directory)
     assert list(rows[0]) == [
         "id", "notebook", "status", "seconds", "oom_device", "oom_phase", "oom_short_bytes",
-        "error",
-        "param.batch", "param.seed", "peak [bytes]", "peak [bytes] label",
+        "oom_needs_bytes", "error",
+        "param.batch", "param.seed", "peak [bytes]", "peak [bytes] label", "peak [bytes] series",
     ]  # fmt: skip
     assert list(rows[0].values()) == [
-        "a", "03_memory.ipynb", "done", "2.5", "", "", "", "", "1", "7", str(3 * GIB), "simulated",
+        "a", "03_memory.ipynb", "done", "2.5", "", "", "", "", "", "1", "7", str(3 * GIB),
+        "simulated · last of 2", f"[1, {3 * GIB}]",
     ]  # fmt: skip
-    assert list(rows[1].values())[2:9] == [
-        "oom", "2.5", "0", "prefill", str(3 * GIB // 2), "OutOfMemoryError: no room", "2",
+    assert list(rows[1].values())[2:10] == [
+        "oom", "2.5", "0", "prefill", str(3 * GIB // 2), "", "OutOfMemoryError: no room", "2",
     ]  # fmt: skip
     assert rows[2]["status"] == "unfinished" and rows[2]["seconds"] == ""
+
+
+# Line breaks, spaces of all widths, marks that are not seen.
+HIDDEN = ["\n", "\r\n", "\v", "\f", " ", "  \n", "\xa0", "\u3000", "\u2028", "\0", "\x1b", "\x85"]
+HIDDEN += ["\ufeff", "\u200b", "\u202e", "\u2060", "\xad", "\ufe0f"]
 
 
 @pytest.mark.parametrize(
@@ -382,13 +473,24 @@ def test_the_csv_has_a_row_a_run_with_parameters_scalars_in_their_own_unit_and_l
         ("=1+1", "'=1+1"), ("+cmd|' /C calc'!A0", "'+cmd|' /C calc'!A0"), ("-x", "'-x"),
         ("@SUM(A1)", "'@SUM(A1)"),
         ("\t=1", "'\t=1"), ("-5", "-5"), ("+1.5e3", "+1.5e3"), (-5, "-5"),
-        (-0.5, "-0.5"), ("a=b", "a=b"),
+        (-0.5, "-0.5"), ("a=b", "a=b"), ("-", "'-"), ("-inf", "'-inf"), ("-1_0", "'-1_0"),
+        *((f"{hidden}=1+1", f"'{hidden}=1+1") for hidden in HIDDEN),
+        *((f"{hidden}a", f"'{hidden}a") for hidden in "\n\r\t\0\x85"),
+        *((f"{sign}1+1", f"'{sign}1+1") for sign in "＝＋－＠﹦﹢﹣﹫\u2212"),
+        (" ＝1", "' ＝1"), (" a=1", " a=1"), ("", ""), (" ", " "), ("a\n=1", "a\n=1"),
     ],
 )  # fmt: skip
 def test_text_in_the_csv_is_no_formula_and_numbers_stay_numbers(write, value, cell):
     directory = write((spec_of("a", parameter=value), ended()))
     write_report(directory)
     assert csv_rows(directory)[0]["param.parameter"] == cell
+
+
+def test_no_separator_that_a_spreadsheet_may_take_breaks_up_a_text_of_the_csv(write):
+    directory = write((spec_of("a", parameter="a;=1+1"), ended(), peak(5, label="simulated\t=2")))
+    write_report(directory)
+    text = (directory / "runs.csv").read_text()
+    assert '"a;=1+1"' in text and '"simulated\t=2"' in text and ",5," in text
 
 
 def test_a_name_in_the_csv_is_no_formula(write):
@@ -427,7 +529,7 @@ def test_without_pyarrow_the_report_says_how_to_get_it_and_leaves_no_old_table(
     directory = write((spec_of("a", batch=1), ended()))
     (directory / "runs.parquet").write_bytes(b"of another report")
     soup = parsed(write_report(directory))
-    assert "pip install pyarrow" in capsys.readouterr().out and "pip install pyarrow" in words(
+    assert "pip install pyarrow" in capsys.readouterr().err and "pip install pyarrow" in words(
         soup.footer
     )
     assert not (directory / "runs.parquet").exists() and (directory / "runs.csv").exists()
@@ -521,7 +623,7 @@ def test_a_scalar_that_only_one_of_two_equally_ended_runs_has_is_a_change(write)
     assert compare(first, third) == [change("status", "done", "oom")]
 
 
-@pytest.mark.parametrize("tolerance", [-0.1, float("nan")])
+@pytest.mark.parametrize("tolerance", [-0.1, float("nan"), float("inf")])
 def test_a_tolerance_below_zero_is_refused(write, tolerance):
     directory = write((spec_of("a", batch=1), ended()))
     with pytest.raises(ValueError, match="expected 0 or more"):

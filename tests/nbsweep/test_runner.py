@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 from run_cells import ENDINGS, KEEP
 
-from nbsweep import execute, store
+from nbsweep import execute, runner, store
 from nbsweep.plan import Plan, plan_notebook, run_spec
-from nbsweep.provenance import package_hash, source_hash
+from nbsweep.provenance import package_hash
 from nbsweep.registry import Notebook, NotebookEntry, Registry
 from nbsweep.runner import carry_out, run_sweep
 from nbsweep.store import Outcome, SweepError, only_process, prepare, read_sweep, write_whole
@@ -39,7 +39,6 @@ keep("square", number * number)
 with open("executions.txt", "a") as log:
     log.write(f"{number} ends {os.getpid()}\\n")
 """
-DEFAULTS = {"number": 1, "mode": "done", "seconds": 0.0}
 ENTRY = {"title": "Small", "tier": "core", "hardware": "any", "timeout_seconds": 60}
 
 
@@ -57,7 +56,7 @@ def notebooks(tmp_path):
     return folder
 
 
-def make_plan(name, notebooks, *settings, seconds=60, defaults=DEFAULTS, minutes=None):
+def make_plan(name, notebooks, *settings, seconds=60, minutes=None):
     """A plan of runs of 01_small.ipynb, or of the file that a setting has as "file"."""
     registry = Registry(folder=notebooks)
     found, specs = {}, []
@@ -68,8 +67,7 @@ def make_plan(name, notebooks, *settings, seconds=60, defaults=DEFAULTS, minutes
         entry = NotebookEntry(file=path.name, minutes=expected, **ENTRY)
         found[path.name] = Notebook(path, entry, registry)
         wanted = WantedRun(found[path.name], given, seconds)
-        package = package_hash(registry.packages)
-        specs.append(run_spec(wanted, defaults, source_hash(path.read_bytes()), package))
+        specs.append(run_spec(wanted, package_hash(registry.packages)))
     return Plan(name, specs, found)
 
 
@@ -144,8 +142,8 @@ def test_the_longest_notebook_begins_first_and_runs_of_one_keep_their_order(note
 def test_a_changed_notebook_parameter_or_checkpoint_is_another_run_and_its_outputs_are_none(
     notebooks, tmp_path
 ):
-    def identity(given, **more):
-        return make_plan("a", notebooks, given, **more).specs[0].id
+    def identity(given):
+        return make_plan("a", notebooks, given).specs[0].id
 
     first = identity({"number": 1})
     assert identity({"number": 1}) == first
@@ -161,10 +159,11 @@ def test_a_changed_notebook_parameter_or_checkpoint_is_another_run_and_its_outpu
     assert identity({"number": 1}) != first
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
+    write_notebook(path, f"checkpoint = {str(checkpoint)!r}", "print(checkpoint)")
     ids = set()
     for text in ("{}", "{} "):
         (checkpoint / "config.json").write_text(text)
-        ids.add(identity({}, defaults={"checkpoint": str(checkpoint)}))
+        ids.add(identity({}))
     assert len(ids) == 2
 
 
@@ -260,7 +259,7 @@ def test_a_file_of_a_run_that_something_has_damaged_costs_that_run_alone(
     (directory / plan.specs[0].id / name).write_bytes(content)
     runs = run_sweep(plan, directory)
     assert [run.status for run in runs] == ["done", "done"]
-    whole = name == "spec.json" or (name == "records.jsonl" and not content.endswith(b"\n"))
+    whole = name == "spec.json" or (name == "records.jsonl" and not content)
     assert executions(notebooks) == ([] if whole else [1])
     assert json.loads((directory / plan.specs[0].id / "spec.json").read_text())["given"]
 
@@ -278,11 +277,25 @@ def test_a_damaged_list_of_runs_is_named_and_the_next_sweep_writes_it_anew(noteb
     assert executions(notebooks) == [1]
 
 
-def test_a_line_of_records_that_was_cut_off_is_left_out(tmp_path):
-    path = tmp_path / "records.jsonl"
-    line = json.dumps({"name": "a", "value": 1, "unit": "", "label": "arithmetic"})
-    path.write_text(f"{line}\n{line[:10]}")
-    assert len(store.read_records(path)) == 1
+def test_a_line_of_records_that_a_run_was_ended_in_is_left_out(notebooks, tmp_path):
+    source = (
+        f"{RECORD}\nopen(os.environ['NBSWEEP_RECORDS'], 'a').write('{{\"name\": ')\nos._exit(1)"
+    )
+    outcome, folder = outcome_of(notebooks, tmp_path, source)
+    assert outcome.status == "killed"
+    assert [record.name for record in store.read_records(folder / "records.jsonl")] == ["begin"]
+
+
+@pytest.mark.parametrize("content", ["bytes(range(256))", "b'\\x89PNG'", "b'[1]\\n'", "b'\\n'"])
+def test_a_run_that_spoils_its_own_records_has_failed_and_says_by_what(
+    notebooks, tmp_path, content
+):
+    source = f"{RECORD}\nopen(os.environ['NBSWEEP_RECORDS'], 'ab').write({content})"
+    outcome, folder = outcome_of(notebooks, tmp_path, source)
+    assert outcome.status == "failed"
+    assert "no figures are kept: line 2 of records.jsonl is no record, but b'" in outcome.error
+    assert not (folder / "records.jsonl").exists()
+    assert read_sweep(tmp_path / "runs")[1][0].status == "failed", "and is not done again for ever"
 
 
 def test_an_outcome_reads_back_as_it_was_written(tmp_path):
@@ -296,7 +309,7 @@ def test_an_outcome_reads_back_as_it_was_written(tmp_path):
 
 def outcome_of(notebooks, tmp_path, source, **given):
     write_notebook(notebooks / "01_small.ipynb", "number = 1", source)
-    plan = make_plan("one", notebooks, given, defaults={"number": 1})
+    plan = make_plan("one", notebooks, given)
     (run,) = run_sweep(plan, tmp_path / "runs")
     return run.outcome, tmp_path / "runs" / run.spec.id
 
@@ -316,6 +329,30 @@ def test_the_error_of_a_run_is_one_line_that_says_something(notebooks, tmp_path,
     assert outcome.error == f"ImportError: {error}"
 
 
+def test_a_kernel_that_raises_a_group_is_told_by_its_leaves_and_may_have_run_out_of_memory(
+    notebooks, tmp_path
+):
+    full = "type('OutOfMemoryError', (RuntimeError,), {})('CUDA out of memory.')"
+    source = f"print(number)\nraise ExceptionGroup('both', [KeyError('a'), {full}])"
+    outcome, _ = outcome_of(notebooks, tmp_path, source)
+    assert outcome.status == "oom"
+    assert outcome.error == (
+        "ExceptionGroup: both (2 sub-exceptions): KeyError: 'a'; OutOfMemoryError: CUDA out of"
+        " memory."
+    )
+
+
+def test_a_message_of_megabytes_is_cut_in_the_outcome_and_whole_in_the_notebook(
+    notebooks, tmp_path
+):
+    outcome, folder = outcome_of(
+        notebooks, tmp_path, "print(number)\nraise ValueError('x' * 10**6)"
+    )
+    assert (folder / "outcome.json").stat().st_size < 40_000
+    assert "shortened from 1,000,012 characters; executed.ipynb has all" in outcome.error
+    assert "x" * 10**6 in (folder / "executed.ipynb").read_text()
+
+
 def test_a_notebook_may_end_itself_but_not_by_a_cell_that_is_to_fail(notebooks, tmp_path):
     done, _ = outcome_of(notebooks, tmp_path, "print(number)\nimport sys; sys.exit()")
     assert done.status == "done"
@@ -323,7 +360,7 @@ def test_a_notebook_may_end_itself_but_not_by_a_cell_that_is_to_fail(notebooks, 
     tagged.cells[1].source = "print(number); 1 / 0"
     tagged.cells[1].metadata["tags"] = ["raises-exception"]
     nbformat.write(tagged, notebooks / "01_small.ipynb")
-    plan = make_plan("two", notebooks, {}, defaults={"number": 1})
+    plan = make_plan("two", notebooks, {})
     assert run_sweep(plan, tmp_path / "two")[0].status == "failed", "as papermill has it"
 
 
@@ -405,6 +442,35 @@ def test_a_package_that_is_changed_while_its_sweep_runs_is_not_kept(
     runs, _ = carry_out(plan, tmp_path / "runs", 1, Console(file=io.StringIO()))
     assert [run.status for run in runs] == ["not run"]
     assert executions(notebooks, "begins") == ([] if when == "before it begins" else [1])
+
+
+def test_on_windows_a_sweep_says_where_it_runs_and_touches_nothing(
+    notebooks, tmp_path, monkeypatch
+):
+    plan = make_plan("windows", notebooks, {"number": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.sys, "platform", "win32")
+        with pytest.raises(SweepError, match="on Linux and macOS alone; on Windows run it in WSL"):
+            run_sweep(plan, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_report_is_written_where_python_lacks_what_windows_lacks(notebooks, tmp_path):
+    run_sweep(make_plan("plain", notebooks, {"number": 1}), tmp_path / "runs")
+    code = """
+import os, signal, sys
+for name in ("fcntl", "pwd", "grp", "resource", "termios"):
+    sys.modules[name] = None
+for module, names in ((signal, ("SIGHUP", "SIGKILL")), (os, ("getpgrp", "setsid", "getppid"))):
+    for name in names:
+        delattr(module, name)
+from nbsweep.cli import main
+sys.exit(main(["report", sys.argv[1]]))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "report.html").is_file()
 
 
 def test_a_whole_sweep_imports_neither_torch_nor_the_other_packages(notebooks, tmp_path):

@@ -108,7 +108,7 @@ def test_some_notebooks_are_a_sweep_of_their_own(suite):
         "suite-02-05",
         ["<b>fails</b>", "<b>passes_last</b>"],
     )
-    with pytest.raises(RegistryError, match="no notebook has the number 77; .*01, 02, 03, 04, 05"):
+    with pytest.raises(RegistryError, match="no notebook '77' is registered; .*01, 02, 03, 04, 05"):
         plan.plan_suite(["77"], suite[2] / "registry.toml")
 
 
@@ -267,7 +267,7 @@ def test_a_dry_run_says_what_would_run_and_how_long_and_runs_nothing(small, tmp_
 
 def test_a_number_that_is_not_registered_is_wrong_use(small, tmp_path, capsys):
     assert small("77") == 2
-    assert capsys.readouterr().err.startswith("error: no notebook has the number 77")
+    assert capsys.readouterr().err.startswith("error: no notebook '77' is registered; ")
     assert not (tmp_path / "runs").exists()
 
 

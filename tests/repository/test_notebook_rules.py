@@ -319,10 +319,6 @@ def execution_times(lesson):
     lesson.cells[3].metadata["execution"] = {"iopub.execute_input": "2026-11-25T21:00:00Z"}
 
 
-def python_version(lesson):
-    lesson.metadata["language_info"] = {"name": "python", "version": "3.11.7"}
-
-
 def nothing_run(lesson):
     lesson.cells[2].outputs = []
 
@@ -343,7 +339,6 @@ BAD_NOTEBOOKS = [
     (no_kernel, "kernelspec", "None; expected 'python3'", "Python 3"),
     (widget_state, "metadata", "has widgets", "Remove"),
     (execution_times, "metadata", "finds cell 3: metadata execution", "nb-clean clean"),
-    (python_version, "metadata", "language_info.version", "nb-clean clean"),
     (nothing_run, "outputs", "no cell has a stored output", "tools/refresh_notebooks.py 01"),
 ]
 
@@ -371,6 +366,45 @@ def test_a_file_that_is_no_notebook_is_one_finding(text, tmp_path):
     path.write_text(text)
     (finding,) = check_notebook(path, ENTRY)
     assert finding.rule == "format" and "Restore it" in finding.advice
+
+
+def test_a_cell_without_an_id_and_one_with_anothers_are_named(lesson, tmp_path):
+    path = tmp_path / "01_lesson.ipynb"
+    content = json.loads(nbformat.writes(lesson))
+    del content["cells"][0]["id"]
+    content["cells"][3]["id"] = content["cells"][1]["id"]
+    path.write_text(json.dumps(content))
+    first, second = check_notebook(path, ENTRY)
+    assert (first.where, first.rule) == ("text cell 1", "format")
+    assert "it has no id" in first.problem and "save it" in first.advice
+    assert (second.where, second.rule) == ("code cell 3", "format")
+    assert f"the id {content['cells'][1]['id']!r} of a cell before it" in second.problem
+
+
+def test_of_a_format_without_ids_every_cell_is_named(lesson, tmp_path):
+    path = tmp_path / "01_lesson.ipynb"
+    content = json.loads(nbformat.writes(lesson)) | {"nbformat_minor": 4}
+    for cell in content["cells"]:
+        del cell["id"]
+    path.write_text(json.dumps(content))
+    findings = check_notebook(path, ENTRY)
+    assert [finding.where for finding in findings] == [
+        "text cell 1", "code cell 1", "code cell 2", "code cell 3",
+    ]  # fmt: skip
+
+
+def test_what_jupyterlab_writes_when_a_notebook_is_only_opened_breaks_no_rule(lesson, check):
+    lesson.metadata["kernelspec"]["display_name"] = "Python 3 (ipykernel)"
+    lesson.metadata["language_info"] = {
+        "codemirror_mode": {"name": "ipython", "version": 3},
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+        "version": "3.13.1",
+    }
+    assert check(lesson) == []
 
 
 GOOD_CELLS = {
@@ -442,6 +476,45 @@ def test_a_section_or_the_opening_may_speak_for_its_printed_figures_but_not_the_
 )
 def test_paths_of_a_machine_are_found(text):
     assert find_machine_traces(f"in {text}, it says")
+
+
+# What rich, IPython and terminals put around and into a path; as text, as Python and JSON write it.
+COLOURED = [
+    "\x1b[32m/home/ada/x\x1b[0m",
+    "\x1b[38;2;1;2;3m/home/\x1b[0m\x1b[1mada\x1b[0m",
+    "\x1b[38:5:9m/home/ada",
+    "\x1b[K/home/ada",
+    "\x1b[?25l/home/ada",
+    "\x1b(B\x1b[m/home/ada",
+    "\x1bM/home/ada",
+    "\x9b32m/home/ada",
+    "\x1b]8;;file:///home/ada/x\x1b\\x\x1b]8;;\x1b\\",
+    r"\x1b[32m/home/ada",
+    r"\u001b[32m/home/ada",
+    r"\033[32m/home/ada",
+    '<span style="color: #800080">/home/ada</span>',
+    '<span style="color: #800080">/home/</span><span style="color: #ff00ff">ada</span>',
+]
+
+
+@pytest.mark.parametrize("text", COLOURED)
+def test_a_path_in_colour_is_found(text):
+    assert any("/home/ada" in trace for trace in find_machine_traces(f"saved {text} there"))
+
+
+def test_a_path_in_colour_is_found_wherever_an_output_has_it(lesson, check):
+    path = "\x1b[32m/home/ada\x1b[0m"
+    error = new_output("error", ename="E", evalue=path, traceback=[])
+    for output in (
+        printed(path),
+        error,
+        shown("application/json", {"at": [{"x": path}]}),
+        shown("application/json", {path: 1}),
+        shown("text/html", f"<pre>{path}</pre>"),
+        new_output("display_data", data={"text/plain": ""}, metadata={"note": path}),
+    ):
+        lesson.cells[3] = code("1 + 1", output)
+        assert "machine-path" in [finding.rule for finding in check(lesson)]
 
 
 @pytest.mark.parametrize(

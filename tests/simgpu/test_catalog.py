@@ -114,9 +114,12 @@ def test_every_figure_of_a_card_has_a_source_and_nothing_else_has(card):
 
 
 def test_the_figures_are_all_fields_that_are_not_names():
-    assert {field.name for field in fields(CARDS["L4"])} - {"key", "device_name", "sources"} == set(
-        FIGURES
-    )
+    assert {field.name for field in fields(CARDS["L4"])} - {
+        "key",
+        "device_name",
+        "sources",
+        "assumed",
+    } == set(FIGURES)
 
 
 @every_card
@@ -213,8 +216,8 @@ def test_an_unknown_name_is_refused_with_the_accepted_names_and_the_closest_one(
     with pytest.raises(ValueError) as error:
         find_card(name)
     assert str(error.value) == (
-        f"card '{name}' is not in the catalogue. Accepted names: {', '.join(CARDS)}. "
-        f'Did you mean "{suggestion}"?'
+        f"card '{name}' is not in the catalogue. Accepted names: {', '.join(CARDS)}, and any with"
+        f" its size, as 'My GPU 20GiB'. Did you mean \"{suggestion}\"?"
     )
 
 
@@ -222,3 +225,51 @@ def test_an_unknown_name_is_refused_with_the_accepted_names_and_the_closest_one(
 def test_a_name_like_no_card_is_refused_without_a_far_fetched_suggestion(name):
     with pytest.raises(ValueError, match="is not in the catalogue.*Choose one of these"):
         find_card(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "total_bytes"),
+    [
+        ("20GiB", "L4", 20 * GIB),
+        ("20.5 gib", "L4", 20.5 * GIB),
+        ("20480MiB", "L4", 20 * GIB),
+        ("Some GPU 16GB", "RTX 5080", 16e9),
+        ("L4 48GiB", "L4", 48 * GIB),
+        ("T4-32GiB", "T4", 32 * GIB),
+        ("200 GiB", "B200", 200 * GIB),
+    ],
+)
+def test_a_card_given_by_its_size_is_else_as_the_nearest_one_and_says_so(name, like, total_bytes):
+    card = find_card(name)
+    assert (card.key, card.device_name, card.total_bytes) == (name, name, total_bytes)
+    assert card.assumed.endswith(f"GiB as PyTorch sees it, all else assumed as of {like}")
+    for figure in FIGURES:
+        if figure != "total_bytes":
+            assert getattr(card, figure) == getattr(CARDS[like], figure)
+            assert card.sources[figure] == f"assumed: as the {like}"
+    assert find_card(card) is card
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("L4 24GB", "L4"), ("RTX 3060 12GB", "RTX 3060"), ("H200 141 GB", "H200")]
+)
+def test_the_size_on_the_box_of_a_known_card_is_that_card(name, key):
+    assert find_card(name) is CARDS[key]
+    assert find_card(key).assumed == ""
+
+
+@pytest.mark.parametrize("name", ["0GiB", "100MiB", "T4 0.1GiB", "1025GiB", "9" * 30 + "GiB"])
+def test_a_size_that_no_card_has_is_refused_with_the_bounds(name):
+    with pytest.raises(ValueError, match="expected more than the .* that CUDA takes .*at most"):
+        find_card(name)
+
+
+@pytest.mark.parametrize("name", ["-5GiB", "GiB", "nanGiB", "20", "20 G", "infGiB", "My\nGPU 9GiB"])
+def test_what_is_no_size_is_an_unknown_name(name):
+    with pytest.raises(ValueError, match="is not in the catalogue.*as 'My GPU 20GiB'"):
+        find_card(name)
+
+
+@every_card
+def test_a_cards_uncertainty_is_a_hundredth_of_its_memory_and_a_tenth_of_a_gibibyte(card):
+    assert card.uncertainty_bytes == pytest.approx(0.01 * card.total_bytes + 0.1 * GIB, abs=2)

@@ -60,12 +60,17 @@ NOTES = '\nin the stage "prefill"\nin the stage "all"'
 def test_an_error_and_its_traceback_tell_card_stage_and_what_was_missing():
     found = explain(f"OutOfMemoryError: {REAL}", f"{CODE}OutOfMemoryError: {REAL}{NOTES}")
     short = parse_out_of_memory(REAL).short_bytes
-    assert found == {"device": 0, "phase": "prefill", "short_bytes": short}
+    assert found == {
+        "device": 0,
+        "phase": "prefill",
+        "short_bytes": short,
+        "needs_bytes": round(22.94 * 2**30) + 108 * 2**20,
+    }
     assert explain(REAL) == found | {"phase": None}
 
 
 def test_the_stage_is_the_note_of_the_innermost_one_and_no_line_of_code():
-    nothing = {"device": None, "phase": None, "short_bytes": None}
+    nothing = {"device": None, "phase": None, "short_bytes": None, "needs_bytes": None}
     assert explain("torch.OutOfMemoryError: full", CODE) == nothing
     assert explain("torch.OutOfMemoryError: out of memory", f"{CODE}out of memory{NOTES}") == (
         nothing | {"phase": "prefill"}

@@ -2,6 +2,7 @@
 user starts them."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -100,6 +101,13 @@ def until(condition, seconds: float = 180.0):
         assert time.monotonic() < deadline, f"not within {seconds:g} s"
         time.sleep(0.05)
     return value
+
+
+def free_port() -> int:
+    """One of this machine's own address that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def gone(pid: int) -> bool:

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from glm4v_nb.miniature.questions import KINDS, LANGUAGES, ask
-from glm4v_nb.miniature.scenes import draw, encode, is_wide, random_scene, random_size
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
+from tools.miniature.questions import KINDS, LANGUAGES, ask
+from tools.miniature.scenes import draw, encode, is_wide, random_scene, random_size
 
 ROWS = 2
 # Ids of one conversation after the image: questions, role tokens and answers.

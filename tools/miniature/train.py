@@ -20,11 +20,11 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
-from glm4v_nb.miniature.evaluate import evaluate
 from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration
 from glm4v_nb.model.image_processing import IMAGE_MEAN, IMAGE_STD
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
 from glm4v_nb.training import enable_gradient_checkpointing
+from tools.miniature.evaluate import evaluate
 from tools.miniature.feed import CHUNK, IGNORED, ROWS, TEXT_LENGTH, ConversationEncoder, Feed
 from tools.miniature.vocabulary import save_vocabulary
 

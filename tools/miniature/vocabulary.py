@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from glm4v_nb.miniature.questions import CHINESE, PLURALS, QUESTIONS
-from glm4v_nb.miniature.scenes import CELLS, COLOURS, SHAPES
+from tools.miniature.questions import CHINESE, PLURALS, QUESTIONS
+from tools.miniature.scenes import CELLS, COLOURS, SHAPES
 
 # In the official order and number; their ids follow the ordinary ones.
 SPECIAL_TOKENS = (

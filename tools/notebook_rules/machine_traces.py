@@ -14,7 +14,13 @@ from pathlib import Path
 # Folders in which machines keep what is theirs. /content is every Colab's, /dev/nvidia0 every
 # driver's; and a name such as /layers/0 is no path at all, so not everything with slashes counts.
 _ROOTS = "home|media|mnt|nix|opt|private|root|scratch|srv|tmp|usr|Users|var|work|workspace"
-_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+# What terminals take for commands, such as colours: sent, or written out as Python and JSON do.
+_ESCAPE = re.compile(
+    r"(?:\x1b|\\x1b|\\u001b|\\033)(?:\[[0-?]*[ -/]*[@-~]|[ -/]+[0-~]|[0-Z^-~])"
+    r"|\x9b[0-?]*[ -/]*[@-~]",
+    re.IGNORECASE,
+)
+_TAG = re.compile(r"<[^<>]*>")
 _PATTERNS = (
     # Not inside an address or a relative path; after file:// it is a path again.
     re.compile(rf"(?:(?<![\w.~/])|(?<=file://))/(?:{_ROOTS})/[\w.+@-]+"),
@@ -28,9 +34,12 @@ _PATTERNS = (
 def find_machine_traces(text: str) -> list[str]:
     """Every path of some machine, and this machine's host and user name, as they stand in the
     text."""
-    text = _COLOUR.sub("", text)  # a code's last letter would stand before the path
+    text = _ESCAPE.sub("", text)  # its last letter would stand before the path
+    texts = {text, _TAG.sub("", text)}  # which may part a path, as where its last name is coloured
     patterns = (*_PATTERNS, *_of_this_machine())
-    found = {match.group() for pattern in patterns for match in pattern.finditer(text)}
+    found = {
+        match.group() for one in texts for pattern in patterns for match in pattern.finditer(one)
+    }
     # A folder is named by the path of a file in it.
     return sorted(one for one in found if not any(other != one and one in other for other in found))
 

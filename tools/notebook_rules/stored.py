@@ -8,9 +8,11 @@ come from, and tests/test_plots.py that the plots write them), and whether a lab
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +31,8 @@ from .outputs import Problem, cell_tree, check_outputs, check_printed_figures
 MAX_BYTES = 300_000
 
 # The Makefile and .pre-commit-config.yaml have the same. Outputs are part of a lesson, and so are
-# its cells' tags.
+# its cells' tags. They also take away what JupyterLab writes down as soon as a notebook is opened,
+# such as the version of Python: here it breaks no rule.
 NB_CLEAN_OPTIONS = (
     "--preserve-cell-outputs",
     "--preserve-execution-counts",
@@ -87,8 +90,10 @@ def check_notebook(path: Path, entry: NotebookEntry | None) -> list[Finding]:
     """
     content = path.read_bytes()
     try:
-        notebook = nbformat.reads(content.decode(), as_version=4)
-        nbformat.validate(notebook)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about ids, which are findings below
+            notebook = nbformat.reads(content.decode(), as_version=4)
+            nbformat.validate(notebook)
     except (
         Exception
     ) as error:  # Before it validates, nbformat takes for granted what it is to validate.
@@ -97,8 +102,10 @@ def check_notebook(path: Path, entry: NotebookEntry | None) -> list[Finding]:
         advice = "Restore it from the last commit, or save it in Jupyter again."
         return [Finding(path.name, "", "format", problem, advice)]
     findings = [Finding(path.name, "", *problem) for problem in _check_whole(path, notebook, entry)]
-    for where, cell, context in _cells(notebook):
-        problems = list(_check_source(cell))
+    # As they are stored: to the others nbformat has given ids.
+    ids = [cell.get("id") for cell in json.loads(content)["cells"]]
+    for number, (where, cell, context) in enumerate(_cells(notebook)):
+        problems = [*_check_id(ids, number), *_check_source(cell)]
         if cell.cell_type == "code":
             problems += check_outputs(cell, cell.outputs)
             problems += check_printed_figures(cell.outputs, context)
@@ -175,7 +182,10 @@ def _check_metadata(path: Path, notebook: NotebookNode) -> Iterator[Problem]:
     command = Path(sys.executable).with_name("nb-clean")
     try:
         done = subprocess.run(
-            [command, "check", *NB_CLEAN_OPTIONS, path], capture_output=True, text=True, check=False
+            [command, "check", "--preserve-notebook-metadata", *NB_CLEAN_OPTIONS, path],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except FileNotFoundError:
         raise RuntimeError(
@@ -189,6 +199,14 @@ def _check_metadata(path: Path, notebook: NotebookNode) -> Iterator[Problem]:
 
 
 # What is written in a cell.
+
+
+def _check_id(ids: list[str | None], number: int) -> Iterator[Problem]:
+    advice = "Open it in JupyterLab, which gives cells ids of their own, and save it."
+    if ids[number] is None:
+        yield "format", "it has no id; every cell has one since format 4.5", advice
+    elif ids[number] in ids[:number]:
+        yield "format", f"it has the id {ids[number]!r} of a cell before it", advice
 
 
 def _check_source(cell: NotebookNode) -> Iterator[Problem]:

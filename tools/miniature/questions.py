@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glm4v_nb.miniature.scenes import CELLS, COLOURS, SHAPES, Scene, Shape, random_scene
+from tools.miniature.scenes import CELLS, COLOURS, SHAPES, Scene, Shape, random_scene
 
 _GRAMMAR = tomllib.loads(Path(__file__).with_name("grammar.toml").read_text(encoding="utf-8"))
 LANGUAGES = ("en", "zh")

@@ -148,14 +148,6 @@ def encode(picture: Image.Image, format: str, **options) -> bytes:
     return file.getvalue()
 
 
-def sample_pictures() -> dict[str, Image.Image]:
-    """A few pictures to try, by name; the same every time."""
-    counts = {"Five shapes": 5, "Three shapes": 3, "Two shapes": 2, "One shape": 1}
-    generators = map(np.random.default_rng, (11, 5, 8, 4))
-    scenes = map(random_scene, generators, counts.values())
-    return {name: draw(scene, (320, 240)) for name, scene in zip(counts, scenes, strict=True)}
-
-
 def _paint_background(scene: Scene, width: int, height: int, rng) -> np.ndarray:
     first, second = (np.array(colour, np.float32) for colour in scene.background)
     if scene.pattern == "plain":
