@@ -1,12 +1,14 @@
 """A stranger's checkpoint is refused in one sentence that names the file, or it loads; nothing of
 it runs, nothing of it is a pickle, and no size in it takes memory before the weights confirm it."""
 
+import ast
 import json
 import os
 import pickle
 import resource
 import shutil
 import struct
+from pathlib import Path
 
 import psutil
 import pytest
@@ -485,3 +487,17 @@ def test_a_configuration_alone_is_held_to_the_same_rules(folder):
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=r"expected .*a directory with a GLM-4V-9B config\.json"):
         read_config(folder)
+
+
+def test_every_auto_class_that_is_used_here_is_told_to_run_no_code():
+    root = Path(__file__).parents[2]
+    rooms = ("glm4v_nb", "simgpu", "benchmarks", "tools")
+    found = []
+    for path in (path for room in rooms for path in (root / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(ast.Attribute(ast.Name(name), "from_pretrained"), _, options):
+                    if name.startswith("Auto") or name == "reader":
+                        found.append("trust_remote_code" in [option.arg for option in options])
+                        assert found[-1], f"{path}, line {node.lineno}"
+    assert len(found) > 5
