@@ -78,6 +78,12 @@ def _check_options(options: dict):
     attention = options.get("attn_implementation") or configured
     if isinstance(attention, str) and ("/" in attention or attention.startswith("flash_")):
         refuse_attention(attention)
+    for name in ("variant", "gguf_file", "transformers_weights"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{name} is {options[name]!r}, but weights are read from model.safetensors or its"
+                " shards only: other files are not looked at first. Leave the argument out."
+            )
 
 
 def _check_weights(directory: Path, model_class, config, accepts_other_sizes: bool | None):
@@ -139,9 +145,9 @@ def _stored_tensors(directory: Path) -> dict[str, tuple[list[int], str]]:
                 f'{directory / INDEX} has no object "metadata", which transformers reads. Add'
                 ' "metadata": {} or download the file again.'
             )
-    elif (directory / single_file).is_file():
+    if (directory / single_file).is_file():  # which transformers prefers to shards
         places = {None: single_file}
-    else:
+    elif not (directory / INDEX).is_file():
         reason = "no weights at all"
         for pickled in [*sorted(directory.glob("*.bin")), *sorted(directory.glob("*.pt*"))][:1]:
             reason = f"only pickled weights ({pickled.name}), which can run any code when loaded"

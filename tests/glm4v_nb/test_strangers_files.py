@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import hub_kernels
 
 from glm4v_nb.inference import load
+from glm4v_nb.model import GLM4VForConditionalGeneration
 from glm4v_nb.model.configuration import read_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -424,6 +425,14 @@ def test_a_damaged_or_hostile_checkpoint_is_refused_before_it_takes_memory(
         assert part in message
 
 
+def test_the_weights_that_are_looked_at_are_those_that_are_loaded(folder):
+    """transformers prefers one file to shards, whatever the index says."""
+    shutil.copy(folder / WEIGHTS, folder / "good.safetensors")
+    indexed("good.safetensors")(folder)
+    weights(lambda found: {**found, FUSED: torch.zeros(1, 64)})(folder)
+    assert "(1, 64), expected (128, 64)" in refusal(folder)
+
+
 LOADED = {
     "code that nothing names": written("modeling_chatglm.py", b"raise RuntimeError('ran')"),
     "a pickle beside the weights": written("pytorch_model.bin", pickle.dumps(Runs())),
@@ -464,6 +473,12 @@ def test_an_adapter_without_weights_of_its_own_redirects_no_auto_class(folder, c
     edited("adapter_config.json", base_model_name_or_path=str(chat_checkpoint))(folder)
     with pytest.raises(ValueError, match="holds a LoRA adapter"):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("name", ["variant", "gguf_file", "transformers_weights"])
+def test_files_that_are_not_looked_at_cannot_be_asked_for(folder, name):
+    with pytest.raises(ValueError, match=f"{name} is 'other'.*Leave the argument out"):
+        GLM4VForConditionalGeneration.from_pretrained(folder, **{name: "other"})
 
 
 @pytest.mark.parametrize("file", ["config.json", WEIGHTS])
