@@ -168,13 +168,16 @@ def test_a_link_out_of_the_directory_is_not_followed(folder, tmp_path, file):
     assert str(folder / file) in message and f"leads to {outside}" in message
 
 
-def test_the_links_of_the_hub_s_cache_are_followed(folder, tmp_path):
-    snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
-    (snapshot.parents[1] / "blobs").mkdir(parents=True)
+@pytest.mark.parametrize("part", ["", "part"])
+def test_the_links_of_the_hub_s_cache_are_followed(folder, tmp_path, part):
+    repository = tmp_path / "models--a--b"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / ("0" * 40) / part
+    blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for number, path in enumerate(folder.iterdir()):
-        shutil.copy(path, snapshot.parents[1] / "blobs" / str(number))
-        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+        shutil.copy(path, blobs / str(number))
+        link = os.path.relpath(blobs / str(number), snapshot)
+        (snapshot / path.name).symlink_to(link)
     load(snapshot)
 
 
