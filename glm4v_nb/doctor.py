@@ -51,11 +51,13 @@ _ALLOCATOR_OPTIONS = {
     "backend": "another allocator",
     "per_process_memory_fraction": "less than the whole card",
 }
-# Of graphs, locks and pinned host memory.
-_OTHER_OPTIONS = """graph_capture_record_stream_reuse throw_on_cudamalloc_oom release_lock_on_cudamalloc
+_ALLOCATOR_OPTIONS |= dict.fromkeys(
+    """graph_capture_record_stream_reuse throw_on_cudamalloc_oom release_lock_on_cudamalloc
     pinned_use_cuda_host_register pinned_num_register_threads pinned_use_background_threads
-    pinned_reserve_segment_size_mb pinned_max_round_threshold_mb pinned_max_cached_size_mb""".split()
-_ALLOCATOR_OPTIONS |= dict.fromkeys(_OTHER_OPTIONS, "nothing of what fits")
+    pinned_reserve_segment_size_mb pinned_max_round_threshold_mb
+    pinned_max_cached_size_mb""".split(),
+    "of graphs, locks or pinned host memory",
+)
 
 
 @dataclass(frozen=True)
