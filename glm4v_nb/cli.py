@@ -1,7 +1,8 @@
 """The command line, ``glm4v-nb``: it parses and prints, and calls the functions the notebooks call.
 
 Exit codes: 0 done, 1 failed, 2 wrong use, 3 does not fit, 130 interrupted. Results go to stdout;
-progress and errors (one line, also with --json) to stderr, so after code 1 or 2 stdout is empty.
+progress and errors (one line, also with --json) to stderr, so after code 1 or 2 stdout is empty;
+but where only the picture of a frontier could not be saved, the answer is there.
 
 torch is imported by the commands that need it, so that --help does not wait for it.
 """
@@ -43,7 +44,9 @@ def _option(kind: type, words: str, *names: str, **more):
 @app.command()
 def fit(
     context: typer.Context,
-    card: _option(str, 'Kind of GPU card, such as L4, "RTX 4090", A100-80, H100.'),
+    card: _option(
+        str, 'Kind of GPU card, such as L4, "RTX 4090", A100-80; others as "My GPU 20GiB".'
+    ),
     count: _option(int, "How many of them.") = 1,
     dtype: _option(str, "bfloat16, float16 or float32.") = "bfloat16",
     device_map: _option(

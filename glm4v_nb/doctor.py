@@ -33,15 +33,11 @@ GIB = 2**30
 # Shown with their versions; the other dependencies only when something is wrong with them.
 MAIN_LIBRARIES = "torch transformers accelerate safetensors jupyterlab ipywidgets papermill".split()
 
+_UPDATED = "It was updated and its older part still runs: restart the machine and its containers."
+_NOT_LOADED = "It is not loaded: sudo modprobe nvidia, or restart; remove it if there is no card."
 _BROKEN_DRIVER = {
-    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: (
-        "The driver was updated while its older part is running: restart the machine, and with it"
-        " every container."
-    ),
-    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: (
-        "It is installed and not loaded: sudo modprobe nvidia, or restart the machine. Where there"
-        " is no NVIDIA card, remove it."
-    ),
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: _UPDATED,
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: _NOT_LOADED,
 }
 # What options of PYTORCH_CUDA_ALLOC_CONF mean; those of torch 2.13, c10/core/AllocatorConfig.cpp
 # and c10/cuda/CUDAAllocatorConfig.h.
@@ -54,17 +50,14 @@ _ALLOCATOR_OPTIONS = {
     "large_segment_size_mb": "another size of segments",
     "backend": "another allocator",
     "per_process_memory_fraction": "less than the whole card",
-    "graph_capture_record_stream_reuse": "memory reused in graphs",
-    "throw_on_cudamalloc_oom": "another error when the driver has none left",
-    "release_lock_on_cudamalloc": "other threads go on meanwhile",
-} | dict.fromkeys(
-    (
-        "pinned_use_cuda_host_register", "pinned_num_register_threads",
-        "pinned_use_background_threads", "pinned_reserve_segment_size_mb",
-        "pinned_max_round_threshold_mb", "pinned_max_cached_size_mb",
-    ),
-    "how pinned host memory is made and kept",
-)  # fmt: skip
+}
+_ALLOCATOR_OPTIONS |= dict.fromkeys(
+    """graph_capture_record_stream_reuse throw_on_cudamalloc_oom release_lock_on_cudamalloc
+    pinned_use_cuda_host_register pinned_num_register_threads pinned_use_background_threads
+    pinned_reserve_segment_size_mb pinned_max_round_threshold_mb
+    pinned_max_cached_size_mb""".split(),
+    "of graphs, locks or pinned host memory",
+)
 
 
 @dataclass(frozen=True)

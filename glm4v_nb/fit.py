@@ -107,14 +107,12 @@ class FitResult:
     def to_dict(self) -> dict:
         """What ``glm4v-nb fit --json`` prints: the keys it has always had, and ``needs_bytes``, of
         the card that was full, where it does not fit."""
-        answer = {name: getattr(self, name) for name in ("verdict", "devices", "oom")}
-        answer |= {"seconds": self.seconds, "provenance": self.provenance}
-        answer["devices"] = [asdict(device) for device in self.devices]
-        for device in answer["devices"]:
+        devices = [asdict(device) for device in self.devices]
+        for device in devices:
             del device["free_at_peak_bytes"]
-        if self.oom is None:
-            return answer
-        return answer | {"oom": asdict(self.oom), "needs_bytes": self.needs[self.oom.device]}
+        answer = {"verdict": self.verdict, "devices": devices, "oom": self.oom and asdict(self.oom)}
+        answer |= {"seconds": self.seconds, "provenance": self.provenance}
+        return answer | ({"needs_bytes": self.needs[self.oom.device]} if self.oom else {})
 
 
 @dataclass(frozen=True)
@@ -267,7 +265,7 @@ def load(rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFI
     """
     with rig, rig.stage("load"):
         options |= {"config": read_config(checkpoint), "device_map": device_map, "dtype": dtype}
-        return AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+        return AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False, **options)
 
 
 def run_workload(rig: Rig, model, workload: Workload, **optimizer_options):
