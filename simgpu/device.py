@@ -20,7 +20,9 @@ is on; ``loading`` helps the two that do.)
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -42,8 +44,8 @@ from torch.utils import _pytree, backend_registration
 from simgpu.catalog import MAX_CARDS
 from simgpu.numbers import Numbers, keep, may_know
 
+_BUILT_WITH_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")
 DEVICE_TYPE = "simcuda"
-_MACHINE_HAS_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")  # how PyTorch was built
 # Called after every operator with its overload, its results on cards and CPU, and its arguments.
 Observer = Callable[[object, list[FakeTensor], tuple], None]
 _observer: Observer | None = None
@@ -402,7 +404,7 @@ def fake_mode() -> FakeTensorMode:
             )
             library = torch.library.Library("aten", "IMPL")
             # PyTorch without CUDA has no kernels of these for it.
-            for key in ("PrivateUse1", *(["CUDA"] if not _MACHINE_HAS_CUDA else [])):
+            for key in ("PrivateUse1", *(["CUDA"] if not _BUILT_WITH_CUDA else [])):
                 for operator in _EMPTY:
                     library.impl(operator, partial(_make_empty, operator), key)
             # Without a kernel of its own it is taken apart into six operators; CUDA has one. Fake
@@ -417,6 +419,26 @@ def fake_mode() -> FakeTensorMode:
             _mode = _ObservedFakeMode()
             _try_engine()
     return _mode
+
+
+@contextmanager
+def cuda_taken_over():
+    """Until the block ends, what is made on "cuda" arrives here also where PyTorch has CUDA."""
+    if not _BUILT_WITH_CUDA:  # where it always does
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.init()  # PyTorch would take it for done, when "cuda" is first named inside
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kernels that are replaced
+        for operator in _EMPTY:
+            kernel = partial(_make_empty, operator)
+            library.impl(operator, kernel, "CUDA", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def _never_called(*arguments):

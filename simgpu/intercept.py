@@ -12,7 +12,15 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from simgpu import streams
-from simgpu.device import DEVICE_TYPE, as_card, backward_error, current, fake_mode, on_card
+from simgpu.device import (
+    DEVICE_TYPE,
+    as_card,
+    backward_error,
+    cuda_taken_over,
+    current,
+    fake_mode,
+    on_card,
+)
 from simgpu.operators import attention, convolution
 from simgpu.runtime import Runtime
 
@@ -32,6 +40,7 @@ def simulated_torch(rig):
     torch.utils._device._device_constructors()  # which it remembers, as they are when first asked
     runtime = Runtime(rig)
     with ExitStack() as stack:
+        stack.enter_context(cuda_taken_over())
 
         def replace(owner, name, value, **options):
             stack.enter_context(mock.patch.object(owner, name, value, **options))
