@@ -32,7 +32,7 @@ def measure() -> dict:
     rig = Rig("L4", 2)
     with rig:
         model = AutoModelForCausalLM.from_pretrained(
-            "zai-org/glm-4v-9b", device_map="auto", dtype=torch.bfloat16
+            "zai-org/glm-4v-9b", device_map="auto", dtype=torch.bfloat16, trust_remote_code=False
         )
         figures["load_seconds"] = time.perf_counter() - begin
         prompt = make_prompt(model, Workload(images=1, text_tokens=32))

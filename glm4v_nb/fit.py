@@ -265,7 +265,7 @@ def load(rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFI
     """
     with rig, rig.stage("load"):
         options |= {"config": read_config(checkpoint), "device_map": device_map, "dtype": dtype}
-        return AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+        return AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False, **options)
 
 
 def run_workload(rig: Rig, model, workload: Workload, **optimizer_options):

@@ -15,7 +15,6 @@ from .provenance import DISTRIBUTION, checkpoint_fingerprint, digest, package_ha
 from .registry import Notebook, Registry, RegistryError, find_notebook, find_registry, load_registry
 from .store import RunSpec
 from .sweepfile import WantedRun, read_sweep_file
-from .words import whole_characters
 
 PREDICTORS = "nbsweep.predictors"
 
@@ -96,8 +95,6 @@ def _plan(name: str, runs: Sequence[WantedRun]) -> Plan:
     notebooks: dict[str, Notebook] = {}
     for run in runs:
         file = run.notebook.path.name
-        if file != whole_characters(file):
-            raise ValueError(f"a notebook is called {file!r}, which is no text; rename it")
         other = notebooks.setdefault(file, run.notebook)
         if other.path != run.notebook.path:
             raise ValueError(f"two notebooks are called {file}; rename one, or give each a sweep")

@@ -55,7 +55,7 @@ class Reads:
 
     def _run(self, statements: list[ast.stmt], cell: int):
         for statement in statements:
-            before, body = set(self._held), []
+            before, body, otherwise = set(self._held), [], []
             match statement:
                 case (
                     ast.AugAssign(target=ast.Name(), value=used)  # passes the value on
@@ -64,10 +64,13 @@ class Reads:
                     statement = ast.Expr(used)
                 case ast.For() | ast.AsyncFor() | ast.With() | ast.AsyncWith():
                     # In its body, a name that stands before it has its new value.
-                    body, statement.body = statement.body, [ast.Pass()]
+                    body, otherwise = statement.body, getattr(statement, "orelse", [])
+                    statement.body, statement.orelse = [ast.Pass()], []
             self._use(statement, cell)
             after = before if isinstance(statement, _UNSURE) else set(self._held)
             self._run(body, cell)
+            self._held = set(before)
+            self._run(otherwise, cell)
             self._held = after
 
     def _use(self, statement: ast.stmt, cell: int):

@@ -59,13 +59,11 @@ def record(name: str, value: Scalar, unit: str = "", label: str = "simulated") -
 
 
 def _python_value(value: Any) -> Any:
-    """A NumPy scalar, or array of no dimension, as Python has it; a kind of int, float or str as
+    """A NumPy scalar, or array of no dimension, as Python has it; a kind of int or float as
     that; anything else as it is."""
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         # A long double's own item() is one again.
         return float(value) if value.dtype.kind == "f" else value.item()
-    if isinstance(value, str):
-        return str.__str__(value)  # of an enumeration too
     for kind in (int, float):
         if isinstance(value, kind) and not isinstance(value, bool):
             return kind(value)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .parameters import ParsedNotebook, parse_notebook
 from .provenance import source_hash
 from .tomlfile import read_toml
+from .words import whole_characters
 
 REGISTRY_VARIABLE = "NBSWEEP_REGISTRY"
 FILE = "registry.toml"
@@ -133,6 +134,8 @@ def find_notebook(name: str, base: Path, registry: Registry) -> Notebook:
             return Notebook(registry.folder / entry.file, entry, registry)
     path = (base / name).resolve()
     if name.endswith(".ipynb") and path.is_file():
+        if path.name != whole_characters(path.name):
+            raise RegistryError(f"{path.name!r} has half of a character in its name; rename it")
         own = Registry(folder=path.parent)
         if (path.parent / FILE).is_file():
             own = load_registry(path.parent / FILE)

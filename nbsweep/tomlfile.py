@@ -23,6 +23,7 @@ _EXPECTED = {
     "string_pattern_mismatch": "only a-z, 0-9, _ and -",
     "string_too_short": "some text",
     "string_type": "text",
+    "string_unicode": "whole characters",
     "too_short": "at least one element",
 }
 

@@ -38,8 +38,8 @@ def file_in(directory: Path, name: str) -> Path:
     """
     path = directory / name
     home, target = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
-    roots = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(target.is_relative_to(root) for root in roots):
+    blobs = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
+    if not any(target.is_relative_to(root) for root in (home, *blobs)):
         raise ValueError(
             f"{path} leads to {target}, outside the checkpoint's directory. Expected a file of the"
             " directory itself. Copy the file there."

@@ -1,13 +1,17 @@
 """What the model's tests share: the recorded original, and a checkpoint that fits the tiny
 tokenizer."""
 
+import resource
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from damage import forbidden
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers.integrations import hub_kernels
 
 from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration
 
@@ -134,3 +138,17 @@ def chat(chat_checkpoint):
     """The model and the processor of ``chat_checkpoint``."""
     chat_model = AutoModelForCausalLM.from_pretrained(chat_checkpoint).eval().requires_grad_(False)
     return chat_model, AutoProcessor.from_pretrained(chat_checkpoint)
+
+
+@pytest.fixture
+def folder(chat_checkpoint, tmp_path, monkeypatch):
+    """A copy of a good checkpoint to damage, where nobody may be asked, no pickle read, and no
+    gigabyte taken."""
+    monkeypatch.setattr("builtins.input", forbidden)
+    monkeypatch.setattr(torch, "load", forbidden)
+    monkeypatch.setattr(hub_kernels, "get_kernel", forbidden)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = psutil.Process().memory_info().vms + 512 * 2**20  # of the machine, whatever a file says
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    yield shutil.copytree(chat_checkpoint, tmp_path / "checkpoint")
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -47,8 +47,9 @@ def evaluate(
             " `python -m tools.miniature.evaluate`, in a clone, draws as many as you like."
         )
     chosen = [asked[n] for n in sorted(random.Random(seed).sample(range(len(asked)), count))]
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=False)
+    model.to(device).eval()
     wrong = []
     for some in (chosen[start : start + 64] for start in range(0, count, 64)):
         given = answer_all(model, processor, [one[:2] for one in some])

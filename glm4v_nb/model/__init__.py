@@ -2,7 +2,6 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from glm4v_nb.model.checkpoint import register_official_layout
 from glm4v_nb.model.configuration import (
     OFFICIAL_CHECKPOINTS,
     GLM4VConfig,
@@ -11,7 +10,7 @@ from glm4v_nb.model.configuration import (
     official_config,
 )
 from glm4v_nb.model.modeling import GLM4VForConditionalGeneration
-from glm4v_nb.model.official_names import understand_official_names
+from glm4v_nb.model.official_names import register_official_layout, understand_official_names
 from glm4v_nb.model.processing import register_processing
 from glm4v_nb.model.splicing import expand_batches_of_trainer
 from simgpu.checkpoints import register_config

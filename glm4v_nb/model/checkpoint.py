@@ -1,8 +1,4 @@
-"""The official layout: how its tensor names map to the modules here, and what is refused.
-
-Renaming and splitting happen inside transformers' own loader (and in reverse in
-``save_pretrained``), through the mapping registered by ``register_official_layout``.
-"""
+"""Loading a checkpoint that is known to be whole, and what is refused before memory is taken."""
 
 from collections import defaultdict
 from copy import deepcopy
@@ -11,13 +7,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    ConversionOps,
-    WeightConverter,
-    WeightRenaming,
-)
 
 from glm4v_nb.model.checkpoint_files import (
     LFS_POINTER,
@@ -28,55 +17,10 @@ from glm4v_nb.model.checkpoint_files import (
     refuse_adapter,
 )
 from glm4v_nb.model.configuration import check_dtype, read_config, refuse_attention
-from glm4v_nb.model.official_names import (
-    FUSED,
-    PARTS,
-    RENAMINGS,
-    device_map_here,
-    modules_here,
-    names_here,
-    split_fused,
-)
+from glm4v_nb.model.official_names import device_map_here, modules_here, names_here
 from simgpu.checkpoints import INDEX, read_json, weight_map
 
 _FLOATING = {"F64", "F32", "F16", "BF16"}
-
-
-# transformers 5.23 has a generic ``Split``; 5.17, which is also supported, only equal chunks.
-class SplitQueryKeyValue(ConversionOps):
-    """Cut the decoder's fused projection along rows: query heads, key groups, value groups."""
-
-    @torch.no_grad
-    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
-        (fused,) = input_dict.values()
-        fused = fused[0] if isinstance(fused, list) else fused
-        parts = split_fused(fused, config)
-        # Copies, so that no part keeps the whole fused tensor alive.
-        return dict(zip(target_patterns, (part.contiguous() for part in parts), strict=True))
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return JoinQueryKeyValue(dim=0)
-
-
-class JoinQueryKeyValue(Concatenate):
-    """The reverse, used when saving."""
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return SplitQueryKeyValue()
-
-
-def register_official_layout(class_name: str):
-    """Make transformers load and save the official layout for the model class of this name."""
-    renamings = [WeightRenaming(source, target) for source, target in RENAMINGS.items()]
-    splits = [
-        WeightConverter(
-            f"{FUSED}{kind}", [f"{part}{kind}" for part in PARTS], operations=[SplitQueryKeyValue()]
-        )
-        for kind in ("weight", "bias")
-    ]
-    register_checkpoint_conversion_mapping(class_name, renamings + splits, overwrite=True)
 
 
 def load_checked(model_class, from_pretrained, name_or_path, *args, **kwargs):
@@ -115,8 +59,9 @@ def load_checked(model_class, from_pretrained, name_or_path, *args, **kwargs):
             setattr(quantizer, field, modules_here(given))
     model, info = from_pretrained(source, *args, **kwargs)
     if missing := sorted(info["missing_keys"]):
+        loader = "the loader" if quantizer is None else type(quantizer).__name__
         raise ValueError(
-            f"{name_or_path}: {type(quantizer).__name__} left {len(missing)} tensors without"
+            f"{name_or_path}: {loader} left {len(missing)} tensors without"
             f" weights, first {missing[0]!r}; the checkpoint itself is not at fault. This quantiser"
             " does not go with the fused projections of the official layout. Load without it, or"
             " quantise the loaded model."
@@ -133,6 +78,12 @@ def _check_options(options: dict):
     attention = options.get("attn_implementation") or configured
     if isinstance(attention, str) and ("/" in attention or attention.startswith("flash_")):
         refuse_attention(attention)
+    for name in ("variant", "gguf_file", "transformers_weights"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{name} is {options[name]!r}, but weights are read from model.safetensors or its"
+                " shards only: other files are not looked at first. Leave the argument out."
+            )
 
 
 def _check_weights(directory: Path, model_class, config, accepts_other_sizes: bool | None):
@@ -194,9 +145,9 @@ def _stored_tensors(directory: Path) -> dict[str, tuple[list[int], str]]:
                 f'{directory / INDEX} has no object "metadata", which transformers reads. Add'
                 ' "metadata": {} or download the file again.'
             )
-    elif (directory / single_file).is_file():
+    if (directory / single_file).is_file():  # which transformers prefers to shards
         places = {None: single_file}
-    else:
+    elif not (directory / INDEX).is_file():
         reason = "no weights at all"
         for pickled in [*sorted(directory.glob("*.bin")), *sorted(directory.glob("*.pt*"))][:1]:
             reason = f"only pickled weights ({pickled.name}), which can run any code when loaded"

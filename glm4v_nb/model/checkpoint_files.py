@@ -21,7 +21,6 @@ LayerCount = Annotated[int, Field(strict=True, ge=1, le=4096)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=2**24)]
 Positive = Annotated[float, Field(strict=True, gt=0, le=2**40)]
 Flag = Annotated[bool, Field(strict=True)]
-_Count = TokenId | None
 _TokenIds = TokenId | list[TokenId] | None
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -32,28 +31,21 @@ class _GenerationFile(BaseModel, extra="allow"):
 
     bos_token_id: _TokenIds = None
     eos_token_id: _TokenIds = None
-    pad_token_id: _Count = None
-    forced_eos_token_id: _TokenIds = None
+    pad_token_id: TokenId | None = None
     suppress_tokens: _TokenIds = None
-    begin_suppress_tokens: _TokenIds = None
-    max_length: _Count = None
     max_new_tokens: Size | None = None
-    min_length: _Count = None
-    top_k: _Count = None
     num_beams: Annotated[int, Field(strict=True, ge=1, le=256)] | None = None
     num_return_sequences: Literal[1] | None = None
-    prompt_lookup_num_tokens: Size | None = None
     do_sample: Flag | None = None
-    temperature: Annotated[Number, Field(ge=0)] | None = None
-    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Positive | None = None
+    cache_implementation: Literal["static", "dynamic"] | None = None
+    transformers_version: str | None = None
+    # These need more than numbers: a second model, a tokenizer, the image once more.
     assistant_early_exit: None = None
     is_assistant: Literal[False] | None = None
     prefill_chunk_size: None = None
     stop_strings: None = None
     token_healing: Literal[False] | None = None
-    cache_implementation: Literal["static", "dynamic"] | None = None
-    transformers_version: str | None = None
     __pydantic_extra__: dict[str, Flag | Number | None]
 
 
@@ -69,9 +61,13 @@ def check_values(where: str, schema: type[BaseModel], values: dict):
         schema.model_validate(values)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
+        # Behind the first name pydantic also says which of several types it tried.
+        name, *inner = fault["loc"]
+        if isinstance(values.get(name), dict):
+            name = ".".join([name, *(key for key in inner if key in values[name])])
         raise ValueError(
-            f"{where}: {fault['loc'][0]} is {fault['input']!r:.60}; {fault['msg']}. Correct it, or"
-            " download the file again."
+            f"{where}: {name} is {fault['input']!r:.60}; {fault['msg']}. Correct it, or download"
+            " the file again."
         ) from error
 
 
@@ -118,14 +114,20 @@ def refuse_adapter(directory):
 
 def local_directory(checkpoint: str | Path, files: tuple[str, ...], **options) -> str | Path:
     """The directory of a checkpoint: itself, or these files of the hub's, downloaded. ``options``
-    are those of ``from_pretrained``."""
+    are those of ``from_pretrained``. FileNotFoundError if the hub does not give them."""
     if Path(checkpoint).is_dir():
         return checkpoint
     if options.get("subfolder"):
         files = tuple(f"{options['subfolder']}/{file}" for file in files)
     known = ("revision", "token", "cache_dir", "local_files_only", "force_download")
     options = {name: options[name] for name in known if name in options}
-    return snapshot_download(str(checkpoint), allow_patterns=list(files), **options)
+    try:
+        return snapshot_download(str(checkpoint), allow_patterns=list(files), **options)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{checkpoint} is no directory, and the hub does not give it: {_in_one_line(error)}"
+            " Check name, revision and connection, or give the directory of a download."
+        ) from error
 
 
 @contextmanager
@@ -140,6 +142,10 @@ def reading(file: Path | str):
         if trace.tb_frame.f_globals.get("__name__", "").startswith(("glm4v_nb.", "simgpu.")):
             raise
         raise ValueError(
-            f"{file} cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
-            " Expected the official file of GLM-4V-9B. Download it again."
+            f"{file} cannot be used ({type(error).__name__}: {_in_one_line(error)}). Expected the"
+            " official file of GLM-4V-9B. Download it again."
         ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

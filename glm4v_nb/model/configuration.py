@@ -111,6 +111,8 @@ class _Quantizer(BaseModel):
     """The one whose weights are plain safetensors, and that fetches no code from the hub."""
 
     quant_method: Literal["bitsandbytes"]
+    load_in_4bit: Flag = False
+    load_in_8bit: Flag = False
 
 
 class _OtherKeys(BaseModel):

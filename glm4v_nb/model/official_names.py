@@ -11,6 +11,13 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
+from transformers import conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+)
 from wrapt import when_imported, wrap_function_wrapper
 
 # Official name -> name here. Every pattern is anchored on a part that no other tensor has, so that
@@ -80,6 +87,44 @@ def split_fused(fused: torch.Tensor, config) -> list[torch.Tensor]:
     group_rows = config.multi_query_group_num * config.kv_channels
     query_rows = config.num_attention_heads * config.kv_channels
     return list(fused.split([query_rows, group_rows, group_rows]))
+
+
+# transformers 5.23 has a generic ``Split``; 5.17, which is also supported, only equal chunks.
+class SplitQueryKeyValue(ConversionOps):
+    """Cut the decoder's fused projection along rows: query heads, key groups, value groups."""
+
+    @torch.no_grad
+    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
+        (fused,) = input_dict.values()
+        fused = fused[0] if isinstance(fused, list) else fused
+        parts = split_fused(fused, config)
+        # Copies, so that no part keeps the whole fused tensor alive.
+        return dict(zip(target_patterns, (part.contiguous() for part in parts), strict=True))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return JoinQueryKeyValue(dim=0)
+
+
+class JoinQueryKeyValue(Concatenate):
+    """The reverse, used when saving."""
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitQueryKeyValue()
+
+
+def register_official_layout(class_name: str):
+    """Make transformers load and save the official layout for the model class of this name."""
+    renamings = [WeightRenaming(source, target) for source, target in RENAMINGS.items()]
+    splits = [
+        WeightConverter(
+            f"{FUSED}{kind}", [f"{part}{kind}" for part in PARTS], operations=[SplitQueryKeyValue()]
+        )
+        for kind in ("weight", "bias")
+    ]
+    mapping = renamings + splits
+    conversion_mapping.register_checkpoint_conversion_mapping(class_name, mapping, overwrite=True)
 
 
 def state_dict_here(state_dict: Mapping[str, torch.Tensor], config) -> dict[str, torch.Tensor]:

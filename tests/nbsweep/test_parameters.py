@@ -312,6 +312,7 @@ def test_a_value_of_another_type_is_refused(notebook, name, value, says):
         "%%time\ncount = 1\nprint(count)",
         "for _ in range(3):\n    count = 1\nprint(count)",
         "for count in []:\n    pass\nelse:\n    print(count)",
+        "for _ in range(3):\n    print(count)\nelse:\n    count = 1",
         "while card:\n    count = 1\nprint(count)",
         "if card:\n    count = 1\nelse:\n    count = 2\nprint(count)",
         "if card and (count := 3):\n    pass\nprint(count)",

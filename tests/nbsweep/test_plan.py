@@ -78,6 +78,17 @@ def test_a_wrong_parameter_on_a_command_line_is_refused(registry, texts, error):
         plan.plan_notebook("01", texts, registry)
 
 
+def test_a_file_whose_name_has_half_of_a_character_is_refused_by_it(registry, tmp_path):
+    notebook = tmp_path / "m\udcff.ipynb"
+    notebook.write_bytes((registry.parent / "01_small.ipynb").read_bytes())
+    with pytest.raises(RegistryError, match="'m.udcff.ipynb' has half of a character in its name"):
+        plan.plan_notebook(str(notebook), {}, registry)
+    file = tmp_path / "n\udcff.toml"
+    file.write_text('[[runs]]\nnotebook = "01"')
+    with pytest.raises(ValueError, match="name: 'n.udcff' .*expected whole characters"):
+        plan.plan_file(file, registry)
+
+
 def test_a_sweep_is_carried_out_and_a_second_time_nothing_is_left_to_do(registry, tmp_path):
     file = tmp_path / "small.toml"
     file.write_text('[[runs]]\nnotebook = "01"\ngrid.number = [1, 9]')

@@ -194,3 +194,11 @@ def test_the_readme_links_every_lesson_and_every_document_is_linked():
         assert f"](notebooks/{entry['file']})" in TEXTS["README.md"], entry["file"]
     for path in (*sorted((ROOT / "docs").glob("*.*")), ROOT / "CITATION.cff"):
         assert path in links, path
+
+
+def test_every_test_that_holds_a_promise_of_security_is_there():
+    named = set(re.findall(r"`(test_\w+)`", TEXTS["docs/security.md"]))
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    there = {name for text in sources for name in re.findall(r"^def (test_\w+)\(", text, re.M)}
+    assert len(named) > 15
+    assert named - there == set()

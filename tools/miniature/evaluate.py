@@ -43,8 +43,9 @@ def evaluate(
         ``accuracy`` over all; ``kinds``, ``languages``, ``kinds_and_languages`` and ``forms`` as
         name → accuracy and count; ``wrong``: at most ``examples`` wrong answers.
     """
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=False)
+    model.to(device).eval()
     rng = np.random.default_rng([HELD_OUT_SEED, seed])
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     wrong = []

@@ -9,7 +9,6 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from nbformat import NotebookNode
 from PIL import Image
@@ -201,14 +200,5 @@ def _texts(output: NotebookNode) -> Iterator[str]:
         if _is_bitmap(kind):
             yield from _picture_texts(content) or ()
         else:
-            yield from _strings(content)
-    yield from _strings(output.get("metadata", {}))
-
-
-def _strings(content: Any) -> Iterator[str]:
-    """The texts in what JSON can hold, keys too."""
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, dict | list):
-        for part in [*content, *content.values()] if isinstance(content, dict) else content:
-            yield from _strings(part)
+            yield content if isinstance(content, str) else json.dumps(content)
+    yield json.dumps(output.get("metadata", {}))
