@@ -3,16 +3,15 @@
 import itertools
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
 
-from simgpu import operators
+from simgpu import memory_stats, operators
 from simgpu.allocator import Allocator, Block
 from simgpu.catalog import Card
-from simgpu.device import DEVICE_TYPE, check_ordinal
+from simgpu.device import check_ordinal, on_card
 from simgpu.purposes import ACTIVATIONS, WORKSPACE
 from simgpu.replay import Event, Replay
 
@@ -54,35 +53,19 @@ class Accounting:
         self._kernels_loaded: set[tuple[int, str | tuple[int, ...]]] = set()
         self._serials = itertools.count()
         self._recording: list[Event] | None = None
-        self._deferring = False
-        self._deferred: torch.OutOfMemoryError | None = None
+        self._in_backward_pass = False
 
     def observe(self, operator, results: list[torch.Tensor], arguments: tuple = ()):
         """Charge what an operator newly allocated; where a card has no room, see ``at_failure``."""
-        if self._deferred is not None:
-            return
         try:
             self._charge(operator, results, arguments)
-        except torch.OutOfMemoryError as error:
+        except torch.OutOfMemoryError:
             self._remember_failure()
-            if not self._deferring:
-                raise
-            self._deferred = error.with_traceback(None)
+            raise
 
-    @contextmanager
-    def deferring(self):
-        """Raise an out-of-memory error when the block ends; after it nothing is counted.
-
-        For backward passes: recomputing a checkpointed layer happens inside a C++ hook that cannot
-        pass on a Python exception for this kind of device; torch would abort the process.
-        """
-        try:
-            with mock.patch.object(self, "_deferring", True):
-                yield
-        finally:
-            deferred, self._deferred = self._deferred, None
-        if deferred is not None:
-            raise deferred
+    def backward_pass(self):
+        """What is allocated inside the block is in a backward pass, a thread of its own on CUDA."""
+        return mock.patch.object(self, "_in_backward_pass", True)
 
     def making(self, purpose: str):
         """What is allocated inside the block is for this."""
@@ -91,7 +74,7 @@ class Accounting:
     def register(self, purpose: str, tensors: Iterable[torch.Tensor]):
         """These tensors are for this; those on no card are passed over."""
         for tensor in tensors:
-            if tensor.device.type == DEVICE_TYPE:
+            if on_card(tensor):
                 key = tensor.untyped_storage()._cdata
                 if key in self._live:
                     self._live[key].purpose = purpose
@@ -128,6 +111,12 @@ class Accounting:
         """What is on a card now, largest first."""
         everything = (*self._live.values(), *self._workspaces.values())
         return sorted((each for each in everything if each.card == card), key=lambda e: -e.bytes)
+
+    def snapshot(self) -> dict:
+        """Every segment and block, as ``torch.cuda.memory._snapshot`` gives them."""
+        everything = (*self._live.values(), *self._workspaces.values())
+        live = [(one.card, place, one.operator) for one in everything for place in one.places]
+        return memory_stats.snapshot(self.allocators, live)
 
     def repeat(self, step, count: int):
         """As ``SimulatedRig.repeat``: run two steps and replay the rest, if they allocate alike."""
@@ -187,13 +176,13 @@ class Accounting:
                 self._note(False, card, *event)
 
     def _charge_workspace(self, name: str, card: int, size: int):
-        key = (name, card, self._deferring)
+        key = (name, card, self._in_backward_pass)
         if key in self._workspaces:
             return
         self._load_kernels(
             card, "matrix products", operators.CUBLAS_KERNELS, self.card.kernel_bytes
         )
-        if self._deferring:
+        if self._in_backward_pass:
             self._load_kernels(card, "backward", (), self.card.backward_kernel_bytes)
         origin = (name, "workspace", WORKSPACE)
         self._workspaces[key] = self._allocate(card, size, (size,), torch.uint8, *origin)

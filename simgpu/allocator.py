@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from simgpu.addresses import AddressSpace
+from simgpu.memory_stats import TOGETHER, Log
 from simgpu.units import MIB, as_pytorch_writes
 
 BLOCK_ROUNDING = 512
@@ -67,6 +68,7 @@ class Block:
     before: "Block | None" = None
     after: "Block | None" = None
     free: bool = False
+    requested: int = 0  # bytes, before rounding
 
 
 @dataclass(eq=False)
@@ -87,7 +89,9 @@ class Allocator:
     Attributes:
         allocated, reserved: bytes in blocks that are handed out, and in segments, now; ``peak_``
             since the last reset.
-        retries: how often cached memory had to go for a request (``num_alloc_retries``).
+        retries, errors: how often cached memory had to go for a request, and that was not enough
+            (``num_alloc_retries``, ``num_ooms``).
+        blocks, segments: what came and went, for ``memory_stats``.
         listeners: called before every allocation (False) and release (True) with this allocator.
     """
 
@@ -108,7 +112,9 @@ class Allocator:
             )
         self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
-        self.retries = 0
+        self.retries = self.errors = 0
+        self.blocks = Log("allocation", "allocated_bytes", "requested_bytes")
+        self.segments = Log("segment", "reserved_bytes")
         self.listeners: list[Callable[[Allocator, bool], None]] = []
         # Free blocks of the large and the small pool (True), as best fit looks at them: by size,
         # then address.
@@ -152,9 +158,14 @@ class Allocator:
             self.retries += 1
             block = self._new(size, small)
         if block is None:
+            self.errors += 1
             raise torch.OutOfMemoryError(self._message(segment_bytes(size)))
         if self._splits(size, block.size - size, small):
             self._insert(self._split(block, size))
+        block.requested = size_bytes
+        self.blocks.append((small, block.size, size_bytes))
+        if len(self.blocks) >= TOGETHER:
+            self.blocks.count()
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         return block
@@ -163,7 +174,9 @@ class Allocator:
         """Give a block back. It stays reserved, as in PyTorch, until room is needed."""
         for listener in self.listeners:
             listener(self, True)
+        self.blocks.append((block.small, -block.size, -block.requested))
         self.allocated -= block.size
+        block.requested = 0
         self._merge(block)
         self._insert(block)
 
@@ -176,6 +189,18 @@ class Allocator:
     def reset_peaks(self):
         """Start new peaks at the present values."""
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+        for log in (self.blocks, self.segments):
+            log.reset_peaks()
+
+    def reset_totals(self):
+        """Count what has come and gone from here."""
+        for log in (self.blocks, self.segments):
+            log.reset_totals()
+        self.retries = self.errors = 0
+
+    def cached(self) -> list[Block]:
+        """The free blocks."""
+        return [block for pool in self._pools.values() for *_, block in pool]
 
     def _insert(self, block: Block):
         block.free = True
@@ -247,15 +272,17 @@ class Allocator:
         wanted = segment_bytes(size)
         if self.reserved + wanted > self.limit_bytes:
             return None
-        self._reserve(wanted)
+        self._reserve(wanted, small)
         return Block(self.addresses.take(wanted), wanted, small)
 
-    def _reserve(self, size: int):
+    def _reserve(self, size: int, small: bool):
+        self.segments.append((small, size, 0))
         self.reserved += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
     def _give_back(self, segment: Block):
         self._remove(segment)
+        self.segments.append((segment.small, -segment.size, 0))
         self.reserved -= segment.size
         self.addresses.give_back(segment.address)
 

@@ -1,9 +1,13 @@
-"""A PyTorch device that has shapes, types and bytes but no numbers: "simcuda".
+"""A PyTorch device that has shapes, types and bytes but no numbers, and that is called "cuda".
 
 PyTorch lets one extra backend (PrivateUse1) be defined from Python. Here its tensors are fake
 tensors: every operator runs its shape rules and no arithmetic. Two kernels are enough, since all
 factory functions and copies to a device start by making an empty tensor; everything after that
 dispatches on the fake tensor itself.
+
+PyTorch refuses to name such a backend "cuda". So it is "simcuda" inside PyTorch and while an
+operator runs, and everybody else is told "cuda:N" by a tensor's ``device``; what is made on "cuda"
+arrives at the same two kernels, in every thread.
 
 The registration function is experimental in PyTorch; all that depends on it is in this module.
 
@@ -14,8 +18,9 @@ number. (Libraries that compare devices still find that ``torch.device(0)`` is n
 is on; ``loading`` helps the two that do.)
 """
 
+import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from unittest import mock
 
@@ -35,19 +40,31 @@ except ImportError:  # torch 2.11 has no error of its own for this
 from torch.utils import _pytree, backend_registration
 
 from simgpu.catalog import MAX_CARDS
+from simgpu.numbers import Numbers, keep, may_know
 
 DEVICE_TYPE = "simcuda"
+_MACHINE_HAS_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")  # how PyTorch was built
 # Called after every operator with its overload, its results on cards and CPU, and its arguments.
 Observer = Callable[[object, list[FakeTensor], tuple], None]
 _observer: Observer | None = None
+_numbers: Numbers | None = None
 
 
 _ATEN = torch.ops.aten
-# Operators that make no storage. Half of all calls are one of these, and torch's general path for
-# fake tensors takes several times as long for them as their shape rule.
-_DEFAULT_OVERLOADS = ("alias", "detach", "expand", "permute", "t", "unsqueeze", "view")
-_VIEWS = {getattr(_ATEN, name).default for name in _DEFAULT_OVERLOADS}
+# Operators that make no storage, and the commonest of those that make one new tensor. torch's
+# general path for fake tensors takes several times as long for them as their shape rule, or as
+# looking up what the rule has said before.
+_VIEWS = {
+    getattr(_ATEN, name).default
+    for name in ("alias", "detach", "expand", "permute", "t", "unsqueeze", "view", "_unsafe_view")
+}
 _VIEWS |= {_ATEN.select.int, _ATEN.slice.Tensor, _ATEN.transpose.int}
+_PLAIN = {
+    getattr(_ATEN, name).default
+    for name in ("addmm", "bmm", "cat", "clone", "gelu", "mm", "neg", "rsqrt", "sigmoid", "silu")
+}
+_PLAIN |= {_ATEN.add.Tensor, _ATEN.mul.Tensor, _ATEN.sub.Tensor, _ATEN.mean.dim}
+_PLAIN |= {_ATEN.pow.Tensor_Scalar, _ATEN.silu_backward.default, _ATEN._softmax.default}
 
 
 def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -67,7 +84,7 @@ def channels_last_strides(shape: torch.Size) -> tuple[int, int, int, int]:
 def _convolution_backward(gradient, input, weight, bias_sizes, *settings):
     # As cuDNN does it, one gradient after the other; traced were plain convolutions on pictures.
     *_, transposed, _, groups, (of_input, of_weight, of_bias) = settings
-    if gradient.ndim != 4 or transposed or groups != 1 or gradient.device.type != DEVICE_TYPE:
+    if gradient.ndim != 4 or transposed or groups != 1 or not on_card(gradient):
         return NotImplemented
     copied = torch.empty_like(gradient, memory_format=torch.contiguous_format)
     is_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
@@ -123,6 +140,32 @@ class _BackendModule(backend_registration._DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
 
+class _Guard(backend_registration._DummyDeviceGuard):
+    """Tells PyTorch the type of the device.
+
+    PyTorch also asks on its way out of a backward pass in which a hook has failed, while Python's
+    error is still set. An error that is set fails any call, which C++ cannot have there: the
+    process would end. So the error is taken here, and ``backward_error`` gives it back.
+    """
+
+    def type_(self):
+        try:
+            # Not a plain call, which Python makes quick by asking for no error.
+            _anything(*())
+        except SystemError as error:
+            _taken.error = error.__cause__
+        return torch._C._autograd.DeviceType.PrivateUse1
+
+
+_anything, _taken = object, threading.local()
+
+
+def backward_error(error: BaseException) -> BaseException:
+    """What ended a backward pass, from the error that PyTorch raised after it."""
+    found = _taken.__dict__.pop("error", None)
+    return found if found is not None and isinstance(error, SystemError) else error
+
+
 class _ObservedFakeMode(FakeTensorMode):
     """Runs shape rules and reports each operator, of the autograd engine's threads as well."""
 
@@ -130,34 +173,68 @@ class _ObservedFakeMode(FakeTensorMode):
     avoid_device_init = True
 
     def __init__(self):
-        super().__init__(allow_non_fake_inputs=True)
         self._nesting = threading.local()
+        self._results: dict[tuple, tuple] = {}  # of the rules of operators in _PLAIN
+        super().__init__(allow_non_fake_inputs=True)
 
     def __deepcopy__(self, memo):
         # A copied tensor belongs to the same mode, of which a process has one.
         return self
 
+    @property
+    def in_kernel_invocation(self) -> bool:
+        """Whether a shape rule runs, in which tensors say that they are meta: in this thread."""
+        return getattr(self._nesting, "in_kernel", False)
+
+    @in_kernel_invocation.setter
+    def in_kernel_invocation(self, value: bool):
+        self._nesting.in_kernel = value
+
+    @property
+    def is_running(self) -> bool:
+        """Whether this thread is inside an operator."""
+        return getattr(self._nesting, "depth", 0) > 0
+
     def dispatch(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if kwargs.get("device") is not None:
+            kwargs = kwargs | {"device": as_card(kwargs["device"])}
         if func in _VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
             with in_kernel_invocation_manager(self):
                 view = func(*args, **kwargs)
-            return FakeTensor(self, view, args[0].fake_device)
+            view = FakeTensor(self, view, args[0].fake_device)
+            if args[0].known is not None:
+                keep(func, args, kwargs, view)
+            return view
         if func in _REWRITTEN and isinstance(args[0], FakeTensor):
             with self:
                 output = _REWRITTEN[func](*args, **kwargs)
             if output is not NotImplemented:
                 return output
-        # Operators that a shape rule uses internally are not the program's own.
-        depth = getattr(self._nesting, "depth", 0)
-        if depth == 0 and func in _IN_PLACE and _IN_PLACE[func](*args):
+        if self.is_running:  # an operator that a shape rule uses is not the program's own
+            return self._by_shape_rule(func, types, args, kwargs)
+        _refuse_lost_numbers(func, args, kwargs)
+        if func is _ATEN.copy_.default and not isinstance(args[1], FakeTensor):
+            # The rule remembers its arguments weakly, and torch cannot move a parameter that
+            # something refers to weakly.
+            is_weight = args[1].requires_grad
+            args = (args[0], args[1].detach(), *args[2:])
+            if is_weight:
+                return self._run(func, types, args, kwargs)
+        if _numbers is not None and may_know(func, args):
+            return _numbers.dispatch(self._run, func, types, args, kwargs)
+        return self._run(func, types, args, kwargs)
+
+    def _run(self, func, types, args: tuple, kwargs: dict):
+        """An operator of the program: its shape rule, and the observer is told."""
+        if func in _IN_PLACE and _IN_PLACE[func](*args):
             return args[0]
-        self._nesting.depth = depth + 1
+        self._nesting.depth = 1
         try:
             output = self._by_shape_rule(func, types, args, kwargs)
         finally:
-            self._nesting.depth = depth
-        if _observer is not None and depth == 0 and (results := _tensors_made(output)):
+            self._nesting.depth = 0
+        if _observer is not None and (results := _tensors_made(output)):
             try:
                 _observer(func, results, args)
             except torch.OutOfMemoryError as error:
@@ -166,7 +243,20 @@ class _ObservedFakeMode(FakeTensorMode):
                 raise error.with_traceback(None) from None
         return output
 
+    def _remembered(self, func, args: tuple, kwargs: dict) -> torch.Tensor:
+        """The result of an operator, on the meta device."""
+        key = (func, _described(args), *kwargs.items())
+        if key not in self._results:
+            with in_kernel_invocation_manager(self):
+                made = func(*args, **kwargs)
+            self._results[key] = (made.shape, made.stride(), made.dtype)
+        shape, stride, dtype = self._results[key]
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
     def _by_shape_rule(self, *call):
+        func, _, args, kwargs = call
+        if func in _PLAIN and (device := _common_card(args)) is not None:
+            return FakeTensor(self, self._remembered(func, args, kwargs), device)
         try:
             return super().dispatch(*call)
         except FakeTensorDeviceMismatchError as error:
@@ -178,6 +268,60 @@ class _ObservedFakeMode(FakeTensorMode):
                 " (.item(), .tolist(), `if` on a tensor, indexing by a mask), or run this on a"
                 " real device."
             ) from None
+
+
+def _common_card(args: tuple) -> torch.device | None:
+    """The card that all tensors of an operator are on; None where it is not one alone."""
+    found = None
+    for each in args[0] if isinstance(args[0], list | tuple) else args:
+        if isinstance(each, FakeTensor) and each.constant is None:
+            device = each.fake_device
+            if device.type != DEVICE_TYPE or (found is not None and found != device):
+                return None
+            found = device
+        elif isinstance(each, torch.Tensor):
+            return None
+    return found
+
+
+def _described(args: Iterable) -> tuple:
+    """Arguments as a shape rule sees them."""
+    return tuple(
+        (each.shape, each.stride(), each.dtype)
+        if isinstance(each, torch.Tensor)
+        else _described(each)
+        if isinstance(each, list | tuple)
+        else (type(each), each)
+        for each in args
+    )
+
+
+@functools.cache
+def _written(func) -> tuple[list[int], list[str]]:
+    """Places and names of the arguments that an operator writes into."""
+    arguments = func._schema.arguments
+    written = [each.alias_info is not None and each.alias_info.is_write for each in arguments]
+    places = [place for place, is_written in enumerate(written) if is_written]
+    return places, [arguments[place].name for place in places]
+
+
+def _refuse_lost_numbers(func, args: tuple, kwargs: dict):
+    """Refuse to write what has no numbers into a tensor that has some, and to copy from nothing."""
+    if func is _ATEN.copy_.default or func is _ATEN._to_copy.default:
+        source = args[-1] if func is _ATEN.copy_.default and len(args) == 2 else args[0]
+        if source.device.type == "meta" and (args[0] is not source or "device" in kwargs):
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+    places, names = _written(func)
+    for place, name in zip(places, names, strict=True):
+        written = args[place] if place < len(args) else kwargs.get(name)
+        for tensor in written if isinstance(written, list | tuple) else [written]:
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":
+                raise RuntimeError(
+                    f"{func._schema.name.removeprefix('aten::')} would write a result without"
+                    " numbers into a tensor on the CPU that has some: tensors on simulated cards"
+                    " have only shapes, types and bytes. Keep both on the card, or run this on a"
+                    " real device."
+                )
 
 
 def _tensors_made(output) -> list[FakeTensor]:
@@ -241,23 +385,35 @@ def _try_engine():
 
 _mode: _ObservedFakeMode | None = None
 _registering = threading.Lock()
-_library: torch.library.Library | None = None
+_libraries: list[torch.library.Library] = []  # what is registered lives as long as these
+_PYTHON_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
+_PYTHON_KEYS |= torch._C.DispatchKeySet(torch._C.DispatchKey.PythonTLSSnapshot)
+_EMPTY = (_ATEN.empty.memory_format, _ATEN.empty_strided.default)
+_INSIDE = FakeTensor.device  # what PyTorch's rules see
 
 
 def fake_mode() -> FakeTensorMode:
     """The mode of all simulated tensors of this process; registers the device on first use."""
-    global _mode, _library
+    global _mode
     with _registering:
         if _mode is None:
             backend_registration._setup_privateuseone_for_python_backend(
-                DEVICE_TYPE, backend_module=_BackendModule()
+                DEVICE_TYPE, backend_module=_BackendModule(), device_guard=_Guard()
             )
-            _library = torch.library.Library("aten", "IMPL")
-            for operator in (_ATEN.empty.memory_format, _ATEN.empty_strided.default):
-                _library.impl(operator, partial(_in_fake_mode, operator), "PrivateUse1")
+            library = torch.library.Library("aten", "IMPL")
+            # PyTorch without CUDA has no kernels of these for it.
+            for key in ("PrivateUse1", *(["CUDA"] if not _MACHINE_HAS_CUDA else [])):
+                for operator in _EMPTY:
+                    library.impl(operator, partial(_make_empty, operator), key)
             # Without a kernel of its own it is taken apart into six operators; CUDA has one. Fake
             # tensors stop the operator before it gets as far.
-            _library.impl("silu_backward", _never_called, "PrivateUse1")
+            library.impl("silu_backward", _never_called, "PrivateUse1")
+            # ``torch.tensor`` and a list among indices copy with Python's dispatch switched off.
+            library.impl("copy_", partial(_in_fake_mode, _ATEN.copy_.default), "PrivateUse1")
+            _libraries.append(library)
+            FakeTensor.device = property(_shown_device, _INSIDE.fset)
+            FakeTensor.is_cuda = property(on_card)
+            FakeTensor.known = None  # by default, of ``numbers``
             _mode = _ObservedFakeMode()
             _try_engine()
     return _mode
@@ -267,17 +423,54 @@ def _never_called(*arguments):
     raise NotImplementedError("simulated cards do not compute")
 
 
-def observe(observer: Observer | None) -> Observer | None:
-    """Report every operator to ``observer`` from now on, or to none; returns the one before."""
-    global _observer
+def observe(observer: Observer | None, numbers: Numbers | None = None) -> tuple:
+    """Report every operator to ``observer`` from now on, or to none, and let ``numbers`` carry
+    those of small tensors; returns the two from before."""
+    global _observer, _numbers
     fake_mode()
-    before, _observer = _observer, observer
+    before = _observer, _numbers
+    _observer, _numbers = observer, numbers
     return before
 
 
+class _Current(threading.local):
+    """The card that "cuda" without a number names; each thread has its own, as with CUDA."""
+
+    index = 0
+
+
+current = _Current()
+
+
 def card_device(index: int) -> torch.device:
-    """The torch device of simulated card ``index``."""
+    """Simulated card ``index`` as PyTorch's rules know it."""
     return torch.device(DEVICE_TYPE, index)
+
+
+def on_card(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on a simulated card."""
+    return isinstance(tensor, FakeTensor) and tensor.fake_device.type == DEVICE_TYPE
+
+
+def as_card(place):
+    """The simulated card that a ``torch.device`` or a name of one stands for, if it is "cuda" and a
+    rig is active; anything else as it is."""
+    if _observer is None or not isinstance(place, torch.device | str):
+        return place
+    if isinstance(place, str):
+        if place.partition(":")[0] != "cuda":
+            return place
+        place = torch.device(place)
+    if place.type != "cuda":
+        return place
+    return card_device(current.index if place.index is None else place.index)
+
+
+def _shown_device(tensor: FakeTensor) -> torch.device:
+    place = _INSIDE.fget(tensor)
+    if place.type != DEVICE_TYPE or _mode.is_running:
+        return place
+    return torch.device("cuda", place.index)
 
 
 def check_ordinal(index: int, count: int):
@@ -294,9 +487,19 @@ def machine_device(index: int) -> torch.device | None:
     return torch.device("cuda", index) if _observer is None and torch.cuda.is_available() else None
 
 
-def _in_fake_mode(operator, *args, **kwargs):
-    real = machine_device(getattr(kwargs.get("device"), "index", None) or 0)
-    if real is not None:
+def _make_empty(operator, *args, **kwargs):
+    place = kwargs.get("device")
+    if _observer is None:
+        real = machine_device(getattr(place, "index", None) or 0)
+        if real is None:
+            torch.cuda.init()  # which refuses in PyTorch's words
         return operator(*args, **{**kwargs, "device": real})
-    with _mode:
+    return _in_fake_mode(operator, *args, **{**kwargs, "device": as_card(place)})
+
+
+def _in_fake_mode(operator, *args, **kwargs):
+    """Run an operator by its shape rule, also where PyTorch has switched Python's dispatch off."""
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set() - _PYTHON_KEYS
+    with torch._C._ForceDispatchKeyGuard(included, excluded), _mode:
         return operator(*args, **kwargs)

@@ -96,7 +96,7 @@ class ExpandableAllocator(Allocator):
         if block.size > mapped:
             self._insert_unmapped(self._split(block, mapped))
         block.mapped = True
-        self._reserve(mapped)
+        self._reserve(mapped, block.small)
         self._merge(block)
         self._insert(block)
         return True
@@ -115,6 +115,7 @@ class ExpandableAllocator(Allocator):
             middle = self._split(block, begin - block.address)
             self._insert(block)
             block = middle
+        self.segments.append((block.small, -block.size, 0))
         self.reserved -= block.size
         for neighbour in (block.before, block.after):
             if neighbour is not None and not neighbour.mapped:

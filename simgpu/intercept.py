@@ -1,50 +1,75 @@
-"""What ``torch`` is while a simulated rig is active: ``torch.cuda``, and what "cuda:0" names."""
+"""What ``torch`` is while a simulated rig is active: "cuda" names its cards, in every thread."""
 
 from contextlib import ExitStack, contextmanager
 from functools import partial, partialmethod
-from operator import attrgetter, methodcaller
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.optim import optimizer
-from torch.overrides import TorchFunctionMode
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-from simgpu.catalog import Card
-from simgpu.device import DEVICE_TYPE, card_device, check_ordinal, fake_mode
+from simgpu import streams
+from simgpu.device import DEVICE_TYPE, as_card, backward_error, current, fake_mode, on_card
 from simgpu.operators import attention, convolution
+from simgpu.runtime import Runtime
 
 # Taken here and not when a block begins: the machine itself may be simulated, in tests.
 _ROUTES = {
     "scaled_dot_product_attention": (attention, functional.scaled_dot_product_attention),
     "conv2d": (convolution, functional.conv2d),
 }
+_DATA = torch.Tensor.data
+_MAKE_FROM_DATA = ("tensor", "as_tensor", "asarray")
 
 
 @contextmanager
 def simulated_torch(rig):
     """Let torch see ``rig``'s cards as CUDA devices until the block ends."""
     fake_mode()
-    cuda = CudaFunctions(rig)
+    torch.utils._device._device_constructors()  # which it remembers, as they are when first asked
+    runtime = Runtime(rig)
     with ExitStack() as stack:
 
-        def replace(owner, name, value):
-            stack.enter_context(mock.patch.object(owner, name, value, create=True))
+        def replace(owner, name, value, **options):
+            stack.enter_context(mock.patch.object(owner, name, value, **options))
 
-        for name in (name for name in dir(cuda) if not name.startswith("_")):
-            replace(torch.cuda, name, getattr(cuda, name))
-        replace(torch._C, "_cuda_clearCublasWorkspaces", rig.release_workspaces)
+        replace(current, "index", 0)
+
+        for name, function in runtime.functions().items():
+            replace(torch._C, name, function, create=True)
+        for name, value in runtime.names().items():
+            replace(torch.cuda, name, value, create=True)
+        for name in streams.NAMES:
+            replace(torch.cuda, name, getattr(streams, name))
+        replace(torch, "Generator", streams.Generator)
+        replace(torch, "load", partial(_load, torch.load))
+        # Above these PyTorch looks for a guard of the CUDA device before it makes a tensor.
+        replace(torch.Tensor, "to", partialmethod(_to, torch.Tensor.to))
+        replace(torch.Tensor, "cuda", _cuda)
+        for name in _MAKE_FROM_DATA:
+            replace(torch, name, partial(_from_data, getattr(torch, name)))
+        replace(torch.Tensor, "new_tensor", partialmethod(_from_data_of, torch.Tensor.new_tensor))
+        replace(torch.Tensor, "pin_memory", streams.pin_memory)
+        replace(torch.Tensor, "is_pinned", streams.is_pinned)
         for name, (route, original) in _ROUTES.items():
             replace(functional, name, partial(route, rig, original))
         # Optimisers update many tensors at a time only for types of tensor on this list.
         types = [*optimizer._foreach_supported_types, FakeTensor]
         replace(optimizer, "_foreach_supported_types", types)
         replace(torch.autocast, "__init__", partialmethod(_autocast, torch.autocast.__init__))
+        engine = partial(_backward, rig, torch.autograd.graph._engine_run_backward)
+        replace(torch.autograd, "_engine_run_backward", engine)
+        replace(torch.autograd.graph, "_engine_run_backward", engine)
+        # A module that moves to a card keeps its parameters, as with CUDA: ties and optimizers too.
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        replace(torch.Tensor, "data", property(_DATA.__get__, _set_data), create=True)
         # torch's autograd would start a thread per card, and knows of one simulated card only.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(CudaNames(cuda))
         yield
 
 
@@ -59,110 +84,69 @@ def _autocast(self, original, device_type, dtype=None, enabled=True, cache_enabl
     original(self, device_type, dtype, enabled, cache_enabled)
 
 
-def _of_card(answer):
-    return lambda self, device=None: answer(self._rig.cards[self._index(device)])
+def _set_data(self, value: torch.Tensor):
+    """``parameter.data = tensor``, also where one has numbers and the other has none."""
+    if isinstance(value, FakeTensor) and not isinstance(self, FakeTensor):
+        if isinstance(self, torch.nn.Parameter):
+            value = torch.nn.Parameter(value, self.requires_grad)
+        torch.utils.swap_tensors(self, value)
+    else:
+        _DATA.__set__(self, value)
 
 
-def _of_allocator(answer):
-    return lambda self, device=None: answer(self._rig.allocators[self._index(device)])
+def _to(self, original, *args, **kwargs):
+    if "device" in kwargs:
+        kwargs["device"] = as_card(kwargs["device"])
+    return original(self, *map(as_card, args), **kwargs)
 
 
-def _properties(card: Card) -> SimpleNamespace:
-    major, minor = card.compute_capability
-    return SimpleNamespace(
-        name=card.device_name,
-        total_memory=card.total_bytes,
-        major=major,
-        minor=minor,
-        multi_processor_count=card.multiprocessors,
+def _cuda(self, device=None, non_blocking=False, memory_format=torch.preserve_format):
+    device = (
+        "cuda"
+        if device is None
+        else torch.device("cuda", device)
+        if isinstance(device, int)
+        else device
     )
+    return self.to(device, non_blocking=non_blocking, memory_format=memory_format)
 
 
-class CudaFunctions:
-    """Stand-ins for functions of ``torch.cuda``, of the same names and meanings."""
-
-    def __init__(self, rig):
-        self._rig = rig
-        self._current = 0
-
-    def _index(self, device=None) -> int:
-        if device is None:
-            return self._current
-        if not isinstance(device, int):
-            device = torch.device(device)
-            if device.type not in ("cuda", DEVICE_TYPE):
-                raise ValueError(f"Expected a cuda device, but got: {device}")
-            device = device.index
-        index = self._current if device is None else device
-        check_ordinal(index, len(self._rig.cards))
-        return index
-
-    def is_available(self):
-        return True
-
-    is_initialized = is_available
-
-    def is_bf16_supported(self, including_emulation=True):
-        return including_emulation or self._rig.card.bf16_supported
-
-    def is_current_stream_capturing(self):
-        return False
-
-    def device_count(self):
-        return len(self._rig.cards)
-
-    def current_device(self):
-        return self._current
-
-    def set_device(self, device):
-        self._current = self._index(device)
-
-    def empty_cache(self):
-        for allocator in self._rig.allocators:
-            allocator.empty_cache()
-
-    def set_per_process_memory_fraction(self, fraction, device=None):
-        self._rig.allocators[self._index(device)].fraction = fraction
-
-    synchronize = _of_card(lambda card: None)
-    get_device_name = _of_card(attrgetter("device_name"))
-    get_device_properties = _of_card(_properties)
-    get_device_capability = _of_card(attrgetter("compute_capability"))
-    mem_get_info = _of_allocator(attrgetter("free_bytes", "total_bytes"))
-    memory_allocated = _of_allocator(attrgetter("allocated"))
-    max_memory_allocated = _of_allocator(attrgetter("peak_allocated"))
-    memory_reserved = _of_allocator(attrgetter("reserved"))
-    max_memory_reserved = _of_allocator(attrgetter("peak_reserved"))
-    reset_peak_memory_stats = _of_allocator(methodcaller("reset_peaks"))
+def _from_data(original, data, *args, device=None, **kwargs):
+    if device is None and not isinstance(data, torch.Tensor):
+        modes = reversed(_get_current_function_mode_stack())  # which would put it in below this
+        device = next((mode.device for mode in modes if isinstance(mode, DeviceContext)), None)
+    return original(data, *args, device=as_card(device), **kwargs)
 
 
-class CudaNames(TorchFunctionMode):
-    """Takes "cuda", "cuda:1" and ``torch.device("cuda")`` in calls for the simulated cards."""
+def _from_data_of(self, original, *args, device=None, **kwargs):
+    device = self.device if device is None and on_card(self) else device
+    return original(self, *args, device=as_card(device), **kwargs)
 
-    def __init__(self, cuda: CudaFunctions):
-        super().__init__()
-        self._cuda = cuda
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is torch.device:
-            return func(*args, **kwargs)
-        if func in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
-            with self._cuda._rig.backward_pass():
-                return func(*args, **kwargs)
-        if func is torch.Tensor.cuda:
-            device = args[1] if len(args) > 1 else kwargs.get("device")
-            return args[0].to(card_device(self._cuda._index(device)))
-        args = tuple(self._translate(value) for value in args)
-        if "device" in kwargs:
-            kwargs["device"] = self._translate(kwargs["device"])
-        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
-            # These fill the new tensor below the level at which a simulated device can step in.
-            device = kwargs.pop("device")
-            return func(*args, **kwargs).to(device)
-        return func(*args, **kwargs)
+def _backward(rig, original, *args, **kwargs):
+    try:
+        with rig.backward_pass():
+            return original(*args, **kwargs)
+    except SystemError as error:
+        raise backward_error(error) from None
 
-    def _translate(self, value):
-        is_place = isinstance(value, (torch.device, str))
-        is_cuda = is_place and str(value).partition(":")[0] == "cuda"
-        return card_device(self._cuda._index(value)) if is_cuda else value
+
+def _load(original, file, map_location=None, **kwargs):
+    """``torch.load``; what goes to a card is read on the CPU and moved there."""
+    places = {}
+
+    def note(storage, location):
+        wanted = map_location
+        if isinstance(wanted, dict):
+            wanted = wanted.get(location, location)
+        elif callable(wanted):
+            return wanted(storage, location)
+        places[storage.data_ptr()] = torch.device(location if wanted is None else wanted)
+        return storage
+
+    def move(leaf):
+        is_tensor = isinstance(leaf, torch.Tensor)
+        place = places.get(leaf.untyped_storage().data_ptr()) if is_tensor else None
+        return leaf if place is None else leaf.to(place)
+
+    return torch.utils._pytree.tree_map(move, original(file, map_location=note, **kwargs))

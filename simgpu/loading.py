@@ -5,6 +5,7 @@ for two: transformers' loader and accelerate's AlignDevicesHook go on taking bar
 devices, which PyTorch no longer does (see ``device``).
 """
 
+import itertools
 import os
 import re
 import warnings
@@ -33,7 +34,8 @@ from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
 from simgpu.checkpoints import known_config, read_json, weight_map
-from simgpu.device import DEVICE_TYPE, fake_mode, machine_device
+from simgpu.device import DEVICE_TYPE, fake_mode, machine_device, on_card
+from simgpu.numbers import numbers_of
 
 _AUTO_CLASS = auto_factory._BaseAutoModelClass
 _ORIGINAL_WARMUP = modeling_utils.caching_allocator_warmup
@@ -43,8 +45,8 @@ _DOWNLOAD_ARGUMENTS |= {"force_download", "use_safetensors"}
 _COUNTED, MOST_OF_A_KIND = "layer|expert|label", 10_000
 # transformers asks these once and remembers the answer, which is another one inside the block.
 _REMEMBERED = (import_utils.is_torch_cuda_available, import_utils.is_torch_bf16_gpu_available)
-# Prompts on simulated cards have no values to look at: they are neither packed nor padded.
-_MASKING_ANSWERS = {"find_packed_sequence_indices": None, "fast_all": True, "is_tracing": False}
+# Where a prompt's numbers are not known, it is neither packed nor padded.
+_MASKING_ANSWERS = {"find_packed_sequence_indices": None, "fast_all": True}
 
 
 @contextmanager
@@ -59,10 +61,11 @@ def simulated_loading(rig):
 
         for name, answer in _MASKING_ANSWERS.items():
             replace(masking_utils, name, partial(_on_cards, getattr(masking_utils, name), answer))
+        replace(masking_utils, "is_tracing", partial(_is_tracing, masking_utils.is_tracing))
         offload = partial(_offload, hooks.set_module_tensor_to_device)
         replace(hooks, "set_module_tensor_to_device", offload)
         for owner in _defining("generate", GenerationMixin):
-            replace(owner, "generate", partialmethod(_generate, vars(owner)["generate"]))
+            replace(owner, "generate", partialmethod(_generate, rig, vars(owner)["generate"]))
         stack.enter_context(from_pretrained_replaced(partial(_from_pretrained, rig)))
         for answer in _REMEMBERED:
             answer.cache_clear()
@@ -95,8 +98,13 @@ def _defining(name: str, *roots: type) -> list[type]:
 
 
 def _on_cards(original, answer, tensor=None):
-    is_simulated = tensor is not None and tensor.device.type == DEVICE_TYPE
-    return answer if is_simulated else original(tensor)
+    is_unknown = tensor is not None and on_card(tensor) and numbers_of(tensor) is None
+    return answer if is_unknown else original(tensor)
+
+
+def _is_tracing(original, tensor=None) -> bool:
+    # A tensor without numbers is otherwise a sign of tracing.
+    return not (tensor is not None and on_card(tensor)) and original(tensor)
 
 
 def _warmup_of_cuda_cards(model, expanded_device_map, *args, **kwargs):
@@ -136,15 +144,17 @@ def _offload(original, module, tensor_name, device, value=None, **kwargs):
         torch.cuda.empty_cache()  # as accelerate does after each
 
 
-def _generate(model, original, *args, **kwargs):
+def _generate(model, rig, original, *args, **kwargs):
+    """``generate`` as far as it may go: every token it finds is one that ends no answer."""
     if not isinstance(next(model.parameters()), FakeTensor):
         return original(model, *args, **kwargs)
-    raise RuntimeError(
-        "generate() looks at the tokens it makes, and tensors on simulated cards have no numbers."
-        " Measure the same steps: call the model once on the whole prompt with use_cache=True"
-        " (prefill), then on one position at a time with its past_key_values (decode), in"
-        " rig.repeat; or generate on a real device."
-    )
+    ends = set()
+    for config in (kwargs.get("generation_config"), model.generation_config, model.config):
+        end = getattr(config, "eos_token_id", None)
+        ends.update(end if isinstance(end, list) else [end])
+    token = next(each for each in itertools.count() if each not in ends)
+    with rig.numbers.assumptions.choosing(token):
+        return original(model, *args, **kwargs)
 
 
 def _from_pretrained(

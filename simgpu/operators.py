@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from simgpu.catalog import Card
-from simgpu.device import DEVICE_TYPE, channels_last_strides
+from simgpu.device import channels_last_strides, on_card
 from simgpu.units import MIB
 
 # What cuDNN's attention keeps while it runs, besides seed and offset of its random numbers.
@@ -125,7 +125,7 @@ def attention(
 ):
     """Attention with the kernel CUDA picks; without a GPU torch picks the slowest."""
     plain = partial(original, query, key, value, attn_mask, dropout_p, is_causal, **options)
-    if query.device.type != DEVICE_TYPE:
+    if not on_card(query):
         return plain()
     capability, scale = rig.cards[query.device.index].compute_capability, options.get("scale")
     has_flash = capability >= (8, 0)
@@ -177,7 +177,7 @@ def _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, sc
 
 def convolution(_, original, input, weight, *settings, **options):
     """``conv2d`` as cuDNN runs it: in the input's layout, in float32 on transposed copies."""
-    if input.device.type != DEVICE_TYPE:
+    if not on_card(input):
         return original(input, weight, *settings, **options)
     channels_last = input.stride(1) == 1 and input.shape[1] > 1
     if channels_last:

@@ -167,6 +167,7 @@ class Rig(ABC):
             except torch.OutOfMemoryError as error:
                 stage.out_of_memory = str(error)
                 stage.blocks = self._blocks_at_failure()
+                self._forget_simulation(error)
                 error.add_note(f'in the stage "{name}"')
                 raise
             finally:
@@ -190,6 +191,10 @@ class Rig(ABC):
     def _inside(self, stage: Stage):
         """Context manager around a stage; simulated cards note what is made in it."""
         return nullcontext()
+
+    def _forget_simulation(self, error: torch.OutOfMemoryError):
+        """Let an error hold what it holds where cards are real, which it does where they are."""
+        return
 
     def _blocks_at_failure(self) -> list[list["Allocation"]]:
         return [[] for _ in self.memory()]

@@ -4,6 +4,7 @@ import os
 import weakref
 from collections.abc import Iterable
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -12,11 +13,12 @@ from simgpu.accounting import Accounting, Allocation
 from simgpu.addresses import AddressSpace
 from simgpu.allocator import Allocator
 from simgpu.catalog import Card, find_card
-from simgpu.device import DEVICE_TYPE, observe
+from simgpu.device import observe, on_card
 from simgpu.expandable import ExpandableAllocator
 from simgpu.host import Host
 from simgpu.intercept import simulated_torch
 from simgpu.loading import simulated_loading
+from simgpu.numbers import Numbers
 from simgpu.purposes import GRADIENTS, WEIGHTS, all_modules, gradients_of, registration, weights_of
 from simgpu.rig import CardMemory, Rig, Stage, check_count
 from simgpu.units import MIB
@@ -49,6 +51,18 @@ def read_alloc_conf(text: str) -> tuple[type[Allocator], dict]:
     return kind, options
 
 
+_HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
+_BELOW = tuple(
+    str(_TORCH / name)
+    for name in ("_subclasses", "_dynamo", "_compile.py", "_ops.py", "utils/_stats.py")
+)
+
+
+def _is_below_operators(file: str) -> bool:
+    """Whether a file's functions run below an operator of PyTorch on simulated cards alone."""
+    return Path(file).parent == _HERE or file.startswith(_BELOW)
+
+
 class SimulatedRig(Rig):
     """Simulated cards: tensors on them have shapes, types and bytes, and no numbers.
 
@@ -77,6 +91,7 @@ class SimulatedRig(Rig):
         self.allocators = [kind(index, *common, **options) for index in range(count)]
         self._accounting = Accounting(self.allocators, self.card)
         self.host = Host()
+        self.numbers = Numbers()
         # Whose parameters a backward pass makes gradients of. Not the parameters themselves: torch
         # cannot move a module whose parameters are weakly referred to.
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -91,11 +106,12 @@ class SimulatedRig(Rig):
         stack.enter_context(simulated_torch(self))
         stack.enter_context(simulated_loading(self))
         stack.enter_context(registration(self._accounting))
-        stack.callback(observe, observe(self._observe))
+        before = observe(self._observe, self.numbers)
+        stack.callback(lambda: observe(*before))
 
     def _observe(self, operator, results: list, arguments: tuple):
         self.host.observe(results, arguments)
-        results = [tensor for tensor in results if tensor.device.type == DEVICE_TYPE]
+        results = [tensor for tensor in results if on_card(tensor)]
         if results:
             self._accounting.observe(operator, results, arguments)
 
@@ -135,6 +151,15 @@ class SimulatedRig(Rig):
         self._modules.update(found)
         self._accounting.register(WEIGHTS, weights_of(found))
 
+    def _forget_simulation(self, error: torch.OutOfMemoryError):
+        # Below an operator CUDA has no frames of Python that would keep its arguments.
+        place = error.__traceback__
+        while place is not None:
+            below = place.tb_next
+            while below is not None and _is_below_operators(below.tb_frame.f_code.co_filename):
+                below = below.tb_next
+            place.tb_next, place = below, below
+
     def _blocks_at_failure(self) -> list[list[Allocation]]:
         return self._accounting.at_failure
 
@@ -147,13 +172,17 @@ class SimulatedRig(Rig):
         """
         self._accounting.repeat(step, count)
 
+    def snapshot(self) -> dict:
+        """Every segment and block, as ``torch.cuda.memory._snapshot`` gives them."""
+        return self._accounting.snapshot()
+
     def release_workspaces(self):
         """Free what matrix products keep on the cards for the next one."""
         self._accounting.release_workspaces()
 
     @contextmanager
     def backward_pass(self):
-        """Around a backward pass; an out-of-memory error cannot leave it, and is raised here."""
-        with self._accounting.deferring():
+        """Around a backward pass, which ends with the gradients in place."""
+        with self._accounting.backward_pass():
             yield
         self._accounting.register(GRADIENTS, gradients_of(weights_of(list(self._modules))))

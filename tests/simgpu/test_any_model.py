@@ -146,12 +146,13 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
         AutoModelForCausalLM.from_pretrained(source)
 
 
-def test_generate_is_refused_for_every_model_and_says_what_to_do_instead(tmp_path):
-    source = directory_of(LlamaConfig(**SMALL), tmp_path)
+def test_generate_of_any_model_never_assumes_a_token_that_ends_the_answer(tmp_path):
+    source = directory_of(LlamaConfig(**SMALL | {"eos_token_id": [0, 1]}), tmp_path)
     with Rig.simulated("L4"):
         model = AutoModelForCausalLM.from_pretrained(source, device_map={"": 0})
-        with pytest.raises(RuntimeError, match="have no numbers.*prefill.*decode.*rig.repeat"):
-            model.generate(torch.zeros(1, 3, dtype=torch.int64), max_new_tokens=2)
+        prompt = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
+        answer = model.generate(prompt, max_new_tokens=3, do_sample=False)
+        assert answer[:, 3:].tolist() == [[2, 2, 2]] * 2
 
 
 def test_a_real_model_is_loaded_and_generates_outside_the_block(tmp_path):

@@ -235,7 +235,7 @@ def gpu_is_the_cpu(monkeypatch):
 
 def test_a_bare_number_is_a_gpu_again_after_cards_were_simulated(gpu_is_the_cpu):
     with Rig.simulated("L4"):
-        assert torch.zeros(1, device=0).device.type == device.DEVICE_TYPE
+        assert device.on_card(torch.zeros(1, device=0))
     ones = torch.ones(2, 3)
     for tensor in (
         torch.full((2, 3), 1.0, device=0),
@@ -246,7 +246,7 @@ def test_a_bare_number_is_a_gpu_again_after_cards_were_simulated(gpu_is_the_cpu)
         assert tensor.device.type == "cpu"
         assert tensor.tolist() == ones.tolist()
     with Rig.simulated("L4"):
-        assert torch.zeros(1, device=0).device.type == device.DEVICE_TYPE
+        assert device.on_card(torch.zeros(1, device=0))
 
 
 def test_weights_loaded_by_number_after_a_simulation_are_real(gpu_is_the_cpu, monkeypatch):

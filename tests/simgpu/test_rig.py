@@ -306,7 +306,7 @@ def test_reading_numbers_that_are_not_there_says_so_and_what_to_do(rig, read):
             RuntimeError, match="tensors on simulated cards have none.*run this on a real device"
         ),
     ):
-        read(torch.zeros(3, device="cuda"))
+        read(torch.randn(3, device="cuda"))
 
 
 def test_autocast_is_refused_on_simulated_cards_and_only_there(rig):
@@ -319,15 +319,16 @@ def test_autocast_is_refused_on_simulated_cards_and_only_there(rig):
     assert torch.autocast("cuda", torch.bfloat16, enabled=False).device == "cuda"
 
 
-def test_generate_says_what_to_use_instead_and_works_again_after_the_block(rig):
+def test_generate_goes_to_the_full_length_and_counts_the_tokens_it_assumed(rig):
     prompt = torch.tensor([[5, 6, 7]])
     with rig:
         model = load()
-        for each in (prompt, prompt.to("cuda")):
-            with pytest.raises(
-                RuntimeError, match="simulated cards have no numbers.*prefill.*decode"
-            ):
-                model.generate(each, max_new_tokens=2)
+        answer = model.generate(prompt.to("cuda"), max_new_tokens=4, do_sample=False)
+        assert answer.shape == (1, 7)
+        assert answer[0, :3].tolist() == [5, 6, 7]
+        assert rig.numbers.assumptions.made == {"argmax": 4}
+        assert model.generate(prompt.to("cuda"), max_new_tokens=2, do_sample=True).shape == (1, 5)
+        assert rig.numbers.assumptions.made == {"argmax": 4, "multinomial": 2}
     real = AutoModelForCausalLM.from_pretrained(GOLDEN, dtype=torch.float32)
     assert real.generate(prompt, max_new_tokens=2, do_sample=False).shape == (1, 5)
     with rig:

@@ -1,0 +1,220 @@
+"""Numbers of small tensors on simulated cards.
+
+Token ids, positions, masks, image grids and the lengths of sequences decide which shapes a program
+makes; weights and activations do not. So a small tensor keeps its numbers, in a real tensor on the
+CPU beside it, if they follow from the program's own small tensors alone; an operator on such
+tensors is computed there as well. What asks for numbers, as ``.item()`` or an index by a mask, then
+works where they are known, and is refused where they are not.
+"""
+
+import functools
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree
+
+# Most elements of a tensor that keeps its numbers: of whole numbers and truth values, of others.
+WHOLE, OTHERS = 2**23, 2**14
+_ATEN = torch.ops.aten
+_ITEM = _ATEN._local_scalar_dense.default
+# What makes numbers of none, and so knows them.
+_FACTORIES = {
+    f"aten::{name}"
+    for name in ("arange", "eye", "full", "linspace", "ones", "scalar_tensor", "zeros")
+} | {"aten::randint", "aten::randperm", "aten::tril_indices", "aten::triu_indices"}
+# The shape of the result depends on numbers.
+_SHAPED_BY_NUMBERS = {
+    f"aten::{name}"
+    for name in ("bincount", "masked_select", "nonzero", "repeat_interleave", "unique_consecutive")
+} | {"aten::_unique2", "aten::unique_dim"}
+# All of the tensor is written, whatever it was before.
+_OVERWRITING = {"aten::copy_", "aten::fill_", "aten::zero_"}
+_CHOOSING = {"aten::argmax", "aten::multinomial"}
+
+
+class Known:
+    """The numbers of one tensor; views of a storage share ``storage``, a list with one truth."""
+
+    __slots__ = ("numbers", "storage")
+
+    def __init__(self, numbers: torch.Tensor, storage: list[bool] | None = None):
+        self.numbers, self.storage = numbers, storage or [True]
+
+
+def is_small(tensor: torch.Tensor) -> bool:
+    is_whole = not (tensor.is_floating_point() or tensor.is_complex())
+    return tensor.numel() <= (WHOLE if is_whole else OTHERS)
+
+
+def numbers_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A tensor's numbers on the CPU; None where they are not known, or are a weight's."""
+    if isinstance(tensor, FakeTensor):
+        known = getattr(tensor, "known", None)
+        return known.numbers if known is not None and known.storage[0] else None
+    is_plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+    return tensor if is_plain and not tensor.requires_grad and is_small(tensor) else None
+
+
+def keep(func, args: tuple, kwargs: dict, output):
+    """The results of an operator know their numbers, if its arguments do."""
+    made = [each for each in _leaves(output) if isinstance(each, FakeTensor)]
+    if not made or not all(map(is_small, made)):
+        return
+    storage = None
+    if any(each.alias_info is not None for each in func._schema.returns):
+        known = getattr(args[0], "known", None)
+        storage = known.storage if known is not None else None
+    if (storage is None or storage[0]) and (real := _compute(func, args, kwargs)) is not None:
+        for tensor, numbers in zip(made, _leaves(real), strict=True):
+            if tensor.shape == numbers.shape:
+                tensor.known = Known(numbers, storage)
+
+
+@functools.cache
+def _asks(func) -> bool:
+    """Whether an operator may know, or need, numbers whatever its first tensor is."""
+    name = func._schema.name
+    always = _FACTORIES | _SHAPED_BY_NUMBERS | _OVERWRITING | _CHOOSING | {"aten::index"}
+    return name in always or func is _ITEM or func._overloadname.endswith("out")
+
+
+def may_know(func, args: tuple) -> bool:
+    """Whether numbers may be known to an operator, or asked for; quick, and most often False."""
+    first = args[0] if args else None
+    if isinstance(first, list | tuple) and first:
+        first = first[0]
+    if isinstance(first, FakeTensor):
+        return first.known is not None or _asks(func)
+    return isinstance(first, torch.Tensor) or _asks(func)
+
+
+class Assumptions:
+    """What is answered where a number is not known.
+
+    ``token`` is what is chosen where a program chooses among scores, or None to leave it unknown;
+    ``made`` counts the assumptions by operator.
+    """
+
+    def __init__(self):
+        self.token: int | None = None
+        self.made: Counter[str] = Counter()
+
+    @contextmanager
+    def choosing(self, token: int):
+        """Inside the block a program that looks for the best score finds this one."""
+        before, self.token = self.token, token
+        try:
+            yield
+        finally:
+            self.token = before
+
+
+class Numbers:
+    """Carries numbers through operators; ``dispatch`` is a fake mode's, by the shape rule."""
+
+    def __init__(self):
+        self.assumptions = Assumptions()
+
+    def dispatch(self, by_rule, func, types, args: tuple, kwargs: dict):
+        """An operator's result, with its numbers if they are known."""
+        name = func._schema.name
+        if func is _ITEM and (known := numbers_of(args[0])) is not None:
+            return known.item()
+        if name == "aten::index" and any(map(_is_mask, args[1])):
+            args = (args[0], self._places(by_rule, args[1]), *args[2:])
+        leaves = [each for each in _leaves(args, kwargs) if isinstance(each, torch.Tensor)]
+        values = [numbers_of(each) for each in leaves]
+        is_known = all(value is not None for value in values) and (leaves or name in _FACTORIES)
+        if name in _SHAPED_BY_NUMBERS and is_known:
+            return self._shaped_by_numbers(by_rule, func, args, kwargs)
+        if func is _ATEN.equal.default and is_known:
+            return torch.equal(*values)
+        if func._schema.is_mutable:
+            return self._write(by_rule, func, types, args, kwargs)
+        output = by_rule(func, types, args, kwargs)
+        if is_known:
+            keep(func, args, kwargs, output)
+        elif name in _CHOOSING and self.assumptions.token is not None:
+            self._choose(name, output)
+        return output
+
+    def _write(self, by_rule, func, types, args, kwargs):
+        """An operator that writes into tensors: their numbers are what it writes, or unknown."""
+        arguments = func._schema.arguments
+        given = dict(zip((each.name for each in arguments), args, strict=False)) | kwargs
+        is_out = {each.name for each in arguments if each.alias_info and each.alias_info.is_write}
+        written = [given[name] for name in is_out if isinstance(given.get(name), FakeTensor)]
+        others = [each for name, each in given.items() if name not in is_out]
+        overwrites = "out" in is_out or func._schema.name in _OVERWRITING
+        tensors = [each for each in _leaves(others) if isinstance(each, torch.Tensor)]
+        is_known = all(numbers_of(each) is not None for each in tensors)
+        output = by_rule(func, types, args, kwargs)
+        for target in written:
+            known = getattr(target, "known", None)
+            if is_known and overwrites and (known is None or not known.storage[0]):
+                is_whole = target.nbytes == target.untyped_storage().nbytes()
+                if is_whole and is_small(target):
+                    real = torch.empty(target.shape, dtype=target.dtype)
+                    known = target.known = Known(real, known and known.storage)
+                    known.storage[0] = True
+            if known is not None and known.storage[0]:
+                if not is_known or _compute(func, args, kwargs) is None:
+                    known.storage[0] = False
+        return output
+
+    def _choose(self, name: str, output):
+        for tensor in _leaves(output):
+            if isinstance(tensor, FakeTensor) and is_small(tensor):
+                tensor.known = Known(torch.full(tensor.shape, self.assumptions.token))
+                self.assumptions.made[name.removeprefix("aten::")] += 1
+
+    def _places(self, by_rule, indices):
+        """Indices with the places of a mask instead of the mask, where it is known."""
+        found = []
+        for index in indices:
+            if not _is_mask(index) or numbers_of(index) is None:
+                found.append(index)
+                continue
+            where = self._shaped_by_numbers(by_rule, _ATEN.nonzero.default, (index,), {})
+            with torch.no_grad():
+                found += [_ATEN.select.int(where, 1, dim) for dim in range(index.ndim)]
+        return found
+
+    def _shaped_by_numbers(self, by_rule, func, args, kwargs):
+        device = next(each.fake_device for each in _leaves(args) if isinstance(each, FakeTensor))
+
+        def make(real):
+            if not isinstance(real, torch.Tensor):
+                return real
+            options = {"dtype": real.dtype, "device": device}
+            made = by_rule(_ATEN.empty.memory_format, (), (list(real.shape),), options)
+            made.known = Known(real)
+            return made
+
+        return _pytree.tree_map(make, _compute(func, args, kwargs))
+
+
+def _leaves(*trees) -> list:
+    return _pytree.tree_leaves(trees)
+
+
+def _is_mask(index) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _compute(func, args, kwargs):
+    """An operator's result on the numbers of its arguments; None where PyTorch has none."""
+
+    def real(each):
+        if isinstance(each, torch.Tensor):
+            return numbers_of(each)
+        return torch.device("cpu") if isinstance(each, torch.device) else each
+
+    args, kwargs = _pytree.tree_map(real, (args, kwargs))
+    try:
+        with torch.no_grad():
+            return func(*args, **kwargs)
+    except (RuntimeError, NotImplementedError, IndexError, TypeError):
+        return None
