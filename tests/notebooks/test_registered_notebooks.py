@@ -9,6 +9,7 @@ import nbformat
 import pytest
 from notebook_rules.stored import check_notebook
 
+from nbsweep.plan import plan_notebook
 from nbsweep.registry import load_registry
 
 SANITIZE = Path(__file__).parent / "sanitize.cfg"
@@ -66,3 +67,10 @@ def test_byte_counts_and_versions_are_not_sanitized():
         " tokens"
     )
     assert sanitized(text) == text
+
+
+@pytest.mark.parametrize("number", ["01", "03", "09"])
+def test_the_lessons_on_placement_take_the_cards_of_a_hosted_notebook_with_their_data_type(number):
+    given = {"card": "T4", "count": "2", "dtype": "float16"}
+    (spec,) = plan_notebook(number, given).specs
+    assert {name: str(spec.parameters[name]) for name in given} == given
