@@ -1,5 +1,6 @@
 """Whoever is killed whenever, nothing is lost, doubled or invented, and nothing goes on running."""
 
+import functools
 import os
 import random
 import signal
@@ -72,9 +73,11 @@ def start(place):
         arguments = ["sweep", str(file), "--output", str(place / "runs"), "--workers", "2"]
         command = [sys.executable, "-c", COMMAND, *arguments]
         log = (place / "log.txt").open("ab")
-        started.append(
-            subprocess.Popen(command, cwd=place, stdout=log, stderr=log, start_new_session=True)
-        )
+        # Also where the tests themselves were started to outlive their terminal.
+        as_usual = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+        streams = {"stdout": log, "stderr": log}
+        options = {"cwd": place, "start_new_session": True, "preexec_fn": as_usual}
+        started.append(subprocess.Popen(command, **streams, **options))
         return started[-1]
 
     yield start
