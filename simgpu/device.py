@@ -18,10 +18,9 @@ number. (Libraries that compare devices still find that ``torch.device(0)`` is n
 is on; ``loading`` helps the two that do.)
 """
 
-import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from unittest import mock
@@ -42,7 +41,8 @@ except ImportError:  # torch 2.11 has no error of its own for this
 from torch.utils import _pytree, backend_registration
 
 from simgpu.catalog import MAX_CARDS
-from simgpu.numbers import Numbers, keep, may_know
+from simgpu.numbers import Numbers, keep, may_know, refuse_lost
+from simgpu.rules import PLAIN, REWRITTEN, VIEWS, common_card, described
 
 _BUILT_WITH_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")
 DEVICE_TYPE = "simcuda"
@@ -50,82 +50,7 @@ DEVICE_TYPE = "simcuda"
 Observer = Callable[[object, list[FakeTensor], tuple], None]
 _observer: Observer | None = None
 _numbers: Numbers | None = None
-
-
 _ATEN = torch.ops.aten
-# Operators that make no storage, and the commonest of those that make one new tensor. torch's
-# general path for fake tensors takes several times as long for them as their shape rule, or as
-# looking up what the rule has said before.
-_VIEWS = {
-    getattr(_ATEN, name).default
-    for name in ("alias", "detach", "expand", "permute", "t", "unsqueeze", "view", "_unsafe_view")
-}
-_VIEWS |= {_ATEN.select.int, _ATEN.slice.Tensor, _ATEN.transpose.int}
-_PLAIN = {
-    getattr(_ATEN, name).default
-    for name in ("addmm", "bmm", "cat", "clone", "gelu", "mm", "neg", "rsqrt", "sigmoid", "silu")
-}
-_PLAIN |= {_ATEN.add.Tensor, _ATEN.mul.Tensor, _ATEN.sub.Tensor, _ATEN.mean.dim}
-_PLAIN |= {_ATEN.pow.Tensor_Scalar, _ATEN.silu_backward.default, _ATEN._softmax.default}
-
-
-def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    # Besides the result one byte per score, to look for rows that are masked as a whole; torch's
-    # shape rule would make the result twice, which the CUDA kernel does not.
-    output = torch.softmax(scores, dim, dtype=dtype)
-    scores.eq(float("-inf")).all(dim, keepdim=True)
-    return output
-
-
-def channels_last_strides(shape: torch.Size) -> tuple[int, int, int, int]:
-    """Strides of a tensor (batch, channels, height, width) whose channels lie side by side."""
-    _, channels, height, width = shape
-    return (channels * height * width, 1, width * channels, channels)
-
-
-def _convolution_backward(gradient, input, weight, bias_sizes, *settings):
-    # As cuDNN does it, one gradient after the other; traced were plain convolutions on pictures.
-    *_, transposed, _, groups, (of_input, of_weight, of_bias) = settings
-    if gradient.ndim != 4 or transposed or groups != 1 or not on_card(gradient):
-        return NotImplemented
-    copied = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    is_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-    layout = torch.channels_last if is_last else torch.contiguous_format
-    gradients = [torch.empty_like(input, memory_format=layout) if of_input else None, None, None]
-    if of_input and is_last:
-        torch.empty_like(weight)  # the weight in this layout
-    if of_weight:
-        gradients[1] = torch.empty_like(weight, memory_format=layout)
-        if not is_last:
-            scratch = _transposed_bytes(gradient, input, weight)
-            torch.empty(scratch, dtype=torch.uint8, device=gradient.device)
-    del copied
-    if of_bias:
-        # Positions come before channels: what follows this model's convolutions flattens them so.
-        by_position = gradient.as_strided(gradient.shape, channels_last_strides(gradient.shape))
-        gradients[2] = by_position.sum((0, 2, 3))
-    return tuple(gradients)
-
-
-def _transposed_bytes(gradient, input, weight) -> int:
-    """cuDNN's workspace for a weight's gradient where channels come first: it transposes all.
-
-    Channels are filled up to whole eights; of the weight's gradient there are 14 partial sums in
-    float32 as well. The parts add up to the 205,979,648 bytes of the one case that was traced, the
-    image tower's first convolution.
-    """
-    filters, channels, height, width = weight.shape
-    padded = -(-channels // 8) * 8
-    elements = filters * height * width * padded
-    moved = gradient.numel() + input.numel() // channels * padded + elements
-    return moved * weight.element_size() + 14 * elements * 4
-
-
-# Operators that allocate otherwise than their shape rule; NotImplemented leaves a call to it.
-_REWRITTEN = {
-    _ATEN._safe_softmax.default: _safe_softmax,
-    _ATEN.convolution_backward.default: _convolution_backward,
-}
 
 
 class _BackendModule(backend_registration._DummyBackendModule):
@@ -176,7 +101,7 @@ class _ObservedFakeMode(FakeTensorMode):
 
     def __init__(self):
         self._nesting = threading.local()
-        self._results: dict[tuple, tuple] = {}  # of the rules of operators in _PLAIN
+        self._results: dict[tuple, tuple] = {}  # of the rules of operators in PLAIN
         super().__init__(allow_non_fake_inputs=True)
 
     def __deepcopy__(self, memo):
@@ -201,21 +126,21 @@ class _ObservedFakeMode(FakeTensorMode):
         kwargs = kwargs or {}
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": as_card(kwargs["device"])}
-        if func in _VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
+        if func in VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
             with in_kernel_invocation_manager(self):
                 view = func(*args, **kwargs)
             view = FakeTensor(self, view, args[0].fake_device)
             if args[0].known is not None:
                 keep(func, args, kwargs, view)
             return view
-        if func in _REWRITTEN and isinstance(args[0], FakeTensor):
+        if func in REWRITTEN and isinstance(args[0], FakeTensor):
             with self:
-                output = _REWRITTEN[func](*args, **kwargs)
+                output = REWRITTEN[func](*args, **kwargs)
             if output is not NotImplemented:
                 return output
         if self.is_running:  # an operator that a shape rule uses is not the program's own
             return self._by_shape_rule(func, types, args, kwargs)
-        _refuse_lost_numbers(func, args, kwargs)
+        refuse_lost(func, args, kwargs)
         if func is _ATEN.copy_.default and not isinstance(args[1], FakeTensor):
             # The rule remembers its arguments weakly, and torch cannot move a parameter that
             # something refers to weakly.
@@ -247,7 +172,7 @@ class _ObservedFakeMode(FakeTensorMode):
 
     def _remembered(self, func, args: tuple, kwargs: dict) -> torch.Tensor:
         """The result of an operator, on the meta device."""
-        key = (func, _described(args), *kwargs.items())
+        key = (func, described(args), *kwargs.items())
         if key not in self._results:
             with in_kernel_invocation_manager(self):
                 made = func(*args, **kwargs)
@@ -257,7 +182,7 @@ class _ObservedFakeMode(FakeTensorMode):
 
     def _by_shape_rule(self, *call):
         func, _, args, kwargs = call
-        if func in _PLAIN and (device := _common_card(args)) is not None:
+        if func in PLAIN and (device := common_card(args)) is not None:
             return FakeTensor(self, self._remembered(func, args, kwargs), device)
         if func is _ATEN.copy_.default and args[0].shape == args[1].shape:
             return args[0]
@@ -272,60 +197,6 @@ class _ObservedFakeMode(FakeTensorMode):
                 " (.item(), .tolist(), `if` on a tensor, indexing by a mask), or run this on a"
                 " real device."
             ) from None
-
-
-def _common_card(args: tuple) -> torch.device | None:
-    """The card that all tensors of an operator are on; None where it is not one alone."""
-    found = None
-    for each in args[0] if isinstance(args[0], list | tuple) else args:
-        if isinstance(each, FakeTensor) and each.constant is None:
-            device = each.fake_device
-            if device.type != DEVICE_TYPE or (found is not None and found != device):
-                return None
-            found = device
-        elif isinstance(each, torch.Tensor):
-            return None
-    return found
-
-
-def _described(args: Iterable) -> tuple:
-    """Arguments as a shape rule sees them."""
-    return tuple(
-        (each.shape, each.stride(), each.dtype)
-        if isinstance(each, torch.Tensor)
-        else _described(each)
-        if isinstance(each, list | tuple)
-        else (type(each), each)
-        for each in args
-    )
-
-
-@functools.cache
-def _written(func) -> tuple[list[int], list[str]]:
-    """Places and names of the arguments that an operator writes into."""
-    arguments = func._schema.arguments
-    written = [each.alias_info is not None and each.alias_info.is_write for each in arguments]
-    places = [place for place, is_written in enumerate(written) if is_written]
-    return places, [arguments[place].name for place in places]
-
-
-def _refuse_lost_numbers(func, args: tuple, kwargs: dict):
-    """Refuse to write what has no numbers into a tensor that has some, and to copy from nothing."""
-    if func is _ATEN.copy_.default or func is _ATEN._to_copy.default:
-        source = args[-1] if func is _ATEN.copy_.default and len(args) == 2 else args[0]
-        if source.device.type == "meta" and (args[0] is not source or "device" in kwargs):
-            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
-    places, names = _written(func)
-    for place, name in zip(places, names, strict=True):
-        written = args[place] if place < len(args) else kwargs.get(name)
-        for tensor in written if isinstance(written, list | tuple) else [written]:
-            if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":
-                raise RuntimeError(
-                    f"{func._schema.name.removeprefix('aten::')} would write a result without"
-                    " numbers into a tensor on the CPU that has some: tensors on simulated cards"
-                    " have only shapes, types and bytes. Keep both on the card, or run this on a"
-                    " real device."
-                )
 
 
 def _tensors_made(output) -> list[FakeTensor]:
@@ -466,11 +337,6 @@ class _Current(threading.local):
 current = _Current()
 
 
-def card_device(index: int) -> torch.device:
-    """Simulated card ``index`` as PyTorch's rules know it."""
-    return torch.device(DEVICE_TYPE, index)
-
-
 def on_card(tensor: torch.Tensor) -> bool:
     """Whether a tensor is on a simulated card."""
     return isinstance(tensor, FakeTensor) and tensor.fake_device.type == DEVICE_TYPE
@@ -487,7 +353,7 @@ def as_card(place):
         place = torch.device(place)
     if place.type != "cuda":
         return place
-    return card_device(current.index if place.index is None else place.index)
+    return torch.device(DEVICE_TYPE, current.index if place.index is None else place.index)
 
 
 def _shown_device(tensor: FakeTensor) -> torch.device:

@@ -90,6 +90,34 @@ def may_know(func, args: tuple) -> bool:
     return isinstance(first, torch.Tensor) or _asks(func)
 
 
+@functools.cache
+def _written(func) -> tuple[list[int], list[str]]:
+    """Places and names of the arguments that an operator writes into."""
+    arguments = func._schema.arguments
+    written = [each.alias_info is not None and each.alias_info.is_write for each in arguments]
+    places = [place for place, is_written in enumerate(written) if is_written]
+    return places, [arguments[place].name for place in places]
+
+
+def refuse_lost(func, args: tuple, kwargs: dict):
+    """Refuse to write what has no numbers into a tensor that has some, and to copy from nothing."""
+    if func is _ATEN.copy_.default or func is _ATEN._to_copy.default:
+        source = args[-1] if func is _ATEN.copy_.default and len(args) == 2 else args[0]
+        if source.device.type == "meta" and (args[0] is not source or "device" in kwargs):
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+    places, names = _written(func)
+    for place, name in zip(places, names, strict=True):
+        written = args[place] if place < len(args) else kwargs.get(name)
+        for tensor in written if isinstance(written, list | tuple) else [written]:
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":
+                raise RuntimeError(
+                    f"{func._schema.name.removeprefix('aten::')} would write a result without"
+                    " numbers into a tensor on the CPU that has some: tensors on simulated cards"
+                    " have only shapes, types and bytes. Keep both on the card, or run this on a"
+                    " real device."
+                )
+
+
 class Assumptions:
     """What is answered where a number is not known.
 

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 
 from simgpu.catalog import Card
-from simgpu.device import channels_last_strides, on_card
+from simgpu.device import on_card
+from simgpu.rules import channels_last_strides
 from simgpu.units import MIB
 
 # What cuDNN's attention keeps while it runs, besides seed and offset of its random numbers.
