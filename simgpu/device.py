@@ -87,10 +87,9 @@ class _Guard(backend_registration._DummyDeviceGuard):
 _anything, _taken = object, threading.local()
 
 
-def backward_error(error: BaseException) -> BaseException:
-    """What ended a backward pass, from the error that PyTorch raised after it."""
-    found = _taken.__dict__.pop("error", None)
-    return found if found is not None and isinstance(error, SystemError) else error
+def backward_error(error: SystemError) -> BaseException:
+    """What ended a backward pass, from the error that PyTorch raised for want of it."""
+    return _taken.__dict__.pop("error", None) or error
 
 
 class _ObservedFakeMode(FakeTensorMode):

@@ -51,7 +51,7 @@ def is_small(tensor: torch.Tensor) -> bool:
 def numbers_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """A tensor's numbers on the CPU; None where they are not known, or are a weight's."""
     if isinstance(tensor, FakeTensor):
-        known = getattr(tensor, "known", None)
+        known = tensor.known
         return known.numbers if known is not None and known.storage[0] else None
     is_plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
     return tensor if is_plain and not tensor.requires_grad and is_small(tensor) else None
@@ -180,7 +180,7 @@ class Numbers:
         is_known = all(numbers_of(each) is not None for each in tensors)
         output = by_rule(func, types, args, kwargs)
         for target in written:
-            known = getattr(target, "known", None)
+            known = target.known
             if is_known and overwrites and (known is None or not known.storage[0]):
                 is_whole = target.nbytes == target.untyped_storage().nbytes()
                 if is_whole and is_small(target):

@@ -31,7 +31,7 @@ class Runtime:
             "init": _nothing,
             "getDeviceCount": self._count,
             "getDevice": self._get_device,
-            "setDevice": self._set_device,
+            "setDevice": self._exchange_device,
             "exchangeDevice": self._exchange_device,
             "maybeExchangeDevice": self._exchange_device,
             "synchronize": _nothing,
@@ -61,7 +61,7 @@ class Runtime:
         accelerator = {
             "getAccelerator": lambda: torch.device("cuda"),
             "getDeviceIndex": self._get_device,
-            "setDeviceIndex": self._set_device,
+            "setDeviceIndex": self._exchange_device,
             "exchangeDevice": self._exchange_device,
             "maybeExchangeDevice": self._exchange_device,
             "getStream": current_stream,
@@ -90,7 +90,7 @@ class Runtime:
     def names(self) -> dict:
         """What ``torch.cuda`` has beside them, or remembers of the machine itself."""
         cudart = SimpleNamespace(cudaMemGetInfo=self._memory_info)
-        found = {
+        return {
             "_initialized": True,
             "_cached_device_count": None,
             "_device_count_nvml": lambda: -1,
@@ -104,9 +104,6 @@ class Runtime:
             "default_generators": tuple(torch.Generator() for _ in self._rig.cards),
             "mem_get_info": self._mem_get_info,
         }
-        if not hasattr(torch._C, "_cuda_getDeviceCount"):
-            found["_lazy_init"] = _nothing
-        return found
 
     def _allocator(self, device: int):
         check_ordinal(device, len(self._rig.allocators))
@@ -117,9 +114,6 @@ class Runtime:
 
     def _get_device(self) -> int:
         return current.index
-
-    def _set_device(self, device: int):
-        self._exchange_device(device)
 
     def _exchange_device(self, device: int) -> int:
         before = current.index
