@@ -28,7 +28,10 @@ from transformers import (
     modeling_utils,
 )
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto import auto_factory
+
+# modeling_auto copies methods into every Auto class when it is first imported, which must not be
+# while they are replaced.
+from transformers.models.auto import auto_factory, modeling_auto  # noqa: F401
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
