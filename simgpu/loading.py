@@ -81,15 +81,29 @@ def from_pretrained_replaced(replacement: Callable):
     """Until the block ends, ``replacement`` stands for the ``from_pretrained`` of every model.
 
     It is given the original, the class and the arguments. Replaced are those of the Auto classes,
-    of ``PreTrainedModel``, and of all models that have one of their own.
+    of ``PreTrainedModel``, and of all models that have one of their own, also if they are first
+    imported inside the block.
     """
     with ExitStack() as stack:
-        for owner in _defining("from_pretrained", _AUTO_CLASS, PreTrainedModel):
+
+        def replace(owner: type):
             original = vars(owner)["from_pretrained"].__func__
             # Unless it is asked for, code of a checkpoint does not run, and nobody is asked.
             changed = partial(replacement, original, trust_remote_code=False)
             stack.enter_context(mock.patch.object(owner, "from_pretrained", classmethod(changed)))
+
+        for owner in _defining("from_pretrained", _AUTO_CLASS, PreTrainedModel):
+            replace(owner)
+        created = partial(_new_class, PreTrainedModel.__init_subclass__.__func__, replace)
+        hook = mock.patch.object(PreTrainedModel, "__init_subclass__", classmethod(created))
+        stack.enter_context(hook)
         yield
+
+
+def _new_class(original, replace, cls, **kwargs):
+    original(cls, **kwargs)
+    if "from_pretrained" in vars(cls):
+        replace(cls)
 
 
 def _defining(name: str, *roots: type) -> list[type]:
