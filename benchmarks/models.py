@@ -130,6 +130,11 @@ def config_of(kind: str, sizes: dict):
     return getattr(transformers, kind)(**sizes)
 
 
+def class_of(config, auto: str) -> type:
+    """The class of a model's configuration that an Auto class of transformers chooses."""
+    return getattr(transformers, auto)._model_mapping[type(config)]
+
+
 def words(rows: int, columns: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(5, WORDS, (rows, columns), generator=generator)
@@ -165,8 +170,7 @@ class Bench:
 
     def load(self, config, auto: str, dtype=BF16, **options):
         """A model by transformers' own loader, in the stage "load"."""
-        chosen = getattr(transformers, auto)
-        cls = chosen._model_mapping[type(config)] if hasattr(chosen, "_model_mapping") else chosen
+        cls = class_of(config, auto)
         config.architectures = [cls.__name__]
         config.save_pretrained(self.folder)
         if not self.simulated:
@@ -186,6 +190,9 @@ class Bench:
         torch.cuda.empty_cache()
         return self.rig.stage(name)
 
+    def watch(self, optimizer):
+        """Called before the first step."""
+
     def answer(self, model, name: str, prompt: dict, new_tokens: int = 1):
         """A prefill and a greedy answer, in one stage."""
         with torch.no_grad(), self.stage(name):
@@ -204,6 +211,7 @@ class Bench:
     def train(self, model, name: str, loss_of: Callable, optimizer, steps: int = 2, scaler=None):
         """Steps of an optimiser, a stage each."""
         model.train()
+        self.watch(optimizer)
         for number in range(1, steps + 1):
             with self.stage(f"{name}, step {number}"):
                 loss = loss_of()
@@ -217,22 +225,27 @@ class Bench:
                 optimizer.zero_grad(set_to_none=True)
 
 
+def workloads(bench: Bench, model, train: bool = True):
+    """Prefills of two shapes, a padded one with an answer, and two steps of AdamW."""
+    bench.answer(model, "prefill 1x2000", {"input_ids": words(1, 2000)})
+    bench.answer(model, "prefill 6x500", {"input_ids": words(6, 500)})
+    mask = torch.ones(3, 700, dtype=torch.long)
+    mask[0, :200] = 0
+    prompt = {"input_ids": words(3, 700), "attention_mask": mask}
+    bench.answer(model, "padded 3x700, 24 new", prompt, 24)
+    if train:
+        ids = words(2, 512).to("cuda")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        loss_of = lambda: model(input_ids=ids, labels=ids, use_cache=False).loss  # noqa: E731
+        bench.train(model, "train 2x512", loss_of, optimizer)
+
+
 def language_model(kind: str, sizes: dict, train: bool = True, **options):
-    """Prefills of two shapes, one of them padded, an answer, and two steps of AdamW."""
+    """The ``workloads`` of a model that is loaded first."""
 
     def case(bench: Bench):
         model = bench.load(config_of(kind, sizes), "AutoModelForCausalLM", **options)
-        bench.answer(model, "prefill 1x2000", {"input_ids": words(1, 2000)})
-        bench.answer(model, "prefill 6x500", {"input_ids": words(6, 500)})
-        mask = torch.ones(3, 700, dtype=torch.long)
-        mask[0, :200] = 0
-        prompt = {"input_ids": words(3, 700), "attention_mask": mask}
-        bench.answer(model, "padded 3x700, 24 new", prompt, 24)
-        if train:
-            ids = words(2, 512).to("cuda")
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-            loss_of = lambda: model(input_ids=ids, labels=ids, use_cache=False).loss  # noqa: E731
-            bench.train(model, "train 2x512", loss_of, optimizer)
+        workloads(bench, model, train)
 
     return case
 

@@ -1,0 +1,269 @@
+"""What other programs say of the same runs, beside the measurement: error of the peak in percent.
+
+    pip install hf-mem torch-kitsune
+    python benchmarks/peers.py run     # minutes; writes results/peers.json
+    python benchmarks/peers.py table   # from what is stored
+
+Six language models, four workloads each, as ``models.py`` measured them. Every peer is asked for
+what it offers nearest to the workload, through its own functions:
+
+- simgpu: the program itself, on simulated cards.
+- torch's MemTracker: the program itself, on fake tensors.
+- accelerate estimate-memory: the weights, or its sum for training with Adam.
+- hf-mem: weights and KV cache of that many positions.
+- torch-kitsune: its prediction for a batch of that shape, in inference or training.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import models
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+OUTPUT = RESULTS / "peers.json"
+PEERS = {
+    "simgpu": "torch",
+    "MemTracker": "torch",
+    "accelerate": "accelerate",
+    "hf-mem": "hf-mem",
+    "torch-kitsune": "torch-kitsune",
+}
+# Names as of the stages in models.py: samples, positions of the prompt, new tokens.
+WORKLOADS = {
+    "prefill 1x2000": (1, 2000, 1),
+    "prefill 6x500": (6, 500, 1),
+    "padded 3x700, 24 new": (3, 700, 24),
+    "train 2x512": (2, 512, 0),
+}
+
+
+def measured(results: dict) -> dict[tuple[str, str], int]:
+    """Peaks of allocated bytes by model and workload; training is the larger of its two steps."""
+    peaks: dict[tuple[str, str], int] = {}
+    for record in results["cases"]:
+        if record["case"] not in models.LANGUAGE_MODELS:
+            continue
+        for figure in record["figures"]:
+            stage = figure["stage"].partition(", step")[0]
+            if stage in WORKLOADS:
+                key = (record["case"], stage)
+                peaks[key] = max(peaks.get(key, 0), figure["peak_allocated_bytes"])
+    return peaks
+
+
+def by_simgpu(name: str, card: str) -> dict[str, int]:
+    """All workloads of one model, in one simulation."""
+    from simgpu import Rig
+
+    record = models.perform(name, Rig.simulated(card, 1, ""))
+    peaks = measured({"cases": [record]})
+    return {workload: peaks[name, workload] for workload in WORKLOADS}
+
+
+class TrackedStages:
+    """Stands for a rig: MemTracker around every stage, on fake tensors."""
+
+    provenance = "simulated"
+
+    def __init__(self):
+        self.external, self.peaks = [], {}
+
+    @contextmanager
+    def stage(self, name: str):
+        from torch.distributed._tools.mem_tracker import MemTracker
+
+        tracker = MemTracker()
+        tracker.track_external(*self.external)
+        with tracker:
+            yield
+        found = tracker.get_tracker_snapshot("peak")
+        peak = max(sizes["Total"] for place, sizes in found.items() if place.type == "cuda")
+        workload = name.partition(", step")[0]
+        self.peaks[workload] = max(peak, self.peaks.get(workload, 0))
+
+    def repeat(self, step: Callable, count: int):
+        for _ in range(count):
+            step()
+
+
+def by_mem_tracker(name: str, card: str) -> dict[str, int]:
+    """The program of ``models.language_model``, on fake tensors that say they are on a GPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers.initialization import no_init_weights
+
+    kind, sizes = models.LANGUAGE_MODELS[name]
+    config, rig = models.config_of(kind, sizes), TrackedStages()
+    torch.set_default_dtype(models.BF16)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            with torch.device("cuda"), no_init_weights():
+                model = models.class_of(config, "AutoModelForCausalLM")(config).eval()
+            rig.external = [model]
+            bench = models.Bench(rig, Path())
+            bench.stage = rig.stage
+            bench.watch = rig.external.append  # an optimiser's numbers count as well
+            models.workloads(bench, model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return rig.peaks
+
+
+def by_accelerate(name: str, card: str) -> dict[str, int]:
+    """Weights for inference (what it calls the total size); for training its sum with Adam."""
+    from accelerate import init_empty_weights
+    from accelerate.commands.estimate import estimate_training_usage
+    from accelerate.utils import calculate_maximum_sizes
+
+    model = empty_model(name, init_empty_weights)
+    total, _ = calculate_maximum_sizes(model)
+    training = estimate_training_usage(total, "float32")["step"]
+    return {key: training if not new else total for key, (_, _, new) in WORKLOADS.items()}
+
+
+def empty_model(name: str, context: Callable):
+    kind, sizes = models.LANGUAGE_MODELS[name]
+    config = models.config_of(kind, sizes)
+    with context():
+        model = models.class_of(config, "AutoModelForCausalLM")(config)
+    return model.to(models.BF16)
+
+
+def by_hf_mem(name: str, card: str) -> dict[str, int]:
+    """Weights from the header of the checkpoint, and the KV cache; it has nothing for training."""
+    from hf_mem.safetensors.kv_cache import compute_safetensors_kv_cache_size
+    from hf_mem.safetensors.metadata import parse_safetensors_metadata
+
+    kind, sizes = models.LANGUAGE_MODELS[name]
+    config = models.config_of(kind, sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        cls = models.class_of(config, "AutoModelForCausalLM")
+        models.write_weights(Path(folder), cls, config, models.BF16)
+        with (Path(folder) / "model.safetensors").open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    metadata = parse_safetensors_metadata({"Transformer": header})
+    found = {}
+    for workload, (rows, positions, new) in WORKLOADS.items():
+        if new:
+            cache = compute_safetensors_kv_cache_size(
+                cache_dtype="BF16",
+                config=config.to_dict(),
+                max_model_len=positions + new,
+                batch_size=rows,
+            )
+            found[workload] = metadata.bytes_count + cache
+    return found
+
+
+def by_kitsune(name: str, card: str) -> dict[str, int]:
+    """Its prediction for a batch of this shape."""
+    from kitsune.predict import predict_memory
+
+    model = empty_model(name, lambda: torch.device("meta"))
+    found = {}
+    for workload, (rows, positions, new) in WORKLOADS.items():
+        options = {"optimizer": "adamw", "training": not new}
+        result = predict_memory(model, (positions,), rows, models.BF16, **options)
+        found[workload] = result.total_bytes
+    return found
+
+
+ASKED = {
+    "simgpu": by_simgpu,
+    "MemTracker": by_mem_tracker,
+    "accelerate": by_accelerate,
+    "hf-mem": by_hf_mem,
+    "torch-kitsune": by_kitsune,
+}
+
+
+def run(path: Path, only: list[str]):
+    """Ask every peer for every model; figures, seconds and errors go to peers.json."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    (card,) = results["provenance"]["cards"]
+    truth = measured(results)
+    stored = json.loads(OUTPUT.read_text(encoding="utf-8")) if OUTPUT.exists() else {"answers": []}
+    answers = [each for each in stored["answers"] if only and each["peer"] not in only]
+    for peer, ask in ASKED.items():
+        if only and peer not in only:
+            continue
+        for name in models.LANGUAGE_MODELS:
+            started = time.perf_counter()
+            try:
+                found, error = ask(name, card), None
+            except Exception as caught:  # a peer that cannot answer is a finding
+                found, error = {}, f"{type(caught).__name__}: {str(caught)[:200]}"
+            gc.collect()
+            seconds = round(time.perf_counter() - started, 1)
+            print(f"{peer:14s} {name:12s} {seconds:6.1f} s  {error or ''}", flush=True)
+            peaks = [
+                {
+                    "workload": workload,
+                    "measured_bytes": truth[name, workload],
+                    "predicted_bytes": found.get(workload),
+                }
+                for workload in WORKLOADS
+            ]
+            packages = sorted({"torch", "transformers", PEERS[peer]})
+            versions = {package: importlib.metadata.version(package) for package in packages}
+            record = {"peer": peer, "model": name, "seconds": seconds, "error": error}
+            record |= {"versions": versions, "date": time.strftime("%Y-%m-%d"), "peaks": peaks}
+            answers.append(record)
+    text = json.dumps({"measured": path.name, "answers": answers}, indent=1) + "\n"
+    OUTPUT.write_text(text, encoding="utf-8")
+
+
+def errors(answers: list[dict], peer: str, workload: str) -> list[float | None]:
+    """Percent by which a peer's answers for a workload are off, a model each; None: no answer."""
+    found = []
+    for record in answers:
+        for peak in record["peaks"]:
+            if (record["peer"], peak["workload"]) == (peer, workload):
+                said, truth = peak["predicted_bytes"], peak["measured_bytes"]
+                found.append(None if said is None else 100 * (said / truth - 1))
+    return found
+
+
+def table(stored: dict) -> str:
+    """Markdown: the furthest error of each peer and workload over the models, and its seconds."""
+    lines = [
+        "| peer | " + " | ".join(WORKLOADS) + " | seconds a model |",
+        "|---|" + "---|" * (len(WORKLOADS) + 1),
+    ]
+    answers = stored["answers"]
+    for peer in PEERS:
+        cells = []
+        for workload in WORKLOADS:
+            all_of = errors(answers, peer, workload)
+            some = [each for each in all_of if each is not None]
+            missing = len(all_of) - len(some)
+            cell = f"{min(some):+.2f} to {max(some):+.2f} %" if some else "no answer"
+            cells.append(cell + (f" ({missing} no answer)" if some and missing else ""))
+        times = [record["seconds"] for record in answers if record["peer"] == peer]
+        cells.append(f"{sum(times) / len(times):.1f}")
+        lines.append(f"| {peer} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("results", nargs="?", type=Path, default=RESULTS / "models_h100.json")
+    parser.add_argument("--only", nargs="*", default=[], help="these peers; others stay as stored")
+    arguments = parser.parse_args()
+    if arguments.action == "run":
+        run(arguments.results, arguments.only)
+    print(table(json.loads(OUTPUT.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
