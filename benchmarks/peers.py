@@ -82,7 +82,7 @@ class TrackedStages:
     def stage(self, name: str):
         from torch.distributed._tools.mem_tracker import MemTracker
 
-        tracker = MemTracker()
+        self.tracker = tracker = MemTracker()
         tracker.track_external(*self.external)
         with tracker:
             yield
@@ -93,6 +93,7 @@ class TrackedStages:
 
     def repeat(self, step: Callable, count: int):
         for _ in range(count):
+            self.tracker.reset_mod_stats()  # or it refuses a module's second call
             step()
 
 
