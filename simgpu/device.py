@@ -42,7 +42,7 @@ from torch.utils import _pytree, backend_registration
 
 from simgpu.catalog import MAX_CARDS
 from simgpu.numbers import Numbers, keep, may_know, refuse_lost
-from simgpu.rules import PLAIN, REWRITTEN, VIEWS, common_card, described
+from simgpu.rules import PLAIN, REWRITTEN, SOFTMAX, VIEWS, common_card, described
 
 _BUILT_WITH_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")
 DEVICE_TYPE = "simcuda"
@@ -282,6 +282,8 @@ def fake_mode() -> FakeTensorMode:
             # Without a kernel of its own it is taken apart into six operators; CUDA has one. Fake
             # tensors stop the operator before it gets as far.
             library.impl("silu_backward", _never_called, "PrivateUse1")
+            for name, rule in SOFTMAX.items():
+                library.impl(name, rule, "AutogradPrivateUse1")
             # ``torch.tensor`` and a list among indices copy with Python's dispatch switched off.
             library.impl("copy_", partial(_in_fake_mode, _ATEN.copy_.default), "PrivateUse1")
             _libraries.append(library)

@@ -11,23 +11,15 @@ from torch.optim import optimizer
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from simgpu import streams
-from simgpu.device import (
-    DEVICE_TYPE,
-    as_card,
-    backward_error,
-    cuda_taken_over,
-    current,
-    fake_mode,
-    on_card,
-)
+from simgpu import autocast, streams
+from simgpu.device import as_card, backward_error, cuda_taken_over, current, fake_mode, on_card
 from simgpu.operators import attention, convolution
 from simgpu.runtime import Runtime
 
 # Taken here and not when a block begins: the machine itself may be simulated, in tests.
 _ROUTES = {
-    "scaled_dot_product_attention": (attention, functional.scaled_dot_product_attention),
-    "conv2d": (convolution, functional.conv2d),
+    name: (autocast.in_lower_precision(route), getattr(functional, name))
+    for name, route in (("scaled_dot_product_attention", attention), ("conv2d", convolution))
 }
 _DATA = torch.Tensor.data
 _MAKE_FROM_DATA = ("tensor", "as_tensor", "asarray")
@@ -68,7 +60,9 @@ def simulated_torch(rig):
         # Optimisers update many tensors at a time only for types of tensor on this list.
         types = [*optimizer._foreach_supported_types, FakeTensor]
         replace(optimizer, "_foreach_supported_types", types)
-        replace(torch.autocast, "__init__", partialmethod(_autocast, torch.autocast.__init__))
+        for name, function in autocast.names().items():
+            replace(torch, name, function)
+        stack.enter_context(autocast.as_it_is())
         engine = partial(_backward, rig, torch.autograd.graph._engine_run_backward)
         replace(torch.autograd, "_engine_run_backward", engine)
         replace(torch.autograd.graph, "_engine_run_backward", engine)
@@ -80,17 +74,6 @@ def simulated_torch(rig):
         # torch's autograd would start a thread per card, and knows of one simulated card only.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         yield
-
-
-def _autocast(self, original, device_type, dtype=None, enabled=True, cache_enabled=None):
-    """On simulated cards torch's autocast would do nothing, without a word."""
-    if enabled and device_type in ("cuda", DEVICE_TYPE):
-        raise NotImplementedError(
-            "autocast is not simulated: the weights would be computed in their own type and the"
-            " bytes would be wrong. Load the model in the type you want (dtype=torch.bfloat16), or"
-            " use autocast on a real device."
-        )
-    original(self, device_type, dtype, enabled, cache_enabled)
 
 
 def _set_data(self, value: torch.Tensor):

@@ -28,10 +28,7 @@ from transformers import (
     modeling_utils,
 )
 from transformers.core_model_loading import revert_weight_conversion
-
-# modeling_auto copies methods into every Auto class when it is first imported, which must not be
-# while they are replaced.
-from transformers.models.auto import auto_factory, modeling_auto  # noqa: F401
+from transformers.models.auto import auto_factory, modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
@@ -40,7 +37,8 @@ from simgpu.checkpoints import known_config, read_json, weight_map
 from simgpu.device import DEVICE_TYPE, fake_mode, machine_device, on_card
 from simgpu.numbers import numbers_of
 
-_AUTO_CLASS = auto_factory._BaseAutoModelClass
+# Of this module, as its classes copy what they find here when it is first imported.
+_AUTO_CLASS = modeling_auto._BaseAutoModelClass
 _ORIGINAL_WARMUP = modeling_utils.caching_allocator_warmup
 # Arguments that say where weights come from; a simulated model has none to fetch.
 _DOWNLOAD_ARGUMENTS = {"revision", "token", "cache_dir", "local_files_only"}

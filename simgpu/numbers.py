@@ -32,6 +32,8 @@ _SHAPED_BY_NUMBERS = {
 # All of the tensor is written, whatever it was before.
 _OVERWRITING = {"aten::copy_", "aten::fill_", "aten::zero_"}
 _CHOOSING = {"aten::argmax", "aten::multinomial"}
+# Looks for gradients that are not finite, for GradScaler: assumed is that there are none.
+_FINITE = {"aten::_amp_foreach_non_finite_check_and_unscale_"}
 
 
 class Known:
@@ -76,7 +78,7 @@ def keep(func, args: tuple, kwargs: dict, output):
 def _asks(func) -> bool:
     """Whether an operator may know, or need, numbers whatever its first tensor is."""
     name = func._schema.name
-    always = _FACTORIES | _SHAPED_BY_NUMBERS | _OVERWRITING | _CHOOSING | {"aten::index"}
+    always = _FACTORIES | _SHAPED_BY_NUMBERS | _OVERWRITING | _CHOOSING | _FINITE | {"aten::index"}
     return name in always or func is _ITEM or func._overloadname.endswith("out")
 
 
@@ -179,6 +181,9 @@ class Numbers:
         tensors = [each for each in _leaves(others) if isinstance(each, torch.Tensor)]
         is_known = all(numbers_of(each) is not None for each in tensors)
         output = by_rule(func, types, args, kwargs)
+        if func._schema.name in _FINITE:  # it writes only what it finds, and finds nothing
+            self.assumptions.made[func._schema.name.removeprefix("aten::")] += 1
+            return output
         for target in written:
             known = target.known
             if is_known and overwrites and (known is None or not known.storage[0]):
@@ -187,9 +192,10 @@ class Numbers:
                     real = torch.empty(target.shape, dtype=target.dtype)
                     known = target.known = Known(real, known and known.storage)
                     known.storage[0] = True
-            if known is not None and known.storage[0]:
-                if not is_known or _compute(func, args, kwargs) is None:
-                    known.storage[0] = False
+        known = [each.known for each in written if each.known and each.known.storage[0]]
+        if known and not (is_known and _compute(func, args, kwargs) is not None):
+            for each in known:
+                each.storage[0] = False
         return output
 
     def _choose(self, name: str, output):

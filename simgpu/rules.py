@@ -1,6 +1,7 @@
 """Shape rules of single operators that differ from PyTorch's, or need not be asked each time."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -28,6 +29,20 @@ def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = No
     output = torch.softmax(scores, dim, dtype=dtype)
     scores.eq(float("-inf")).all(dim, keepdim=True)
     return output
+
+
+def _softmax(operator, scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None):
+    # On CUDA one kernel reads float16 and writes float32 (aten/src/ATen/native/SoftMax.cpp); others
+    # convert first.
+    at_once = scores.dtype is torch.float16 and dtype is torch.float32
+    return operator(scores if at_once or dtype is None else scores.to(dtype), dim, at_once)
+
+
+# By the name of an operator that PyTorch takes apart, what it is taken apart into.
+SOFTMAX = {
+    "softmax.int": partial(_softmax, _ATEN._softmax.default),
+    "log_softmax.int": partial(_softmax, _ATEN._log_softmax.default),
+}
 
 
 def channels_last_strides(shape: torch.Size) -> tuple[int, int, int, int]:
@@ -78,6 +93,9 @@ def _transposed_bytes(gradient, input, weight) -> int:
 REWRITTEN = {
     _ATEN._safe_softmax.default: _safe_softmax,
     _ATEN.convolution_backward.default: _convolution_backward,
+    # Where PyTorch leaves them whole, as in torch.inference_mode().
+    _ATEN.softmax.int: SOFTMAX["softmax.int"],
+    _ATEN.log_softmax.int: SOFTMAX["log_softmax.int"],
 }
 
 
