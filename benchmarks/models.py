@@ -26,9 +26,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
 import transformers
 from torch import nn
@@ -517,6 +514,7 @@ def measure(output: Path, names: list[str]):
     """Every case for this number of GPUs, or the named ones, in a process of its own."""
     from memory import provenance
 
+    os.environ |= {"HF_DEACTIVATE_ASYNC_LOAD": "1", "HF_HUB_OFFLINE": "1"}
     # Which import what all need once, and never touch a GPU.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["models", "peft", "simgpu.machine", "glm4v_nb.model"])
@@ -546,34 +544,57 @@ def simulate(results: dict, names: list[str] = ()) -> list[dict]:
     from simgpu import Rig
 
     ((card, count),) = results["provenance"]["cards"].items()
-    wanted = [each["case"] for each in results["cases"]]
     return [
-        perform(name, Rig.simulated(card, count, ""))
-        for name in wanted
-        if name in (names or wanted)
+        perform(each["case"], Rig.simulated(card, count, ""))
+        for each in results["cases"]
+        if not names or each["case"] in names
     ]
 
 
-def rows(measured: list[dict], simulated: list[dict]) -> list[str]:
-    """A row a figure that differs by a MiB or more, and one a case."""
-    lines = []
-    ours = {each["case"]: each for each in simulated}
-    for real in measured:
-        if real["case"] not in ours:
+def apart(real: dict, ours: dict) -> list[tuple[str, int, float, float]]:
+    """Stage, card, and by how much simulated peaks differ: MiB allocated, percent reserved."""
+    found = []
+    for one, two in zip(real["figures"], ours["figures"], strict=True):
+        allocated = (two["peak_allocated_bytes"] - one["peak_allocated_bytes"]) / MIB
+        reserved = 100 * (two["peak_reserved_bytes"] / one["peak_reserved_bytes"] - 1)
+        found.append((one["stage"], one["card"], allocated, reserved))
+    return found
+
+
+def end_of(record: dict) -> str:
+    """How a case ended, without the sizes in a message."""
+    return "to the end" if not record["error"] else record["error"].partition(".")[0]
+
+
+def table(measured: list[dict], simulated: list[dict]) -> list[str]:
+    """Markdown, a row a case: the furthest of its peaks, and how it ended."""
+    lines = [
+        "| model or program | peaks | allocated, furthest | reserved, furthest | ended |",
+        "|---|---|---|---|---|",
+    ]
+    for real, ours in zip(measured, simulated, strict=True):
+        ended = [end_of(record) for record in (real, ours)]
+        if len(real["figures"]) != len(ours["figures"]):
+            lines.append(f"| {real['case']} | | | | {ended[0]}; simulated {ended[1]} |")
             continue
-        other = ours[real["case"]]
-        lines.append(f"{real['case']}: {real['error'] or 'ends'} / {other['error'] or 'ends'}")
-        for one, two in zip(real["figures"], other["figures"], strict=False):
-            apart = [
-                (two[name] - one[name]) / MIB
-                for name in ("peak_allocated_bytes", "peak_reserved_bytes")
-            ]
-            of = one["peak_reserved_bytes"] / MIB
-            lines.append(
-                f"    {one['stage']:36s} card {one['card']}  allocated {apart[0]:+9.2f} MiB"
-                f"  reserved {apart[1]:+9.1f} MiB of {of:,.0f} ({apart[1] / of:+.2%})"
-            )
-    return lines
+        _, _, allocated, reserved = zip(*apart(real, ours), strict=True)
+        furthest = (max(allocated, key=abs), max(reserved, key=abs))
+        lines.append(
+            f"| {real['case']} | {len(allocated)} | {furthest[0]:+.2f} MiB | {furthest[1]:+.2f} % "
+            f"| {ended[0] if ended[0] == ended[1] else f'{ended[0]}; simulated {ended[1]}'} |"
+        )
+    return [line.replace("-0.00", "+0.00") for line in lines]
+
+
+def details(measured: list[dict], simulated: list[dict]) -> list[str]:
+    """A line a figure."""
+    return [
+        f"{real['case']}: {stage}, card {card}: {allocated:+.2f} MiB, {reserved:+.2f} %"
+        for real, ours in zip(measured, simulated, strict=True)
+        if len(real["figures"]) == len(ours["figures"])
+        for stage, card, allocated, reserved in apart(real, ours)
+        if round(allocated, 2) or round(reserved, 2)
+    ]
 
 
 def main():
@@ -584,13 +605,16 @@ def main():
     parser.add_argument("file", nargs="?", type=Path)
     parser.add_argument("names", nargs="*")
     arguments = parser.parse_args()
+    names = arguments.names
     if arguments.action == "list":
         print("\n".join(ONE | TWO))
     elif arguments.action == "measure":
-        measure(arguments.file, arguments.names)
+        measure(arguments.file, names)
     else:
         results = json.loads(arguments.file.read_text(encoding="utf-8"))
-        print("\n".join(rows(results["cases"], simulate(results, arguments.names))))
+        measured = [each for each in results["cases"] if not names or each["case"] in names]
+        simulated = simulate(results, names)
+        print("\n".join([*table(measured, simulated), "", *details(measured, simulated)]))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 OUTPUT = RESULTS / "peers.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "peers.png"
 PEERS = {
     "simgpu": "torch",
     "MemTracker": "torch",
@@ -255,6 +256,31 @@ def table(stored: dict) -> str:
     return "\n".join(lines)
 
 
+def plot(stored: dict, path: Path):
+    """Every answer as its error in percent, a row a peer."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    looks = zip(WORKLOADS, ("#0072B2", "#56B4E9", "#009E73", "#D55E00"), "o^sD", strict=True)
+    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    for number, (workload, colour, marker) in enumerate(looks):
+        for row, peer in enumerate(PEERS):
+            found = [each for each in errors(stored["answers"], peer, workload) if each is not None]
+            height = [row + 0.15 * (number - 1.5)] * len(found)
+            label = workload if row == 0 else None
+            axes.plot(found, height, marker, color=colour, label=label, alpha=0.8, markersize=6)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks(range(len(PEERS)), PEERS)
+    axes.invert_yaxis()
+    axes.set(xlabel="error of the predicted peak, percent of the measured one (one H100)")
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=("run", "table"))
@@ -263,6 +289,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.action == "run":
         run(arguments.results, arguments.only)
+        plot(json.loads(OUTPUT.read_text(encoding="utf-8")), PICTURE)
     print(table(json.loads(OUTPUT.read_text(encoding="utf-8"))))
 
 
