@@ -9,7 +9,7 @@ what it offers nearest to the workload, through its own functions:
 
 - simgpu: the program itself, on simulated cards.
 - torch's MemTracker: the program itself, on fake tensors.
-- accelerate estimate-memory: the weights, or its sum for training with Adam.
+- accelerate estimate-memory: its size in float16, or its sum for training with Adam.
 - hf-mem: weights and KV cache of that many positions.
 - torch-kitsune: its prediction for a batch of that shape, in inference or training.
 """
@@ -28,6 +28,7 @@ from pathlib import Path
 
 import models
 import torch
+import transformers
 
 RESULTS = Path(__file__).parent / "results"
 OUTPUT = RESULTS / "peers.json"
@@ -121,23 +122,17 @@ def by_mem_tracker(name: str, card: str) -> dict[str, int]:
 
 
 def by_accelerate(name: str, card: str) -> dict[str, int]:
-    """Weights for inference (what it calls the total size); for training its sum with Adam."""
+    """The row "float16" that estimate-memory prints; it needs a network, so by its functions."""
     from accelerate import init_empty_weights
     from accelerate.commands.estimate import estimate_training_usage
     from accelerate.utils import calculate_maximum_sizes
 
-    model = empty_model(name, init_empty_weights)
-    total, _ = calculate_maximum_sizes(model)
-    training = estimate_training_usage(total, "float32")["step"]
-    return {key: training if not new else total for key, (_, _, new) in WORKLOADS.items()}
-
-
-def empty_model(name: str, context: Callable):
     kind, sizes = models.LANGUAGE_MODELS[name]
-    config = models.config_of(kind, sizes)
-    with context():
-        model = models.class_of(config, "AutoModelForCausalLM")(config)
-    return model.to(models.BF16)
+    with init_empty_weights():  # the class and type that the command takes
+        model = transformers.AutoModel.from_config(models.config_of(kind, sizes))
+    total, _ = calculate_maximum_sizes(model)
+    training = max(estimate_training_usage(total, "float16").values())
+    return {key: total // 2 if new else training for key, (_, _, new) in WORKLOADS.items()}
 
 
 def by_hf_mem(name: str, card: str) -> dict[str, int]:
@@ -170,7 +165,10 @@ def by_kitsune(name: str, card: str) -> dict[str, int]:
     """Its prediction for a batch of this shape."""
     from kitsune.predict import predict_memory
 
-    model = empty_model(name, lambda: torch.device("meta"))
+    kind, sizes = models.LANGUAGE_MODELS[name]
+    config = models.config_of(kind, sizes)
+    with torch.device("meta"):
+        model = models.class_of(config, "AutoModelForCausalLM")(config).to(models.BF16)
     found = {}
     for workload, (rows, positions, new) in WORKLOADS.items():
         options = {"optimizer": "adamw", "training": not new}
