@@ -66,6 +66,13 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         loader = super().from_pretrained
         return load_checked(cls, loader, pretrained_model_name_or_path, *model_args, **kwargs)
 
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers' own, in the official layout; quantised weights, whose projections cannot
+        be fused again, under the names of the modules here."""
+        if getattr(self, "hf_quantizer", None) is not None:
+            kwargs.setdefault("save_original_format", False)
+        return super().save_pretrained(*args, **kwargs)
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Read official names too, as when ``Trainer`` resumes; torch comes here from wrappers such
         as DataParallel as well, with what stands before the names.
