@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -29,6 +29,7 @@ class Allocation:
     purpose: str  # of those in ``purposes``
     serial: int  # counts allocations of this process
     places: list[Block] = field(repr=False)  # what the allocator gave; several after a replay
+    caller: object = None  # who made it, where somebody wants to know
 
 
 class Accounting:
@@ -37,12 +38,14 @@ class Accounting:
     The first matrix product on a card takes cuBLAS's workspace and loads its kernels; the first of
     a backward pass, which PyTorch runs in a thread of its own, takes a workspace once more.
 
-    ``allocators`` are one per card, ``card`` is what all of them are. ``stage`` is written on what
-    is allocated; ``at_failure`` is what was on each card when memory ran out last.
+    ``allocators`` are one per card of ``cards``. ``stage`` is written on what is allocated, and
+    what ``caller`` gives; ``at_failure`` is what was on each card when memory ran out last.
     """
 
-    def __init__(self, allocators: list[Allocator], card: Card):
-        self.allocators, self.card, self.stage = allocators, card, "other"
+    def __init__(self, allocators: list[Allocator], cards: list[Card]):
+        self.allocators, self.cards, self.stage = allocators, cards, "other"
+        self.caller: Callable[[], object] = lambda: None
+        self.going: Allocation | None = None  # what is being released, in no list any more
         self.at_failure: list[list[Allocation]] = []
         self._purpose = ACTIVATIONS
         self._live: dict[int, Allocation] = {}  # by address of the storage
@@ -83,12 +86,13 @@ class Accounting:
         for tensor in results:
             self._charge_storage(operator, tensor)
         name, card = operator._schema.name, results[0].device.index
-        scratch = operators.scratch_bytes(name, arguments, self.card)
+        scratch = operators.scratch_bytes(name, arguments, self.cards[card])
         self._charge_for_a_moment(card, scratch)
         if name == "aten::rsqrt":
             self._load_kernels(card, "normalisation", operators.NORM_KERNELS, 0)
         if name in operators.MATRIX_PRODUCTS:
-            self._charge_workspace("cuBLAS workspace", card, self.card.cublas_workspace_bytes)
+            size = self.cards[card].cublas_workspace_bytes
+            self._charge_workspace("cuBLAS workspace", card, size)
             if name in operators.WITH_BIAS:
                 self._charge_workspace(
                     "cublasLt workspace", card, operators.CUBLASLT_WORKSPACE_BYTES
@@ -147,7 +151,9 @@ class Accounting:
     def _release(self, key: int):
         self._references.pop(key, None)
         if gone := self._live.pop(key, None):
+            self.going = gone
             self._free(gone)
+            self.going = None
             self._note(False, gone.card, gone.bytes, gone.serial)
 
     def _note(self, *event):
@@ -157,7 +163,8 @@ class Accounting:
     def _allocate(self, card: int, size: int, *description) -> Allocation:
         """``description``: shape, dtype, operator, stage and purpose."""
         place = self._allocator(card).allocate(size)
-        return Allocation(card, place.size, *description, next(self._serials), [place])
+        serial = next(self._serials)
+        return Allocation(card, place.size, *description, serial, [place], self.caller())
 
     def _free(self, allocation: Allocation):
         for place in allocation.places:
@@ -180,10 +187,10 @@ class Accounting:
         if key in self._workspaces:
             return
         self._load_kernels(
-            card, "matrix products", operators.CUBLAS_KERNELS, self.card.kernel_bytes
+            card, "matrix products", operators.CUBLAS_KERNELS, self.cards[card].kernel_bytes
         )
         if self._in_backward_pass:
-            self._load_kernels(card, "backward", (), self.card.backward_kernel_bytes)
+            self._load_kernels(card, "backward", (), self.cards[card].backward_kernel_bytes)
         origin = (name, "workspace", WORKSPACE)
         self._workspaces[key] = self._allocate(card, size, (size,), torch.uint8, *origin)
 
@@ -195,7 +202,7 @@ class Accounting:
         for size in pieces:
             self._allocator(card).addresses.take(size)
         # Of other cards all kernels are in the context from the beginning.
-        if self.card.kernel_bytes:
+        if self.cards[card].kernel_bytes:
             self._allocator(card).context_bytes += grows_bytes
 
     def _load_decode_kernels(self, step: list[Event]):

@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -12,7 +12,7 @@ import torch
 from simgpu.accounting import Accounting, Allocation
 from simgpu.addresses import AddressSpace
 from simgpu.allocator import Allocator
-from simgpu.catalog import Card, find_card
+from simgpu.catalog import Card
 from simgpu.device import observe, on_card
 from simgpu.expandable import ExpandableAllocator
 from simgpu.host import Host
@@ -20,8 +20,8 @@ from simgpu.intercept import simulated_torch
 from simgpu.loading import simulated_loading
 from simgpu.numbers import Numbers
 from simgpu.purposes import GRADIENTS, WEIGHTS, all_modules, gradients_of, registration, weights_of
-from simgpu.rig import CardMemory, Rig, Stage, check_count
-from simgpu.units import MIB
+from simgpu.rig import ASSUME, CardMemory, Rig, Stage, cards_of
+from simgpu.units import GIB, MIB
 
 # PyTorch 2.9 gave the variable a name without CUDA and reads both.
 ALLOC_CONF = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -63,6 +63,16 @@ def _is_below_operators(file: str) -> bool:
     return Path(file).parent == _HERE or file.startswith(_BELOW)
 
 
+def _not_free(card: Card, free_gib: float) -> int:
+    """Bytes of a card that others, or the driver, have in use."""
+    if not 0 < free_gib * GIB <= card.total_bytes:
+        raise ValueError(
+            f"free_gib is {free_gib!r}; expected more than 0 and at most the"
+            f" {card.total_bytes / GIB:.2f} GiB of {card.device_name}. Give what nvidia-smi shows."
+        )
+    return max(card.system_bytes, card.total_bytes - int(free_gib * GIB))
+
+
 class SimulatedRig(Rig):
     """Simulated cards: tensors on them have shapes, types and bytes, and no numbers.
 
@@ -73,25 +83,49 @@ class SimulatedRig(Rig):
     Args:
         card, count: as of ``Rig``.
         alloc_conf: as the environment variable ``PYTORCH_CUDA_ALLOC_CONF``, read where it is None.
+        free_gib: GiB that are free on each card before the program starts, as nvidia-smi shows
+            them, where others use the rest: one figure for all cards, or a list.
+        assume: "refuse" a number that is not known where one is asked for, or assume one and
+            "count" it in ``assumed``.
+        capped: False lets a run take more than the cards have, which then is what it needs; they
+            say what they do of capacity and free memory, so that device maps stay the same.
 
     Raises:
-        ValueError: unknown card, an impossible count, or a configuration that is not simulated.
+        ValueError: unknown card, an impossible count, free memory that the card cannot have, or a
+            configuration that is not simulated.
     """
 
-    def __init__(self, card: str = "L4", count: int = 1, alloc_conf: str | None = None):
+    def __init__(
+        self,
+        card: str | Card | Sequence[str | Card] = "L4",
+        count: int = 1,
+        alloc_conf: str | None = None,
+        *,
+        free_gib: float | Sequence[float] | None = None,
+        assume: str = ASSUME[0],
+        capped: bool = True,
+    ):
         super().__init__()
-        check_count(count)
-        self.card: Card = find_card(card)
-        self.cards = [self.card] * count
+        self.cards = cards_of(card, count)
+        self.card: Card = self.cards[0]
         if alloc_conf is None:
             alloc_conf = next(filter(None, map(os.environ.get, ALLOC_CONF)), "")
         kind, options = read_alloc_conf(alloc_conf)
-        options |= {"system_bytes": self.card.system_bytes, "addresses": AddressSpace(count)}
-        common = (self.card.device_name, self.card.total_bytes, self.card.context_bytes)
-        self.allocators = [kind(index, *common, **options) for index in range(count)]
-        self._accounting = Accounting(self.allocators, self.card)
+        options |= {"addresses": AddressSpace(len(self.cards)), "capped": capped}
+        self.allocators = [
+            kind(
+                index,
+                each.device_name,
+                each.total_bytes,
+                each.context_bytes,
+                system_bytes=each.system_bytes if free is None else _not_free(each, free),
+                **options,
+            )
+            for index, (each, free) in enumerate(self._with_free(free_gib))
+        ]
+        self._accounting = Accounting(self.allocators, self.cards)
         self.host = Host()
-        self.numbers = Numbers()
+        self.numbers = Numbers(assume)
         # Whose parameters a backward pass makes gradients of. Not the parameters themselves: torch
         # cannot move a module whose parameters are weakly referred to.
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -99,8 +133,36 @@ class SimulatedRig(Rig):
     @property
     def provenance(self) -> str:
         """ "simulated", what of the card is assumed, and why on a machine that has GPUs."""
-        remarks = "; ".join(filter(None, (self.card.assumed, self.reason)))
+        remarks = {card.assumed: None for card in self.cards} | {self.reason: None}
+        remarks = "; ".join(filter(None, remarks))
         return f"simulated ({remarks})" if remarks else "simulated"
+
+    @property
+    def assumed(self) -> dict[str, int]:
+        """How often each operator was asked for a number that is not known and one was assumed."""
+        return dict(self.numbers.assumptions.made)
+
+    @property
+    def unmodelled(self) -> dict[str, int | None]:
+        """Operators that ran and whose scratch memory is not modelled: at most so many bytes at a
+        time, None where no bound is known."""
+        return dict(getattr(self._accounting, "unmodelled", {}))
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing was assumed so far, and every operator's memory is modelled."""
+        return not self.assumed and not self.unmodelled
+
+    def _with_free(self, free_gib) -> list[tuple[Card, float | None]]:
+        """Every card, and how much of it is free."""
+        is_one = free_gib is None or isinstance(free_gib, int | float)
+        free = [free_gib] * len(self.cards) if is_one else list(free_gib)
+        if len(free) != len(self.cards):
+            raise ValueError(
+                f"free_gib has {len(free)} figures for {len(self.cards)} cards. Give one for all,"
+                " or one for each card."
+            )
+        return list(zip(self.cards, free, strict=True))
 
     def _build_world(self, stack):
         stack.enter_context(simulated_torch(self))
@@ -119,7 +181,7 @@ class SimulatedRig(Rig):
         return [
             CardMemory(
                 index=each.index,
-                card=self.card.key,
+                card=self.cards[each.index].key,
                 capacity_bytes=each.total_bytes,
                 allocated_bytes=each.allocated,
                 reserved_bytes=each.reserved,
