@@ -16,7 +16,7 @@ from simgpu.purposes import ACTIVATIONS, WORKSPACE
 from simgpu.replay import Event, Replay
 
 
-@dataclass
+@dataclass(eq=False)
 class Allocation:
     """What one storage takes of a card, where it came from and what it is for."""
 
@@ -45,8 +45,9 @@ class Accounting:
     def __init__(self, allocators: list[Allocator], cards: list[Card]):
         self.allocators, self.cards, self.stage = allocators, cards, "other"
         self.caller: Callable[[], object] = lambda: None
-        self.going: Allocation | None = None  # what is being released, in no list any more
+        self._passing: list[Allocation] = []  # what is being released, or there for a moment
         self.at_failure: list[list[Allocation]] = []
+        self.failures: list[str] = []  # the messages of all out-of-memory errors
         self._purpose = ACTIVATIONS
         self._live: dict[int, Allocation] = {}  # by address of the storage
         self._references: dict[int, weakref.ref] = {}
@@ -62,8 +63,8 @@ class Accounting:
         """Charge what an operator newly allocated; where a card has no room, see ``at_failure``."""
         try:
             self._charge(operator, results, arguments)
-        except torch.OutOfMemoryError:
-            self._remember_failure()
+        except torch.OutOfMemoryError as error:
+            self._remember_failure(error)
             raise
 
     def backward_pass(self):
@@ -116,6 +117,10 @@ class Accounting:
         everything = (*self._live.values(), *self._workspaces.values())
         return sorted((each for each in everything if each.card == card), key=lambda e: -e.bytes)
 
+    def everything(self) -> list[Allocation]:
+        """What is on all cards, and what is just being released; quick, as it is asked often."""
+        return [*self._live.values(), *self._workspaces.values(), *self._passing]
+
     def snapshot(self) -> dict:
         """Every segment and block, as ``torch.cuda.memory._snapshot`` gives them."""
         everything = (*self._live.values(), *self._workspaces.values())
@@ -136,11 +141,12 @@ class Accounting:
             return
         try:
             Replay(*recorded, self._live.values(), self.allocators).run(count - 2)
-        except torch.OutOfMemoryError:
-            self._remember_failure()
+        except torch.OutOfMemoryError as error:
+            self._remember_failure(error)
             raise
 
-    def _remember_failure(self):
+    def _remember_failure(self, error: torch.OutOfMemoryError):
+        self.failures.append(str(error))
         self.at_failure = [self.blocks(index) for index in range(len(self.allocators))]
 
     def _record(self, step) -> list[Event]:
@@ -151,9 +157,9 @@ class Accounting:
     def _release(self, key: int):
         self._references.pop(key, None)
         if gone := self._live.pop(key, None):
-            self.going = gone
+            self._passing.append(gone)
             self._free(gone)
-            self.going = None
+            self._passing.remove(gone)
             self._note(False, gone.card, gone.bytes, gone.serial)
 
     def _note(self, *event):
@@ -172,15 +178,18 @@ class Accounting:
 
     def _charge_for_a_moment(self, card: int, sizes: list[int]):
         """Take blocks and give them back at once, as a kernel does with its scratch."""
-        allocator, taken = self._allocator(card), []
+        taken: list[Allocation] = []
         try:
             for size in sizes:
-                taken.append((allocator.allocate(size), size, next(self._serials)))
-                self._note(True, card, *taken[-1][1:])
+                origin = ("scratch", self.stage, WORKSPACE)
+                taken.append(self._allocate(card, size, (size,), torch.uint8, *origin))
+                self._passing.append(taken[-1])
+                self._note(True, card, size, taken[-1].serial)
         finally:
-            for place, *event in reversed(taken):
-                allocator.free(place)
-                self._note(False, card, *event)
+            for one, size in reversed(list(zip(taken, sizes, strict=False))):
+                self._free(one)
+                self._passing.remove(one)
+                self._note(False, card, size, one.serial)
 
     def _charge_workspace(self, name: str, card: int, size: int):
         key = (name, card, self._in_backward_pass)

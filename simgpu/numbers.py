@@ -268,6 +268,8 @@ _ASSUMED = {torch.bool: False} | dict.fromkeys(
     (torch.float32, torch.float16, torch.bfloat16, torch.float64), 0.0
 )
 _AT_MOST = {"aten::nonzero": _all_places, "aten::masked_select": _all_of_them}
+# Of what is assumed that by which results have the length they have.
+LENGTHS = {"index", "nonzero", "masked_select"}
 
 
 def _leaves(*trees) -> list:

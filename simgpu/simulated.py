@@ -18,7 +18,7 @@ from simgpu.expandable import ExpandableAllocator
 from simgpu.host import Host
 from simgpu.intercept import simulated_torch
 from simgpu.loading import simulated_loading
-from simgpu.numbers import Numbers
+from simgpu.numbers import LENGTHS, Numbers
 from simgpu.purposes import GRADIENTS, WEIGHTS, all_modules, gradients_of, registration, weights_of
 from simgpu.rig import ASSUME, CardMemory, Rig, Stage, cards_of
 from simgpu.units import GIB, MIB
@@ -128,7 +128,7 @@ class SimulatedRig(Rig):
         self.numbers = Numbers(assume)
         # Whose parameters a backward pass makes gradients of. Not the parameters themselves: torch
         # cannot move a module whose parameters are weakly referred to.
-        self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self.modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     @property
     def provenance(self) -> str:
@@ -150,8 +150,8 @@ class SimulatedRig(Rig):
 
     @property
     def exact(self) -> bool:
-        """Whether nothing was assumed so far, and every operator's memory is modelled."""
-        return not self.assumed and not self.unmodelled
+        """Whether so far every operator's memory is modelled, and no length was assumed."""
+        return not self.unmodelled and not self.assumed.keys() & LENGTHS
 
     def _with_free(self, free_gib) -> list[tuple[Card, float | None]]:
         """Every card, and how much of it is free."""
@@ -210,7 +210,7 @@ class SimulatedRig(Rig):
         """The modules' parameters and buffers are weights. Called for the models that
         ``from_pretrained`` returns, and for all when a stage named "load" ends."""
         found = {each for module in modules for each in module.modules()}
-        self._modules.update(found)
+        self.modules.update(found)
         self._accounting.register(WEIGHTS, weights_of(found))
 
     def _forget_simulation(self, error: torch.OutOfMemoryError):
@@ -247,4 +247,5 @@ class SimulatedRig(Rig):
         """Around a backward pass, which ends with the gradients in place."""
         with self._accounting.backward_pass():
             yield
-        self._accounting.register(GRADIENTS, gradients_of(weights_of(list(self._modules))))
+        weights = weights_of(list(self.modules))
+        self._accounting.register(GRADIENTS, gradients_of(weights))
