@@ -117,7 +117,8 @@ class Estimate:
             return f"It fits: card {fullest.index} is the fullest, with {free} free at its peak."
         device = parse_out_of_memory(self.oom).device
         short = "; ".join(
-            f"{bytes_in_words(card.needs_bytes)}, {bytes_in_words(card.short_bytes)} short on card {card.index}"
+            f"{bytes_in_words(card.needs_bytes)}, {bytes_in_words(card.short_bytes)} short on card"
+            f" {card.index}"
             for card in self.cards
             if card.short_bytes
         )

@@ -169,7 +169,8 @@ def _from_pretrained(
             "trust_remote_code=True would run code from the hub. A simulated rig takes the classes"
             " that are installed and never runs remote code; leave the argument out."
         )
-    config = _read_config(cls, config or name)
+    reader = AutoConfig if issubclass(cls, _AUTO_CLASS) else cls.config_class
+    config = read_config(config or name, reader)
     if issubclass(cls, _AUTO_CLASS):
         model_class, config = _model_class(cls, config)
         return model_class.from_pretrained(name, *args, config=config, **kwargs)
@@ -204,8 +205,12 @@ def _quiet_loader():
         yield
 
 
-def _read_config(cls: type, source) -> PreTrainedConfig:
-    """A checkpoint's configuration: registered, in a directory, or downloaded before."""
+def read_config(source, reader: type = AutoConfig) -> PreTrainedConfig:
+    """A checkpoint's configuration: registered, in a directory, or downloaded before.
+
+    Raises:
+        ValueError: there is none on this machine, or it cannot be used; with what to do.
+    """
     if isinstance(source, PreTrainedConfig):
         return source
     known = known_config(str(source))
@@ -214,7 +219,6 @@ def _read_config(cls: type, source) -> PreTrainedConfig:
     file = Path(source) / "config.json"
     if file.is_file():
         _check_config(file)
-    reader = AutoConfig if issubclass(cls, _AUTO_CLASS) else cls.config_class
     try:
         return reader.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (OSError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:

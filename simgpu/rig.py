@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from simgpu.catalog import MAX_CARDS, Card, find_card
+from simgpu.catalog import MAX_CARDS, Card, find_card, with_free
 
 # What is done where a number is asked for that is not known: see ``numbers``.
 ASSUME = ("refuse", "count")
@@ -210,11 +210,16 @@ class Rig(ABC):
         return [[] for _ in self.memory()]
 
 
-def cards_of(card: str | Card | Sequence[str | Card], count: int = 1) -> list[Card]:
-    """The cards that a name and a count mean, or a list of names.
+def cards_of(
+    card: str | Card | Sequence[str | Card],
+    count: int = 1,
+    free_gib: float | Sequence[float] | None = None,
+) -> list[Card]:
+    """The cards that a name and a count mean, or a list of names, with so many GiB free on them.
 
     Raises:
-        ValueError: unknown card, an impossible count, or one that is not the list's length.
+        ValueError: unknown card, an impossible count, or one that is not the list's length, or free
+            memory that a card cannot have.
     """
     if not isinstance(card, str | Card):
         kinds = list(card)
@@ -230,7 +235,16 @@ def cards_of(card: str | Card | Sequence[str | Card], count: int = 1) -> list[Ca
         raise ValueError(
             f"count is {count!r}; a rig has 1 to {MAX_CARDS} cards. Give a whole number in between."
         )
-    return [find_card(each) for each in kinds]
+    cards = [find_card(each) for each in kinds]
+    if free_gib is None:
+        return cards
+    free = [free_gib] * count if isinstance(free_gib, int | float) else list(free_gib)
+    if len(free) != count:
+        raise ValueError(
+            f"free_gib has {len(free)} figures for {count} cards. Give one for all, or one for each"
+            " card."
+        )
+    return [with_free(*each) for each in zip(cards, free, strict=True)]
 
 
 def cards_in_words(cards: Sequence[Card]) -> str:

@@ -21,7 +21,7 @@ from simgpu.loading import simulated_loading
 from simgpu.numbers import LENGTHS, Numbers
 from simgpu.purposes import GRADIENTS, WEIGHTS, all_modules, gradients_of, registration, weights_of
 from simgpu.rig import ASSUME, CardMemory, Rig, Stage, cards_of
-from simgpu.units import GIB, MIB
+from simgpu.units import MIB
 
 # PyTorch 2.9 gave the variable a name without CUDA and reads both.
 ALLOC_CONF = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -63,16 +63,6 @@ def _is_below_operators(file: str) -> bool:
     return Path(file).parent == _HERE or file.startswith(_BELOW)
 
 
-def _not_free(card: Card, free_gib: float) -> int:
-    """Bytes of a card that others, or the driver, have in use."""
-    if not 0 < free_gib * GIB <= card.total_bytes:
-        raise ValueError(
-            f"free_gib is {free_gib!r}; expected more than 0 and at most the"
-            f" {card.total_bytes / GIB:.2f} GiB of {card.device_name}. Give what nvidia-smi shows."
-        )
-    return max(card.system_bytes, card.total_bytes - int(free_gib * GIB))
-
-
 class SimulatedRig(Rig):
     """Simulated cards: tensors on them have shapes, types and bytes, and no numbers.
 
@@ -106,7 +96,7 @@ class SimulatedRig(Rig):
         capped: bool = True,
     ):
         super().__init__()
-        self.cards = cards_of(card, count)
+        self.cards = cards_of(card, count, free_gib)
         self.card: Card = self.cards[0]
         if alloc_conf is None:
             alloc_conf = next(filter(None, map(os.environ.get, ALLOC_CONF)), "")
@@ -118,10 +108,10 @@ class SimulatedRig(Rig):
                 each.device_name,
                 each.total_bytes,
                 each.context_bytes,
-                system_bytes=each.system_bytes if free is None else _not_free(each, free),
+                system_bytes=each.system_bytes,
                 **options,
             )
-            for index, (each, free) in enumerate(self._with_free(free_gib))
+            for index, each in enumerate(self.cards)
         ]
         self._accounting = Accounting(self.allocators, self.cards)
         self.host = Host()
@@ -152,17 +142,6 @@ class SimulatedRig(Rig):
     def exact(self) -> bool:
         """Whether so far every operator's memory is modelled, and no length was assumed."""
         return not self.unmodelled and not self.assumed.keys() & LENGTHS
-
-    def _with_free(self, free_gib) -> list[tuple[Card, float | None]]:
-        """Every card, and how much of it is free."""
-        is_one = free_gib is None or isinstance(free_gib, int | float)
-        free = [free_gib] * len(self.cards) if is_one else list(free_gib)
-        if len(free) != len(self.cards):
-            raise ValueError(
-                f"free_gib has {len(free)} figures for {len(self.cards)} cards. Give one for all,"
-                " or one for each card."
-            )
-        return list(zip(self.cards, free, strict=True))
 
     def _build_world(self, stack):
         stack.enter_context(simulated_torch(self))
