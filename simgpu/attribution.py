@@ -112,9 +112,7 @@ class Attribution:
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", apply))
         return self
 
-    def __exit__(self, kind, error, traceback):
-        if kind is not None:
-            self.settle()
+    def __exit__(self, *exception):
         for allocator in self._rig.allocators:
             self._before(allocator, True)
         self._stack.close()

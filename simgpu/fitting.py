@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from simgpu.attribution import Attribution
 from simgpu.catalog import Card
 from simgpu.estimation import versions
 from simgpu.host import HostMemory
@@ -65,7 +66,8 @@ class OutOfMemory:
 class FitResult:
     """The answer to ``asked``, a deployment and a workload. ``host`` is the host memory that
     loading takes; None where the cards did not hold the weights. ``exact``, ``unmodelled`` and
-    ``assumed`` are as of ``estimation.Estimate``."""
+    ``assumed`` are as of ``estimation.Estimate``, ``by_purpose`` is each card's peak (of ``fit``
+    alone)."""
 
     verdict: str
     devices: list[DeviceFit]
@@ -77,6 +79,7 @@ class FitResult:
     exact: bool = True
     unmodelled: dict[str, int | None] = field(default_factory=dict)
     assumed: dict[str, int] = field(default_factory=dict)
+    by_purpose: list[dict[str, int]] | None = field(default=None, repr=False)
 
     @property
     def fits(self) -> bool:
@@ -219,12 +222,13 @@ class Deployment:
 class LoadedModel:
     """A deployment's model on its cards, or the error that loading it ended with.
 
-    ``weights_bytes`` were allocated on each card when loading ended, by an error as well; ``error``
-    is PyTorch's out-of-memory message of the load, or None.
+    ``rig`` is the deployment's, if not a new one. ``weights_bytes`` were allocated on each card as
+    loading ended, by an error as well; ``error`` is PyTorch's out-of-memory message of the load, or
+    None.
     """
 
-    def __init__(self, deployment: Deployment):
-        self.deployment, self.rig, self.error = deployment, deployment.rig(), None
+    def __init__(self, deployment: Deployment, rig: Rig | None = None):
+        self.deployment, self.rig, self.error = deployment, rig or deployment.rig(), None
         self.device_map = deployment.placement()
         try:
             self.model = load(
@@ -285,8 +289,12 @@ def fit(deployment: Deployment, workload: Workload | None = None) -> FitResult:
     deployment.rig()  # what is wrong with the cards is said before the model is looked at
     workload = workload or deployment.recipe.workload()
     deployment.check(workload)
-    result = LoadedModel(deployment).run(workload)
-    return replace(result, seconds=round(time.perf_counter() - started, 2))
+    rig = deployment.rig()
+    with Attribution(rig) as attribution:
+        result = LoadedModel(deployment, rig).run(workload)
+    found = [peak.by_purpose() for peak in attribution.peaks]
+    seconds = round(time.perf_counter() - started, 2)
+    return replace(result, by_purpose=found, seconds=seconds)
 
 
 def load(rig: Rig, recipe: Recipe, checkpoint: str | Path, **options) -> PreTrainedModel:
