@@ -58,15 +58,15 @@ def chosen_cards(options: dict) -> dict:
     """The options of cards as the arguments of a ``SimulatedRig``.
 
     Raises:
-        typer.BadParameter: no card, or two answers to one question.
+        ValueError: no card, or two answers to one question.
     """
     card, cards, memory = (options[name] for name in ("card", "cards", "memory_gib"))
     if card is None and cards is None:
-        raise typer.BadParameter("Missing option '--card'.")
+        raise ValueError("Missing option '--card': the kind of card, or --cards.")
     if cards is not None:
         if card is not None or memory is not None or options["count"] != 1:
             given = "--cards names every card: leave --card, --count and --memory-gib out."
-            raise typer.BadParameter(given)
+            raise ValueError(given)
         card = tuple(name.strip() for name in cards.split(","))
     elif memory is not None:
         card = f"{card} {memory:g}GiB"
@@ -76,7 +76,7 @@ def chosen_cards(options: dict) -> dict:
             free = [float(each) for each in free.split(",")]
         except ValueError:
             expected = f"--free-gib is {free!r}; expected GiB, as 10, or of every card, as 10,20."
-            raise typer.BadParameter(expected) from None
+            raise ValueError(expected) from None
         free = free[0] if len(free) == 1 else tuple(free)
     names = ("count", "alloc_conf", "assume")
     return {"card": card, "free_gib": free} | {name: options[name] for name in names}
@@ -88,7 +88,7 @@ def add_fit(to: typer.Typer, model, default, when_it_fits: str):
     Args:
         model: the annotation of the parameter that names the model.
         default: its default; ``inspect.Parameter.empty`` if it must be given.
-        when_it_fits: what is said to be next where nothing is to be changed.
+        when_it_fits: what is said to be next where nothing is to be changed; by default --limits.
     """
 
     def fit(**options):
@@ -215,7 +215,7 @@ def _next_step(context: typer.Context, result, when_it_fits: str) -> str:
     if changes:
         return _command(context, **({"memory_gib": None} if "card" in changes else {}), **changes)
     if result.fits:
-        return when_it_fits
+        return when_it_fits or _command(context, limits=True)
     return "nothing that was tried fits, neither more or larger cards nor a smaller batch."
 
 
@@ -274,6 +274,7 @@ def run(
         print(program.own_traceback(error), end="", file=sys.stderr)
         raise typer.Exit(1) from None
     sys.stdout.flush()
+    print(program.out_of_memory, end="", file=sys.stderr)
     printing.print_estimate(found, f"{script}, {program.steps_done} steps")
     if as_json:
         text = json.dumps(found.to_dict() | {"steps": program.steps_done}, indent=2)
@@ -318,8 +319,11 @@ def progress(what: str, steps: int | None = None):
 add_fit(
     app,
     Annotated[
-        str, typer.Argument(help="A directory with a config.json, or the id of a model on the hub.")
+        str,
+        typer.Argument(
+            help="A directory with a config.json, or the id of a model on the hub.", metavar="MODEL"
+        ),
     ],
     inspect.Parameter.empty,
-    "simgpu fit with --limits says how far it goes.",
+    "",
 )

@@ -114,13 +114,14 @@ def print_limits(found):
 def print_estimate(found, what: str):
     """An ``Estimate`` for people: table, the largest lines, verdict, and what it holds for."""
     console = Console(highlight=False)
-    table = Table("card", title=f"{escape(what)}: simulated cards, GiB")
-    for column in ("capacity", "peak allocated", "peak reserved", *found.cards[0].by_purpose):
-        table.add_column(column, justify="right")
+    table = Table(escape(what), title="simulated cards, GiB")
     for card in found.cards:
-        sizes = (card.capacity_bytes, card.peak_allocated_bytes, card.peak_reserved_bytes)
-        cells = map(_gib, (*sizes, *card.by_purpose.values()))
-        table.add_row(escape(f"{card.index} · {card.card}"), *cells)
+        table.add_column(escape(f"{card.index} · {card.card}"), justify="right")
+    for name in ("capacity", "peak reserved", "peak allocated"):
+        sizes = (getattr(card, f"{name.replace(' ', '_')}_bytes") for card in found.cards)
+        table.add_row(name, *map(_gib, sizes))
+    for purpose in found.cards[0].by_purpose:
+        table.add_row(f"  {purpose}", *(_gib(card.by_purpose[purpose]) for card in found.cards))
     console.print(table)
     for card in found.cards:
         lines = Table("line", "GiB", "", title=f"Card {card.index} at its peak, by line", box=None)
@@ -134,7 +135,7 @@ def print_estimate(found, what: str):
     colour = "green" if found.fits else "bold red"
     console.print(f"[{colour}]{escape(found.summary)}[/]", soft_wrap=True)
     if not found.fits:
-        console.print(f"torch.OutOfMemoryError: {escape(found.oom)}", soft_wrap=True)
+        console.print(escape(found.oom), soft_wrap=True)
     console.print(_promise(found), soft_wrap=True)
     installed = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     console.print(f"Figures are {escape(found.provenance)}, with {installed}.", soft_wrap=True)

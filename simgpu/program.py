@@ -1,5 +1,6 @@
 """Runs a user's script on simulated cards, as ``python script.py arguments`` would on real ones."""
 
+import itertools
 import os
 import runpy
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from unittest import mock
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
@@ -28,14 +30,18 @@ class Program:
         arguments: what stands behind it on the command line.
         steps: how many it makes.
 
+    Attributes:
+        steps_done: how many the first call has made.
+        out_of_memory: what Python would print of the first out-of-memory error that ended a call.
+
     Raises:
         ValueError: no such file.
     """
 
     def __init__(self, path: str | Path, arguments: Sequence[str] = (), steps: int = 2):
         self.path, self.arguments, self.steps = Path(path), list(arguments), steps
-        self.calls = 0
-        self.steps_done = 0
+        self.calls = self.steps_done = 0
+        self.out_of_memory = ""
         if not self.path.is_file():
             raise ValueError(f"There is no script {str(path)!r}. Give the path of a Python file.")
         if steps < 1:
@@ -43,13 +49,21 @@ class Program:
 
     def __call__(self):
         self.calls += 1
-        self.steps_done = 0
+        done, is_first = itertools.count(1), self.calls == 1
+
+        def stepped(optimizer, args, kwargs):
+            number = next(done)
+            if is_first:
+                self.steps_done = number
+            if number >= self.steps:
+                raise _Enough
+
         with ExitStack() as stack:
-            if self.calls > 1:
+            if not is_first:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(redirect_stdout(nowhere))
                 stack.enter_context(redirect_stderr(nowhere))
-            stack.callback(register_optimizer_step_post_hook(self._stepped).remove)
+            stack.callback(register_optimizer_step_post_hook(stepped).remove)
             home = str(self.path.resolve().parent)
             stack.enter_context(mock.patch.object(sys, "argv", [str(self.path), *self.arguments]))
             stack.enter_context(mock.patch.object(sys, "path", [home, *sys.path[1:]]))
@@ -57,18 +71,16 @@ class Program:
                 runpy.run_path(str(self.path), run_name="__main__")
             except _Enough:
                 pass
+            except torch.OutOfMemoryError as error:
+                self.out_of_memory = self.out_of_memory or self.own_traceback(error)
+                raise
             except SystemExit as end:
                 if end.code not in (None, 0):
                     raise
-
-    def _stepped(self, optimizer, args, kwargs):
-        self.steps_done += 1
-        if self.steps_done >= self.steps:
-            raise _Enough
 
     def own_traceback(self, error: BaseException) -> str:
         """What Python would print of the script's own error, without the frames above it."""
         place: TracebackType | None = error.__traceback__
         while place is not None and place.tb_frame.f_code.co_filename != str(self.path):
             place = place.tb_next
-        return "".join(traceback.format_exception(error.with_traceback(place)))
+        return "".join(traceback.format_exception(type(error), error, place))
