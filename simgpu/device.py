@@ -282,8 +282,11 @@ def fake_mode() -> FakeTensorMode:
             # Without a kernel of its own it is taken apart into six operators; CUDA has one. Fake
             # tensors stop the operator before it gets as far.
             library.impl("silu_backward", _never_called, "PrivateUse1")
-            # ``torch.tensor`` and a list among indices copy with Python's dispatch switched off.
+            # ``torch.tensor`` and a list among indices copy, and a list of tensors is read, with
+            # Python's dispatch switched off.
             library.impl("copy_", partial(_in_fake_mode, _ATEN.copy_.default), "PrivateUse1")
+            item = partial(_in_fake_mode, _ATEN._local_scalar_dense.default)
+            library.impl("_local_scalar_dense", item, "PrivateUse1")
             _libraries.append(library)
             FakeTensor.device = property(_shown_device, _INSIDE.fset)
             FakeTensor.is_cuda = property(on_card)

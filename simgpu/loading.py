@@ -33,6 +33,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
+from simgpu.adapters import base_of, simulated_adapters
 from simgpu.checkpoints import known_config, read_json, weight_map
 from simgpu.device import DEVICE_TYPE, fake_mode, machine_device, on_card
 from simgpu.numbers import numbers_of
@@ -67,6 +68,10 @@ def simulated_loading(rig):
         for owner in _defining("generate", GenerationMixin):
             replace(owner, "generate", partialmethod(_generate, rig, vars(owner)["generate"]))
         stack.enter_context(from_pretrained_replaced(partial(_from_pretrained, rig)))
+        stack.enter_context(simulated_adapters())
+        for owner in _defining("_from_config", PreTrainedModel):
+            changed = partial(_from_config, vars(owner)["_from_config"].__func__)
+            replace(owner, "_from_config", classmethod(changed))
         for answer in _REMEMBERED:
             answer.cache_clear()
             stack.callback(answer.cache_clear)
@@ -169,6 +174,10 @@ def _from_pretrained(
             "trust_remote_code=True would run code from the hub. A simulated rig takes the classes"
             " that are installed and never runs remote code; leave the argument out."
         )
+    if config is None and (base := base_of(name)):
+        model = cls.from_pretrained(base, *args, **kwargs)
+        model.load_adapter(name)
+        return model
     reader = AutoConfig if issubclass(cls, _AUTO_CLASS) else cls.config_class
     config = read_config(config or name, reader)
     if issubclass(cls, _AUTO_CLASS):
@@ -176,8 +185,8 @@ def _from_pretrained(
         return model_class.from_pretrained(name, *args, config=config, **kwargs)
     for argument in _DOWNLOAD_ARGUMENTS:
         kwargs.pop(argument, None)
-    files = weight_map(Path(name or ""))
-    with _quiet_loader(), rig.loading(), rig.host.loading():
+    files = weight_map(Path(name)) if name else {}
+    with _quiet_loader(), rig.loading(), rig.host.loading(), rig.out_of_memory_stays():
         # No name here for the tensors: the loader's own have to be gone when it returns.
         loaded = original(
             cls,
@@ -189,6 +198,14 @@ def _from_pretrained(
         )
     rig.register_weights([loaded[0] if isinstance(loaded, tuple) else loaded])
     return loaded
+
+
+def _from_config(original, cls, config, **kwargs):
+    """A new model, whose weights nobody draws: in no memory, and without numbers."""
+    if torch.get_default_device().type != "cpu":  # of a loader, or on the cards at once
+        return original(cls, config, **kwargs)
+    with fake_mode(), modeling_utils.init.no_init_weights():
+        return original(cls, config, **kwargs)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from unittest import mock
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from simgpu.rig import Rig
+
 
 class _Enough(BaseException):
     """The first steps are done; no program catches it by accident."""
@@ -72,6 +74,7 @@ class Program:
             except _Enough:
                 pass
             except torch.OutOfMemoryError as error:
+                Rig.active._forget_simulation(error)
                 self.out_of_memory = self.out_of_memory or self.own_traceback(error)
                 raise
             except SystemExit as end:

@@ -13,15 +13,19 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from simgpu.checkpoints import known_recipe
-from simgpu.placement import input_device, meta_model
+from simgpu.placement import input_device
+from simgpu.rig import Rig
 from simgpu.training import enable_gradient_checkpointing, trained_parameters
 from simgpu.workload import Workload
 
 # Where the configuration names no class the first of these that has one for it is taken.
 _ENCODER_DECODER = ("Seq2SeqLM", "SpeechSeq2Seq", "ImageTextToText")
 _OTHERS = ("ImageTextToText", "MaskedLM", "CausalLM", "ImageClassification", "CTC")
+# Where an output keeps what the next step needs, and that step takes it again.
+_CACHES = ("past_key_values", "cache_params", "state")
 # Ends no search for the longest prompt of a model without positions of its own.
 MOST_TOKENS = 2**17
 # Pixels on a side where the configuration gives none, as of models that take any size.
@@ -67,7 +71,7 @@ class Recipe:
     def __init__(self, config: PreTrainedConfig):
         self.config, self.model_class = config, model_class(config)
         self._takes = set(inspect.signature(self.model_class.forward).parameters)
-        self._text = config.get_text_config()
+        self._text = config.get_text_config(decoder=True)
         self._main = getattr(self.model_class, "main_input_name", "input_ids")
         self.is_pair = bool(getattr(config, "is_encoder_decoder", False))
         limit = getattr(self._text, "max_position_embeddings", None)
@@ -94,8 +98,7 @@ class Recipe:
 
     @property
     def generates(self) -> bool:
-        is_masked = "MaskedLM" in self.loader
-        return "past_key_values" in self._takes and "use_cache" in self._takes and not is_masked
+        return self.model_class.can_generate() and self._main != "input_values"
 
     @cached_property
     def image_positions(self) -> int:
@@ -185,16 +188,20 @@ class Recipe:
         The prefill has already given the first, so the model runs ``new_tokens - 1`` more times. On
         simulated cards ``rig.repeat`` runs two of them and replays the rest.
         """
-        inputs = self._options() | {"past_key_values": outputs.past_key_values}
+        inputs = self._options()
+        inputs |= {name: outputs[name] for name in _CACHES if outputs.get(name) is not None}
+        has_cache = bool(inputs.keys() & set(_CACHES))
         if self.is_pair:
             hidden = outputs.encoder_last_hidden_state
             inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden)
         name = "decoder_input_ids" if self.is_pair else "input_ids"
-        token = outputs.logits[:, -1:].argmax(dim=-1)
+        token, ids = outputs.logits[:, -1:].argmax(dim=-1), prompt[name]
+        del outputs
 
         def step():
-            nonlocal token
-            token = model(**{name: token}, **inputs).logits[:, -1:].argmax(dim=-1)
+            nonlocal token, ids
+            ids = token if has_cache else torch.cat((ids, token), dim=1)
+            token = model(**{name: ids}, **inputs).logits[:, -1:].argmax(dim=-1)
 
         with torch.no_grad():
             rig.repeat(step, new_tokens - 1)
@@ -222,13 +229,14 @@ class Recipe:
             first = prompt[self._main]
             size = (len(first), 32) if self.is_pair else (len(first),)
             labels = torch.zeros(size, dtype=torch.long, device=first.device)
-        options = {"use_cache": False} if "use_cache" in self._takes else {}
+        options = {"use_cache": False} if self._takes & {"use_cache"} else {}
         loss = model(**prompt, labels=labels, **options).loss
         loss.backward()
         return loss.detach()
 
     def _options(self) -> dict:
-        options = {"use_cache": True} if self.generates else {}
+        takes_cache = self.generates and self._takes & {"use_cache", "kwargs"}
+        options = {"use_cache": True} if takes_cache else {}
         return options | ({"logits_to_keep": 1} if "logits_to_keep" in self._takes else {})
 
     def _text_ids(self, workload: Workload, generator) -> torch.Tensor:
@@ -319,8 +327,10 @@ def _image_inputs(recipe: Recipe, count: int, generator) -> dict[str, torch.Tens
     inputs = {"pixel_values": pixels}
     if "image_sizes" in takes:
         inputs["image_sizes"] = torch.tensor([[height, width]] * count)
-        if hasattr(config, "image_grid_pinpoints"):  # an overview and one tile
-            inputs["pixel_values"] = pixels[:, None].expand(count, 2, -1, -1, -1)
+        if hasattr(config, "image_grid_pinpoints"):  # an overview, and tiles
+            places = (config.image_grid_pinpoints, _vision(config).image_size)
+            tiles = image_size_to_num_patches((height, width), *places)
+            inputs["pixel_values"] = pixels[:, None].expand(count, tiles, -1, -1, -1)
     return inputs
 
 
@@ -335,17 +345,18 @@ def _grid(config: PreTrainedConfig) -> tuple[int, int, int]:
 
 
 def _count_features(recipe: Recipe) -> int:
-    """Positions of an image, as the model's own tower makes them, on the meta device."""
+    """Positions of an image, as the model's own tower makes them."""
     config = recipe.config
     if "image_grid_thw" in recipe._takes:
         rows, columns, _ = _grid(config)
         return rows * columns // getattr(_vision(config), "spatial_merge_size", 2) ** 2
     image_token(config)
-    model = meta_model(recipe.model_class, config, torch.bfloat16)
-    inputs = _image_inputs(recipe, 1, torch.Generator())
-    pixels = inputs.pop("pixel_values").to("meta", torch.bfloat16)
     try:
-        with torch.no_grad():
+        with Rig.simulated("H200", capped=False, assume="count"), torch.no_grad():
+            options = {"config": config, "device_map": {"": 0}, "dtype": torch.bfloat16}
+            model = recipe.model_class.from_pretrained(None, **options)
+            inputs = _image_inputs(recipe, 1, torch.Generator())
+            pixels = inputs.pop("pixel_values").to("cuda", torch.bfloat16)
             features = model.get_image_features(pixel_values=pixels, **inputs)
     except (AttributeError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(

@@ -1,5 +1,6 @@
 """``SimulatedRig``: cards with shapes and bytes only, so that any model runs on a laptop."""
 
+import logging
 import os
 import weakref
 from collections.abc import Iterable, Sequence
@@ -51,6 +52,7 @@ def read_alloc_conf(text: str) -> tuple[type[Allocator], dict]:
     return kind, options
 
 
+_RULES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
 _BELOW = tuple(
     str(_TORCH / name)
@@ -144,6 +146,8 @@ class SimulatedRig(Rig):
         return not self.unmodelled and not self.assumed.keys() & LENGTHS
 
     def _build_world(self, stack):
+        # It reports each failed rule, which the exception says as well.
+        stack.enter_context(mock.patch.object(_RULES_LOG, "disabled", True))
         stack.enter_context(simulated_torch(self))
         stack.enter_context(simulated_loading(self))
         stack.enter_context(registration(self._accounting))
@@ -191,6 +195,22 @@ class SimulatedRig(Rig):
         found = {each for module in modules for each in module.modules()}
         self.modules.update(found)
         self._accounting.register(WEIGHTS, weights_of(found))
+
+    @contextmanager
+    def out_of_memory_stays(self):
+        """An out-of-memory error in the block ends it as one, whatever is made of it inside.
+
+        transformers' loader catches what happens while it joins tensors and says so in words.
+        """
+        before = len(self._accounting.failures)
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            if len(self._accounting.failures) == before:
+                raise
+            raise torch.OutOfMemoryError(self._accounting.failures[before]) from None
 
     def _forget_simulation(self, error: torch.OutOfMemoryError):
         # Below an operator CUDA has no frames of Python that would keep its arguments.
