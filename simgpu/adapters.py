@@ -6,7 +6,7 @@ there: the library's own way to a device that is called "cuda" leads past the si
 
 import warnings
 from contextlib import ExitStack, contextmanager
-from functools import partial, partialmethod
+from functools import partialmethod
 from pathlib import Path
 from unittest import mock
 
