@@ -55,7 +55,7 @@ class Card:
         kernel_bytes: what the context grows by with the first matrix product and attention; 0
             where only the sum is known, which then is ``context_bytes``.
         backward_kernel_bytes: the same of the first backward pass.
-        system_bytes: held by the driver for no process.
+        system_bytes: held by the driver for no process, or by others' processes.
         assumed: what is not known of a card that was given by its size, in words; else "".
     """
 
@@ -137,6 +137,17 @@ def _spellings(card: Card) -> set[str]:
     key = _plain(card.key)
     with_unit = f"{key}gb" if "-" in card.key else key
     return {key, key.removeprefix("rtx"), with_unit, _plain(card.device_name)}
+
+
+def with_free(card: Card, free_gib: float) -> Card:
+    """A card of which others have in use what is not free; ValueError if it cannot have so much."""
+    if not isinstance(free_gib, int | float) or not 0 < free_gib * GIB <= card.total_bytes:
+        raise ValueError(
+            f"free_gib is {free_gib!r}; expected more than 0 and at most the"
+            f" {card.total_bytes / GIB:.2f} GiB of {card.device_name}. Give what nvidia-smi shows."
+        )
+    used = max(card.system_bytes, card.total_bytes - int(free_gib * GIB))
+    return replace(card, system_bytes=used)
 
 
 _WITH_SIZE = re.compile(r"(?:(\S.*?)[\s-]+)?(\d+(?:\.\d+)?)\s*([GM]i?B)", re.IGNORECASE)

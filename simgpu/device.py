@@ -298,8 +298,11 @@ def fake_mode() -> FakeTensorMode:
             library.impl("silu_backward", _never_called, "PrivateUse1")
             for name, rule in SOFTMAX.items():
                 library.impl(name, rule, "AutogradPrivateUse1")
-            # ``torch.tensor`` and a list among indices copy with Python's dispatch switched off.
+            # ``torch.tensor`` and a list among indices copy, and a list of tensors is read, with
+            # Python's dispatch switched off.
             library.impl("copy_", partial(_in_fake_mode, _ATEN.copy_.default), "PrivateUse1")
+            item = partial(_in_fake_mode, _ATEN._local_scalar_dense.default)
+            library.impl("_local_scalar_dense", item, "PrivateUse1")
             _libraries.append(library)
             FakeTensor.device = property(_shown_device, _INSIDE.fset)
             FakeTensor.__torch_dispatch__ = classmethod(
