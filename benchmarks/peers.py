@@ -15,14 +15,16 @@ what it offers nearest to the workload, through its own functions:
 """
 
 import argparse
-import gc
 import importlib.metadata
+import itertools
 import json
+import multiprocessing
 import struct
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -186,38 +188,49 @@ ASKED = {
 }
 
 
-def run(path: Path, only: list[str]):
-    """Ask every peer for every model; figures, seconds and errors go to peers.json."""
+def answer(peer: str, name: str, card: str, truth: dict) -> dict:
+    """What one peer says of one model, and how long it took."""
+    started = time.perf_counter()
+    try:
+        found, error = ASKED[peer](name, card), None
+    except Exception as caught:  # a peer that cannot answer is a finding
+        found, error = {}, f"{type(caught).__name__}: {str(caught)[:200]}"
+    seconds = round(time.perf_counter() - started, 1)
+    packages = sorted({"torch", "transformers", PEERS[peer]})
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    peaks = [
+        {
+            "workload": workload,
+            "measured_bytes": truth[name, workload],
+            "predicted_bytes": found.get(workload),
+        }
+        for workload in WORKLOADS
+    ]
+    record = {"peer": peer, "model": name, "seconds": seconds, "error": error}
+    return record | {"versions": versions, "date": time.strftime("%Y-%m-%d"), "peaks": peaks}
+
+
+def run(path: Path, only: list[str], workers: int):
+    """Ask every peer for every model, each in a process of its own; peers.json has the answers."""
     results = json.loads(path.read_text(encoding="utf-8"))
     (card,) = results["provenance"]["cards"]
     truth = measured(results)
     stored = json.loads(OUTPUT.read_text(encoding="utf-8")) if OUTPUT.exists() else {"answers": []}
     answers = [each for each in stored["answers"] if only and each["peer"] not in only]
-    for peer, ask in ASKED.items():
-        if only and peer not in only:
-            continue
-        for name in models.LANGUAGE_MODELS:
-            started = time.perf_counter()
-            try:
-                found, error = ask(name, card), None
-            except Exception as caught:  # a peer that cannot answer is a finding
-                found, error = {}, f"{type(caught).__name__}: {str(caught)[:200]}"
-            gc.collect()
-            seconds = round(time.perf_counter() - started, 1)
-            print(f"{peer:14s} {name:12s} {seconds:6.1f} s  {error or ''}", flush=True)
-            peaks = [
-                {
-                    "workload": workload,
-                    "measured_bytes": truth[name, workload],
-                    "predicted_bytes": found.get(workload),
-                }
-                for workload in WORKLOADS
-            ]
-            packages = sorted({"torch", "transformers", PEERS[peer]})
-            versions = {package: importlib.metadata.version(package) for package in packages}
-            record = {"peer": peer, "model": name, "seconds": seconds, "error": error}
-            record |= {"versions": versions, "date": time.strftime("%Y-%m-%d"), "peaks": peaks}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as processes:
+        asked = [
+            processes.submit(answer, peer, name, card, truth)
+            for peer in only or ASKED
+            for name in models.LANGUAGE_MODELS
+        ]
+        for future in as_completed(asked):
+            record = future.result()
             answers.append(record)
+            error = record["error"] or ""
+            print(f"{record['peer']:14s} {record['model']:12s} {record['seconds']:6.1f} s  {error}")
+    order = list(itertools.product(PEERS, models.LANGUAGE_MODELS))
+    answers.sort(key=lambda record: order.index((record["peer"], record["model"])))
     text = json.dumps({"measured": path.name, "answers": answers}, indent=1) + "\n"
     OUTPUT.write_text(text, encoding="utf-8")
 
@@ -284,9 +297,10 @@ def main():
     parser.add_argument("action", choices=("run", "table"))
     parser.add_argument("results", nargs="?", type=Path, default=RESULTS / "models_h100.json")
     parser.add_argument("--only", nargs="*", default=[], help="these peers; others stay as stored")
+    parser.add_argument("--workers", type=int, default=1, help="models at a time")
     arguments = parser.parse_args()
     if arguments.action == "run":
-        run(arguments.results, arguments.only)
+        run(arguments.results, arguments.only, arguments.workers)
         plot(json.loads(OUTPUT.read_text(encoding="utf-8")), PICTURE)
     print(table(json.loads(OUTPUT.read_text(encoding="utf-8"))))
 
