@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from glm4v_nb.model.configuration import OFFICIAL, read_config
+from glm4v_nb.model.official_names import keys_here
 from glm4v_nb.placement import Place, check_device_map, meta_model, place_of, plan_device_map
 from glm4v_nb.training import first_update, train_step, trained_parameters
 from glm4v_nb.workload import Workload, check_context, decode, make_prompt, prefill
@@ -122,7 +123,7 @@ class Deployment:
     Attributes:
         card, count: the cards' kind, as ``simgpu.find_card`` takes it, and their number.
         dtype: of the weights, one of ``DTYPES``.
-        device_map: one of ``DEVICE_MAPS``, or module names and their places.
+        device_map: one of ``DEVICE_MAPS``, or module names, official ones too, and their places.
         checkpoint: the official hub id, or a directory with a GLM-4V config.json. Only the
             configuration is read and, if there is one, the index of the weights' files; never the
             weights.
@@ -135,6 +136,9 @@ class Deployment:
     device_map: str | dict[str, Place] = "auto"
     checkpoint: str | Path = OFFICIAL
     alloc_conf: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "device_map", keys_here(self.device_map, parts=False))
 
     def rig(self) -> Rig:
         """The cards, with nothing on them."""

@@ -48,7 +48,7 @@ def plan_device_map(
 
 
 def check_device_map(device_map: dict[str, Place], count: int, checkpoint: str | Path = OFFICIAL):
-    """Check a map written by hand for ``count`` cards.
+    """Check a map written by hand for ``count`` cards, with the names here.
 
     Raises:
         ValueError: a place that is neither one of the cards nor "cpu", a name the model does not
@@ -69,7 +69,7 @@ def check_device_map(device_map: dict[str, Place], count: int, checkpoint: str |
         )
     model = meta_model(checkpoint=checkpoint)
     parameters = [name for name, _ in model.named_parameters()]
-    known = {*parameters, *(name for name, _ in model.named_modules())}
+    known = {name for name, _ in model.named_modules()}
     for name in [name for name in device_map if name not in known]:
         advice = "The top ones are vision_tower, language_model, lm_head."
         for close in difflib.get_close_matches(name, known, n=1):

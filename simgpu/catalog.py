@@ -139,7 +139,7 @@ def _spellings(card: Card) -> set[str]:
     return {key, key.removeprefix("rtx"), with_unit, _plain(card.device_name)}
 
 
-_WITH_SIZE = re.compile(r"(?:(\S.*?)[\s-]+)?(\d+(?:\.\d+)?)\s*([GM]i?B)", re.IGNORECASE)
+_WITH_SIZE = re.compile(r"(?:(\S(?:.*?\S)??)(?:\s+|-))?(\d+(?:\.\d+)?)\s*([GM]i?B)", re.IGNORECASE)
 _BY_SPELLING = {spelling: card for card in CARDS.values() for spelling in _spellings(card)}
 
 

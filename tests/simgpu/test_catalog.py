@@ -272,7 +272,19 @@ def test_a_size_that_no_card_has_is_refused_with_the_bounds(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["-5GiB", "GiB", "nanGiB", "20", "20 G", "infGiB", "T4-2", "L4-48", "My\nGPU 9GiB"]
+    "name",
+    [
+        "-5GiB",
+        "GiB",
+        "nanGiB",
+        "20",
+        "20 G",
+        "infGiB",
+        "T4-2",
+        "L4-48",
+        "GPU -5GiB",
+        "My\nGPU 9GiB",
+    ],
 )
 def test_what_is_no_size_is_an_unknown_name(name):
     with pytest.raises(ValueError, match="is not in the catalogue.*as 'My GPU 20GiB'"):
