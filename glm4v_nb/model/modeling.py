@@ -5,6 +5,8 @@ puts the tower on the first GPU, where the images arrive. The official implement
 last.
 """
 
+from contextvars import ContextVar
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -20,6 +22,8 @@ from glm4v_nb.model.configuration import GLM4VConfig
 from glm4v_nb.model.official_names import state_dict_here, unshare_storage
 from glm4v_nb.model.splicing import ExpandedPrompt, expand_image_positions, merge_image_features
 from glm4v_nb.model.vision import GLM4VVisionTower
+
+_LOADING = ContextVar("loading", default=False)
 
 
 class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -63,8 +67,11 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As transformers' own, but refuses damaged or incomplete checkpoints and pickles."""
-        loader = super().from_pretrained
-        return load_checked(cls, loader, pretrained_model_name_or_path, *model_args, **kwargs)
+        loader, loading = super().from_pretrained, _LOADING.set(True)
+        try:
+            return load_checked(cls, loader, pretrained_model_name_or_path, *model_args, **kwargs)
+        finally:
+            _LOADING.reset(loading)
 
     def save_pretrained(self, *args, **kwargs):
         """As transformers' own, in the official layout; quantised weights, whose projections cannot
@@ -98,7 +105,8 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _save_to_state_dict(self, *args):
         # The loader leaves queries, keys and values as parts of one storage. Libraries that write
         # safetensors take that for one tensor under three names: accelerate drops two of them.
-        for layer in self.language_model.layers:
+        # While the model is loaded nothing is saved, and accelerate asks for names alone.
+        for layer in self.language_model.layers if not _LOADING.get() else ():
             unshare_storage(layer.self_attn)
         super()._save_to_state_dict(*args)
 

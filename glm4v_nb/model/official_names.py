@@ -175,12 +175,24 @@ def state_dict_here(state_dict: Mapping[str, torch.Tensor], config) -> dict[str,
     return translated
 
 
-def keys_here(given):
-    """A device map, or another dictionary by modules, whose names may be official ones; anything
-    but a dictionary is kept."""
+def keys_here(given, parts: bool = True):
+    """A device map, or another dictionary by modules, whose names may be official ones, or with
+    ``parts`` the last parts of such; anything but a dictionary is kept.
+
+    Raises:
+        ValueError: a module has two different entries, under its official name and that here.
+    """
     if not isinstance(given, dict):
         return given
-    return {here: value for name, value in given.items() for here in names_here(name)}
+    translated = {}
+    for name, value in given.items():
+        for here in names_here(name) if parts or name.startswith("transformer") else [name]:
+            if translated.setdefault(here, value) != value:
+                raise ValueError(
+                    f"{name!r} is {here!r} here, which has {translated[here]!r} already, and"
+                    f" {value!r} is another. Give each module one entry."
+                )
+    return translated
 
 
 def modules_here(names: Iterable[str] | str):
