@@ -12,6 +12,7 @@ from simgpu import memory_stats, operators
 from simgpu.allocator import Allocator, Block
 from simgpu.catalog import Card
 from simgpu.device import check_ordinal, on_card
+from simgpu.history import History
 from simgpu.purposes import ACTIVATIONS, WORKSPACE
 from simgpu.replay import Event, Replay
 
@@ -39,7 +40,8 @@ class Accounting:
     a backward pass, which PyTorch runs in a thread of its own, takes a workspace once more.
 
     ``allocators`` are one per card of ``cards``. ``stage`` is written on what is allocated, and
-    what ``caller`` gives; ``at_failure`` is what was on each card when memory ran out last.
+    what ``caller`` gives; ``at_failure`` is what was on each card when memory ran out last,
+    ``history`` what the allocators have done.
     """
 
     def __init__(self, allocators: list[Allocator], cards: list[Card]):
@@ -48,6 +50,7 @@ class Accounting:
         self._passing: list[Allocation] = []  # what is being released, or there for a moment
         self.at_failure: list[list[Allocation]] = []
         self.failures: list[str] = []  # the messages of all out-of-memory errors
+        self.history = History(allocators)
         self._purpose = ACTIVATIONS
         self._live: dict[int, Allocation] = {}  # by address of the storage
         self._references: dict[int, weakref.ref] = {}
@@ -125,7 +128,7 @@ class Accounting:
         """Every segment and block, as ``torch.cuda.memory._snapshot`` gives them."""
         everything = (*self._live.values(), *self._workspaces.values())
         live = [(one.card, place, one.operator) for one in everything for place in one.places]
-        return memory_stats.snapshot(self.allocators, live)
+        return memory_stats.snapshot(self.allocators, live, self.history)
 
     def repeat(self, step, count: int):
         """As ``SimulatedRig.repeat``: run two steps and replay the rest, if they allocate alike."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from simgpu.device import DEVICE_TYPE, fake_mode, on_card
+from simgpu.replacing import instead_of
 
 _HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
 _ATEN = torch.ops.aten
@@ -26,8 +27,8 @@ def names() -> dict:
     """What replaces functions of ``torch`` while a rig is active: "cuda" sets both devices."""
     _register()
     return {
-        "set_autocast_enabled": functools.partial(_set_enabled, torch.set_autocast_enabled),
-        "set_autocast_dtype": functools.partial(_set_dtype, torch.set_autocast_dtype),
+        "set_autocast_enabled": instead_of(torch.set_autocast_enabled, _set_enabled),
+        "set_autocast_dtype": instead_of(torch.set_autocast_dtype, _set_dtype),
         "set_autocast_gpu_dtype": lambda dtype: torch.set_autocast_dtype("cuda", dtype),
         "clear_autocast_cache": _clear,
     }

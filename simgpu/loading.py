@@ -17,6 +17,8 @@ from unittest import mock
 
 import torch
 from accelerate import hooks
+from accelerate.utils import modeling as accelerate_modeling
+from accelerate.utils import offload
 from huggingface_hub.errors import StrictDataclassError
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
@@ -24,6 +26,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    core_model_loading,
     masking_utils,
     modeling_utils,
 )
@@ -64,8 +67,14 @@ def simulated_loading(rig):
         for name, answer in _MASKING_ANSWERS.items():
             replace(masking_utils, name, partial(_on_cards, getattr(masking_utils, name), answer))
         replace(masking_utils, "is_tracing", partial(_is_tracing, masking_utils.is_tracing))
-        offload = partial(_offload, hooks.set_module_tensor_to_device)
-        replace(hooks, "set_module_tensor_to_device", offload)
+        move = partial(_offload, hooks.set_module_tensor_to_device)
+        replace(hooks, "set_module_tensor_to_device", move)
+        to_disk = partial(_to_disk, offload.offload_weight)
+        for owner in (offload, accelerate_modeling, core_model_loading):
+            replace(owner, "offload_weight", to_disk)
+        from_disk = partial(_from_disk, offload.load_offloaded_weight)
+        for owner in (offload, accelerate_modeling):
+            replace(owner, "load_offloaded_weight", from_disk)
         for owner in _defining("generate", GenerationMixin):
             replace(owner, "generate", partialmethod(_generate, rig, vars(owner)["generate"]))
         stack.enter_context(from_pretrained_replaced(partial(_from_pretrained, rig)))
@@ -162,6 +171,23 @@ def _offload(original, module, tensor_name, device, value=None, **kwargs):
     owner._parameters[name] = torch.nn.Parameter(moved, requires_grad=parameter.requires_grad)
     if device not in ("cpu", "meta"):
         torch.cuda.empty_cache()  # as accelerate does after each
+
+
+def _to_disk(original, weight, weight_name, offload_folder, index=None):
+    """As accelerate; of a weight without numbers only the entry of the index is made."""
+    if not isinstance(weight, FakeTensor):
+        return original(weight, weight_name, offload_folder, index)
+    index = {} if index is None else index
+    dtype = str(weight.dtype).removeprefix("torch.")
+    index[weight_name] = {"dtype": dtype, "shape": list(weight.shape)}
+    return index
+
+
+def _from_disk(original, weight_file, weight_info):
+    if os.path.exists(weight_file):
+        return original(weight_file, weight_info)
+    with fake_mode():
+        return torch.empty(weight_info["shape"], dtype=getattr(torch, weight_info["dtype"]))
 
 
 def _generate(model, rig, original, *args, **kwargs):

@@ -5,7 +5,6 @@ import os
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -16,6 +15,7 @@ from simgpu.allocator import Allocator
 from simgpu.catalog import Card
 from simgpu.device import observe, on_card
 from simgpu.expandable import ExpandableAllocator
+from simgpu.history import is_below_operators
 from simgpu.host import Host
 from simgpu.intercept import simulated_torch
 from simgpu.loading import simulated_loading
@@ -53,16 +53,6 @@ def read_alloc_conf(text: str) -> tuple[type[Allocator], dict]:
 
 
 _RULES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
-_HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
-_BELOW = tuple(
-    str(_TORCH / name)
-    for name in ("_subclasses", "_dynamo", "_compile.py", "_ops.py", "utils/_stats.py")
-)
-
-
-def _is_below_operators(file: str) -> bool:
-    """Whether a file's functions run below an operator of PyTorch on simulated cards alone."""
-    return Path(file).parent == _HERE or file.startswith(_BELOW)
 
 
 class SimulatedRig(Rig):
@@ -217,7 +207,7 @@ class SimulatedRig(Rig):
         place = error.__traceback__
         while place is not None:
             below = place.tb_next
-            while below is not None and _is_below_operators(below.tb_frame.f_code.co_filename):
+            while below is not None and is_below_operators(below.tb_frame.f_code.co_filename):
                 below = below.tb_next
             place.tb_next, place = below, below
 
@@ -236,6 +226,10 @@ class SimulatedRig(Rig):
     def snapshot(self) -> dict:
         """Every segment and block, as ``torch.cuda.memory._snapshot`` gives them."""
         return self._accounting.snapshot()
+
+    def record_history(self, *arguments):
+        """As ``torch._C._cuda_record_memory_history``: what ``snapshot`` tells of the past."""
+        self._accounting.history.record(*arguments)
 
     def release_workspaces(self):
         """Free what matrix products keep on the cards for the next one."""
