@@ -56,7 +56,8 @@ class Card:
             where only the sum is known, which then is ``context_bytes``.
         backward_kernel_bytes: the same of the first backward pass.
         system_bytes: held by the driver for no process, or by others' processes.
-        assumed: what is not known of a card that was given by its size, in words; else "".
+        assumed: what is not known of a card that was given by its size, and what others use of it,
+            in words; else "".
     """
 
     key: str
@@ -147,7 +148,9 @@ def with_free(card: Card, free_gib: float) -> Card:
             f" {card.total_bytes / GIB:.2f} GiB of {card.device_name}. Give what nvidia-smi shows."
         )
     used = max(card.system_bytes, card.total_bytes - int(free_gib * GIB))
-    return replace(card, system_bytes=used)
+    remark = f"{card.key}: {free_gib:g} GiB free, the rest in use by others"
+    remarks = "; ".join(filter(None, (card.assumed, remark)))
+    return replace(card, system_bytes=used, assumed=remarks)
 
 
 _WITH_SIZE = re.compile(r"(?:(\S(?:.*?\S)??)(?:\s+|-))?(\d+(?:\.\d+)?)\s*([GM]i?B)", re.IGNORECASE)

@@ -215,7 +215,7 @@ def _next_step(context: typer.Context, result, when_it_fits: str) -> str:
     if changes:
         return _command(context, **({"memory_gib": None} if "card" in changes else {}), **changes)
     if result.fits:
-        return when_it_fits or _command(context, limits=True)
+        return when_it_fits or ("" if context.params["limits"] else _command(context, limits=True))
     return "nothing that was tried fits, neither more or larger cards nor a smaller batch."
 
 

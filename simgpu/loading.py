@@ -47,6 +47,7 @@ _ORIGINAL_WARMUP = modeling_utils.caching_allocator_warmup
 # Arguments that say where weights come from; a simulated model has none to fetch.
 _DOWNLOAD_ARGUMENTS = {"revision", "token", "cache_dir", "local_files_only"}
 _DOWNLOAD_ARGUMENTS |= {"force_download", "use_safetensors"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _COUNTED, MOST_OF_A_KIND = "layer|expert|label", 10_000
 # transformers asks these once and remembers the answer, which is another one inside the block.
 _REMEMBERED = (import_utils.is_torch_cuda_available, import_utils.is_torch_bf16_gpu_available)
@@ -285,10 +286,13 @@ def read_config(source, reader: type = AutoConfig) -> PreTrainedConfig:
             raise ValueError(
                 f"{file} cannot be used: {reason} Correct it, or download it."
             ) from error
+        advice = f"Run: hf download {source} config.json"
+        if not _HUB_ID.fullmatch(str(source)):
+            advice = f"{str(source)!r} is no hub id: give a directory that has a config.json."
         raise ValueError(
             f"checkpoint is {str(source)!r}, of which this machine has no configuration. Expected"
             " a directory with a config.json, a checkpoint of the hub whose config.json has been"
-            f" downloaded, or one registered with simgpu. Run: hf download {source} config.json"
+            f" downloaded, or one registered with simgpu. {advice}"
         ) from error
 
 

@@ -40,7 +40,8 @@ def print_fit(result, next_step: str):
         console.print(_host_memory(result), soft_wrap=True)
     if result.unmodelled or result.assumed:
         console.print(_promise(result), soft_wrap=True)
-    console.print(f"Next: {escape(next_step)}", soft_wrap=True)
+    if next_step:
+        console.print(f"Next: {escape(next_step)}", soft_wrap=True)
 
 
 def fit_verdict(result) -> str:
