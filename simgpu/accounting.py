@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from simgpu import memory_stats, operators
+from simgpu import memory_stats, operators, scratch
 from simgpu.allocator import Allocator, Block
 from simgpu.catalog import Card
 from simgpu.device import check_ordinal, on_card
@@ -38,12 +38,14 @@ class Accounting:
     a backward pass, which PyTorch runs in a thread of its own, takes a workspace once more.
 
     ``allocators`` are one per card, ``card`` is what all of them are. ``stage`` is written on what
-    is allocated; ``at_failure`` is what was on each card when memory ran out last.
+    is allocated; ``at_failure`` is what was on each card when memory ran out last, ``unmodelled``
+    the operators that may have taken memory besides.
     """
 
     def __init__(self, allocators: list[Allocator], card: Card):
         self.allocators, self.card, self.stage = allocators, card, "other"
         self.at_failure: list[list[Allocation]] = []
+        self.unmodelled = scratch.Unmodelled()
         self._purpose = ACTIVATIONS
         self._live: dict[int, Allocation] = {}  # by address of the storage
         self._references: dict[int, weakref.ref] = {}
@@ -55,10 +57,13 @@ class Accounting:
         self._recording: list[Event] | None = None
         self._in_backward_pass = False
 
-    def observe(self, operator, results: list[torch.Tensor], arguments: tuple = ()):
-        """Charge what an operator newly allocated; where a card has no room, see ``at_failure``."""
+    def observe(self, operator, results: list[torch.Tensor], *arguments):
+        """Charge what an operator newly allocated; where a card has no room, see ``at_failure``.
+
+        ``arguments`` are a tuple of those by place and a dictionary of those by name.
+        """
         try:
-            self._charge(operator, results, arguments)
+            self._charge(operator, results, *arguments)
         except torch.OutOfMemoryError:
             self._remember_failure()
             raise
@@ -79,12 +84,16 @@ class Accounting:
                 if key in self._live:
                     self._live[key].purpose = purpose
 
-    def _charge(self, operator, results: list[torch.Tensor], arguments: tuple):
+    def _charge(self, operator, results: list[torch.Tensor], args: tuple, kwargs: dict):
         for tensor in results:
             self._charge_storage(operator, tensor)
         name, card = operator._schema.name, results[0].device.index
-        scratch = operators.scratch_bytes(name, arguments, self.card)
-        self._charge_for_a_moment(card, scratch)
+        taken = scratch.scratch(operator, args, kwargs, results, self.card)
+        if taken is None or name in scratch.ESTIMATED:
+            bound = scratch.bound_bytes(operator, args, kwargs, results)
+            self.unmodelled.note(name.removeprefix("aten::"), bound)
+        if taken:
+            self._charge_for_a_moment(card, taken)
         if name == "aten::rsqrt":
             self._load_kernels(card, "normalisation", operators.NORM_KERNELS, 0)
         if name in operators.MATRIX_PRODUCTS:
@@ -163,13 +172,17 @@ class Accounting:
         for place in allocation.places:
             self._allocator(allocation.card).free(place)
 
-    def _charge_for_a_moment(self, card: int, sizes: list[int]):
-        """Take blocks and give them back at once, as a kernel does with its scratch."""
+    def _charge_for_a_moment(self, card: int, sizes: list):
+        """Take blocks and give them back, as a kernel does with its scratch; a list among the sizes
+        is taken and given back before what follows."""
         allocator, taken = self._allocator(card), []
         try:
             for size in sizes:
-                taken.append((allocator.allocate(size), size, next(self._serials)))
-                self._note(True, card, *taken[-1][1:])
+                if isinstance(size, list):
+                    self._charge_for_a_moment(card, size)
+                else:
+                    taken.append((allocator.allocate(size), size, next(self._serials)))
+                    self._note(True, card, *taken[-1][1:])
         finally:
             for place, *event in reversed(taken):
                 allocator.free(place)

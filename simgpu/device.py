@@ -40,6 +40,7 @@ except ImportError:  # torch 2.11 has no error of its own for this
     FakeTensorDeviceMismatchError = ()
 from torch.utils import _pytree, backend_registration
 
+from simgpu import convolution
 from simgpu.catalog import MAX_CARDS
 from simgpu.numbers import Numbers, keep, may_know, refuse_lost
 from simgpu.rules import PLAIN, REWRITTEN, VIEWS, common_card, described
@@ -47,7 +48,7 @@ from simgpu.rules import PLAIN, REWRITTEN, VIEWS, common_card, described
 _BUILT_WITH_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")
 DEVICE_TYPE = "simcuda"
 # Called after every operator with its overload, its results on cards and CPU, and its arguments.
-Observer = Callable[[object, list[FakeTensor], tuple], None]
+Observer = Callable[[object, list[FakeTensor], tuple, dict], None]
 _observer: Observer | None = None
 _numbers: Numbers | None = None
 _ATEN = torch.ops.aten
@@ -154,6 +155,8 @@ class _ObservedFakeMode(FakeTensorMode):
     def _run(self, func, types, args: tuple, kwargs: dict):
         """An operator of the program: its shape rule, and the observer is told."""
         if func in _IN_PLACE and _IN_PLACE[func](*args):
+            if _observer is not None:
+                _observer(func, [args[0]], args, kwargs)
             return args[0]
         self._nesting.depth = 1
         try:
@@ -162,7 +165,7 @@ class _ObservedFakeMode(FakeTensorMode):
             self._nesting.depth = 0
         if _observer is not None and (results := _tensors_made(output)):
             try:
-                _observer(func, results, args)
+                _observer(func, results, args, kwargs)
             except torch.OutOfMemoryError as error:
                 # A real card never made this tensor: no frame of the error may lead to it.
                 output = results = None
@@ -186,7 +189,11 @@ class _ObservedFakeMode(FakeTensorMode):
         if func is _ATEN.copy_.default and args[0].shape == args[1].shape:
             return args[0]
         try:
-            return super().dispatch(*call)
+            output = super().dispatch(*call)
+            if func is _ATEN.convolution.default and (strides := convolution.strides(args, output)):
+                relaid = torch.empty_strided(output.shape, strides, dtype=output.dtype, device="meta")
+                output = FakeTensor(self, relaid, output.fake_device)
+            return output
         except FakeTensorDeviceMismatchError as error:
             raise RuntimeError(str(error).replace(DEVICE_TYPE, "cuda")) from None
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -231,13 +238,17 @@ def _added_in_place(sum_so_far, gradient, *others) -> bool:
     )
 
 
-def _put_in_place(zeros, indices, gradient, accumulate=False) -> bool:
+def _put_in_place(zeros, *others) -> bool:
     """Whether this is an index's gradient, which PyTorch puts into new zeros in place."""
-    return accumulate and isinstance(zeros, FakeTensor) and _in_backward_pass()
+    return isinstance(zeros, FakeTensor) and _in_backward_pass()
 
 
 # What the autograd engine does in place, but not with fake tensors; whether it would here.
-_IN_PLACE = {_ATEN.add.Tensor: _added_in_place, _ATEN.index_put.default: _put_in_place}
+_IN_PLACE = {_ATEN.add.Tensor: _added_in_place}
+_IN_PLACE |= dict.fromkeys(
+    (_ATEN.index_put.default, _ATEN.index_add.default, _ATEN.scatter_add.default, _ATEN.put.default),
+    _put_in_place,
+)
 
 
 def _try_engine():
@@ -279,9 +290,10 @@ def fake_mode() -> FakeTensorMode:
             for key in ("PrivateUse1", *(["CUDA"] if not _BUILT_WITH_CUDA else [])):
                 for operator in _EMPTY:
                     library.impl(operator, partial(_make_empty, operator), key)
-            # Without a kernel of its own it is taken apart into six operators; CUDA has one. Fake
-            # tensors stop the operator before it gets as far.
-            library.impl("silu_backward", _never_called, "PrivateUse1")
+            # Without kernels of their own these are taken apart; CUDA has them. Fake tensors stop
+            # the operator before it gets as far.
+            for name in ("silu_backward", "_fused_rms_norm", "_fused_rms_norm_backward"):
+                library.impl(name, _never_called, "PrivateUse1")
             # ``torch.tensor`` and a list among indices copy with Python's dispatch switched off.
             library.impl("copy_", partial(_in_fake_mode, _ATEN.copy_.default), "PrivateUse1")
             _libraries.append(library)

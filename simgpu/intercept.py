@@ -12,6 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from simgpu import streams
+from simgpu.attention import attention, rms_norm
 from simgpu.device import (
     DEVICE_TYPE,
     as_card,
@@ -21,13 +22,13 @@ from simgpu.device import (
     fake_mode,
     on_card,
 )
-from simgpu.operators import attention, convolution
+from simgpu.recurrent import KINDS, recurrent
 from simgpu.runtime import Runtime
 
 # Taken here and not when a block begins: the machine itself may be simulated, in tests.
 _ROUTES = {
     "scaled_dot_product_attention": (attention, functional.scaled_dot_product_attention),
-    "conv2d": (convolution, functional.conv2d),
+    "rms_norm": (rms_norm, functional.rms_norm),
 }
 _DATA = torch.Tensor.data
 _MAKE_FROM_DATA = ("tensor", "as_tensor", "asarray")
@@ -65,6 +66,9 @@ def simulated_torch(rig):
         replace(torch.Tensor, "is_pinned", streams.is_pinned)
         for name, (route, original) in _ROUTES.items():
             replace(functional, name, partial(route, rig, original))
+        for kind in KINDS:
+            original = getattr(torch._VF, kind)
+            replace(torch._VF, kind, partial(recurrent, rig, kind, original), create=True)
         # Optimisers update many tensors at a time only for types of tensor on this list.
         types = [*optimizer._foreach_supported_types, FakeTensor]
         replace(optimizer, "_foreach_supported_types", types)

@@ -21,6 +21,7 @@ from simgpu.loading import simulated_loading
 from simgpu.numbers import Numbers
 from simgpu.purposes import GRADIENTS, WEIGHTS, all_modules, gradients_of, registration, weights_of
 from simgpu.rig import CardMemory, Rig, Stage, check_count
+from simgpu.scratch import Unmodelled
 from simgpu.units import MIB
 
 # PyTorch 2.9 gave the variable a name without CUDA and reads both.
@@ -109,11 +110,11 @@ class SimulatedRig(Rig):
         before = observe(self._observe, self.numbers)
         stack.callback(lambda: observe(*before))
 
-    def _observe(self, operator, results: list, arguments: tuple):
+    def _observe(self, operator, results: list, arguments: tuple, keywords: dict):
         self.host.observe(results, arguments)
         results = [tensor for tensor in results if on_card(tensor)]
         if results:
-            self._accounting.observe(operator, results, arguments)
+            self._accounting.observe(operator, results, arguments, keywords)
 
     def memory(self) -> list[CardMemory]:
         return [
@@ -171,6 +172,21 @@ class SimulatedRig(Rig):
         survived have the shapes of the second step: do not go on decoding from them.
         """
         self._accounting.repeat(step, count)
+
+    @property
+    def unmodelled_calls(self) -> Unmodelled:
+        """Operators that may have taken memory nobody knows of, with a bound."""
+        return self._accounting.unmodelled
+
+    @property
+    def unmodelled(self) -> dict[str, int]:
+        """How often each operator ran whose memory besides its results is not modelled exactly."""
+        return dict(self.unmodelled_calls.calls)
+
+    @property
+    def exactness(self) -> str:
+        """ "exact", or "not exact: ..." with what is not, of everything since the rig was made."""
+        return str(self.unmodelled_calls)
 
     def snapshot(self) -> dict:
         """Every segment and block, as ``torch.cuda.memory._snapshot`` gives them."""
