@@ -23,7 +23,7 @@ _MULTIPROCESSORS, _TILE = 132, 128
 # 1120 x 1120 pixels it was traced, of 384 x 384 another.
 _LARGE_PICTURE = 1120 * 1120
 _DIRECT = 64
-_FEW_CHANNELS, _PARTS_OF_FEW, _LONG_SUM, _MOST_OF_FEW = 8, 14, 4096, 12 * MIB
+_FEW_CHANNELS, _PARTS_OF_FEW, _LONG_SUM, _PARTS_BYTES = 8, 14, 4096, 12 * MIB
 
 
 def is_channels_last(*tensors: torch.Tensor) -> bool:
@@ -99,9 +99,10 @@ def _weight_bytes(gradient, input, weight, stride, groups: int) -> int:
         return min(input.shape[0] * part, copies)
     copies += _moved(weight, half and few)
     if few:
-        parts = _PARTS_OF_FEW if len(gradient) * _positions(gradient) >= _LONG_SUM else 0
-        part *= _FEW_CHANNELS / weight.shape[1] if half else 1
-        return copies + (parts * int(part) if half else min(parts * int(part), _MOST_OF_FEW))
+        if len(gradient) * _positions(gradient) < _LONG_SUM:
+            return copies
+        filled = part // weight.shape[1] * _FEW_CHANNELS
+        return copies + (_PARTS_OF_FEW * filled if half else _PARTS_BYTES)
     return copies + (parts * part if parts > 2 else 0)
 
 

@@ -22,7 +22,7 @@ from simgpu.device import (
     fake_mode,
     on_card,
 )
-from simgpu.recurrent import KINDS, recurrent
+from simgpu.recurrent import KINDS, flatten_parameters, recurrent
 from simgpu.runtime import Runtime
 
 # Taken here and not when a block begins: the machine itself may be simulated, in tests.
@@ -69,6 +69,7 @@ def simulated_torch(rig):
         for kind in KINDS:
             original = getattr(torch._VF, kind)
             replace(torch._VF, kind, partial(recurrent, rig, kind, original), create=True)
+        replace(torch.nn.RNNBase, "flatten_parameters", flatten_parameters)
         # Optimisers update many tensors at a time only for types of tensor on this list.
         types = [*optimizer._foreach_supported_types, FakeTensor]
         replace(optimizer, "_foreach_supported_types", types)

@@ -112,10 +112,12 @@ class _Recurrence(torch.autograd.Function):
         input, *tensors = ctx.saved_tensors
         states, weights = tensors[: ctx.count], tensors[ctx.count + 1 :]
         step = _by_step(input, ctx.batch_first)
+        of_output = gradients[0].transpose(0, 1) if ctx.batch_first else gradients[0]
+        of_output = of_output.contiguous()
         of_input = torch.empty_like(step)
         of_states = [torch.empty_like(state) for state in states]
         workspace = _bytes(ctx.call.workspace_bytes, input)
-        del workspace, step
+        del workspace, of_output, step
         step = _by_step(input, ctx.batch_first)
         flat = input.new_empty(sum(weight.numel() for weight in weights))
         workspace = _bytes(ctx.call.workspace_bytes, input)
@@ -133,3 +135,15 @@ def _by_step(input: torch.Tensor, batch_first: bool) -> torch.Tensor:
 
 def _bytes(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(count, dtype=torch.uint8, device=like.device)
+
+
+def flatten_parameters(self):
+    """Of ``torch.nn.RNNBase``: the weights move into one piece, as cuDNN wants them, but for those
+    of bfloat16."""
+    weights = [weight for weight in self._flat_weights if isinstance(weight, torch.Tensor)]
+    if not all(on_card(each) and each.dtype is not torch.bfloat16 for each in weights):
+        return
+    flat = weights[0].new_empty(sum(weight.numel() for weight in weights))
+    parts = flat.split([weight.numel() for weight in weights])
+    for weight, part in zip(weights, parts, strict=True):
+        weight.data = part.view_as(weight)
