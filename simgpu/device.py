@@ -191,7 +191,9 @@ class _ObservedFakeMode(FakeTensorMode):
         try:
             output = super().dispatch(*call)
             if func is _ATEN.convolution.default and (strides := convolution.strides(args, output)):
-                relaid = torch.empty_strided(output.shape, strides, dtype=output.dtype, device="meta")
+                relaid = torch.empty_strided(
+                    output.shape, strides, dtype=output.dtype, device="meta"
+                )
                 output = FakeTensor(self, relaid, output.fake_device)
             return output
         except FakeTensorDeviceMismatchError as error:
@@ -225,30 +227,35 @@ def _in_backward_pass() -> bool:
 def _added_in_place(sum_so_far, gradient, *others) -> bool:
     """Whether the autograd engine would add this gradient in place: nothing else refers to the sum,
     and no graph of the backward pass is recorded (torch/csrc/autograd/input_buffer.cpp)."""
-    are_fake = isinstance(gradient, FakeTensor) and isinstance(sum_so_far, FakeTensor)
-    if not (_COUNTS and _in_backward_pass() and are_fake):
-        return False
-    storage = sum_so_far.untyped_storage()
     return (
-        sum_so_far.shape == gradient.shape
+        isinstance(gradient, FakeTensor)
+        and _is_engines_own(sum_so_far)
+        and sum_so_far.shape == gradient.shape
         and sum_so_far.dtype == gradient.dtype
-        and (sum_so_far.is_contiguous() or sum_so_far.nbytes == storage.nbytes())
-        and sum_so_far._use_count() == _engines_own
-        and torch._C._storage_Use_Count(storage._cdata) == 2  # one is ``storage``
+        and (
+            sum_so_far.is_contiguous() or sum_so_far.nbytes == sum_so_far.untyped_storage().nbytes()
+        )
     )
 
 
-def _put_in_place(zeros, *others) -> bool:
+def _is_engines_own(tensor, *others) -> bool:
+    """Whether only the autograd engine refers to a tensor, as to zeros that it adds rows to."""
+    if not (_COUNTS and _in_backward_pass() and isinstance(tensor, FakeTensor)):
+        return False
+    storage = tensor.untyped_storage()
+    count = torch._C._storage_Use_Count(storage._cdata)  # one is ``storage``
+    return tensor._use_count() == _engines_own and count == 2
+
+
+def _put_in_place(zeros, indices, gradient, accumulate=False) -> bool:
     """Whether this is an index's gradient, which PyTorch puts into new zeros in place."""
-    return isinstance(zeros, FakeTensor) and _in_backward_pass()
+    return accumulate and isinstance(zeros, FakeTensor) and _in_backward_pass()
 
 
 # What the autograd engine does in place, but not with fake tensors; whether it would here.
-_IN_PLACE = {_ATEN.add.Tensor: _added_in_place}
-_IN_PLACE |= dict.fromkeys(
-    (_ATEN.index_put.default, _ATEN.index_add.default, _ATEN.scatter_add.default, _ATEN.put.default),
-    _put_in_place,
-)
+_IN_PLACE = {_ATEN.add.Tensor: _added_in_place, _ATEN.index_put.default: _put_in_place}
+_ADD_ROWS = (_ATEN.index_add.default, _ATEN.scatter_add.default, _ATEN.put.default)
+_IN_PLACE |= dict.fromkeys(_ADD_ROWS, _is_engines_own)
 
 
 def _try_engine():

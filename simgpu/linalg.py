@@ -6,8 +6,6 @@ from 64 to 1024 rows (H100, torch 2.11, CUDA 13.0, 2026-11-27) to within 2 %. Of
 that was traced is charged.
 """
 
-import torch
-
 from simgpu.units import MIB
 
 # Decompositions of a matrix no larger run in one block of threads; larger eigenproblems divide.

@@ -28,6 +28,7 @@ from transformers import (
     modeling_utils,
 )
 from transformers.core_model_loading import revert_weight_conversion
+
 # ``modeling_auto`` copies functions that a rig replaces, so it is imported before there is one.
 from transformers.models.auto import auto_factory, modeling_auto  # noqa: F401
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING

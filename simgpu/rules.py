@@ -44,7 +44,9 @@ def _fused_rms_norm(input, normalized_shape, weight, eps):
 
 def _fused_rms_norm_backward(gradient, input, normalized_shape, rstd, weight, mask):
     wanted = (input, weight)
-    return tuple(torch.empty_like(each) if of else None for each, of in zip(wanted, mask, strict=True))
+    return tuple(
+        torch.empty_like(each) if of else None for each, of in zip(wanted, mask, strict=True)
+    )
 
 
 # Operators that allocate otherwise than their shape rule; NotImplemented leaves a call to it.

@@ -1,4 +1,4 @@
-"""Which operators take memory on CUDA besides their results, how much, and of which that is unknown.
+"""Which operators take memory on CUDA besides their results, and of which that is not known.
 
 An operator has a rule here, or is known to take none (elementwise operators, views, and those of
 ``_TAKE_NONE``, looked up in PyTorch's sources or traced), or counts as unmodelled. Traces are of an
@@ -49,7 +49,9 @@ class Unmodelled:
         names = ", ".join(sorted(self.calls))
         count, kind = len(self.calls), "operator" if len(self.calls) == 1 else "operators"
         bound = self.bound_bytes
-        most = "with no known bound" if bound is None else f"at most {as_pytorch_writes(bound)} each"
+        most = (
+            "with no known bound" if bound is None else f"at most {as_pytorch_writes(bound)} each"
+        )
         return f"not exact: {count} {kind} unmodelled, {most} ({names})"
 
 
@@ -205,7 +207,9 @@ def _flash_forward(a, results, card):
     if a["dropout_p"] or blocks >= 0.8 * at_once or most <= 1:
         return []
     # Dividing further is of no use where a block gets as many keys as before.
-    useful = [n for n in range(1, most + 1) if n == 1 or -(-key_blocks // n) != -(-key_blocks // (n - 1))]
+    useful = [
+        n for n in range(1, most + 1) if n == 1 or -(-key_blocks // n) != -(-key_blocks // (n - 1))
+    ]
     filled = {n: n * blocks / at_once / -(-n * blocks // at_once) for n in useful}
     splits = next(n for n in useful if filled[n] >= 0.85 * max(filled.values()))
     if splits == 1:
@@ -223,7 +227,12 @@ def _flash_backward(a, results, card):
     shared = a["key"].shape[1] != heads
     expanded = [batch * heads * a["key"].shape[2] * features * query.itemsize] * 2 if shared else []
     moved = [each for each in (a["grad_out"], a["out"]) if not each.transpose(1, 2).is_contiguous()]
-    return [*(each.nbytes for each in moved), 4 * batch * heads * lines, 4 * batch * heads * lines * width, *expanded]
+    return [
+        *(each.nbytes for each in moved),
+        4 * batch * heads * lines,
+        4 * batch * heads * lines * width,
+        *expanded,
+    ]
 
 
 def _encoder_layer(a, results, card):
@@ -274,7 +283,10 @@ _RULES: dict[str, Rule] = {
     "_logcumsumexp": _running,
     "logsumexp": _log_sum_exp,
     "count_nonzero": _count_nonzero,
-    "masked_scatter": lambda a, r, card: [8 * a["mask"].numel(), sorting.scan(a["mask"].numel(), 8)],
+    "masked_scatter": lambda a, r, card: [
+        8 * a["mask"].numel(),
+        sorting.scan(a["mask"].numel(), 8),
+    ],
     "index_put": _indexed_put,
     "index_put_": _indexed_put,
     "_index_put_impl_": _indexed_put,
@@ -347,14 +359,23 @@ _TAKE_NONE = set(
     reflection_pad3d reflection_pad3d_backward repeat replication_pad1d replication_pad1d_backward
     replication_pad2d replication_pad2d_backward replication_pad3d replication_pad3d_backward resize
     roll rot90 rrelu_with_noise scalar_tensor scatter scatter_add searchsorted select_backward
-    select_scatter set slice_backward slice_scatter smooth_l1_loss split_with_sizes_copy squeeze_copy
-    stack std_to_copy t_copy take trace transpose_copy trapezoid tril tril_indices triu triu_indices
-    unfold_backward unfold_copy uniform unsafe_split unsqueeze_copy value_selecting_reduction_backward
-    view_copy where zero
+    select_scatter set slice_backward slice_scatter smooth_l1_loss split_with_sizes_copy
+    squeeze_copy stack std_to_copy t_copy take trace transpose_copy trapezoid tril tril_indices
+    triu triu_indices unfold_backward unfold_copy uniform unsafe_split unsqueeze_copy
+    value_selecting_reduction_backward view_copy where zero
     """.split()
 )
 # Operators whose memory was traced in few shapes only: at most three times their largest tensor.
 _BOUNDED = {"_cdist_forward", "mode", "unique_dim", "unique_consecutive", "bincount", "histc"}
-_BOUNDED |= {"convolution", "_linalg_svd", "_linalg_eigh", "linalg_qr", "_ctc_loss", "_trilinear", "isin", "_thnn_fused_lstm_cell"}
+_BOUNDED |= {
+    "convolution",
+    "_linalg_svd",
+    "_linalg_eigh",
+    "linalg_qr",
+    "_ctc_loss",
+    "_trilinear",
+    "isin",
+    "_thnn_fused_lstm_cell",
+}
 # Charged with what their traces have in common, which is not exact for every shape.
 ESTIMATED = {"aten::convolution", "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_qr"}

@@ -23,6 +23,8 @@ _DIGITS, _ALIGNED, _PLACE = 256, 256, 8  # values of a digit; CUB's alignment; b
 _TILES = {(8, 8): 4608, (4, 8): 5376, (2, 8): 5632, (1, 8): 3456, (8, 0): 5760}
 _SMALL_SORT = 4096  # longest row that is sorted in place (should_use_small_sort in Sort.h)
 _MANY_ROWS, _LONG_ROW = 128, 10**6
+# CUB's sums by key of the counts of blocks: the same in every trace, of up to 832 blocks.
+_RUNNING_BYTES = 1279
 _FEW_INDICES = 3072  # of an embedding whose gradients are added without sorting
 
 
@@ -80,7 +82,7 @@ def topk_scratch(tensor: torch.Tensor, k: int, dim: int, is_sorted: bool, card: 
         each = min(64, max(4, math.ceil(length * rows / at_a_time)))
         blocks = rows * math.ceil(length / (256 * each))
         counts = [blocks * _DIGITS * 2, rows * _DIGITS * 4, blocks * 4, blocks * 4]
-        running = [scan(blocks, 4)]
+        running = [_RUNNING_BYTES]
         taken.append([rows * tensor.itemsize, *[rows * _PLACE] * 2, *counts, running, running])
     if is_sorted and k > _SMALL_SORT:
         found = torch.empty(rows, k, dtype=tensor.dtype, device="meta")
