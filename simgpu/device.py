@@ -301,8 +301,10 @@ def fake_mode() -> FakeTensorMode:
             # the operator before it gets as far.
             for name in ("silu_backward", "_fused_rms_norm", "_fused_rms_norm_backward"):
                 library.impl(name, _never_called, "PrivateUse1")
-            # ``torch.tensor`` and a list among indices copy with Python's dispatch switched off.
-            library.impl("copy_", partial(_in_fake_mode, _ATEN.copy_.default), "PrivateUse1")
+            # ``torch.tensor`` and lists among indices run these with Python's dispatch off.
+            for operator in (_ATEN.copy_.default, _ATEN._local_scalar_dense.default):
+                kernel = partial(_in_fake_mode, operator)
+                library.impl(operator._schema.name.removeprefix("aten::"), kernel, "PrivateUse1")
             _libraries.append(library)
             FakeTensor.device = property(_shown_device, _INSIDE.fset)
             FakeTensor.is_cuda = property(on_card)

@@ -137,6 +137,13 @@ def _count_nonzero(a, results, card):
     return [tensor.numel(), 8 * tensor.numel(), *taken]
 
 
+def _extremes(a, results, card):
+    """The smallest and the largest number, one after the other."""
+    tensor = {"self": a["self"]}
+    one = [a["self"].itemsize, *reduction_scratch("amax", tensor, [a["self"]], card)]
+    return [one, one]
+
+
 def _indexed_put(a, results, card):
     if not a["accumulate"]:
         return []
@@ -298,6 +305,8 @@ _RULES: dict[str, Rule] = {
     "native_group_norm_backward": _group_norm_backward,
     # The product of gradient and result (SoftMax.cu); of the logarithm there is none.
     "_softmax_backward_data": lambda a, r, card: [a["grad_output"].nbytes],
+    "histc": _extremes,
+    "bincount": _extremes,
     "dist": lambda a, r, card: [a["self"].nbytes, *reduction_scratch("norm", a, r, card)],
     "im2col": lambda a, r, card: [a["self"].nbytes],
     "_native_multi_head_attention": lambda a, r, card: [3 * r[0].nbytes, r[0].nbytes],
@@ -331,42 +340,42 @@ _FAMILIES = ("_foreach_", "_fused_adam", "_fused_sgd", "_fused_adagrad", "new_",
 _FAMILIES += ("empty", "zeros", "ones", "full", "_upsample", "sym_", "_assert")
 _TAKE_NONE = set(
     """
-    _addmm_activation _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _adaptive_avg_pool3d
-    _adaptive_avg_pool3d_backward _batch_norm_no_update _batch_norm_with_update _conj_physical
-    _convert_weight_to_int4pack _dirichlet_grad _efficient_attention_forward _embedding_bag
-    _embedding_bag_forward_only _fft_c2c _fft_r2c _flash_attention_forward _fused_dropout
-    _fused_rms_norm _fused_rms_norm_backward _grouped_mm _int_mm _local_scalar_dense _log_softmax
-    _log_softmax_backward_data _masked_softmax _masked_softmax_backward _pdist_forward _prelu_kernel
-    _prelu_kernel_backward _reshape_copy _resize_output _safe_softmax _sample_dirichlet _scaled_mm
-    _scaled_dot_product_cudnn_attention
-    _scaled_dot_product_attention_math _softmax _standard_gamma _to_copy
-    _unsafe_index _unsafe_view _weight_norm_interface
-    adaptive_max_pool2d adaptive_max_pool2d_backward addbmm addmm addmv addr arange as_strided_copy
-    avg_pool2d avg_pool2d_backward avg_pool3d avg_pool3d_backward baddbmm bernoulli bmm bucketize
-    cat cauchy channel_shuffle clone col2im complex constant_pad_nd copy cross cummax cummin
-    detach diag_embed diagonal_scatter dot embedding
-    equal expand_copy exponential eye fill flip fractional_max_pool2d gather geometric glu
-    glu_backward grid_sampler_2d grid_sampler_2d_backward grid_sampler_3d grid_sampler_3d_backward
-    heaviside hardtanh hash_tensor huber_loss index index_add index_copy index_fill
-    index_select isin_scalar kthvalue lift lift_fresh lift_fresh_copy linear linspace log_normal
-    logspace masked_fill masked_select matmul max_pool2d_with_indices
+    _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _adaptive_avg_pool3d
+    _adaptive_avg_pool3d_backward _addmm_activation _batch_norm_no_update
+    _batch_norm_with_update _conj_physical _convert_weight_to_int4pack _dirichlet_grad
+    _efficient_attention_forward _embedding_bag _embedding_bag_forward_only _fft_c2c _fft_r2c
+    _flash_attention_forward _fused_dropout _fused_rms_norm _fused_rms_norm_backward _grouped_mm
+    _int_mm _is_all_true _is_any_true _local_scalar_dense _log_softmax
+    _log_softmax_backward_data _masked_softmax _masked_softmax_backward _pdist_forward
+    _prelu_kernel _prelu_kernel_backward _reshape_copy _resize_output _safe_softmax
+    _sample_dirichlet _scaled_dot_product_attention_math _scaled_dot_product_cudnn_attention
+    _scaled_mm _softmax _standard_gamma _to_copy _unsafe_index _unsafe_view
+    _weight_norm_interface adaptive_max_pool2d adaptive_max_pool2d_backward addbmm addmm addmv
+    addr arange as_strided_copy avg_pool2d avg_pool2d_backward avg_pool3d avg_pool3d_backward
+    baddbmm bernoulli bmm bucketize cat cauchy channel_shuffle clone col2im complex
+    constant_pad_nd copy cross cummax cummin detach diag_embed diagonal_scatter dot embedding
+    equal expand_copy exponential eye fill flip floor_divide fractional_max_pool2d gather
+    geometric glu glu_backward grid_sampler_2d grid_sampler_2d_backward grid_sampler_3d
+    grid_sampler_3d_backward hardtanh hash_tensor heaviside huber_loss index index_add
+    index_copy index_fill index_select isin_scalar kthvalue lift lift_fresh lift_fresh_copy
+    linear linspace log_normal logspace masked_fill masked_select matmul max_pool2d_with_indices
     max_pool2d_with_indices_backward max_pool3d_with_indices max_pool3d_with_indices_backward
-    max_unpool2d max_unpool3d mm mse_loss mse_loss_backward mv
-    native_dropout native_dropout_backward native_layer_norm
-    native_layer_norm_backward nll_loss2d_backward nll_loss2d_forward nll_loss_backward
-    nll_loss_forward normal permute_copy pixel_shuffle pixel_unshuffle poisson polar put random
-    reflection_pad1d reflection_pad1d_backward reflection_pad2d reflection_pad2d_backward
-    reflection_pad3d reflection_pad3d_backward repeat replication_pad1d replication_pad1d_backward
-    replication_pad2d replication_pad2d_backward replication_pad3d replication_pad3d_backward resize
-    roll rot90 rrelu_with_noise scalar_tensor scatter scatter_add searchsorted select_backward
-    select_scatter set slice_backward slice_scatter smooth_l1_loss split_with_sizes_copy
-    squeeze_copy stack std_to_copy t_copy take trace transpose_copy trapezoid tril tril_indices
-    triu triu_indices unfold_backward unfold_copy uniform unsafe_split unsqueeze_copy
+    max_unpool2d max_unpool3d mm mse_loss mse_loss_backward mv native_dropout
+    native_dropout_backward native_layer_norm native_layer_norm_backward nll_loss2d_backward
+    nll_loss2d_forward nll_loss_backward nll_loss_forward normal permute_copy pixel_shuffle
+    pixel_unshuffle poisson polar put random reflection_pad1d reflection_pad1d_backward
+    reflection_pad2d reflection_pad2d_backward reflection_pad3d reflection_pad3d_backward repeat
+    replication_pad1d replication_pad1d_backward replication_pad2d replication_pad2d_backward
+    replication_pad3d replication_pad3d_backward resize roll rot90 rrelu_with_noise
+    scalar_tensor scatter scatter_add searchsorted select_backward select_scatter set
+    slice_backward slice_scatter smooth_l1_loss split_with_sizes_copy squeeze_copy stack
+    std_to_copy t_copy take trace transpose_copy trapezoid tril tril_indices triu triu_indices
+    unfold_backward unfold_copy uniform unsafe_split unsqueeze_copy
     value_selecting_reduction_backward view_copy where zero
     """.split()
 )
 # Operators whose memory was traced in few shapes only: at most three times their largest tensor.
-_BOUNDED = {"_cdist_forward", "mode", "unique_dim", "unique_consecutive", "bincount", "histc"}
+_BOUNDED = {"_cdist_forward", "mode", "unique_dim", "unique_consecutive", "_histogramdd"}
 _BOUNDED |= {
     "convolution",
     "_linalg_svd",
