@@ -24,10 +24,10 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    core_model_loading,
     masking_utils,
     modeling_utils,
 )
-from transformers.core_model_loading import revert_weight_conversion
 
 # ``modeling_auto`` copies functions that a rig replaces, so it is imported before there is one.
 from transformers.models.auto import auto_factory, modeling_auto  # noqa: F401
@@ -64,6 +64,8 @@ def simulated_loading(rig):
         for name, answer in _MASKING_ANSWERS.items():
             replace(masking_utils, name, partial(_on_cards, getattr(masking_utils, name), answer))
         replace(masking_utils, "is_tracing", partial(_is_tracing, masking_utils.is_tracing))
+        convert = partial(_out_of_memory_passes, core_model_loading.log_conversion_errors)
+        replace(core_model_loading, "log_conversion_errors", convert)
         offload = partial(_offload, hooks.set_module_tensor_to_device)
         replace(hooks, "set_module_tensor_to_device", offload)
         for owner in _defining("generate", GenerationMixin):
@@ -73,6 +75,24 @@ def simulated_loading(rig):
             answer.cache_clear()
             stack.callback(answer.cache_clear)
         yield
+
+
+@contextmanager
+def _out_of_memory_passes(original, *args, **kwargs):
+    """transformers' loader catches what fails while it merges or splits tensors, and reports all at
+    the end as another error: a card without room left is no fault of a conversion."""
+    out_of_memory = None
+    try:
+        with original(*args, **kwargs):
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                out_of_memory = error
+                raise
+    except core_model_loading.SkipParameters:
+        if out_of_memory is None:
+            raise
+        raise out_of_memory from None
 
 
 @contextmanager
@@ -277,7 +297,7 @@ def _empty_checkpoint(cls: type, config) -> dict[str, torch.Tensor]:
     floating = config.dtype or torch.bfloat16
     with fake_mode():
         empty = {}
-        for name, tensor in revert_weight_conversion(model, stored).items():
+        for name, tensor in core_model_loading.revert_weight_conversion(model, stored).items():
             dtype = floating if tensor.is_floating_point() else tensor.dtype
             empty[name] = torch.empty(tensor.shape, dtype=dtype, device="cpu")
         return empty
