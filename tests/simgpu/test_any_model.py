@@ -99,7 +99,7 @@ def test_experts_are_merged_as_the_loader_does_it(tmp_path):
 
 
 def test_a_card_that_is_full_while_experts_are_merged_is_out_of_memory(tmp_path):
-    sizes = SMALL | {"intermediate_size": 2**16}
+    sizes = SMALL | {"intermediate_size": 2**16, "num_hidden_layers": 1}
     source = directory_of(MixtralConfig(**sizes, num_local_experts=8), tmp_path)
     with Rig.simulated("L4"), pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         torch.cuda.set_per_process_memory_fraction(0.05)
