@@ -13,15 +13,19 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from simgpu import autocast, readout, streams
+from simgpu.attention import attention, rms_norm
 from simgpu.device import as_card, backward_error, cuda_taken_over, current, fake_mode, on_card
-from simgpu.operators import attention, convolution
+from simgpu.recurrent import KINDS, flatten_parameters, recurrent
 from simgpu.replacing import instead_of, refusing
 from simgpu.runtime import Runtime
 
 # Taken here and not when a block begins: the machine itself may be simulated, in tests.
 _ROUTES = {
-    name: (autocast.in_lower_precision(route), getattr(functional, name))
-    for name, route in (("scaled_dot_product_attention", attention), ("conv2d", convolution))
+    "scaled_dot_product_attention": (
+        autocast.in_lower_precision(attention),
+        functional.scaled_dot_product_attention,
+    ),
+    "rms_norm": (rms_norm, functional.rms_norm),
 }
 _DATA = torch.Tensor.data
 _OUTSIDE = "do it outside the `with` block, on the CPU, or use a real device."
@@ -76,6 +80,10 @@ def simulated_torch(rig):
             replace(owner, name, value, create=True)
         for name, (route, original) in _ROUTES.items():
             replace(functional, name, instead_of(original, partial(route, rig)))
+        for kind in KINDS:
+            original = getattr(torch._VF, kind)
+            replace(torch._VF, kind, partial(recurrent, rig, kind, original), create=True)
+        replace(torch.nn.RNNBase, "flatten_parameters", flatten_parameters)
         # Optimisers update many tensors at a time only for types of tensor on this list.
         types = [*optimizer._foreach_supported_types, FakeTensor]
         replace(optimizer, "_foreach_supported_types", types)
