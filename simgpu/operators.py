@@ -167,6 +167,8 @@ def _cudnn_attention(query, key, value, needs_gradient, dropout_p, is_causal, sc
         for _ in ("seed", "offset"):
             random.append(torch.empty((), dtype=torch.int64, device=query.device))
         output = torch.empty_like(query)
+        if value.shape[3] != features:
+            output = query.new_empty(*query.shape[:3], value.shape[3])
     size = _CUDNN_ATTENTION_BYTES
     if positions == 1 and key.shape[2] > 1:
         # Per split: the weighted values, the largest score and the sum, in float32.
