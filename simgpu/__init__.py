@@ -20,6 +20,8 @@ _HOMES = {
     "Rig": "rig",
     "Stage": "rig",
     "HostMemory": "host",
+    "Estimate": "estimation",
+    "estimate": "estimation",
 }
 __all__ = [*_HOMES]
 

@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -17,7 +17,7 @@ from simgpu.purposes import ACTIVATIONS, WORKSPACE
 from simgpu.replay import Event, Replay
 
 
-@dataclass
+@dataclass(eq=False)
 class Allocation:
     """What one storage takes of a card, where it came from and what it is for."""
 
@@ -30,6 +30,7 @@ class Allocation:
     purpose: str  # of those in ``purposes``
     serial: int  # counts allocations of this process
     places: list[Block] = field(repr=False)  # what the allocator gave; several after a replay
+    caller: object = None  # who made it, where somebody wants to know
 
 
 class Accounting:
@@ -38,14 +39,17 @@ class Accounting:
     The first matrix product on a card takes cuBLAS's workspace and loads its kernels; the first of
     a backward pass, which PyTorch runs in a thread of its own, takes a workspace once more.
 
-    ``allocators`` are one per card, ``card`` is what all of them are. ``stage`` is written on what
-    is allocated; ``at_failure`` is what was on each card when memory ran out last,
+    ``allocators`` are one per card of ``cards``. ``stage`` is written on what is allocated, and
+    what ``caller`` gives; ``at_failure`` is what was on each card when memory ran out last,
     ``history`` what the allocators have done.
     """
 
-    def __init__(self, allocators: list[Allocator], card: Card):
-        self.allocators, self.card, self.stage = allocators, card, "other"
+    def __init__(self, allocators: list[Allocator], cards: list[Card]):
+        self.allocators, self.cards, self.stage = allocators, cards, "other"
+        self.caller: Callable[[], object] = lambda: None
+        self._passing: list[Allocation] = []  # what is being released, or there for a moment
         self.at_failure: list[list[Allocation]] = []
+        self.failures: list[str] = []  # the messages of all out-of-memory errors
         self.history = History(allocators)
         self._purpose = ACTIVATIONS
         self._live: dict[int, Allocation] = {}  # by address of the storage
@@ -62,8 +66,8 @@ class Accounting:
         """Charge what an operator newly allocated; where a card has no room, see ``at_failure``."""
         try:
             self._charge(operator, results, arguments)
-        except torch.OutOfMemoryError:
-            self._remember_failure()
+        except torch.OutOfMemoryError as error:
+            self._remember_failure(error)
             raise
 
     def backward_pass(self):
@@ -86,12 +90,13 @@ class Accounting:
         for tensor in results:
             self._charge_storage(operator, tensor)
         name, card = operator._schema.name, results[0].device.index
-        scratch = operators.scratch_bytes(name, arguments, self.card)
+        scratch = operators.scratch_bytes(name, arguments, self.cards[card])
         self._charge_for_a_moment(card, scratch)
         if name == "aten::rsqrt":
             self._load_kernels(card, "normalisation", operators.NORM_KERNELS, 0)
         if name in operators.MATRIX_PRODUCTS:
-            self._charge_workspace("cuBLAS workspace", card, self.card.cublas_workspace_bytes)
+            size = self.cards[card].cublas_workspace_bytes
+            self._charge_workspace("cuBLAS workspace", card, size)
             if name in operators.WITH_BIAS:
                 self._charge_workspace(
                     "cublasLt workspace", card, operators.CUBLASLT_WORKSPACE_BYTES
@@ -115,6 +120,10 @@ class Accounting:
         everything = (*self._live.values(), *self._workspaces.values())
         return sorted((each for each in everything if each.card == card), key=lambda e: -e.bytes)
 
+    def everything(self) -> list[Allocation]:
+        """What is on all cards, and what is just being released; quick, as it is asked often."""
+        return [*self._live.values(), *self._workspaces.values(), *self._passing]
+
     def snapshot(self) -> dict:
         """Every segment and block, as ``torch.cuda.memory._snapshot`` gives them."""
         everything = (*self._live.values(), *self._workspaces.values())
@@ -135,11 +144,12 @@ class Accounting:
             return
         try:
             Replay(*recorded, self._live.values(), self.allocators).run(count - 2)
-        except torch.OutOfMemoryError:
-            self._remember_failure()
+        except torch.OutOfMemoryError as error:
+            self._remember_failure(error)
             raise
 
-    def _remember_failure(self):
+    def _remember_failure(self, error: torch.OutOfMemoryError):
+        self.failures.append(str(error))
         self.at_failure = [self.blocks(index) for index in range(len(self.allocators))]
 
     def _record(self, step) -> list[Event]:
@@ -150,7 +160,9 @@ class Accounting:
     def _release(self, key: int):
         self._references.pop(key, None)
         if gone := self._live.pop(key, None):
+            self._passing.append(gone)
             self._free(gone)
+            self._passing.remove(gone)
             self._note(False, gone.card, gone.bytes, gone.serial)
 
     def _note(self, *event):
@@ -160,7 +172,8 @@ class Accounting:
     def _allocate(self, card: int, size: int, *description) -> Allocation:
         """``description``: shape, dtype, operator, stage and purpose."""
         place = self._allocator(card).allocate(size)
-        return Allocation(card, place.size, *description, next(self._serials), [place])
+        serial = next(self._serials)
+        return Allocation(card, place.size, *description, serial, [place], self.caller())
 
     def _free(self, allocation: Allocation):
         for place in allocation.places:
@@ -168,25 +181,28 @@ class Accounting:
 
     def _charge_for_a_moment(self, card: int, sizes: list[int]):
         """Take blocks and give them back at once, as a kernel does with its scratch."""
-        allocator, taken = self._allocator(card), []
+        taken: list[Allocation] = []
         try:
             for size in sizes:
-                taken.append((allocator.allocate(size), size, next(self._serials)))
-                self._note(True, card, *taken[-1][1:])
+                origin = ("scratch", self.stage, WORKSPACE)
+                taken.append(self._allocate(card, size, (size,), torch.uint8, *origin))
+                self._passing.append(taken[-1])
+                self._note(True, card, size, taken[-1].serial)
         finally:
-            for place, *event in reversed(taken):
-                allocator.free(place)
-                self._note(False, card, *event)
+            for one, size in reversed(list(zip(taken, sizes, strict=False))):
+                self._free(one)
+                self._passing.remove(one)
+                self._note(False, card, size, one.serial)
 
     def _charge_workspace(self, name: str, card: int, size: int):
         key = (name, card, self._in_backward_pass)
         if key in self._workspaces:
             return
         self._load_kernels(
-            card, "matrix products", operators.CUBLAS_KERNELS, self.card.kernel_bytes
+            card, "matrix products", operators.CUBLAS_KERNELS, self.cards[card].kernel_bytes
         )
         if self._in_backward_pass:
-            self._load_kernels(card, "backward", (), self.card.backward_kernel_bytes)
+            self._load_kernels(card, "backward", (), self.cards[card].backward_kernel_bytes)
         origin = (name, "workspace", WORKSPACE)
         self._workspaces[key] = self._allocate(card, size, (size,), torch.uint8, *origin)
 
@@ -198,7 +214,7 @@ class Accounting:
         for size in pieces:
             self._allocator(card).addresses.take(size)
         # Of other cards all kernels are in the context from the beginning.
-        if self.card.kernel_bytes:
+        if self.cards[card].kernel_bytes:
             self._allocator(card).context_bytes += grows_bytes
 
     def _load_decode_kernels(self, step: list[Event]):

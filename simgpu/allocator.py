@@ -85,6 +85,7 @@ class Allocator:
         max_split_bytes: ``max_split_size_mb``: larger blocks are not split, but given back.
         addresses: those of the process, which all its cards share; by default of this card alone.
             Expandable segments have a range of addresses each and take none of these.
+        capped: False gives more than the card has, to see what a run needs.
 
     Attributes:
         allocated, reserved: bytes in blocks that are handed out, and in segments, now; ``peak_``
@@ -104,6 +105,7 @@ class Allocator:
     system_bytes: int = field(default=0, kw_only=True)
     max_split_bytes: int = field(default=UNLIMITED, kw_only=True)
     addresses: AddressSpace = field(default_factory=AddressSpace, kw_only=True, repr=False)
+    capped: bool = field(default=True, kw_only=True)
 
     def __post_init__(self):
         if self.max_split_bytes <= LEAST_MAX_SPLIT:
@@ -135,7 +137,7 @@ class Allocator:
     @property
     def limit_bytes(self) -> int:
         """Most bytes PyTorch can reserve: the rest of the card, or the cap if that is less."""
-        return min(self.available_bytes, self.allowed_bytes)
+        return min(self.available_bytes, self.allowed_bytes) if self.capped else UNLIMITED
 
     @property
     def free_bytes(self) -> int:

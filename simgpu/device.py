@@ -27,6 +27,7 @@ from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import (
+    _DISPATCH_META_HANDLERS,
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
@@ -61,7 +62,7 @@ DEVICE_TYPE = "simcuda"
 Observer = Callable[[object, list[FakeTensor], tuple], None]
 _observer: Observer | None = None
 _numbers: Numbers | None = None
-_ATEN = torch.ops.aten
+_ATEN, _DEVICE = torch.ops.aten, torch.ops.prim.device.default
 
 
 class _BackendModule(backend_registration._DummyBackendModule):
@@ -190,6 +191,19 @@ class _ObservedFakeMode(FakeTensorMode):
                 raise error.with_traceback(None) from None
         return output
 
+    def make_empty(self, operator, *args, device, **kwargs) -> FakeTensor:
+        """A new tensor, in the kernel in which PyTorch asks the device for it."""
+        with in_kernel_invocation_manager(self):
+            made = operator(*args, **kwargs, device="meta")
+        made = FakeTensor(self, made, as_card(device))
+        if not self.is_running:
+            try:
+                _observer(operator, [made], args)
+            except torch.OutOfMemoryError as error:
+                made = None
+                raise error.with_traceback(None) from None
+        return made
+
     def _remembered(self, func, args: tuple, kwargs: dict) -> torch.Tensor:
         """The result of an operator, on the meta device."""
         key = (func, described(args), *kwargs.items())
@@ -257,12 +271,16 @@ def fake_mode() -> FakeTensorMode:
             library.impl("silu_backward", _never_called, "PrivateUse1")
             for name, rule in SOFTMAX.items():
                 library.impl(name, rule, "AutogradPrivateUse1")
-            # ``torch.tensor`` and a list among indices copy with Python's dispatch switched off.
+            # ``torch.tensor`` and a list among indices copy, and a list of tensors is read, with
+            # Python's dispatch switched off.
             for operator in (_ATEN.copy_.default, _ATEN._local_scalar_dense.default):
                 kernel = partial(_in_fake_mode, operator)
                 library.impl(operator._schema.name, kernel, "PrivateUse1")
             _libraries.append(library)
             FakeTensor.device = property(_shown_device, _INSIDE.fset)
+            FakeTensor.__torch_dispatch__ = classmethod(
+                partial(_dispatched, FakeTensor.__torch_dispatch__.__func__)
+            )
             FakeTensor.is_cuda = property(on_card)
             FakeTensor.known = None  # by default, of ``numbers``
             _mode = _ObservedFakeMode()
@@ -339,6 +357,22 @@ def _shown_device(tensor: FakeTensor) -> torch.device:
     return torch.device("cuda", place.index)
 
 
+def _dispatched(original, cls, func, types, args=(), kwargs=None):
+    """Where operators on fake tensors arrive. The original would enter our mode only to arrive in
+    ``dispatch`` by a way through PyTorch that takes as long as the rest."""
+    if (
+        args
+        and type(args[0]) is FakeTensor
+        and args[0].fake_mode is _mode
+        and func is not _DEVICE
+        and func not in _DISPATCH_META_HANDLERS
+        and all(each is FakeTensor for each in types)
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+    ):
+        return _mode.dispatch(func, types, args, kwargs)
+    return original(cls, func, types, args, kwargs or {})
+
+
 def check_ordinal(index: int, count: int):
     """Refuse a card that is none of ``count``, as CUDA does."""
     if not 0 <= index < count:
@@ -360,7 +394,7 @@ def _make_empty(operator, *args, **kwargs):
         if real is None:
             torch.cuda.init()  # which refuses in PyTorch's words
         return operator(*args, **{**kwargs, "device": real})
-    return _in_fake_mode(operator, *args, **{**kwargs, "device": as_card(place)})
+    return _mode.make_empty(operator, *args, **kwargs)
 
 
 def _in_fake_mode(operator, *args, **kwargs):

@@ -40,6 +40,9 @@ _COMPARING = {_ATEN.equal.default, _ATEN.allclose.default}  # and answers yes or
 _TRACKING = {"aten::native_batch_norm", "aten::cudnn_batch_norm"}
 # Looks for gradients that are not finite, for GradScaler: assumed is that there are none.
 _FINITE = {"aten::_amp_foreach_non_finite_check_and_unscale_"}
+_ASKING = {"aten::equal", "aten::index"}
+_ALWAYS_ASKING = _FACTORIES | _SHAPED_BY_NUMBERS | _OVERWRITING | _CHOOSING | _FINITE | _TRACKING
+_ALWAYS_ASKING |= _ASKING | set(_LIKE)
 
 
 class Known:
@@ -84,12 +87,7 @@ def keep(func, args: tuple, kwargs: dict, output):
 def _asks(func) -> bool:
     """Whether an operator may know, or need, numbers whatever its first tensor is."""
     name = func._schema.name
-    always = _FACTORIES | _SHAPED_BY_NUMBERS | _OVERWRITING | _CHOOSING | _FINITE | _TRACKING
-    return (
-        name in always | set(_LIKE) | {"aten::index"}
-        or func is _ITEM
-        or func._overloadname.endswith("out")
-    )
+    return name in _ALWAYS_ASKING or func is _ITEM or func._overloadname.endswith("out")
 
 
 def may_know(func, args: tuple) -> bool:
@@ -162,14 +160,21 @@ class Assumptions:
 class Numbers:
     """Carries numbers through operators; ``dispatch`` is a fake mode's, by the shape rule."""
 
-    def __init__(self):
-        self.assumptions = Assumptions()
+    def __init__(self, assume: str = "refuse"):
+        if assume not in ("refuse", "count"):
+            raise ValueError(f'assume is {assume!r}; expected "refuse" or "count".')
+        self.assume, self.assumptions = assume, Assumptions()
 
     def dispatch(self, by_rule, func, types, args: tuple, kwargs: dict):
         """An operator's result, with its numbers if they are known."""
         name = func._schema.name
-        if func is _ITEM and (known := numbers_of(args[0])) is not None:
-            return known.item()
+        if func is _ITEM:
+            known = numbers_of(args[0])
+            if known is not None:
+                return known.item()
+            if self.assume == "count":
+                self._note("item")
+                return _ASSUMED[args[0].dtype] if args[0].dtype in _ASSUMED else 1
         if name == "aten::index" and any(map(_is_mask, args[1])):
             args = (args[0], self._places(by_rule, args[1]), *args[2:])
         leaves = [each for each in _leaves(args, kwargs) if isinstance(each, torch.Tensor)]
@@ -179,6 +184,13 @@ class Numbers:
             return self._shaped_by_numbers(by_rule, func, args, kwargs)
         if func in _COMPARING and is_known:
             return _compute(func, args, kwargs)
+        if self.assume == "count":
+            if func is _ATEN.equal.default:
+                self._note("equal")
+                return False
+            if name in _AT_MOST and isinstance(args[0], FakeTensor):
+                self._note(name)
+                return _AT_MOST[name](by_rule, *args)
         if func._schema.is_mutable:
             return self._write(by_rule, func, types, args, kwargs)
         output = by_rule(func, types, args, kwargs)
@@ -192,6 +204,9 @@ class Numbers:
         elif name in _CHOOSING and self.assumptions.token is not None:
             self._choose(name, output)
         return output
+
+    def _note(self, name: str):
+        self.assumptions.made[name.removeprefix("aten::")] += 1
 
     def _write(self, by_rule, func, types, args, kwargs):
         """An operator that writes into tensors: their numbers are what it writes, or unknown."""
@@ -226,16 +241,20 @@ class Numbers:
         for tensor in _leaves(output):
             if isinstance(tensor, FakeTensor) and is_small(tensor):
                 tensor.known = Known(torch.full(tensor.shape, self.assumptions.token))
-                self.assumptions.made[name.removeprefix("aten::")] += 1
+                self._note(name)
 
     def _places(self, by_rule, indices):
         """Indices with the places of a mask instead of the mask, where it is known."""
         found = []
         for index in indices:
-            if not _is_mask(index) or numbers_of(index) is None:
+            if not _is_mask(index) or (numbers_of(index) is None and self.assume == "refuse"):
                 found.append(index)
                 continue
-            where = self._shaped_by_numbers(by_rule, _ATEN.nonzero.default, (index,), {})
+            if numbers_of(index) is None:
+                self._note("index")
+                where = _all_places(by_rule, index)
+            else:
+                where = self._shaped_by_numbers(by_rule, _ATEN.nonzero.default, (index,), {})
             with torch.no_grad():
                 found += [_ATEN.select.int(where, 1, dim) for dim in range(index.ndim)]
         return found
@@ -252,6 +271,32 @@ class Numbers:
             return made
 
         return _pytree.tree_map(make, _compute(func, args, kwargs))
+
+
+def _all_places(by_rule, tensor, *_):
+    """What ``nonzero`` gives where nothing is zero."""
+    sizes = [tensor.numel(), tensor.ndim]
+    return _made(by_rule, tensor, sizes, torch.int64)
+
+
+def _all_of_them(by_rule, tensor, *_):
+    return _made(by_rule, tensor, [tensor.numel()], tensor.dtype)
+
+
+def _made(by_rule, like, sizes: list[int], dtype: torch.dtype):
+    options = {"dtype": dtype, "device": like.fake_device}
+    return by_rule(_ATEN.empty.memory_format, (), (sizes,), options)
+
+
+# What is assumed where it is not known, if it may be: truth is False (``if isnan(loss).any()``),
+# other numbers are 0 (a found infinity, for a GradScaler) or 1 (a count that may be divided by);
+# a result that numbers decide the length of is as long as it can be.
+_ASSUMED = {torch.bool: False} | dict.fromkeys(
+    (torch.float32, torch.float16, torch.bfloat16, torch.float64), 0.0
+)
+_AT_MOST = {"aten::nonzero": _all_places, "aten::masked_select": _all_of_them}
+# Of what is assumed that by which results have the length they have.
+LENGTHS = {"index", "nonzero", "masked_select"}
 
 
 def _forget(tensors):

@@ -147,10 +147,11 @@ class Runtime:
         self._allocator(device).fraction = fraction
 
     def _architectures(self) -> str:
-        return "sm_{}{}".format(*self._rig.card.compute_capability)
+        found = {"sm_{}{}".format(*card.compute_capability): None for card in self._rig.cards}
+        return " ".join(found)
 
     def _is_bf16_supported(self, including_emulation: bool = True) -> bool:
-        return including_emulation or self._rig.card.bf16_supported
+        return including_emulation or self._rig.cards[current.index].bf16_supported
 
     def _properties(self, device: int) -> SimpleNamespace:
         check_ordinal(device, self._count())
