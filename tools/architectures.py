@@ -3,9 +3,10 @@
     python tools/architectures.py                  # every one; an hour or two
     python tools/architectures.py Llama Whisper    # those with such a name; stores nothing
 
-Each class of the Auto classes below is made from its default configuration, cut to two layers, and
-goes forward, decodes where it keeps a cache, and goes backward: once in bfloat16 on the CPU, which
-says whether it runs at all, and once on a simulated H200. Each of the two is a process of its own.
+Each class of the Auto classes below is made from its default configuration, cut to two layers (or
+eight, where two do not run), and goes forward, decodes where it keeps a cache, and goes backward:
+once on the CPU, which says whether it runs at all, and once on a simulated H200. Each of the two is
+a process of its own.
 
 The figures go to benchmarks/results/architectures.json and the list of what is refused to
 simgpu/README.md. Exit 1 where fewer than 95 % of those that run on a CPU run or are refused by
@@ -14,6 +15,7 @@ name, or where that list is no longer the stored one.
 
 import argparse
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -36,29 +38,31 @@ HEADS = (
     " VideoClassification ZeroShotImageClassification"
 ).split()
 # Most of what a configuration may have of each; by the ends of the names.
+LAYERS = r"(^|_)(n|num|encoder|decoder|num_hidden|num_encoder|num_decoder)_layers?$|^depth$"
 MOST = {
-    r"(^|_)(n|num|encoder|decoder|num_hidden|num_encoder|num_decoder)_layers?$": 2,
-    r"^depth$": 2,
-    r"(num|n)_(local_|routed_)?experts$": 8,
+    r"(num|n)_(local_|routed_)?experts$": 32,
     r"^vocab_size$": 1024,
-    r"^(moe_)?intermediate_size$|ffn_dim$|^d_ff$": 512,
+    r"intermediate_size$|ffn_dim$|ffn_hidden_size$|^d_ff$": 512,
 }
+# Tried in this order until the control runs: how many layers, and which type. Some have kinds of
+# layers of which one comes late only, and some have parts that are float32 whatever is asked for.
+TRIES = ((2, "bfloat16"), (2, "float32"), (8, "bfloat16"))
 BATCH, LENGTH, ANSWER = 2, 16, 4
 
 
-def small(config):
-    """A configuration with two layers, few words and narrow layers in between."""
+def small(config, layers: int):
+    """A configuration with so many layers, few words and narrow layers in between."""
     from transformers import PreTrainedConfig
 
     wanted = {}
     for name, value in vars(config).items():
-        for pattern, most in MOST.items():
+        for pattern, most in (MOST | {LAYERS: layers}).items():
             if isinstance(value, int) and value > most and re.search(pattern, name):
                 wanted[name] = most
         if name == "pad_token_id" and isinstance(value, int) and value >= 1024:
             wanted[name] = 0
         if isinstance(value, PreTrainedConfig):
-            wanted[name] = small(value)
+            wanted[name] = small(value, layers)
     if not wanted:
         return config
     try:
@@ -74,6 +78,7 @@ def inputs(model, device: str) -> dict:
     import torch
 
     config, name = model.config, model.main_input_name
+    asked_for = inspect.signature(model.forward).parameters
     parts = [config, getattr(config, "vision_config", None), getattr(config, "audio_config", None)]
 
     def setting(*names, default):
@@ -86,41 +91,39 @@ def inputs(model, device: str) -> dict:
     def of_ids(length=LENGTH):
         return torch.randint(3, 200, (BATCH, length))
 
+    made = {}
     if name == "pixel_values":
         size = setting("image_size", default=224)
         height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
         shape = (BATCH, setting("num_channels", default=3), height, width)
-        if "Video" in type(model).__name__ and (frames := setting("num_frames", default=None)):
-            shape = (BATCH, frames, *shape[1:])
-        made = {name: torch.rand(shape)}
+        if "Video" in type(model).__name__:
+            shape = (BATCH, setting("num_frames", default=16), *shape[1:])
+        made[name] = torch.rand(shape)
     elif name == "pixel_values_videos":
         size = setting("image_size", "crop_size", default=224)
         frames = setting("num_frames", "frames_per_clip", default=16)
-        made = {name: torch.rand(1, frames, 3, size, size)}
+        made[name] = torch.rand(1, frames, 3, size, size)
     elif name == "input_features":
         bins = setting("num_mel_bins", "feature_size", "input_feat_per_channel", default=80)
         frames = 2 * setting("max_source_positions", default=100)
-        is_whisper = config.model_type in ("whisper", "qwen2_audio", "moonshine_streaming")
-        made = {name: torch.rand((BATCH, bins, frames) if is_whisper else (BATCH, 200, bins))}
+        bins_first = config.model_type in ("whisper", "qwen2_audio", "voxtral")
+        made[name] = torch.rand((BATCH, bins, frames) if bins_first else (BATCH, 200, bins))
     elif name == "input_values":
-        made = {name: torch.rand(BATCH, setting("max_length", default=16000))}
+        made[name] = torch.rand(BATCH, 16000)
         if config.model_type == "audio-spectrogram-transformer":
-            made = {name: torch.rand(BATCH, config.max_length, config.num_mel_bins)}
-    else:
-        made = {"input_ids": of_ids()}
-    if hasattr(config, "text_config") and name == "pixel_values" and "Zero" in _head(model):
+            made[name] = torch.rand(BATCH, config.max_length, config.num_mel_bins)
+    if not made or "input_ids" in asked_for:
         made["input_ids"] = of_ids()
-    if config.is_encoder_decoder:
+    if "qformer_input_ids" in asked_for:
+        made["qformer_input_ids"] = of_ids()
+    if "mm_token_type_ids" in asked_for:
+        made["mm_token_type_ids"] = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    if config.is_encoder_decoder and "decoder_input_ids" in asked_for:
         made["decoder_input_ids"] = of_ids(ANSWER)
-    kind = model.dtype
     return {
-        key: (each.to(kind) if each.is_floating_point() else each).to(device)
+        key: (each.to(model.dtype) if each.is_floating_point() else each).to(device)
         for key, each in made.items()
     }
-
-
-def _head(model) -> str:
-    return "ZeroShot" if hasattr(model, "logit_scale") else ""
 
 
 def loss_of(output):
@@ -132,19 +135,18 @@ def loss_of(output):
     return sum(part.float().mean() for part in parts if part.is_floating_point())
 
 
-def run(model_class, config, device: str, note):
+def run(model_class, config, device: str, dtype: str, note):
     """Forward, decode, backward; ``note`` is told which comes next."""
     import torch
     from transformers.initialization import no_init_weights
 
     note("load")
+    dtype = getattr(torch, dtype)
     if device == "cuda":
-        model = model_class.from_pretrained(
-            None, config=config, device_map={"": 0}, dtype=torch.bfloat16
-        )
+        model = model_class.from_pretrained(None, config=config, device_map={"": 0}, dtype=dtype)
     else:
         with no_init_weights():
-            model = model_class._from_config(config, dtype=torch.bfloat16)
+            model = model_class._from_config(config, dtype=dtype)
         for parameter in model.parameters():
             parameter.data.fill_(0.01)
     note("forward")
@@ -153,10 +155,10 @@ def run(model_class, config, device: str, note):
         given = inputs(model, device)
         output = model(**given)
     cache = getattr(output, "past_key_values", None)
-    if cache is not None:
+    if cache is not None and "past_key_values" in inspect.signature(model.forward).parameters:
         note("decode")
         answer = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
-        rest = {name: each for name, each in given.items() if name != answer}
+        rest = {name: each for name, each in given.items() if not name.endswith("_ids")}
         one = torch.full((BATCH, 1), 5).to(device)
         with torch.no_grad():
             model(**rest, **{answer: one}, past_key_values=cache, use_cache=True)
@@ -166,7 +168,17 @@ def run(model_class, config, device: str, note):
     loss_of(model(**inputs(model, device))).backward()
 
 
-def in_a_child(model_class, config_class, device: str) -> tuple[str, str]:
+def configuration(model_class, config_class, layers: int):
+    """The part of the default configuration that is for this class, made small."""
+    config = small(config_class(), layers)
+    if model_class.config_class is not config_class:
+        config = config.get_text_config(decoder=True)
+    if "CausalLM" in model_class.__name__ and hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    return config
+
+
+def in_a_child(model_class, config_class, device: str, layers: int, dtype: str):
     """The step that a run did not survive, or "done", and the error; never raises."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -186,14 +198,14 @@ def in_a_child(model_class, config_class, device: str) -> tuple[str, str]:
             step = name
 
         try:
-            config = small(config_class())
+            config = configuration(model_class, config_class, layers)
             if device == "cuda":
                 from simgpu import Rig
 
                 with Rig.simulated("H200"):
-                    run(model_class, config, device, note)
+                    run(model_class, config, device, dtype, note)
             else:
-                run(model_class, config, device, note)
+                run(model_class, config, device, dtype, note)
             step = "done"
         except BaseException as problem:
             frames = traceback.extract_tb(problem.__traceback__)
@@ -285,9 +297,13 @@ def main() -> int:
     for name in track(chosen, "architectures"):
         if name in results:
             continue
-        control = in_a_child(*chosen[name], "cpu")
+        for attempt in TRIES:
+            control = in_a_child(*chosen[name], "cpu", *attempt)
+            if control[0] == "done":
+                break
         ran = control[0] == "done"
-        results[name] = judge(control, in_a_child(*chosen[name], "cuda") if ran else None)
+        simulated = in_a_child(*chosen[name], "cuda", *attempt) if ran else None
+        results[name] = judge(control, simulated)
         print(name, *results[name], flush=True)
         if not arguments.names:
             write(arguments.result, results)
