@@ -91,9 +91,9 @@ class Accounting:
                     self._live[key].purpose = purpose
 
     def _charge(self, operator, results: list[torch.Tensor], args: tuple, kwargs: dict):
-        for tensor in results:
-            self._charge_storage(operator, tensor)
         name, card = operator._schema.name, results[0].device.index
+        for tensor in operators.in_order(name, results):
+            self._charge_storage(operator, tensor)
         taken = scratch.scratch(operator, args, kwargs, results, self.cards[card])
         if taken is None or name in scratch.ESTIMATED:
             bound = scratch.bound_bytes(operator, args, kwargs, results)

@@ -38,7 +38,9 @@ def attention(
     if kernel == "math":
         return plain()
     if attn_mask is not None and attn_mask.dtype is torch.bool:
+        choices = [query.new_empty(()) for _ in "01"]  # what ``torch.where`` chooses from
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+        del choices
     if kernel == "cudnn":
         return _cudnn_attention(*inputs, attn_mask, needs_gradient, dropout_p, is_causal, scale)
     if kernel == "flash":
