@@ -17,6 +17,8 @@ from unittest import mock
 
 import torch
 from accelerate import hooks
+from accelerate.utils import modeling as accelerate_modeling
+from accelerate.utils import offload
 from huggingface_hub.errors import StrictDataclassError
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
@@ -24,11 +26,11 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    core_model_loading,
     masking_utils,
     modeling_utils,
 )
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto import auto_factory
+from transformers.models.auto import auto_factory, modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
@@ -38,7 +40,8 @@ from simgpu.checkpoints import known_config, read_json, weight_map
 from simgpu.device import DEVICE_TYPE, fake_mode, machine_device, on_card
 from simgpu.numbers import numbers_of
 
-_AUTO_CLASS = auto_factory._BaseAutoModelClass
+# Of this module, as its classes copy what they find here when it is first imported.
+_AUTO_CLASS = modeling_auto._BaseAutoModelClass
 _ORIGINAL_WARMUP = modeling_utils.caching_allocator_warmup
 # Arguments that say where weights come from; a simulated model has none to fetch.
 _DOWNLOAD_ARGUMENTS = {"revision", "token", "cache_dir", "local_files_only"}
@@ -64,8 +67,16 @@ def simulated_loading(rig):
         for name, answer in _MASKING_ANSWERS.items():
             replace(masking_utils, name, partial(_on_cards, getattr(masking_utils, name), answer))
         replace(masking_utils, "is_tracing", partial(_is_tracing, masking_utils.is_tracing))
-        offload = partial(_offload, hooks.set_module_tensor_to_device)
-        replace(hooks, "set_module_tensor_to_device", offload)
+        move = partial(_offload, hooks.set_module_tensor_to_device)
+        replace(hooks, "set_module_tensor_to_device", move)
+        to_disk = partial(_to_disk, offload.offload_weight)
+        for owner in (offload, accelerate_modeling, core_model_loading):
+            replace(owner, "offload_weight", to_disk)
+        from_disk = partial(_from_disk, offload.load_offloaded_weight)
+        for owner in (offload, accelerate_modeling):
+            replace(owner, "load_offloaded_weight", from_disk)
+        convert = partial(_out_of_memory_passes, core_model_loading.log_conversion_errors)
+        replace(core_model_loading, "log_conversion_errors", convert)
         for owner in _defining("generate", GenerationMixin):
             replace(owner, "generate", partialmethod(_generate, rig, vars(owner)["generate"]))
         stack.enter_context(from_pretrained_replaced(partial(_from_pretrained, rig)))
@@ -80,19 +91,51 @@ def simulated_loading(rig):
 
 
 @contextmanager
+def _out_of_memory_passes(original, *args, **kwargs):
+    """transformers' loader catches what fails while it merges or splits tensors, and reports all at
+    the end as another error: a card without room left is no fault of a conversion."""
+    out_of_memory = None
+    try:
+        with original(*args, **kwargs):
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                out_of_memory = error
+                raise
+    except core_model_loading.SkipParameters:
+        if out_of_memory is None:
+            raise
+        raise out_of_memory from None
+
+
+@contextmanager
 def from_pretrained_replaced(replacement: Callable):
     """Until the block ends, ``replacement`` stands for the ``from_pretrained`` of every model.
 
     It is given the original, the class and the arguments. Replaced are those of the Auto classes,
-    of ``PreTrainedModel``, and of all models that have one of their own.
+    of ``PreTrainedModel``, and of all models that have one of their own, also if they are first
+    imported inside the block.
     """
     with ExitStack() as stack:
-        for owner in _defining("from_pretrained", _AUTO_CLASS, PreTrainedModel):
+
+        def replace(owner: type):
             original = vars(owner)["from_pretrained"].__func__
             # Unless it is asked for, code of a checkpoint does not run, and nobody is asked.
             changed = partial(replacement, original, trust_remote_code=False)
             stack.enter_context(mock.patch.object(owner, "from_pretrained", classmethod(changed)))
+
+        for owner in _defining("from_pretrained", _AUTO_CLASS, PreTrainedModel):
+            replace(owner)
+        created = partial(_new_class, PreTrainedModel.__init_subclass__.__func__, replace)
+        hook = mock.patch.object(PreTrainedModel, "__init_subclass__", classmethod(created))
+        stack.enter_context(hook)
         yield
+
+
+def _new_class(original, replace, cls, **kwargs):
+    original(cls, **kwargs)
+    if "from_pretrained" in vars(cls):
+        replace(cls)
 
 
 def _defining(name: str, *roots: type) -> list[type]:
@@ -148,6 +191,23 @@ def _offload(original, module, tensor_name, device, value=None, **kwargs):
     owner._parameters[name] = torch.nn.Parameter(moved, requires_grad=parameter.requires_grad)
     if device not in ("cpu", "meta"):
         torch.cuda.empty_cache()  # as accelerate does after each
+
+
+def _to_disk(original, weight, weight_name, offload_folder, index=None):
+    """As accelerate; of a weight without numbers only the entry of the index is made."""
+    if not isinstance(weight, FakeTensor):
+        return original(weight, weight_name, offload_folder, index)
+    index = {} if index is None else index
+    dtype = str(weight.dtype).removeprefix("torch.")
+    index[weight_name] = {"dtype": dtype, "shape": list(weight.shape)}
+    return index
+
+
+def _from_disk(original, weight_file, weight_info):
+    if os.path.exists(weight_file):
+        return original(weight_file, weight_info)
+    with fake_mode():
+        return torch.empty(weight_info["shape"], dtype=getattr(torch, weight_info["dtype"]))
 
 
 def _generate(model, rig, original, *args, **kwargs):
@@ -300,7 +360,7 @@ def _empty_checkpoint(cls: type, config) -> dict[str, torch.Tensor]:
     floating = config.dtype or torch.bfloat16
     with fake_mode():
         empty = {}
-        for name, tensor in revert_weight_conversion(model, stored).items():
+        for name, tensor in core_model_loading.revert_weight_conversion(model, stored).items():
             dtype = floating if tensor.is_floating_point() else tensor.dtype
             empty[name] = torch.empty(tensor.shape, dtype=dtype, device="cpu")
         return empty

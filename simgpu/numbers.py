@@ -30,9 +30,19 @@ _SHAPED_BY_NUMBERS = {
     for name in ("bincount", "masked_select", "nonzero", "repeat_interleave", "unique_consecutive")
 } | {"aten::_unique2", "aten::unique_dim"}
 # All of the tensor is written, whatever it was before.
-_OVERWRITING = {"aten::copy_", "aten::fill_", "aten::zero_"}
+_OVERWRITING = {"aten::copy_", "aten::fill_", "aten::random_", "aten::zero_"}
 _CHOOSING = {"aten::argmax", "aten::multinomial"}
+# Needs of its first argument only the shape and the type; the number that it fills in.
+_LIKE = {f"aten::{kind}_like": each for kind, each in (("zeros", 0), ("ones", 1), ("full", None))}
+_LIKE |= {f"aten::new_{kind}": each for kind, each in (("zeros", 0), ("ones", 1), ("full", None))}
+_COMPARING = {_ATEN.equal.default, _ATEN.allclose.default}  # and answers yes or no
+# Writes means and variances into its fourth and fifth argument, though its schema does not say so.
+_TRACKING = {"aten::native_batch_norm", "aten::cudnn_batch_norm"}
+# Looks for gradients that are not finite, for GradScaler: assumed is that there are none.
+_FINITE = {"aten::_amp_foreach_non_finite_check_and_unscale_"}
 _ASKING = {"aten::equal", "aten::index"}
+_ALWAYS_ASKING = _FACTORIES | _SHAPED_BY_NUMBERS | _OVERWRITING | _CHOOSING | _FINITE | _TRACKING
+_ALWAYS_ASKING |= _ASKING | set(_LIKE)
 
 
 class Known:
@@ -77,8 +87,7 @@ def keep(func, args: tuple, kwargs: dict, output):
 def _asks(func) -> bool:
     """Whether an operator may know, or need, numbers whatever its first tensor is."""
     name = func._schema.name
-    always = _FACTORIES | _SHAPED_BY_NUMBERS | _OVERWRITING | _CHOOSING | _ASKING
-    return name in always or func is _ITEM or func._overloadname.endswith("out")
+    return name in _ALWAYS_ASKING or func is _ITEM or func._overloadname.endswith("out")
 
 
 def may_know(func, args: tuple) -> bool:
@@ -87,8 +96,16 @@ def may_know(func, args: tuple) -> bool:
     if isinstance(first, list | tuple) and first:
         first = first[0]
     if isinstance(first, FakeTensor):
+        if func._schema.is_mutable:
+            return any(_is_known(each) for each in args) or _asks(func)
         return first.known is not None or _asks(func)
     return isinstance(first, torch.Tensor) or _asks(func)
+
+
+def _is_known(each) -> bool:
+    if isinstance(each, list | tuple):
+        return any(map(_is_known, each))
+    return isinstance(each, FakeTensor) and each.known is not None
 
 
 @functools.cache
@@ -165,8 +182,8 @@ class Numbers:
         is_known = all(value is not None for value in values) and (leaves or name in _FACTORIES)
         if name in _SHAPED_BY_NUMBERS and is_known:
             return self._shaped_by_numbers(by_rule, func, args, kwargs)
-        if func is _ATEN.equal.default and is_known:
-            return torch.equal(*values)
+        if func in _COMPARING and is_known:
+            return _compute(func, args, kwargs)
         if self.assume == "count":
             if func is _ATEN.equal.default:
                 self._note("equal")
@@ -177,8 +194,13 @@ class Numbers:
         if func._schema.is_mutable:
             return self._write(by_rule, func, types, args, kwargs)
         output = by_rule(func, types, args, kwargs)
+        if name in _TRACKING:
+            _forget(args[3:5])
         if is_known:
             keep(func, args, kwargs, output)
+        elif name in _LIKE:
+            number = args[-1] if _LIKE[name] is None else _LIKE[name]
+            keep(_ATEN.full.default, (output.shape, number), {"dtype": output.dtype}, output)
         elif name in _CHOOSING and self.assumptions.token is not None:
             self._choose(name, output)
         return output
@@ -191,12 +213,16 @@ class Numbers:
         arguments = func._schema.arguments
         given = dict(zip((each.name for each in arguments), args, strict=False)) | kwargs
         is_out = {each.name for each in arguments if each.alias_info and each.alias_info.is_write}
-        written = [given[name] for name in is_out if isinstance(given.get(name), FakeTensor)]
+        written = _leaves([given.get(name) for name in is_out])
+        written = [each for each in written if isinstance(each, FakeTensor)]
         others = [each for name, each in given.items() if name not in is_out]
         overwrites = "out" in is_out or func._schema.name in _OVERWRITING
         tensors = [each for each in _leaves(others) if isinstance(each, torch.Tensor)]
         is_known = all(numbers_of(each) is not None for each in tensors)
         output = by_rule(func, types, args, kwargs)
+        if func._schema.name in _FINITE:  # it writes only what it finds, and finds nothing
+            self.assumptions.made[func._schema.name.removeprefix("aten::")] += 1
+            return output
         for target in written:
             known = target.known
             if is_known and overwrites and (known is None or not known.storage[0]):
@@ -205,9 +231,10 @@ class Numbers:
                     real = torch.empty(target.shape, dtype=target.dtype)
                     known = target.known = Known(real, known and known.storage)
                     known.storage[0] = True
-            if known is not None and known.storage[0]:
-                if not is_known or _compute(func, args, kwargs) is None:
-                    known.storage[0] = False
+        if any(numbers_of(each) is not None for each in written) and (
+            not is_known or _compute(func, args, kwargs) is None
+        ):
+            _forget(written)
         return output
 
     def _choose(self, name: str, output):
@@ -270,6 +297,12 @@ _ASSUMED = {torch.bool: False} | dict.fromkeys(
 _AT_MOST = {"aten::nonzero": _all_places, "aten::masked_select": _all_of_them}
 # Of what is assumed that by which results have the length they have.
 LENGTHS = {"index", "nonzero", "masked_select"}
+
+
+def _forget(tensors):
+    for each in tensors:
+        if isinstance(each, FakeTensor) and each.known is not None:
+            each.known.storage[0] = False
 
 
 def _leaves(*trees) -> list:

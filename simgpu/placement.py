@@ -51,7 +51,7 @@ def check_device_map(device_map: dict[str, Place], count: int, model: PreTrained
             ' all of it there first. Give "" alone, or name every module.'
         )
     parameters = [name for name, _ in model.named_parameters()]
-    known = {*parameters, *(name for name, _ in model.named_modules())}
+    known = {name for name, _ in model.named_modules()}
     for name in [name for name in device_map if name not in known]:
         top = ", ".join(name for name, _ in model.named_children())
         advice = f"The top ones are {top}."

@@ -1,9 +1,14 @@
 """Shape rules of single operators that differ from PyTorch's, or need not be asked each time."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree
+
+from simgpu.convolution import backward
+from simgpu.units import MIB
 
 _ATEN = torch.ops.aten
 # Operators that make no storage, and the commonest of those that make one new tensor. torch's
@@ -30,55 +35,103 @@ def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = No
     return output
 
 
-def channels_last_strides(shape: torch.Size) -> tuple[int, int, int, int]:
-    """Strides of a tensor (batch, channels, height, width) whose channels lie side by side."""
-    _, channels, height, width = shape
-    return (channels * height * width, 1, width * channels, channels)
+def _softmax(operator, scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None):
+    # On CUDA one kernel reads float16 and writes float32 (aten/src/ATen/native/SoftMax.cpp); others
+    # convert first.
+    at_once = scores.dtype is torch.float16 and dtype is torch.float32
+    return operator(scores if at_once or dtype is None else scores.to(dtype), dim, at_once)
 
 
-def _convolution_backward(gradient, input, weight, bias_sizes, *settings):
-    # As cuDNN does it, one gradient after the other; traced were plain convolutions on pictures.
-    *_, transposed, _, groups, (of_input, of_weight, of_bias) = settings
-    if gradient.ndim != 4 or transposed or groups != 1 or gradient.device.type == "cpu":
-        return NotImplemented
-    copied = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    is_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-    layout = torch.channels_last if is_last else torch.contiguous_format
-    gradients = [torch.empty_like(input, memory_format=layout) if of_input else None, None, None]
-    if of_input and is_last:
-        torch.empty_like(weight)  # the weight in this layout
-    if of_weight:
-        gradients[1] = torch.empty_like(weight, memory_format=layout)
-        if not is_last:
-            scratch = _transposed_bytes(gradient, input, weight)
-            torch.empty(scratch, dtype=torch.uint8, device=gradient.device)
-    del copied
-    if of_bias:
-        # Positions come before channels: what follows this model's convolutions flattens them so.
-        by_position = gradient.as_strided(gradient.shape, channels_last_strides(gradient.shape))
-        gradients[2] = by_position.sum((0, 2, 3))
-    return tuple(gradients)
+# By the name of an operator that PyTorch takes apart, what it is taken apart into.
+SOFTMAX = {
+    "softmax.int": partial(_softmax, _ATEN._softmax.default),
+    "log_softmax.int": partial(_softmax, _ATEN._log_softmax.default),
+}
 
 
-def _transposed_bytes(gradient, input, weight) -> int:
-    """cuDNN's workspace for a weight's gradient where channels come first: it transposes all.
+def _convolution_backward(gradient, *others):
+    return NotImplemented if gradient.device.type == "cpu" else backward(gradient, *others)
 
-    Channels are filled up to whole eights; of the weight's gradient there are 14 partial sums in
-    float32 as well. The parts add up to the 205,979,648 bytes of the one case that was traced, the
-    image tower's first convolution.
-    """
-    filters, channels, height, width = weight.shape
-    padded = -(-channels // 8) * 8
-    elements = filters * height * width * padded
-    moved = gradient.numel() + input.numel() // channels * padded + elements
-    return moved * weight.element_size() + 14 * elements * 4
+
+def _fused_rms_norm(input, normalized_shape, weight, eps):
+    rows = input.shape[: input.ndim - len(normalized_shape)]
+    reciprocals = (*rows, *[1] * len(normalized_shape))
+    return torch.empty_like(input), input.new_empty(reciprocals, dtype=torch.float32)
+
+
+def _fused_rms_norm_backward(gradient, input, normalized_shape, rstd, weight, mask):
+    wanted = (input, weight)
+    return tuple(
+        torch.empty_like(each) if of else None for each, of in zip(wanted, mask, strict=True)
+    )
 
 
 # Operators that allocate otherwise than their shape rule; NotImplemented leaves a call to it.
 REWRITTEN = {
     _ATEN._safe_softmax.default: _safe_softmax,
     _ATEN.convolution_backward.default: _convolution_backward,
+    # Where PyTorch leaves them whole, as in torch.inference_mode().
+    _ATEN.softmax.int: SOFTMAX["softmax.int"],
+    _ATEN.log_softmax.int: SOFTMAX["log_softmax.int"],
+    _ATEN._fused_rms_norm.default: _fused_rms_norm,
+    _ATEN._fused_rms_norm_backward.default: _fused_rms_norm_backward,
 }
+
+
+NOT_DENSE = (
+    "Sparse and quantized tensors are not simulated: shape and type do not tell their bytes. Use a"
+    " dense tensor (sparse=False for an embedding), or run this on a real device."
+)
+# Most bytes of the arguments of an operator without a shape rule.
+_MOST_EXAMPLE_BYTES = 64 * MIB
+
+
+def by_example(mode, func, args: tuple, kwargs: dict):
+    """The result of an operator for which PyTorch has no shape rule: what the CPU makes of zeros.
+
+    Raises:
+        RuntimeError: there is no such operator on the CPU, or it would take too long.
+    """
+    examples: dict[int, torch.Tensor] = {}  # by id of what they stand for
+
+    def example(each):
+        if isinstance(each, FakeTensor):
+            if id(each) not in examples:
+                zeros = torch.empty_strided(each.shape, each.stride(), dtype=each.dtype).zero_()
+                examples[id(each)] = zeros
+            return examples[id(each)]
+        return torch.device("cpu") if isinstance(each, torch.device) else each
+
+    given = [each for each in _pytree.tree_leaves((args, kwargs)) if isinstance(each, FakeTensor)]
+    devices = [each.fake_device for each in given]
+    cards = [device for device in devices if device.type != "cpu"] or devices
+    is_small = sum(each.nbytes for each in given) <= _MOST_EXAMPLE_BYTES
+    tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    problem = None
+    if is_small and cards and not tags & set(func.tags):
+        try:
+            with torch.no_grad():
+                args, kwargs = _pytree.tree_map(example, (args, kwargs))
+                output = func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            problem = error
+        else:
+            stood_for = {id(examples[id(each)]): each for each in given}
+
+            def card(each):
+                if not isinstance(each, torch.Tensor) or id(each) in stood_for:
+                    return stood_for.get(id(each), each)
+                if each.layout is not torch.strided or each.is_quantized:
+                    raise RuntimeError(NOT_DENSE)
+                options = {"dtype": each.dtype, "device": "meta"}
+                made = torch.empty_strided(each.shape, each.stride(), **options)
+                return FakeTensor(mode, made, cards[0])
+
+            return _pytree.tree_map(card, output)
+    raise RuntimeError(
+        f"{func} is not simulated: PyTorch has no shape rule for it. Leave it out, give it one"
+        " (torch.library.register_fake) if it is your own, or run this on a real device."
+    ) from problem
 
 
 def common_card(args: tuple) -> torch.device | None:

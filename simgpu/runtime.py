@@ -54,9 +54,12 @@ class Runtime:
             "resetPeakHostMemoryStats": _nothing,
             "resetAccumulatedHostMemoryStats": _nothing,
             "memorySnapshot": lambda pool=None, *more: self._rig.snapshot(),
-            "record_memory_history": _nothing,
+            "record_memory_history": self._rig.record_history,
+            "record_memory_history_legacy": lambda enabled, *rest: self._rig.record_history(
+                "all" if enabled else None
+            ),
             "setMemoryFraction": self._set_fraction,
-            "getMemoryFraction": lambda device: self._allocator(device).fraction or 1.0,
+            "getMemoryFraction": self._fraction,
         }
         accelerator = {
             "getAccelerator": lambda: torch.device("cuda"),
@@ -135,6 +138,10 @@ class Runtime:
 
     def _mem_get_info(self, device=None) -> tuple[int, int]:
         return self._memory_info(torch.cuda._utils._get_device_index(device, optional=True))
+
+    def _fraction(self, device: int) -> float:
+        fraction = self._allocator(device).fraction
+        return 1.0 if fraction is None else fraction
 
     def _set_fraction(self, fraction: float, device: int):
         self._allocator(device).fraction = fraction

@@ -5,7 +5,6 @@ import os
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -16,6 +15,7 @@ from simgpu.allocator import Allocator
 from simgpu.catalog import Card
 from simgpu.device import observe, on_card
 from simgpu.expandable import ExpandableAllocator
+from simgpu.history import is_below_operators
 from simgpu.host import Host
 from simgpu.intercept import simulated_torch
 from simgpu.loading import simulated_loading
@@ -53,16 +53,6 @@ def read_alloc_conf(text: str) -> tuple[type[Allocator], dict]:
 
 
 _RULES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
-_HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
-_BELOW = tuple(
-    str(_TORCH / name)
-    for name in ("_subclasses", "_dynamo", "_compile.py", "_ops.py", "utils/_stats.py")
-)
-
-
-def _is_below_operators(file: str) -> bool:
-    """Whether a file's functions run below an operator of PyTorch on simulated cards alone."""
-    return Path(file).parent == _HERE or file.startswith(_BELOW)
 
 
 class SimulatedRig(Rig):
@@ -138,7 +128,7 @@ class SimulatedRig(Rig):
     def unmodelled(self) -> dict[str, int | None]:
         """Operators that ran and whose scratch memory is not modelled: at most so many bytes at a
         time, None where no bound is known."""
-        return dict(getattr(self._accounting, "unmodelled", {}))
+        return dict(self._accounting.unmodelled)
 
     @property
     def exact(self) -> bool:
@@ -154,11 +144,11 @@ class SimulatedRig(Rig):
         before = observe(self._observe, self.numbers)
         stack.callback(lambda: observe(*before))
 
-    def _observe(self, operator, results: list, arguments: tuple):
+    def _observe(self, operator, results: list, arguments: tuple, keywords: dict):
         self.host.observe(results, arguments)
         results = [tensor for tensor in results if on_card(tensor)]
         if results:
-            self._accounting.observe(operator, results, arguments)
+            self._accounting.observe(operator, results, arguments, keywords)
 
     def memory(self) -> list[CardMemory]:
         return [
@@ -217,7 +207,7 @@ class SimulatedRig(Rig):
         place = error.__traceback__
         while place is not None:
             below = place.tb_next
-            while below is not None and _is_below_operators(below.tb_frame.f_code.co_filename):
+            while below is not None and is_below_operators(below.tb_frame.f_code.co_filename):
                 below = below.tb_next
             place.tb_next, place = below, below
 
@@ -233,9 +223,22 @@ class SimulatedRig(Rig):
         """
         self._accounting.repeat(step, count)
 
+    def note_unmodelled(self, operator: str, bound_bytes: int | None):
+        """Count an operator that takes memory by no known rule, at most so much."""
+        self._accounting.unmodelled.note(operator, bound_bytes)
+
+    @property
+    def exactness(self) -> str:
+        """ "exact", or "not exact: ..." with what is not, of everything since the rig was made."""
+        return str(self._accounting.unmodelled)
+
     def snapshot(self) -> dict:
         """Every segment and block, as ``torch.cuda.memory._snapshot`` gives them."""
         return self._accounting.snapshot()
+
+    def record_history(self, *arguments):
+        """As ``torch._C._cuda_record_memory_history``: what ``snapshot`` tells of the past."""
+        self._accounting.history.record(*arguments)
 
     def release_workspaces(self):
         """Free what matrix products keep on the cards for the next one."""

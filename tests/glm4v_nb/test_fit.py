@@ -277,6 +277,8 @@ def test_an_impossible_workload_is_refused(sizes, message):
             "gives no place to language_model.embed_tokens.weight",
         ),
         ({"device_map": {}}, "gives no place to vision_tower"),
+        ({"device_map": {"lm_head.weight": 0}}, "names 'lm_head.weight'.*Did you mean 'lm_head'"),
+        ({"device_map": {"transformer.visio": 0}}, "names 'transformer.visio', which the model"),
         ({"device_map": {"": 0, "lm_head": 0}}, 'Give "" alone'),
         (
             {"device_map": {"vision_tower": 0, "vision_tower.conv": "cpu"}},
@@ -291,6 +293,16 @@ def test_an_impossible_workload_is_refused(sizes, message):
 def test_wrong_arguments_are_refused_before_anything_runs(arguments, message):
     with pytest.raises(ValueError, match=message):
         fit(**arguments)
+
+
+def test_a_device_map_may_have_official_names_and_each_module_one_place():
+    official = {"transformer.vision": 1, "transformer.encoder": 0, "transformer.embedding": 0}
+    official |= {"transformer.rotary_pos_emb": 0, "transformer.output_layer": 0}
+    deployment = Deployment(count=2, device_map=official)
+    deployment.check(SHORT)
+    assert deployment.device_map["vision_tower"] == 1
+    with pytest.raises(ValueError, match="'lm_head' here, which has 0 already, and 1 is another"):
+        Deployment(device_map=official | {"lm_head": 1})
 
 
 def test_a_device_map_is_read_from_a_name_an_object_or_a_file(tmp_path):

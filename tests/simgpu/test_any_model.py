@@ -64,6 +64,23 @@ def test_a_llama_loads_over_two_cards_and_takes_the_bytes_of_its_weights(loader,
     assert [stage.name for stage in rig.stages] == ["load"]
 
 
+def test_a_model_with_a_loader_of_its_own_may_be_written_inside_the_block(tmp_path):
+    source = directory_of(LlamaConfig(**SMALL), tmp_path)
+    rig = Rig.simulated("L4")
+    with rig:
+
+        class Careful(LlamaForCausalLM):
+            @classmethod
+            def from_pretrained(cls, directory, **options):
+                if directory:  # not the simulator's own call, which brings the tensors
+                    raise FileNotFoundError(f"{directory} holds no weights")
+                return super().from_pretrained(directory, **options)
+
+        assert Careful.from_pretrained(source, device_map={"": 0}).device.index == 0
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        Careful.from_pretrained(source)
+
+
 def test_a_llama_runs_and_trains_on_a_rig(tmp_path):
     source = directory_of(LlamaConfig(**SMALL), tmp_path)
     rig = Rig.simulated("L4", 2)
@@ -96,6 +113,14 @@ def test_experts_are_merged_as_the_loader_does_it(tmp_path):
     with rig:
         model = AutoModelForCausalLM.from_pretrained(source, device_map={"": 0})
     assert rig.memory()[0].allocated_bytes == bytes_of([*model.parameters(), *model.buffers()])
+
+
+def test_a_card_that_is_full_while_experts_are_merged_is_out_of_memory(tmp_path):
+    sizes = SMALL | {"intermediate_size": 2**16, "num_hidden_layers": 1}
+    source = directory_of(MixtralConfig(**sizes, num_local_experts=8), tmp_path)
+    with Rig.simulated("L4"), pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        torch.cuda.set_per_process_memory_fraction(0.05)
+        AutoModelForCausalLM.from_pretrained(source, device_map={"": 0})
 
 
 def test_numbers_that_are_not_floating_keep_their_type(tmp_path):
