@@ -13,7 +13,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from simgpu import autocast, readout, streams
-from simgpu.device import as_card, backward_error, cuda_taken_over, current, fake_mode, on_card
+from simgpu.device import as_card, cuda_taken_over, current, fake_mode, on_card, prepare_backward
+from simgpu.engine import backward_error
 from simgpu.operators import attention, convolution
 from simgpu.replacing import instead_of, refusing
 from simgpu.runtime import Runtime
@@ -149,6 +150,7 @@ def _from_data_of(original, self, *args, device=None, **kwargs):
 
 
 def _backward(rig, original, *args, **kwargs):
+    prepare_backward()
     try:
         with rig.backward_pass():
             return original(*args, **kwargs)

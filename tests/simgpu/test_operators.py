@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from glm4v_nb.training import flop_counter
 from simgpu import Rig, find_card
 from simgpu.addresses import FIRST_REGION, SET_OFF, TOP, AddressSpace
-from simgpu.in_place import IN_PLACE
+from simgpu.engine import IN_PLACE
 from simgpu.operators import DECODE_KERNELS, DECODE_SIZES, LONG_DECODE, scratch_bytes
 
 H100 = find_card("H100")
