@@ -175,10 +175,3 @@ def _laid_out_as(query: torch.Tensor, width: int) -> torch.Tensor:
     shape = (*query.shape[:3], width)
     empty = torch.empty([shape[dim] for dim in order], dtype=query.dtype, device=query.device)
     return empty.permute([order.index(dim) for dim in range(4)])
-
-
-def rms_norm(rig, original, input, normalized_shape, weight=None, eps=None):
-    """CUDA has one kernel for it; on other devices torch takes it apart."""
-    if not on_card(input):
-        return original(input, normalized_shape, weight, eps)
-    return _ATEN._fused_rms_norm(input, normalized_shape, weight, eps)[0]

@@ -5,7 +5,7 @@ tensors: every operator runs its shape rules and no arithmetic. Two kernels are 
 factory functions and copies to a device start by making an empty tensor; everything after that
 dispatches on the fake tensor itself.
 
-PyTorch refuses to name such a backend "cuda". So it is "simcuda" inside PyTorch and while an
+PyTorch refuses to name such a backend "cuda". So it has another name inside PyTorch and while an
 operator runs, and everybody else is told "cuda:N" by a tensor's ``device``; what is made on "cuda"
 arrives at the same two kernels, in every thread.
 
@@ -44,7 +44,7 @@ from torch.utils import _pytree, backend_registration
 
 from simgpu import convolution
 from simgpu.catalog import MAX_CARDS
-from simgpu.in_place import IN_PLACE, try_engine
+from simgpu.engine import IN_PLACE, Guard, explain_real_failures, try_engine
 from simgpu.numbers import Numbers, keep, may_know, refuse_lost
 from simgpu.rules import (
     NOT_DENSE,
@@ -58,7 +58,8 @@ from simgpu.rules import (
 )
 
 _BUILT_WITH_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")
-DEVICE_TYPE = "simcuda"
+# Without a name of its own it leaves PyTorch's engine to CUDA for as long as can be (``engine``).
+DEVICE_TYPE = "privateuseone" if _BUILT_WITH_CUDA else "simcuda"
 # Called after every operator with its overload, its results on cards and CPU, and its arguments.
 Observer = Callable[[object, list[FakeTensor], tuple, dict], None]
 _observer: Observer | None = None
@@ -78,31 +79,6 @@ class _BackendModule(backend_registration._DummyBackendModule):
     # Without this, gradient checkpointing fails inside a C++ hook and aborts the process.
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
-
-
-class _Guard(backend_registration._DummyDeviceGuard):
-    """Tells PyTorch the type of the device.
-
-    PyTorch also asks on its way out of a backward pass in which a hook has failed, while Python's
-    error is still set. An error that is set fails any call, which C++ cannot have there: the
-    process would end. So the error is taken here, and ``backward_error`` gives it back.
-    """
-
-    def type_(self):
-        try:
-            # Not a plain call, which Python makes quick by asking for no error.
-            _anything(*())
-        except SystemError as error:
-            _taken.error = error.__cause__
-        return torch._C._autograd.DeviceType.PrivateUse1
-
-
-_anything, _taken = object, threading.local()
-
-
-def backward_error(error: SystemError) -> BaseException:
-    """What ended a backward pass, from the error that PyTorch raised for want of it."""
-    return _taken.__dict__.pop("error", None) or error
 
 
 class _ObservedFakeMode(FakeTensorMode):
@@ -254,7 +230,8 @@ def _tensors_made(output) -> list[FakeTensor]:
 
 
 _mode: _ObservedFakeMode | None = None
-_registering = threading.Lock()
+_goes_back = False  # whether the engine is ready for it
+_registering = threading.RLock()
 _libraries: list[torch.library.Library] = []  # what is registered lives as long as these
 _PYTHON_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
 _PYTHON_KEYS |= torch._C.DispatchKeySet(torch._C.DispatchKey.PythonTLSSnapshot)
@@ -267,8 +244,9 @@ def fake_mode() -> FakeTensorMode:
     global _mode
     with _registering:
         if _mode is None:
+            name = None if _BUILT_WITH_CUDA else DEVICE_TYPE
             backend_registration._setup_privateuseone_for_python_backend(
-                DEVICE_TYPE, backend_module=_BackendModule(), device_guard=_Guard()
+                name, backend_module=_BackendModule(), device_guard=Guard()
             )
             library = torch.library.Library("aten", "IMPL")
             # PyTorch without CUDA has no kernels of these for it.
@@ -293,7 +271,10 @@ def fake_mode() -> FakeTensorMode:
             FakeTensor.is_cuda = property(on_card)
             FakeTensor.known = None  # by default, of ``numbers``
             _mode = _ObservedFakeMode()
-            try_engine(_mode, DEVICE_TYPE)
+            if _BUILT_WITH_CUDA:
+                explain_real_failures()
+            else:
+                prepare_backward()
     return _mode
 
 
@@ -315,6 +296,17 @@ def cuda_taken_over():
         yield
     finally:
         library._destroy()
+
+
+def prepare_backward():
+    """To be called before a backward pass on simulated cards."""
+    global _goes_back
+    if not _goes_back:
+        _goes_back, before = True, observe(None)
+        try:
+            try_engine(_mode, DEVICE_TYPE)
+        finally:
+            observe(*before)
 
 
 def _never_called(*arguments):

@@ -13,19 +13,22 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from simgpu import autocast, readout, streams
-from simgpu.attention import attention, rms_norm
-from simgpu.device import as_card, backward_error, cuda_taken_over, current, fake_mode, on_card
+from simgpu.attention import attention
+from simgpu.composites import linear, rms_norm
+from simgpu.device import as_card, cuda_taken_over, current, fake_mode, on_card, prepare_backward
+from simgpu.engine import backward_error
 from simgpu.recurrent import KINDS, flatten_parameters, recurrent
 from simgpu.replacing import instead_of, refusing
 from simgpu.runtime import Runtime
 
 # Taken here and not when a block begins: the machine itself may be simulated, in tests.
 _ROUTES = {
-    "scaled_dot_product_attention": (
-        autocast.in_lower_precision(attention),
-        functional.scaled_dot_product_attention,
-    ),
-    "rms_norm": (rms_norm, functional.rms_norm),
+    name: (route, getattr(functional, name))
+    for name, route in (
+        ("scaled_dot_product_attention", autocast.in_lower_precision(attention)),
+        ("linear", autocast.in_lower_precision(linear)),
+        ("rms_norm", rms_norm),
+    )
 }
 _DATA = torch.Tensor.data
 _OUTSIDE = "do it outside the `with` block, on the CPU, or use a real device."
@@ -157,6 +160,7 @@ def _from_data_of(original, self, *args, device=None, **kwargs):
 
 
 def _backward(rig, original, *args, **kwargs):
+    prepare_backward()
     try:
         with rig.backward_pass():
             return original(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""cuBLAS's workspaces, the memory of kernels that are loaded on first use, and the order of results.
+"""cuBLAS's workspaces, kernels that are loaded on first use, and the order of results.
 
 Read off traces of PyTorch's allocator on H100 and H200 (torch 2.11, 2026-11-25 and -26;
 ``benchmarks/memory.py --trace``).

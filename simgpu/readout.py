@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-from simgpu.device import on_card
+from simgpu.device import DEVICE_TYPE, on_card
 from simgpu.numbers import numbers_of
 from simgpu.replacing import instead_of
 
@@ -86,7 +86,7 @@ def _repr(original, self, **options) -> str:
 
 def _type(original, self, dtype=None, non_blocking: bool = False, **options):
     if dtype is None:
-        return original(self).replace(".simcuda.", ".cuda.")
+        return original(self).replace(f".{DEVICE_TYPE}.", ".cuda.")
     return original(self, dtype, non_blocking, **options)
 
 

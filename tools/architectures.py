@@ -158,7 +158,8 @@ def run(model_class, config, device: str, dtype: str, note):
     if cache is not None and "past_key_values" in inspect.signature(model.forward).parameters:
         note("decode")
         answer = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
-        rest = {name: each for name, each in given.items() if not name.endswith("_ids")}
+        of_prompt = {answer, "mm_token_type_ids"}
+        rest = {name: each for name, each in given.items() if name not in of_prompt}
         one = torch.full((BATCH, 1), 5).to(device)
         with torch.no_grad():
             model(**rest, **{answer: one}, past_key_values=cache, use_cache=True)
