@@ -12,7 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from simgpu import streams
-from simgpu.attention import attention, rms_norm
+from simgpu.attention import attention, linear, rms_norm
 from simgpu.device import (
     DEVICE_TYPE,
     as_card,
@@ -29,6 +29,7 @@ from simgpu.runtime import Runtime
 _ROUTES = {
     "scaled_dot_product_attention": (attention, functional.scaled_dot_product_attention),
     "rms_norm": (rms_norm, functional.rms_norm),
+    "linear": (linear, functional.linear),
 }
 _DATA = torch.Tensor.data
 _MAKE_FROM_DATA = ("tensor", "as_tensor", "asarray")
