@@ -228,7 +228,7 @@ def _efficient_backward(a, results, card):
     product = [a["out"].nbytes, sums, sums] if query.dtype is torch.float32 else []
     gradient = a["grad_out_"]
     moved = [] if gradient.transpose(1, 2).is_contiguous() else [gradient.nbytes]
-    return [Early(moved), product, sums, workspace + 128 * batch * heads]
+    return [Early(moved), product, sums, workspace + sums // 16]
 
 
 def _efficient_forward(a, results, card):
