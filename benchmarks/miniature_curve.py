@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from glm4v_nb.plots.style import COLOURS, finish, styled
+from simgpu.plots.style import COLOURS, finish, styled
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -11,6 +11,7 @@ their stages down.
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from itertools import zip_longest
@@ -64,11 +65,15 @@ def cache():
 
     repository = Path(HF_HUB_CACHE) / REPOSITORY
     snapshot = repository / "snapshots" / COMMIT
-    if snapshot.parent.exists():
+    if repository.exists():
         sys.exit(f"error: {repository} exists already; nothing was written")
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT, encoding="utf-8")
-    write_checkpoint(str(snapshot))
+    try:
+        write_checkpoint(str(snapshot))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+    except BaseException:  # a full disk, Ctrl-C: half a checkpoint would be loaded, or in the way
+        shutil.rmtree(repository, ignore_errors=True)
+        raise
 
 
 def run(number: str, parameters: dict[str, str], executed: str) -> dict:

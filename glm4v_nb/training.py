@@ -1,6 +1,5 @@
-"""A training step: the weights it changes, forward, backward, the optimiser's first update."""
+"""Training the model: a step, batches for ``Trainer``, and how many operations a step takes."""
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -9,55 +8,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from glm4v_nb.model.configuration import GLM4VConfig
 from glm4v_nb.model.splicing import IGNORED_LABEL, expand_image_positions
+from simgpu.training import enable_gradient_checkpointing, first_update, trained_parameters
 
-TRAINED = ("everything", "decoder", "lora")
-OPTIMIZERS = ("", "adamw")
-# Usual for adapters of this size of model; rank 16 on two projections of 40 layers is 8.5 million
-# weights.
-_LORA = {"r": 16, "target_modules": ["q_proj", "v_proj"]}
-
-
-def trained_parameters(model, trained: str = "everything") -> list[torch.nn.Parameter]:
-    """Let a step change these weights and no others, and return them.
-
-    "lora" adds adapters to the model for good, with the peft library.
-
-    Raises:
-        ValueError: not one of ``TRAINED``.
-        ImportError: "lora" without peft installed.
-    """
-    if trained not in TRAINED:
-        raise ValueError(f"trained is {trained!r}; expected one of {', '.join(TRAINED)}.")
-    model.requires_grad_(True)
-    model.vision_tower.requires_grad_(trained == "everything")
-    if trained == "lora":
-        _add_adapters(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _add_adapters(model):
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        needs = "LoRA needs the peft library, which is not installed."
-        raise ImportError(f"{needs} Run: pip install peft") from error
-    if hasattr(model, "peft_config"):
-        return
-    with warnings.catch_warnings():
-        # peft asks for a property that transformers 5.23 has renamed.
-        message = ".*is_gradient_checkpointing"
-        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
-        get_peft_model(model, LoraConfig(**_LORA))
-    # Or checkpointing would see no input with a gradient, and none would reach the adapters.
-    model.enable_input_require_grads()
-
-
-def enable_gradient_checkpointing(model):
-    """Recompute activations in the backward pass; transformers 5.23 renamed the method for it."""
-    renamed = getattr(model, "activation_checkpointing_enable", None)
-    (renamed or model.gradient_checkpointing_enable)()
+__all__ = [
+    "ExpandingCollator",
+    "enable_gradient_checkpointing",
+    "first_update",
+    "flop_counter",
+    "train_step",
+    "trained_parameters",
+]
 
 
 def train_step(model, prompt: dict[str, torch.Tensor], gradient_checkpointing: bool = False):
@@ -106,14 +66,6 @@ class ExpandingCollator:
         images = [torch.as_tensor(row["pixel_values"]) for row in rows if "pixel_values" in row]
         prompt = expand_image_positions(self.config, ids, mask, None, labels, len(images))
         return vars(prompt) | ({"pixel_values": torch.stack(images)} if images else {})
-
-
-def first_update(parameters: list[torch.nn.Parameter], **options) -> torch.optim.Optimizer:
-    """The first update of a new ``torch.optim.AdamW``, which makes its two numbers for every
-    weight; ``options`` are its own, as ``foreach=False`` to update one weight after the other."""
-    optimizer = torch.optim.AdamW(parameters, **options)
-    optimizer.step()
-    return optimizer
 
 
 def flop_counter() -> FlopCounterMode:

@@ -1,8 +1,7 @@
 """The two halves of inference on prompts of a given size; the same on real and simulated cards.
 
-``generate`` looks at the values of tokens and cannot run where tensors have none. These functions
-take the same steps (one prefill over the whole prompt, then one position at a time) without
-looking.
+These functions take the steps of ``generate`` (one prefill over the whole prompt, then one position
+at a time) without looking at the values of tokens, which simulated cards do not have.
 """
 
 from dataclasses import dataclass
@@ -11,79 +10,55 @@ import torch
 
 from glm4v_nb.model.configuration import GLM4VConfig
 from glm4v_nb.model.splicing import expand_image_positions
-from glm4v_nb.placement import input_device
-from glm4v_nb.training import OPTIMIZERS, TRAINED
-
-# Beyond any card: of so many samples the logits of one position alone take 300 GB.
-MOST_SAMPLES = 2**20
+from simgpu.placement import input_device
+from simgpu.recipes import Recipe
+from simgpu.workload import Workload as AnyWorkload
 
 
 @dataclass(frozen=True)
-class Workload:
-    """Sizes of a run; ValueError for one that cannot be run.
+class Workload(AnyWorkload):
+    """As ``simgpu.workload.Workload``, by default an image and an answer of 128 tokens.
 
-    ``text_tokens`` counts prompt tokens per sample without the image's positions (1602 at full
-    size); ``images`` is per sample, 0 or 1, which is what the model takes. With ``train`` it is one
-    training step: ``trained`` names the weights it changes ("everything", "decoder" for all but the
-    image tower, "lora" for small matrices added to the decoder's attention), ``optimizer`` the one
-    whose first update follows the backward pass ("" for none, "adamw").
+    An image takes 1602 positions at full size; a sample has 0 or 1, which is what the model takes.
     """
 
-    batch_size: int = 1
     images: int = 1
-    text_tokens: int = 32
     new_tokens: int = 128
-    train: bool = False
-    gradient_checkpointing: bool = False
-    trained: str = "everything"
-    optimizer: str = ""
 
     def __post_init__(self):
-        smallest = {"batch_size": 1, "text_tokens": 1, "new_tokens": 0, "images": 0}
-        for name, least in smallest.items():
-            size, expected = getattr(self, name), f"expected a whole number of at least {least}."
-            if not isinstance(size, int) or isinstance(size, bool) or size < least:
-                raise ValueError(f"{name} is {size!r}; {expected}")
-        if self.batch_size > MOST_SAMPLES:
-            raise ValueError(
-                f"batch_size is {self.batch_size}; expected at most {MOST_SAMPLES}, which is more"
-                " than any card holds. Lower it; fit --limits finds the largest that fits."
-            )
+        super().__post_init__()
         if self.images > 1:
             raise ValueError(
                 f"images is {self.images}; GLM-4V-9B takes at most one image per sample. For"
                 " several images use a larger batch_size."
             )
-        if self.gradient_checkpointing and not self.train:
-            raise ValueError(
-                "gradient_checkpointing saves memory of the backward pass and does nothing in"
-                " inference. Set train as well, or leave it out."
-            )
-        for name, expected in (("trained", TRAINED), ("optimizer", OPTIMIZERS)):
-            choice = getattr(self, name)
-            if choice not in expected:
-                choices = ", ".join(map(repr, expected))
-                raise ValueError(f"{name} is {choice!r}; expected one of {choices}.")
-            if choice != expected[0] and not self.train:
-                advice = "Set train as well, or leave it out."
-                raise ValueError(f"{name} is {choice!r}, which is for training. {advice}")
 
 
-def check_context(workload: Workload, config: GLM4VConfig):
-    """Raises ValueError where the prompt, or the answer alone, exceeds the model's context."""
-    image_positions = workload.images * config.vision_config.image_tokens
-    positions = workload.text_tokens + image_positions
-    if positions > config.seq_length:
-        image = f" ({image_positions} of them the image)" if workload.images else ""
-        raise ValueError(
-            f"The prompt takes {positions} positions{image}, but the model's context is"
-            f" {config.seq_length}. Lower text_tokens."
-        )
-    if workload.new_tokens > config.seq_length:
-        raise ValueError(
-            f"new_tokens is {workload.new_tokens}, but the model's whole context is"
-            f" {config.seq_length}. Lower new_tokens."
-        )
+class GLM4VRecipe(Recipe):
+    """How ``fit`` asks this model: as ``make_prompt``, ``prefill`` and ``decode`` do."""
+
+    loader = "AutoModelForCausalLM"
+    import_lines = (
+        "from transformers import AutoModelForCausalLM\n\n"
+        "import glm4v_nb  # teaches transformers the model"
+    )
+
+    def __init__(self, config: GLM4VConfig):
+        super().__init__(config)
+        self.context = config.seq_length
+
+    @property
+    def image_positions(self) -> int:
+        return self.config.vision_config.image_tokens
+
+    def workload(self, **sizes) -> Workload:
+        return Workload(**{name: size for name, size in sizes.items() if size is not None})
+
+    def prompt(self, model, workload: Workload) -> dict[str, torch.Tensor]:
+        return make_prompt(model, workload)
+
+    def decode(self, rig, model, prompt, outputs, new_tokens: int):
+        decode(rig, model, prompt, outputs, new_tokens)
 
 
 def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:

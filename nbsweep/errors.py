@@ -55,7 +55,7 @@ def explain(name: str, message: str, traceback: str) -> dict:
 
 def group_leaves(traceback: str) -> list[str]:
     """The exceptions in a group that are no groups themselves, each in one line, from the traceback
-    that Python prints of it: of the first 15 at each level."""
+    that Python prints of it: of the first 15 at each of 10 levels, and a few words for the rest."""
     _, _, text = traceback.rpartition("Exception Group Traceback")
     _, *parts = _MEMBER.split(text)
     leaves = []
@@ -65,6 +65,8 @@ def group_leaves(traceback: str) -> list[str]:
         told = _CHAINED.split(member)[-1]  # what it was caused by stands before it
         if not deeper and (found := _TYPE.search(told)):
             leaves.append(one_line(found[1], told[found.end() :]))
+        elif not deeper:  # "and 5 more exceptions", "... (max_group_depth is 10)"
+            leaves.append(" ".join(told.split()))
     return leaves
 
 

@@ -20,6 +20,9 @@ _HOMES = {
     "Rig": "rig",
     "Stage": "rig",
     "HostMemory": "host",
+    "Estimate": "estimation",
+    "estimate": "estimation",
+    "fit": "fitting",
 }
 __all__ = [*_HOMES]
 

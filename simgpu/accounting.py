@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
@@ -13,11 +13,12 @@ from simgpu import memory_stats, operators, scratch
 from simgpu.allocator import Allocator, Block
 from simgpu.catalog import Card
 from simgpu.device import check_ordinal, on_card
+from simgpu.history import History
 from simgpu.purposes import ACTIVATIONS, WORKSPACE
 from simgpu.replay import Event, Replay
 
 
-@dataclass
+@dataclass(eq=False)
 class Allocation:
     """What one storage takes of a card, where it came from and what it is for."""
 
@@ -30,6 +31,7 @@ class Allocation:
     purpose: str  # of those in ``purposes``
     serial: int  # counts allocations of this process
     places: list[Block] = field(repr=False)  # what the allocator gave; several after a replay
+    caller: object = None  # who made it, where somebody wants to know
 
 
 class Accounting:
@@ -38,15 +40,19 @@ class Accounting:
     The first matrix product on a card takes cuBLAS's workspace and loads its kernels; the first of
     a backward pass, which PyTorch runs in a thread of its own, takes a workspace once more.
 
-    ``allocators`` are one per card, ``card`` is what all of them are. ``stage`` is written on what
-    is allocated; ``at_failure`` is what was on each card when memory ran out last, ``unmodelled``
-    the operators that may have taken memory besides.
+    ``allocators`` are one per card of ``cards``. ``stage`` is written on what is allocated, and
+    what ``caller`` gives; ``at_failure`` is what was on each card when memory ran out last,
+    ``history`` what the allocators have done, ``unmodelled`` the operators that may have taken
+    memory besides.
     """
 
-    def __init__(self, allocators: list[Allocator], card: Card):
-        self.allocators, self.card, self.stage = allocators, card, "other"
+    def __init__(self, allocators: list[Allocator], cards: list[Card]):
+        self.allocators, self.cards, self.stage = allocators, cards, "other"
+        self.caller: Callable[[], object] = lambda: None
+        self._passing: list[Allocation] = []  # what is being released, or there for a moment
         self.at_failure: list[list[Allocation]] = []
-        self.unmodelled = scratch.Unmodelled()
+        self.failures: list[str] = []  # the messages of all out-of-memory errors
+        self.history, self.unmodelled = History(allocators), scratch.Unmodelled()
         self._purpose = ACTIVATIONS
         self._live: dict[int, Allocation] = {}  # by address of the storage
         self._references: dict[int, weakref.ref] = {}
@@ -65,8 +71,8 @@ class Accounting:
         """
         try:
             self._charge(operator, results, *arguments)
-        except torch.OutOfMemoryError:
-            self._remember_failure()
+        except torch.OutOfMemoryError as error:
+            self._remember_failure(error)
             raise
 
     def backward_pass(self):
@@ -87,7 +93,7 @@ class Accounting:
 
     def _charge(self, operator, results: list[torch.Tensor], args: tuple, kwargs: dict):
         name, card = operator._schema.name, results[0].device.index
-        taken = scratch.scratch(operator, args, kwargs, results, self.card)
+        taken = scratch.scratch(operator, args, kwargs, results, self.cards[card])
         if taken is None or name in scratch.ESTIMATED:
             bound = scratch.bound_bytes(operator, args, kwargs, results)
             self.unmodelled.note(name.removeprefix("aten::"), bound)
@@ -100,7 +106,8 @@ class Accounting:
         if name == "aten::rsqrt":
             self._load_kernels(card, "normalisation", operators.NORM_KERNELS, 0)
         if name in operators.MATRIX_PRODUCTS:
-            self._charge_workspace("cuBLAS workspace", card, self.card.cublas_workspace_bytes)
+            size = self.cards[card].cublas_workspace_bytes
+            self._charge_workspace("cuBLAS workspace", card, size)
             if name in operators.WITH_BIAS:
                 self._charge_workspace(
                     "cublasLt workspace", card, operators.CUBLASLT_WORKSPACE_BYTES
@@ -124,11 +131,15 @@ class Accounting:
         everything = (*self._live.values(), *self._workspaces.values())
         return sorted((each for each in everything if each.card == card), key=lambda e: -e.bytes)
 
+    def everything(self) -> list[Allocation]:
+        """What is on all cards, and what is just being released; quick, as it is asked often."""
+        return [*self._live.values(), *self._workspaces.values(), *self._passing]
+
     def snapshot(self) -> dict:
         """Every segment and block, as ``torch.cuda.memory._snapshot`` gives them."""
         everything = (*self._live.values(), *self._workspaces.values())
         live = [(one.card, place, one.operator) for one in everything for place in one.places]
-        return memory_stats.snapshot(self.allocators, live)
+        return memory_stats.snapshot(self.allocators, live, self.history)
 
     def repeat(self, step, count: int):
         """As ``SimulatedRig.repeat``: run two steps and replay the rest, if they allocate alike."""
@@ -144,11 +155,12 @@ class Accounting:
             return
         try:
             Replay(*recorded, self._live.values(), self.allocators).run(count - 2)
-        except torch.OutOfMemoryError:
-            self._remember_failure()
+        except torch.OutOfMemoryError as error:
+            self._remember_failure(error)
             raise
 
-    def _remember_failure(self):
+    def _remember_failure(self, error: torch.OutOfMemoryError):
+        self.failures.append(str(error))
         self.at_failure = [self.blocks(index) for index in range(len(self.allocators))]
 
     def _record(self, step) -> list[Event]:
@@ -159,7 +171,9 @@ class Accounting:
     def _release(self, key: int):
         self._references.pop(key, None)
         if gone := self._live.pop(key, None):
+            self._passing.append(gone)
             self._free(gone)
+            self._passing.remove(gone)
             self._note(False, gone.card, gone.bytes, gone.serial)
 
     def _note(self, *event):
@@ -169,7 +183,8 @@ class Accounting:
     def _allocate(self, card: int, size: int, *description) -> Allocation:
         """``description``: shape, dtype, operator, stage and purpose."""
         place = self._allocator(card).allocate(size)
-        return Allocation(card, place.size, *description, next(self._serials), [place])
+        serial = next(self._serials)
+        return Allocation(card, place.size, *description, serial, [place], self.caller())
 
     def _free(self, allocation: Allocation):
         for place in allocation.places:
@@ -179,30 +194,34 @@ class Accounting:
     def _taken(self, card: int, sizes: list):
         """Take blocks until the block ends, as a kernel does with its scratch; a list among the
         sizes is taken and given back before what follows."""
-        allocator, taken = self._allocator(card), []
+        taken: list[tuple[Allocation, int]] = []
         try:
             for size in sizes:
                 if isinstance(size, list):
                     with self._taken(card, size):
                         pass
-                else:
-                    taken.append((allocator.allocate(size), size, next(self._serials)))
-                    self._note(True, card, *taken[-1][1:])
+                    continue
+                origin = ("scratch", self.stage, WORKSPACE)
+                one = self._allocate(card, size, (size,), torch.uint8, *origin)
+                taken.append((one, size))
+                self._passing.append(one)
+                self._note(True, card, size, one.serial)
             yield
         finally:
-            for place, *event in reversed(taken):
-                allocator.free(place)
-                self._note(False, card, *event)
+            for one, size in reversed(taken):
+                self._free(one)
+                self._passing.remove(one)
+                self._note(False, card, size, one.serial)
 
     def _charge_workspace(self, name: str, card: int, size: int):
         key = (name, card, self._in_backward_pass)
         if key in self._workspaces:
             return
         self._load_kernels(
-            card, "matrix products", operators.CUBLAS_KERNELS, self.card.kernel_bytes
+            card, "matrix products", operators.CUBLAS_KERNELS, self.cards[card].kernel_bytes
         )
         if self._in_backward_pass:
-            self._load_kernels(card, "backward", (), self.card.backward_kernel_bytes)
+            self._load_kernels(card, "backward", (), self.cards[card].backward_kernel_bytes)
         origin = (name, "workspace", WORKSPACE)
         self._workspaces[key] = self._allocate(card, size, (size,), torch.uint8, *origin)
 
@@ -214,7 +233,7 @@ class Accounting:
         for size in pieces:
             self._allocator(card).addresses.take(size)
         # Of other cards all kernels are in the context from the beginning.
-        if self.card.kernel_bytes:
+        if self.cards[card].kernel_bytes:
             self._allocator(card).context_bytes += grows_bytes
 
     def _load_decode_kernels(self, step: list[Event]):

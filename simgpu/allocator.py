@@ -85,6 +85,7 @@ class Allocator:
         max_split_bytes: ``max_split_size_mb``: larger blocks are not split, but given back.
         addresses: those of the process, which all its cards share; by default of this card alone.
             Expandable segments have a range of addresses each and take none of these.
+        capped: False gives more than the card has, to see what a run needs.
 
     Attributes:
         allocated, reserved: bytes in blocks that are handed out, and in segments, now; ``peak_``
@@ -93,6 +94,7 @@ class Allocator:
             (``num_alloc_retries``, ``num_ooms``).
         blocks, segments: what came and went, for ``memory_stats``.
         listeners: called before every allocation (False) and release (True) with this allocator.
+        trace: called with the card, an action of ``history``, an address and a size in bytes.
     """
 
     index: int
@@ -103,6 +105,7 @@ class Allocator:
     system_bytes: int = field(default=0, kw_only=True)
     max_split_bytes: int = field(default=UNLIMITED, kw_only=True)
     addresses: AddressSpace = field(default_factory=AddressSpace, kw_only=True, repr=False)
+    capped: bool = field(default=True, kw_only=True)
 
     def __post_init__(self):
         if self.max_split_bytes <= LEAST_MAX_SPLIT:
@@ -116,6 +119,7 @@ class Allocator:
         self.blocks = Log("allocation", "allocated_bytes", "requested_bytes")
         self.segments = Log("segment", "reserved_bytes")
         self.listeners: list[Callable[[Allocator, bool], None]] = []
+        self.trace: Callable[[int, str, int, int], None] | None = None
         # Free blocks of the large and the small pool (True), as best fit looks at them: by size,
         # then address.
         self._pools: dict[bool, list[tuple[int, int, Block]]] = {False: [], True: []}
@@ -133,7 +137,7 @@ class Allocator:
     @property
     def limit_bytes(self) -> int:
         """Most bytes PyTorch can reserve: the rest of the card, or the cap if that is less."""
-        return min(self.available_bytes, self.allowed_bytes)
+        return min(self.available_bytes, self.allowed_bytes) if self.capped else UNLIMITED
 
     @property
     def free_bytes(self) -> int:
@@ -159,10 +163,12 @@ class Allocator:
             block = self._new(size, small)
         if block is None:
             self.errors += 1
+            self._note("oom", self.free_bytes, segment_bytes(size))
             raise torch.OutOfMemoryError(self._message(segment_bytes(size)))
         if self._splits(size, block.size - size, small):
             self._insert(self._split(block, size))
         block.requested = size_bytes
+        self._note("alloc", block.address, size_bytes)
         self.blocks.append((small, block.size, size_bytes))
         if len(self.blocks) >= TOGETHER:
             self.blocks.count()
@@ -176,6 +182,8 @@ class Allocator:
             listener(self, True)
         self.blocks.append((block.small, -block.size, -block.requested))
         self.allocated -= block.size
+        for action in ("free_requested", "free_completed"):
+            self._note(action, block.address, block.requested)
         block.requested = 0
         self._merge(block)
         self._insert(block)
@@ -201,6 +209,10 @@ class Allocator:
     def cached(self) -> list[Block]:
         """The free blocks."""
         return [block for pool in self._pools.values() for *_, block in pool]
+
+    def _note(self, *event):
+        if self.trace is not None:
+            self.trace(self.index, *event)
 
     def _insert(self, block: Block):
         block.free = True
@@ -273,7 +285,9 @@ class Allocator:
         if self.reserved + wanted > self.limit_bytes:
             return None
         self._reserve(wanted, small)
-        return Block(self.addresses.take(wanted), wanted, small)
+        address = self.addresses.take(wanted)
+        self._note("segment_alloc", address, wanted)
+        return Block(address, wanted, small)
 
     def _reserve(self, size: int, small: bool):
         self.segments.append((small, size, 0))
@@ -284,6 +298,7 @@ class Allocator:
         self._remove(segment)
         self.segments.append((segment.small, -segment.size, 0))
         self.reserved -= segment.size
+        self._note("segment_free", segment.address, segment.size)
         self.addresses.give_back(segment.address)
 
     def _release_oversize(self, size: int, small: bool) -> bool:

@@ -192,6 +192,6 @@ def linear(rig, original, input, weight, bias=None):
     """Where rows do not lie one behind the other, PyTorch adds the bias in place, but not to
     tensors like these (aten/src/ATen/native/Linear.cpp)."""
     by_rows = input.ndim < 3 or (input.ndim == 3 and input.is_contiguous())
-    if bias is None or by_rows or not on_card(input) or torch.is_autocast_enabled("cuda"):
+    if bias is None or by_rows or not on_card(input):
         return original(input, weight, bias)
     return torch.matmul(input, weight.t()).add_(bias)

@@ -8,7 +8,7 @@ import torch
 from simgpu.catalog import Card, find_card
 from simgpu.loading import from_pretrained_replaced
 from simgpu.machine import MachineRig, measured_on
-from simgpu.rig import Rig
+from simgpu.rig import ASSUME, Rig, cards_of
 from simgpu.units import bytes_in_words
 
 
@@ -36,10 +36,10 @@ class CappedRig(MachineRig):
     nothing against card and count.
     """
 
-    def __init__(self, card: str = "L4", count: int = 1):
+    def __init__(self, card="L4", count: int = 1, assume: str = ASSUME[0]):
         super().__init__()
-        self.card = find_card(card)
-        self.cards = [self.card] * count
+        self.cards = cards_of(card, count)
+        self.card, count = self.cards[0], len(self.cards)
         # What PyTorch may reserve of each GPU that is larger than the card.
         self._fractions = {
             index: self.cap_bytes / _total(index)

@@ -55,8 +55,9 @@ class Card:
         kernel_bytes: what the context grows by with the first matrix product and attention; 0
             where only the sum is known, which then is ``context_bytes``.
         backward_kernel_bytes: the same of the first backward pass.
-        system_bytes: held by the driver for no process.
-        assumed: what is not known of a card that was given by its size, in words; else "".
+        system_bytes: held by the driver for no process, or by others' processes.
+        assumed: what is not known of a card that was given by its size, and what others use of it,
+            in words; else "".
     """
 
     key: str
@@ -139,13 +140,27 @@ def _spellings(card: Card) -> set[str]:
     return {key, key.removeprefix("rtx"), with_unit, _plain(card.device_name)}
 
 
-_WITH_SIZE = re.compile(r"(?:(\S.*?)[\s-]+)?(\d+(?:\.\d+)?)\s*([GM]i?B)", re.IGNORECASE)
+def with_free(card: Card, free_gib: float) -> Card:
+    """A card of which others have in use what is not free; ValueError if it cannot have so much."""
+    if not isinstance(free_gib, int | float) or not 0 < free_gib * GIB <= card.total_bytes:
+        raise ValueError(
+            f"free_gib is {free_gib!r}; expected more than 0 and at most the"
+            f" {card.total_bytes / GIB:.2f} GiB of {card.device_name}. Give what nvidia-smi shows."
+        )
+    used = max(card.system_bytes, card.total_bytes - int(free_gib * GIB))
+    remark = f"{card.key}: {free_gib:g} GiB free, the rest in use by others"
+    remarks = "; ".join(filter(None, (card.assumed, remark)))
+    return replace(card, system_bytes=used, assumed=remarks)
+
+
+_WITH_SIZE = re.compile(r"(?:(\S(?:.*?\S)??)(?:\s+|-))?(\d+(?:\.\d+)?)\s*([GM]i?B)", re.IGNORECASE)
 _BY_SPELLING = {spelling: card for card in CARDS.values() for spelling in _spellings(card)}
 
 
 def find_card(name: str | Card) -> Card:
-    """The card of this name. "rtx4090", "NVIDIA L4", "a100-80gb" and torch's own device names are
-    understood, and sizes of other cards: "20GiB", "My GPU 20GiB", "L4 48GiB". A card is itself.
+    """The card of this name. "rtx4090", "NVIDIA L4", "a100-80gb", "RTX 3060-12" and torch's own
+    device names are understood, and sizes of other cards: "20GiB", "My GPU 20GiB", "L4 48GiB". A
+    card is itself.
 
     Raises:
         ValueError: no such card, a name that fits several ("A100"), or an impossible size; the
@@ -159,6 +174,10 @@ def find_card(name: str | Card) -> Card:
     if plain and (sized := _WITH_SIZE.fullmatch(name.strip())):
         kind, number, unit = sized.groups()
         return _card_of_size(name.strip(), kind or "", float(number), unit.lower())
+    key, _, box = name.rpartition("-") if plain else ("", "", "")
+    if (card := _BY_SPELLING.get(_plain(key))) and re.fullmatch("[0-9]{1,4}", box):
+        if _is_on_its_box(int(box), card):
+            return card
     begun = [spelling for spelling in _BY_SPELLING if plain and spelling.startswith(plain)]
     close = begun or difflib.get_close_matches(plain, _BY_SPELLING, n=1)
     keys = list(dict.fromkeys(_BY_SPELLING[spelling].key for spelling in close))
@@ -172,6 +191,10 @@ def find_card(name: str | Card) -> Card:
     raise ValueError(f"card {name!r} {fault}. {accepted} {advice}")
 
 
+def _is_on_its_box(number: float, card: Card) -> bool:
+    return 0.9 * number * GIB < card.total_bytes < number * GIB
+
+
 def _card_of_size(name: str, kind: str, number: float, unit: str) -> Card:
     """A card that is not in the catalogue; else like the one called so, or the nearest in size of
     those that know bfloat16. "L4 24GB" is the L4: the size on its box."""
@@ -179,7 +202,7 @@ def _card_of_size(name: str, kind: str, number: float, unit: str) -> Card:
     if like is None:
         modern = [card for card in CARDS.values() if card.bf16_supported]
         like = min(modern, key=lambda card: abs(card.total_bytes - total_bytes))
-    elif unit == "gb" and 0.9 * number * GIB < like.total_bytes < number * GIB:
+    elif unit == "gb" and _is_on_its_box(number, like):
         return like
     if not like.outside_bytes < total_bytes <= MOST_BYTES:
         raise ValueError(

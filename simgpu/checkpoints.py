@@ -12,6 +12,7 @@ from pathlib import Path
 INDEX = "model.safetensors.index.json"
 _MOST_JSON_BYTES = 64 * 2**20
 _CONFIGS: dict[str, Callable[[], object]] = {}
+_RECIPES: dict[str, Callable[[object], object]] = {}
 
 
 def register_config(checkpoint: str, make: Callable[[], object]):
@@ -25,6 +26,19 @@ def register_config(checkpoint: str, make: Callable[[], object]):
 def known_config(checkpoint: str):
     """The configuration registered for a checkpoint, or None."""
     return _CONFIGS[checkpoint]() if checkpoint in _CONFIGS else None
+
+
+def register_recipe(model_type: str, make: Callable[[object], object]):
+    """Let ``fit`` run models of a type otherwise than the general ``recipes.Recipe`` does.
+
+    ``make`` is given the configuration and returns a ``Recipe``.
+    """
+    _RECIPES[model_type] = make
+
+
+def known_recipe(model_type: str):
+    """What makes the recipe registered for a type of model, or None."""
+    return _RECIPES.get(model_type)
 
 
 def file_in(directory: Path, name: str) -> Path:

@@ -18,19 +18,21 @@ number. (Libraries that compare devices still find that ``torch.device(0)`` is n
 is on; ``loading`` helps the two that do.)
 """
 
+import itertools
 import threading
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import (
+    _DISPATCH_META_HANDLERS,
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    UnsupportedOperatorException,
     in_kernel_invocation_manager,
 )
 
@@ -42,8 +44,18 @@ from torch.utils import _pytree, backend_registration
 
 from simgpu import convolution
 from simgpu.catalog import MAX_CARDS
+from simgpu.in_place import IN_PLACE, try_engine
 from simgpu.numbers import Numbers, keep, may_know, refuse_lost
-from simgpu.rules import PLAIN, REWRITTEN, VIEWS, common_card, described
+from simgpu.rules import (
+    NOT_DENSE,
+    PLAIN,
+    REWRITTEN,
+    SOFTMAX,
+    VIEWS,
+    by_example,
+    common_card,
+    described,
+)
 
 _BUILT_WITH_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")
 DEVICE_TYPE = "simcuda"
@@ -51,7 +63,7 @@ DEVICE_TYPE = "simcuda"
 Observer = Callable[[object, list[FakeTensor], tuple, dict], None]
 _observer: Observer | None = None
 _numbers: Numbers | None = None
-_ATEN = torch.ops.aten
+_ATEN, _DEVICE = torch.ops.aten, torch.ops.prim.device.default
 
 
 class _BackendModule(backend_registration._DummyBackendModule):
@@ -101,8 +113,9 @@ class _ObservedFakeMode(FakeTensorMode):
 
     def __init__(self):
         self._nesting = threading.local()
+        self._lengths = itertools.count()  # of nested tensors
         self._results: dict[tuple, tuple] = {}  # of the rules of operators in PLAIN
-        super().__init__(allow_non_fake_inputs=True)
+        super().__init__(allow_non_fake_inputs=True, allow_fallback_kernels=False)
 
     def __deepcopy__(self, memo):
         # A copied tensor belongs to the same mode, of which a process has one.
@@ -122,8 +135,17 @@ class _ObservedFakeMode(FakeTensorMode):
         """Whether this thread is inside an operator."""
         return getattr(self._nesting, "depth", 0) > 0
 
+    def create_symbolic_nested_int(self, *, nt_tensor_id=None):
+        """Names the unequal lengths in a nested tensor, here without symbols."""
+        return torch._C._get_nested_int(next(self._lengths), 1)
+
     def dispatch(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            raise RuntimeError(
+                f"{func} is not simulated: PyTorch means it to be compiled. Use what it stands for,"
+                " as functional.scaled_dot_product_attention, or run this on a real device."
+            )
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": as_card(kwargs["device"])}
         if func in VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
@@ -154,7 +176,7 @@ class _ObservedFakeMode(FakeTensorMode):
 
     def _run(self, func, types, args: tuple, kwargs: dict):
         """An operator of the program: its shape rule, and the observer is told."""
-        if func in _IN_PLACE and _IN_PLACE[func](*args):
+        if func in IN_PLACE and IN_PLACE[func](*args):
             if _observer is not None:
                 _observer(func, [args[0]], args, kwargs)
             return args[0]
@@ -171,6 +193,19 @@ class _ObservedFakeMode(FakeTensorMode):
                 output = results = None
                 raise error.with_traceback(None) from None
         return output
+
+    def make_empty(self, operator, *args, device, **kwargs) -> FakeTensor:
+        """A new tensor, in the kernel in which PyTorch asks the device for it."""
+        with in_kernel_invocation_manager(self):
+            made = operator(*args, **kwargs, device="meta")
+        made = FakeTensor(self, made, as_card(device))
+        if not self.is_running:
+            try:
+                _observer(operator, [made], args, kwargs)
+            except torch.OutOfMemoryError as error:
+                made = None
+                raise error.with_traceback(None) from None
+        return made
 
     def _remembered(self, func, args: tuple, kwargs: dict) -> torch.Tensor:
         """The result of an operator, on the meta device."""
@@ -198,6 +233,8 @@ class _ObservedFakeMode(FakeTensorMode):
             return output
         except FakeTensorDeviceMismatchError as error:
             raise RuntimeError(str(error).replace(DEVICE_TYPE, "cuda")) from None
+        except (NotImplementedError, UnsupportedOperatorException):
+            return by_example(self, func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise RuntimeError(
                 f"{error.func} needs the numbers in a tensor, and tensors on simulated cards have"
@@ -210,69 +247,10 @@ class _ObservedFakeMode(FakeTensorMode):
 def _tensors_made(output) -> list[FakeTensor]:
     """What an operator gave that is on a card or on the CPU."""
     leaves = [output] if isinstance(output, FakeTensor) else _pytree.tree_leaves(output)
-    return [each for each in leaves if isinstance(each, FakeTensor) and each.device.type != "meta"]
-
-
-# Private functions; without them gradients are added into new tensors, as fake ones do.
-_COUNTS = hasattr(torch.Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
-# ``_use_count()`` of a gradient that only the engine refers to; found by trying.
-_engines_own: int | None = None
-
-
-def _in_backward_pass() -> bool:
-    """Whether the autograd engine runs, and records no graph of what it does."""
-    return torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
-
-
-def _added_in_place(sum_so_far, gradient, *others) -> bool:
-    """Whether the autograd engine would add this gradient in place: nothing else refers to the sum,
-    and no graph of the backward pass is recorded (torch/csrc/autograd/input_buffer.cpp)."""
-    return (
-        isinstance(gradient, FakeTensor)
-        and _is_engines_own(sum_so_far)
-        and sum_so_far.shape == gradient.shape
-        and sum_so_far.dtype == gradient.dtype
-        and (
-            sum_so_far.is_contiguous() or sum_so_far.nbytes == sum_so_far.untyped_storage().nbytes()
-        )
-    )
-
-
-def _is_engines_own(tensor, *others) -> bool:
-    """Whether only the autograd engine refers to a tensor, as to zeros that it adds rows to."""
-    if not (_COUNTS and _in_backward_pass() and isinstance(tensor, FakeTensor)):
-        return False
-    storage = tensor.untyped_storage()
-    count = torch._C._storage_Use_Count(storage._cdata)  # one is ``storage``
-    return tensor._use_count() == _engines_own and count == 2
-
-
-def _put_in_place(zeros, indices, gradient, accumulate=False) -> bool:
-    """Whether this is an index's gradient, which PyTorch puts into new zeros in place."""
-    return accumulate and isinstance(zeros, FakeTensor) and _in_backward_pass()
-
-
-# What the autograd engine does in place, but not with fake tensors; whether it would here.
-_IN_PLACE = {_ATEN.add.Tensor: _added_in_place, _ATEN.index_put.default: _put_in_place}
-_ADD_ROWS = (_ATEN.index_add.default, _ATEN.scatter_add.default, _ATEN.put.default)
-_IN_PLACE |= dict.fromkeys(_ADD_ROWS, _is_engines_own)
-
-
-def _try_engine():
-    """A backward pass in which two gradients are added that nothing else refers to."""
-
-    def note(sum_so_far, gradient):
-        global _engines_own
-        if _COUNTS and _in_backward_pass():
-            _engines_own = sum_so_far._use_count()
-        return False
-
-    with mock.patch.dict(_IN_PLACE, {_ATEN.add.Tensor: note}), torch.enable_grad():
-        with _mode:
-            leaf = torch.empty(1, device=DEVICE_TYPE, requires_grad=True)
-            gradient = torch.empty(1, device=DEVICE_TYPE)
-        with torch.autograd.set_multithreading_enabled(False):
-            (leaf * 2 + leaf * 3).backward(gradient)
+    made = [each for each in leaves if isinstance(each, FakeTensor) and each.device.type != "meta"]
+    if any(each.layout is not torch.strided or each.is_quantized for each in made):
+        raise RuntimeError(NOT_DENSE)
+    return made
 
 
 _mode: _ObservedFakeMode | None = None
@@ -301,16 +279,21 @@ def fake_mode() -> FakeTensorMode:
             # the operator before it gets as far.
             for name in ("silu_backward", "_fused_rms_norm", "_fused_rms_norm_backward"):
                 library.impl(name, _never_called, "PrivateUse1")
+            for name, rule in SOFTMAX.items():
+                library.impl(name, rule, "AutogradPrivateUse1")
             # ``torch.tensor`` and lists among indices run these with Python's dispatch off.
             for operator in (_ATEN.copy_.default, _ATEN._local_scalar_dense.default):
                 kernel = partial(_in_fake_mode, operator)
                 library.impl(operator._schema.name.removeprefix("aten::"), kernel, "PrivateUse1")
             _libraries.append(library)
             FakeTensor.device = property(_shown_device, _INSIDE.fset)
+            FakeTensor.__torch_dispatch__ = classmethod(
+                partial(_dispatched, FakeTensor.__torch_dispatch__.__func__)
+            )
             FakeTensor.is_cuda = property(on_card)
             FakeTensor.known = None  # by default, of ``numbers``
             _mode = _ObservedFakeMode()
-            _try_engine()
+            try_engine(_mode, DEVICE_TYPE)
     return _mode
 
 
@@ -383,6 +366,22 @@ def _shown_device(tensor: FakeTensor) -> torch.device:
     return torch.device("cuda", place.index)
 
 
+def _dispatched(original, cls, func, types, args=(), kwargs=None):
+    """Where operators on fake tensors arrive. The original would enter our mode only to arrive in
+    ``dispatch`` by a way through PyTorch that takes as long as the rest."""
+    if (
+        args
+        and type(args[0]) is FakeTensor
+        and args[0].fake_mode is _mode
+        and func is not _DEVICE
+        and func not in _DISPATCH_META_HANDLERS
+        and all(each is FakeTensor for each in types)
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+    ):
+        return _mode.dispatch(func, types, args, kwargs)
+    return original(cls, func, types, args, kwargs or {})
+
+
 def check_ordinal(index: int, count: int):
     """Refuse a card that is none of ``count``, as CUDA does."""
     if not 0 <= index < count:
@@ -404,7 +403,7 @@ def _make_empty(operator, *args, **kwargs):
         if real is None:
             torch.cuda.init()  # which refuses in PyTorch's words
         return operator(*args, **{**kwargs, "device": real})
-    return _in_fake_mode(operator, *args, **{**kwargs, "device": as_card(place)})
+    return _mode.make_empty(operator, *args, **kwargs)
 
 
 def _in_fake_mode(operator, *args, **kwargs):

@@ -97,6 +97,7 @@ class ExpandableAllocator(Allocator):
             self._insert_unmapped(self._split(block, mapped))
         block.mapped = True
         self._reserve(mapped, block.small)
+        self._note("segment_map", block.address, mapped)
         self._merge(block)
         self._insert(block)
         return True
@@ -117,6 +118,7 @@ class ExpandableAllocator(Allocator):
             block = middle
         self.segments.append((block.small, -block.size, 0))
         self.reserved -= block.size
+        self._note("segment_unmap", block.address, block.size)
         for neighbour in (block.before, block.after):
             if neighbour is not None and not neighbour.mapped:
                 self._take_from_unmapped(neighbour)

@@ -1,7 +1,8 @@
 """What ``torch`` is while a simulated rig is active: "cuda" names its cards, in every thread."""
 
+import warnings
 from contextlib import ExitStack, contextmanager
-from functools import partial, partialmethod
+from functools import partial
 from unittest import mock
 
 import torch
@@ -11,27 +12,37 @@ from torch.optim import optimizer
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from simgpu import streams
+from simgpu import autocast, readout, streams
 from simgpu.attention import attention, linear, rms_norm
-from simgpu.device import (
-    DEVICE_TYPE,
-    as_card,
-    backward_error,
-    cuda_taken_over,
-    current,
-    fake_mode,
-    on_card,
-)
+from simgpu.device import as_card, backward_error, cuda_taken_over, current, fake_mode, on_card
 from simgpu.recurrent import KINDS, flatten_parameters, recurrent
+from simgpu.replacing import instead_of, refusing
 from simgpu.runtime import Runtime
 
 # Taken here and not when a block begins: the machine itself may be simulated, in tests.
 _ROUTES = {
-    "scaled_dot_product_attention": (attention, functional.scaled_dot_product_attention),
+    "scaled_dot_product_attention": (
+        autocast.in_lower_precision(attention),
+        functional.scaled_dot_product_attention,
+    ),
     "rms_norm": (rms_norm, functional.rms_norm),
-    "linear": (linear, functional.linear),
+    "linear": (autocast.in_lower_precision(linear), functional.linear),
 }
 _DATA = torch.Tensor.data
+_OUTSIDE = "do it outside the `with` block, on the CPU, or use a real device."
+_SENSOR = "there is no such sensor; leave it out here."
+# Owner, name, and what to do instead.
+_NOT_SIMULATED = [
+    (torch.export, "export", f"it needs tensors of PyTorch's own; {_OUTSIDE}"),
+    (torch.jit, "trace", f"it compares numbers that are not there; {_OUTSIDE}"),
+    *((torch.cuda, name, _SENSOR) for name in ("utilization", "temperature", "power_draw")),
+    *((torch.cuda, name, _SENSOR) for name in ("clock_rate", "memory_usage")),
+    (torch.cuda, "list_gpu_processes", "there are no others; leave it out here."),
+    *(
+        (torch.cuda, name, "its memory has a pool of its own; run the function without it.")
+        for name in ("CUDAGraph", "MemPool")
+    ),
+]
 _MAKE_FROM_DATA = ("tensor", "as_tensor", "asarray")
 
 
@@ -56,17 +67,20 @@ def simulated_torch(rig):
         for name in streams.NAMES:
             replace(torch.cuda, name, getattr(streams, name))
         replace(torch, "Generator", streams.Generator)
-        replace(torch, "load", partial(_load, torch.load))
+        replace(torch, "load", instead_of(torch.load, _load))
         # Above these PyTorch looks for a guard of the CUDA device before it makes a tensor.
-        replace(torch.Tensor, "to", partialmethod(_to, torch.Tensor.to))
+        replace(torch.Tensor, "to", instead_of(torch.Tensor.to, _to))
         replace(torch.Tensor, "cuda", _cuda)
         for name in _MAKE_FROM_DATA:
-            replace(torch, name, partial(_from_data, getattr(torch, name)))
-        replace(torch.Tensor, "new_tensor", partialmethod(_from_data_of, torch.Tensor.new_tensor))
+            replace(torch, name, instead_of(getattr(torch, name), _from_data))
+        of_tensor = instead_of(torch.Tensor.new_tensor, _from_data_of)
+        replace(torch.Tensor, "new_tensor", of_tensor)
         replace(torch.Tensor, "pin_memory", streams.pin_memory)
         replace(torch.Tensor, "is_pinned", streams.is_pinned)
+        for owner, name, value in readout.replacements():
+            replace(owner, name, value, create=True)
         for name, (route, original) in _ROUTES.items():
-            replace(functional, name, partial(route, rig, original))
+            replace(functional, name, instead_of(original, partial(route, rig)))
         for kind in KINDS:
             original = getattr(torch._VF, kind)
             replace(torch._VF, kind, partial(recurrent, rig, kind, original), create=True)
@@ -74,7 +88,14 @@ def simulated_torch(rig):
         # Optimisers update many tensors at a time only for types of tensor on this list.
         types = [*optimizer._foreach_supported_types, FakeTensor]
         replace(optimizer, "_foreach_supported_types", types)
-        replace(torch.autocast, "__init__", partialmethod(_autocast, torch.autocast.__init__))
+        for name, function in autocast.names().items():
+            replace(torch, name, function)
+        for owner, name, reason in _NOT_SIMULATED:
+            full_name = f"{owner.__name__}.{name}"
+            replace(owner, name, refusing(full_name, reason))
+        replace(torch, "compile", instead_of(torch.compile, _compile))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(autocast.as_it_is())
         engine = partial(_backward, rig, torch.autograd.graph._engine_run_backward)
         replace(torch.autograd, "_engine_run_backward", engine)
         replace(torch.autograd.graph, "_engine_run_backward", engine)
@@ -88,15 +109,13 @@ def simulated_torch(rig):
         yield
 
 
-def _autocast(self, original, device_type, dtype=None, enabled=True, cache_enabled=None):
-    """On simulated cards torch's autocast would do nothing, without a word."""
-    if enabled and device_type in ("cuda", DEVICE_TYPE):
-        raise NotImplementedError(
-            "autocast is not simulated: the weights would be computed in their own type and the"
-            " bytes would be wrong. Load the model in the type you want (dtype=torch.bfloat16), or"
-            " use autocast on a real device."
-        )
-    original(self, device_type, dtype, enabled, cache_enabled)
+def _compile(original, *args, **kwargs):
+    warnings.warn(
+        "On simulated cards torch.compile runs the model as it is: a compiled one can take less"
+        " memory for activations, and more with CUDA graphs.",
+        stacklevel=3,
+    )
+    return original(*args, **kwargs)
 
 
 def _set_data(self, value: torch.Tensor):
@@ -109,7 +128,7 @@ def _set_data(self, value: torch.Tensor):
         _DATA.__set__(self, value)
 
 
-def _to(self, original, *args, **kwargs):
+def _to(original, self, *args, **kwargs):
     if "device" in kwargs:
         kwargs["device"] = as_card(kwargs["device"])
     return original(self, *map(as_card, args), **kwargs)
@@ -133,7 +152,7 @@ def _from_data(original, data, *args, device=None, **kwargs):
     return original(data, *args, device=as_card(device), **kwargs)
 
 
-def _from_data_of(self, original, *args, device=None, **kwargs):
+def _from_data_of(original, self, *args, device=None, **kwargs):
     device = self.device if device is None and on_card(self) else device
     return original(self, *args, device=as_card(device), **kwargs)
 

@@ -17,6 +17,8 @@ from unittest import mock
 
 import torch
 from accelerate import hooks
+from accelerate.utils import modeling as accelerate_modeling
+from accelerate.utils import offload
 from huggingface_hub.errors import StrictDataclassError
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
@@ -28,22 +30,23 @@ from transformers import (
     masking_utils,
     modeling_utils,
 )
-
-# ``modeling_auto`` copies functions that a rig replaces, so it is imported before there is one.
-from transformers.models.auto import auto_factory, modeling_auto  # noqa: F401
+from transformers.models.auto import auto_factory, modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
+from simgpu.adapters import base_of, simulated_adapters
 from simgpu.checkpoints import known_config, read_json, weight_map
 from simgpu.device import DEVICE_TYPE, fake_mode, machine_device, on_card
 from simgpu.numbers import numbers_of
 
-_AUTO_CLASS = auto_factory._BaseAutoModelClass
+# Of this module, as its classes copy what they find here when it is first imported.
+_AUTO_CLASS = modeling_auto._BaseAutoModelClass
 _ORIGINAL_WARMUP = modeling_utils.caching_allocator_warmup
 # Arguments that say where weights come from; a simulated model has none to fetch.
 _DOWNLOAD_ARGUMENTS = {"revision", "token", "cache_dir", "local_files_only"}
 _DOWNLOAD_ARGUMENTS |= {"force_download", "use_safetensors"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _COUNTED, MOST_OF_A_KIND = "layer|expert|label", 10_000
 # transformers asks these once and remembers the answer, which is another one inside the block.
 _REMEMBERED = (import_utils.is_torch_cuda_available, import_utils.is_torch_bf16_gpu_available)
@@ -64,13 +67,23 @@ def simulated_loading(rig):
         for name, answer in _MASKING_ANSWERS.items():
             replace(masking_utils, name, partial(_on_cards, getattr(masking_utils, name), answer))
         replace(masking_utils, "is_tracing", partial(_is_tracing, masking_utils.is_tracing))
+        move = partial(_offload, hooks.set_module_tensor_to_device)
+        replace(hooks, "set_module_tensor_to_device", move)
+        to_disk = partial(_to_disk, offload.offload_weight)
+        for owner in (offload, accelerate_modeling, core_model_loading):
+            replace(owner, "offload_weight", to_disk)
+        from_disk = partial(_from_disk, offload.load_offloaded_weight)
+        for owner in (offload, accelerate_modeling):
+            replace(owner, "load_offloaded_weight", from_disk)
         convert = partial(_out_of_memory_passes, core_model_loading.log_conversion_errors)
         replace(core_model_loading, "log_conversion_errors", convert)
-        offload = partial(_offload, hooks.set_module_tensor_to_device)
-        replace(hooks, "set_module_tensor_to_device", offload)
         for owner in _defining("generate", GenerationMixin):
             replace(owner, "generate", partialmethod(_generate, rig, vars(owner)["generate"]))
         stack.enter_context(from_pretrained_replaced(partial(_from_pretrained, rig)))
+        stack.enter_context(simulated_adapters())
+        for owner in _defining("_from_config", PreTrainedModel):
+            changed = partial(_from_config, vars(owner)["_from_config"].__func__)
+            replace(owner, "_from_config", classmethod(changed))
         for answer in _REMEMBERED:
             answer.cache_clear()
             stack.callback(answer.cache_clear)
@@ -100,15 +113,29 @@ def from_pretrained_replaced(replacement: Callable):
     """Until the block ends, ``replacement`` stands for the ``from_pretrained`` of every model.
 
     It is given the original, the class and the arguments. Replaced are those of the Auto classes,
-    of ``PreTrainedModel``, and of all models that have one of their own.
+    of ``PreTrainedModel``, and of all models that have one of their own, also if they are first
+    imported inside the block.
     """
     with ExitStack() as stack:
-        for owner in _defining("from_pretrained", _AUTO_CLASS, PreTrainedModel):
+
+        def replace(owner: type):
             original = vars(owner)["from_pretrained"].__func__
             # Unless it is asked for, code of a checkpoint does not run, and nobody is asked.
             changed = partial(replacement, original, trust_remote_code=False)
             stack.enter_context(mock.patch.object(owner, "from_pretrained", classmethod(changed)))
+
+        for owner in _defining("from_pretrained", _AUTO_CLASS, PreTrainedModel):
+            replace(owner)
+        created = partial(_new_class, PreTrainedModel.__init_subclass__.__func__, replace)
+        hook = mock.patch.object(PreTrainedModel, "__init_subclass__", classmethod(created))
+        stack.enter_context(hook)
         yield
+
+
+def _new_class(original, replace, cls, **kwargs):
+    original(cls, **kwargs)
+    if "from_pretrained" in vars(cls):
+        replace(cls)
 
 
 def _defining(name: str, *roots: type) -> list[type]:
@@ -166,6 +193,23 @@ def _offload(original, module, tensor_name, device, value=None, **kwargs):
         torch.cuda.empty_cache()  # as accelerate does after each
 
 
+def _to_disk(original, weight, weight_name, offload_folder, index=None):
+    """As accelerate; of a weight without numbers only the entry of the index is made."""
+    if not isinstance(weight, FakeTensor):
+        return original(weight, weight_name, offload_folder, index)
+    index = {} if index is None else index
+    dtype = str(weight.dtype).removeprefix("torch.")
+    index[weight_name] = {"dtype": dtype, "shape": list(weight.shape)}
+    return index
+
+
+def _from_disk(original, weight_file, weight_info):
+    if os.path.exists(weight_file):
+        return original(weight_file, weight_info)
+    with fake_mode():
+        return torch.empty(weight_info["shape"], dtype=getattr(torch, weight_info["dtype"]))
+
+
 def _generate(model, rig, original, *args, **kwargs):
     """``generate`` as far as it may go: every token it finds is one that ends no answer."""
     if not isinstance(next(model.parameters()), FakeTensor):
@@ -191,14 +235,19 @@ def _from_pretrained(
             "trust_remote_code=True would run code from the hub. A simulated rig takes the classes"
             " that are installed and never runs remote code; leave the argument out."
         )
-    config = _read_config(cls, config or name)
+    if config is None and (base := base_of(name)):
+        model = cls.from_pretrained(base, *args, **kwargs)
+        model.load_adapter(name)
+        return model
+    reader = AutoConfig if issubclass(cls, _AUTO_CLASS) else cls.config_class
+    config = read_config(config or name, reader)
     if issubclass(cls, _AUTO_CLASS):
         model_class, config = _model_class(cls, config)
         return model_class.from_pretrained(name, *args, config=config, **kwargs)
     for argument in _DOWNLOAD_ARGUMENTS:
         kwargs.pop(argument, None)
-    files = weight_map(Path(name or ""))
-    with _quiet_loader(), rig.loading(), rig.host.loading():
+    files = weight_map(Path(name)) if name else {}
+    with _quiet_loader(), rig.loading(), rig.host.loading(), rig.out_of_memory_stays():
         # No name here for the tensors: the loader's own have to be gone when it returns.
         loaded = original(
             cls,
@@ -210,6 +259,14 @@ def _from_pretrained(
         )
     rig.register_weights([loaded[0] if isinstance(loaded, tuple) else loaded])
     return loaded
+
+
+def _from_config(original, cls, config, **kwargs):
+    """A new model, whose weights nobody draws: in no memory, and without numbers."""
+    if torch.get_default_device().type != "cpu":  # of a loader, or on the cards at once
+        return original(cls, config, **kwargs)
+    with fake_mode(), modeling_utils.init.no_init_weights():
+        return original(cls, config, **kwargs)
 
 
 @contextmanager
@@ -226,8 +283,12 @@ def _quiet_loader():
         yield
 
 
-def _read_config(cls: type, source) -> PreTrainedConfig:
-    """A checkpoint's configuration: registered, in a directory, or downloaded before."""
+def read_config(source, reader: type = AutoConfig) -> PreTrainedConfig:
+    """A checkpoint's configuration: registered, in a directory, or downloaded before.
+
+    Raises:
+        ValueError: there is none on this machine, or it cannot be used; with what to do.
+    """
     if isinstance(source, PreTrainedConfig):
         return source
     known = known_config(str(source))
@@ -236,7 +297,6 @@ def _read_config(cls: type, source) -> PreTrainedConfig:
     file = Path(source) / "config.json"
     if file.is_file():
         _check_config(file)
-    reader = AutoConfig if issubclass(cls, _AUTO_CLASS) else cls.config_class
     try:
         return reader.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (OSError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
@@ -245,10 +305,13 @@ def _read_config(cls: type, source) -> PreTrainedConfig:
             raise ValueError(
                 f"{file} cannot be used: {reason} Correct it, or download it."
             ) from error
+        advice = f"Run: hf download {source} config.json"
+        if not _HUB_ID.fullmatch(str(source)):
+            advice = f"{str(source)!r} is no hub id: give a directory that has a config.json."
         raise ValueError(
             f"checkpoint is {str(source)!r}, of which this machine has no configuration. Expected"
             " a directory with a config.json, a checkpoint of the hub whose config.json has been"
-            f" downloaded, or one registered with simgpu. Run: hf download {source} config.json"
+            f" downloaded, or one registered with simgpu. {advice}"
         ) from error
 
 

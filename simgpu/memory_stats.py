@@ -93,20 +93,25 @@ def memory_stats(allocator) -> dict:
     }
 
 
-def snapshot(allocators: Iterable, live: Iterable) -> dict:
-    """What ``torch.cuda.memory._snapshot`` gives, without a history: every segment's blocks.
+def snapshot(allocators: Iterable, live: Iterable, history) -> dict:
+    """What ``torch.cuda.memory._snapshot`` gives: every segment's blocks, and what happened.
 
-    ``live``: card, block and the operator that made it, of all blocks in use.
+    ``live``: card, block and the operator that made it, of all blocks in use. Where ``history``
+    has no frames of a block's maker, the operator stands for them.
     """
-    names = {block: name for _, block, name in live}
+    frames = {
+        block: history.frames.get((card, block.address))
+        or [{"name": name, "filename": "", "line": 0}]
+        for card, block, name in live
+    }
     used = [(card, block) for card, block, _ in live]
     segments = []
     for allocator in allocators:
         own = [block for card, block in used if card == allocator.index] + allocator.cached()
         starts = {_first(block) for block in own}
         for block in sorted(starts, key=lambda start: start.address):
-            segments.append(_segment(allocator.index, block, names))
-    return {"segments": segments, "device_traces": [[] for _ in allocators]}
+            segments.append(_segment(allocator.index, block, frames))
+    return {"segments": segments, "device_traces": [list(each) for each in history.events]}
 
 
 def _first(block):
@@ -115,17 +120,16 @@ def _first(block):
     return block
 
 
-def _segment(device: int, block, names: dict) -> dict:
+def _segment(device: int, block, frames: dict) -> dict:
     start, blocks = block, []
     while block is not None and block.mapped:
-        frame = {"name": names.get(block, ""), "filename": "", "line": 0}
         blocks.append(
             {
                 "address": block.address,
                 "size": block.size,
                 "requested_size": block.requested,
                 "state": "inactive" if block.free else "active_allocated",
-                "frames": [] if block.free else [frame],
+                "frames": frames.get(block, []),
             }
         )
         block = block.after

@@ -30,8 +30,19 @@ _SHAPED_BY_NUMBERS = {
     for name in ("bincount", "masked_select", "nonzero", "repeat_interleave", "unique_consecutive")
 } | {"aten::_unique2", "aten::unique_dim"}
 # All of the tensor is written, whatever it was before.
-_OVERWRITING = {"aten::copy_", "aten::fill_", "aten::zero_"}
+_OVERWRITING = {"aten::copy_", "aten::fill_", "aten::random_", "aten::zero_"}
 _CHOOSING = {"aten::argmax", "aten::multinomial"}
+# Needs of its first argument only the shape and the type; the number that it fills in.
+_LIKE = {f"aten::{kind}_like": each for kind, each in (("zeros", 0), ("ones", 1), ("full", None))}
+_LIKE |= {f"aten::new_{kind}": each for kind, each in (("zeros", 0), ("ones", 1), ("full", None))}
+_COMPARING = {_ATEN.equal.default, _ATEN.allclose.default}  # and answers yes or no
+# Writes means and variances into its fourth and fifth argument, though its schema does not say so.
+_TRACKING = {"aten::native_batch_norm", "aten::cudnn_batch_norm"}
+# Looks for gradients that are not finite, for GradScaler: assumed is that there are none.
+_FINITE = {"aten::_amp_foreach_non_finite_check_and_unscale_"}
+_ASKING = {"aten::equal", "aten::index"}
+_ALWAYS_ASKING = _FACTORIES | _SHAPED_BY_NUMBERS | _OVERWRITING | _CHOOSING | _FINITE | _TRACKING
+_ALWAYS_ASKING |= _ASKING | set(_LIKE)
 
 
 class Known:
@@ -76,8 +87,7 @@ def keep(func, args: tuple, kwargs: dict, output):
 def _asks(func) -> bool:
     """Whether an operator may know, or need, numbers whatever its first tensor is."""
     name = func._schema.name
-    always = _FACTORIES | _SHAPED_BY_NUMBERS | _OVERWRITING | _CHOOSING | {"aten::index"}
-    return name in always or func is _ITEM or func._overloadname.endswith("out")
+    return name in _ALWAYS_ASKING or func is _ITEM or func._overloadname.endswith("out")
 
 
 def may_know(func, args: tuple) -> bool:
@@ -86,8 +96,16 @@ def may_know(func, args: tuple) -> bool:
     if isinstance(first, list | tuple) and first:
         first = first[0]
     if isinstance(first, FakeTensor):
+        if func._schema.is_mutable:
+            return any(_is_known(each) for each in args) or _asks(func)
         return first.known is not None or _asks(func)
     return isinstance(first, torch.Tensor) or _asks(func)
+
+
+def _is_known(each) -> bool:
+    if isinstance(each, list | tuple):
+        return any(map(_is_known, each))
+    return isinstance(each, FakeTensor) and each.known is not None
 
 
 @functools.cache
@@ -142,14 +160,21 @@ class Assumptions:
 class Numbers:
     """Carries numbers through operators; ``dispatch`` is a fake mode's, by the shape rule."""
 
-    def __init__(self):
-        self.assumptions = Assumptions()
+    def __init__(self, assume: str = "refuse"):
+        if assume not in ("refuse", "count"):
+            raise ValueError(f'assume is {assume!r}; expected "refuse" or "count".')
+        self.assume, self.assumptions = assume, Assumptions()
 
     def dispatch(self, by_rule, func, types, args: tuple, kwargs: dict):
         """An operator's result, with its numbers if they are known."""
         name = func._schema.name
-        if func is _ITEM and (known := numbers_of(args[0])) is not None:
-            return known.item()
+        if func is _ITEM:
+            known = numbers_of(args[0])
+            if known is not None:
+                return known.item()
+            if self.assume == "count":
+                self._note("item")
+                return _ASSUMED[args[0].dtype] if args[0].dtype in _ASSUMED else 1
         if name == "aten::index" and any(map(_is_mask, args[1])):
             args = (args[0], self._places(by_rule, args[1]), *args[2:])
         leaves = [each for each in _leaves(args, kwargs) if isinstance(each, torch.Tensor)]
@@ -157,28 +182,47 @@ class Numbers:
         is_known = all(value is not None for value in values) and (leaves or name in _FACTORIES)
         if name in _SHAPED_BY_NUMBERS and is_known:
             return self._shaped_by_numbers(by_rule, func, args, kwargs)
-        if func is _ATEN.equal.default and is_known:
-            return torch.equal(*values)
+        if func in _COMPARING and is_known:
+            return _compute(func, args, kwargs)
+        if self.assume == "count":
+            if func is _ATEN.equal.default:
+                self._note("equal")
+                return False
+            if name in _AT_MOST and isinstance(args[0], FakeTensor):
+                self._note(name)
+                return _AT_MOST[name](by_rule, *args)
         if func._schema.is_mutable:
             return self._write(by_rule, func, types, args, kwargs)
         output = by_rule(func, types, args, kwargs)
+        if name in _TRACKING:
+            _forget(args[3:5])
         if is_known:
             keep(func, args, kwargs, output)
+        elif name in _LIKE:
+            number = args[-1] if _LIKE[name] is None else _LIKE[name]
+            keep(_ATEN.full.default, (output.shape, number), {"dtype": output.dtype}, output)
         elif name in _CHOOSING and self.assumptions.token is not None:
             self._choose(name, output)
         return output
+
+    def _note(self, name: str):
+        self.assumptions.made[name.removeprefix("aten::")] += 1
 
     def _write(self, by_rule, func, types, args, kwargs):
         """An operator that writes into tensors: their numbers are what it writes, or unknown."""
         arguments = func._schema.arguments
         given = dict(zip((each.name for each in arguments), args, strict=False)) | kwargs
         is_out = {each.name for each in arguments if each.alias_info and each.alias_info.is_write}
-        written = [given[name] for name in is_out if isinstance(given.get(name), FakeTensor)]
+        written = _leaves([given.get(name) for name in is_out])
+        written = [each for each in written if isinstance(each, FakeTensor)]
         others = [each for name, each in given.items() if name not in is_out]
         overwrites = "out" in is_out or func._schema.name in _OVERWRITING
         tensors = [each for each in _leaves(others) if isinstance(each, torch.Tensor)]
         is_known = all(numbers_of(each) is not None for each in tensors)
         output = by_rule(func, types, args, kwargs)
+        if func._schema.name in _FINITE:  # it writes only what it finds, and finds nothing
+            self.assumptions.made[func._schema.name.removeprefix("aten::")] += 1
+            return output
         for target in written:
             known = target.known
             if is_known and overwrites and (known is None or not known.storage[0]):
@@ -187,25 +231,30 @@ class Numbers:
                     real = torch.empty(target.shape, dtype=target.dtype)
                     known = target.known = Known(real, known and known.storage)
                     known.storage[0] = True
-            if known is not None and known.storage[0]:
-                if not is_known or _compute(func, args, kwargs) is None:
-                    known.storage[0] = False
+        if any(numbers_of(each) is not None for each in written) and (
+            not is_known or _compute(func, args, kwargs) is None
+        ):
+            _forget(written)
         return output
 
     def _choose(self, name: str, output):
         for tensor in _leaves(output):
             if isinstance(tensor, FakeTensor) and is_small(tensor):
                 tensor.known = Known(torch.full(tensor.shape, self.assumptions.token))
-                self.assumptions.made[name.removeprefix("aten::")] += 1
+                self._note(name)
 
     def _places(self, by_rule, indices):
         """Indices with the places of a mask instead of the mask, where it is known."""
         found = []
         for index in indices:
-            if not _is_mask(index) or numbers_of(index) is None:
+            if not _is_mask(index) or (numbers_of(index) is None and self.assume == "refuse"):
                 found.append(index)
                 continue
-            where = self._shaped_by_numbers(by_rule, _ATEN.nonzero.default, (index,), {})
+            if numbers_of(index) is None:
+                self._note("index")
+                where = _all_places(by_rule, index)
+            else:
+                where = self._shaped_by_numbers(by_rule, _ATEN.nonzero.default, (index,), {})
             with torch.no_grad():
                 found += [_ATEN.select.int(where, 1, dim) for dim in range(index.ndim)]
         return found
@@ -222,6 +271,38 @@ class Numbers:
             return made
 
         return _pytree.tree_map(make, _compute(func, args, kwargs))
+
+
+def _all_places(by_rule, tensor, *_):
+    """What ``nonzero`` gives where nothing is zero."""
+    sizes = [tensor.numel(), tensor.ndim]
+    return _made(by_rule, tensor, sizes, torch.int64)
+
+
+def _all_of_them(by_rule, tensor, *_):
+    return _made(by_rule, tensor, [tensor.numel()], tensor.dtype)
+
+
+def _made(by_rule, like, sizes: list[int], dtype: torch.dtype):
+    options = {"dtype": dtype, "device": like.fake_device}
+    return by_rule(_ATEN.empty.memory_format, (), (sizes,), options)
+
+
+# What is assumed where it is not known, if it may be: truth is False (``if isnan(loss).any()``),
+# other numbers are 0 (a found infinity, for a GradScaler) or 1 (a count that may be divided by);
+# a result that numbers decide the length of is as long as it can be.
+_ASSUMED = {torch.bool: False} | dict.fromkeys(
+    (torch.float32, torch.float16, torch.bfloat16, torch.float64), 0.0
+)
+_AT_MOST = {"aten::nonzero": _all_places, "aten::masked_select": _all_of_them}
+# Of what is assumed that by which results have the length they have.
+LENGTHS = {"index", "nonzero", "masked_select"}
+
+
+def _forget(tensors):
+    for each in tensors:
+        if isinstance(each, FakeTensor) and each.known is not None:
+            each.known.storage[0] = False
 
 
 def _leaves(*trees) -> list:

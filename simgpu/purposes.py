@@ -31,11 +31,7 @@ def registration(accounting):
         return found
 
     def stepped(optimizer, args, kwargs):
-        parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        accounting.register(WEIGHTS, parameters)
-        accounting.register(GRADIENTS, gradients_of(parameters))
-        for state in optimizer.state.values():
-            accounting.register(OPTIMIZER_STATE, _tensors_of(state))
+        register_optimizer(accounting, optimizer)
 
     hook = register_optimizer_step_post_hook(stepped)
     try:
@@ -43,6 +39,21 @@ def registration(accounting):
             yield
     finally:
         hook.remove()
+
+
+def register_optimizer(accounting, optimizer: torch.optim.Optimizer):
+    """What an optimiser updates are weights; their gradients, and its own numbers."""
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    accounting.register(WEIGHTS, parameters)
+    accounting.register(GRADIENTS, gradients_of(parameters))
+    for state in optimizer.state.values():
+        accounting.register(OPTIMIZER_STATE, _tensors_of(state))
+
+
+def all_optimizers() -> list[torch.optim.Optimizer]:
+    """Every optimiser of this process."""
+    found = (each for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer))
+    return list(found)
 
 
 def all_modules() -> Iterator[torch.nn.Module]:

@@ -74,7 +74,7 @@ def recurrent(rig, kind: str, original, input, *arguments):
     projected = weights[2 + biases] if recurrent_weight.shape[1] != states[-1].shape[2] else None
     hidden = recurrent_weight.shape[0] // _GATES[kind]
     if kind != "lstm" or projected is not None or hidden < _LEAST_HIDDEN:
-        rig.unmodelled_calls.note(kind, 3 * input.nbytes + 2**23)
+        rig.note_unmodelled(kind, 3 * input.nbytes + 2**23)
     call = _Call(
         kind,
         *step.shape,

@@ -1,14 +1,18 @@
 """``Rig``: the one door to GPU cards, real or simulated, with their memory and a run's stages."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from simgpu.catalog import MAX_CARDS, find_card
+from simgpu.catalog import MAX_CARDS, Card, find_card, with_free
+
+# What is done where a number is asked for that is not known: see ``numbers``.
+ASSUME = ("refuse", "count")
 
 if TYPE_CHECKING:
     from simgpu.accounting import Allocation
@@ -47,7 +51,7 @@ class Stage:
 
 
 class Rig(ABC):
-    """A number of equal cards on which the reader's code runs unchanged.
+    """A number of cards on which the reader's code runs unchanged.
 
     ``Rig(card, count)`` is a ``CappedRig`` on a machine with that many GPUs of this kind or larger,
     which are then capped to the card's capacity, and a ``SimulatedRig`` on any other.
@@ -57,8 +61,11 @@ class Rig(ABC):
     ``from_pretrained(checkpoint, device_map="auto")`` places a model of transformers on them.
 
     Args:
-        card: a name from the catalogue, e.g. "L4", "RTX 4090", "A100-80".
+        card: a name from the catalogue, e.g. "L4", "RTX 4090", "A100-80"; or a list of names, one
+            of each card, where they differ (always simulated).
         count: how many of them, 1 to 16.
+        assume, free_gib: as of ``SimulatedRig``. Real GPUs know every number, and with free memory
+            given cards are always simulated.
 
     Attributes:
         stages: every stage so far, in the order in which they began.
@@ -73,21 +80,24 @@ class Rig(ABC):
     # Why the cards are simulated on a machine that has GPUs.
     reason: str | None = None
 
-    def __new__(cls, card: str = "L4", count: int = 1, *others, **options) -> "Rig":
+    def __new__(cls, card="L4", count: int = 1, *others, **options) -> "Rig":
         if cls is not Rig:
             return super().__new__(cls)
         from simgpu.capped import CappedRig, refused_by
         from simgpu.simulated import SimulatedRig
 
-        if others or options:
+        if others or options.keys() - {"assume", "free_gib"}:
             raise TypeError(
-                "Rig takes a card and a count, as Rig('L4', 2). Options of simulated cards are for"
-                " Rig.simulated."
+                "Rig takes a card and a count, as Rig('L4', 2), and assume and free_gib. Other"
+                " options of simulated cards are for Rig.simulated."
             )
-        check_count(count)
+        cards = cards_of(card, count)
         chosen, reason = SimulatedRig, None
         if torch.cuda.is_available() and not isinstance(Rig.active, SimulatedRig):
-            reason = refused_by(find_card(card), count)
+            if len(set(cards)) > 1 or options.get("free_gib") is not None:
+                reason = "cards of several kinds, or in use by others, are only simulated"
+            else:
+                reason = refused_by(cards[0], len(cards))
             chosen = SimulatedRig if reason else CappedRig
         rig = super().__new__(chosen)
         rig.reason = reason
@@ -99,7 +109,7 @@ class Rig(ABC):
         self.watchers: list[Callable[[], None]] = []
 
     def __repr__(self):
-        return f"Rig({len(self.cards)} x {self.card.device_name}, {self.provenance})"
+        return f"Rig({cards_in_words(self.cards)}, {self.provenance})"
 
     def __enter__(self):
         if Rig.active is not None:
@@ -119,12 +129,12 @@ class Rig(ABC):
 
     @staticmethod
     def simulated(
-        card: str = "L4", count: int = 1, alloc_conf: str | None = None
+        card="L4", count: int = 1, alloc_conf: str | None = None, **options
     ) -> "SimulatedRig":
         """Simulated cards, also on a machine that has GPUs; arguments as of ``SimulatedRig``."""
         from simgpu.simulated import SimulatedRig
 
-        return SimulatedRig(card, count, alloc_conf)
+        return SimulatedRig(card, count, alloc_conf, **options)
 
     @staticmethod
     def here() -> "MachineRig":
@@ -200,9 +210,44 @@ class Rig(ABC):
         return [[] for _ in self.memory()]
 
 
-def check_count(count: int):
-    """Refuse an impossible number of cards with a ``ValueError``."""
+def cards_of(
+    card: str | Card | Sequence[str | Card],
+    count: int = 1,
+    free_gib: float | Sequence[float] | None = None,
+) -> list[Card]:
+    """The cards that a name and a count mean, or a list of names, with so many GiB free on them.
+
+    Raises:
+        ValueError: unknown card, an impossible count, or one that is not the list's length, or free
+            memory that a card cannot have.
+    """
+    if not isinstance(card, str | Card):
+        kinds = list(card)
+        if count not in (1, len(kinds)):
+            raise ValueError(
+                f"count is {count!r}, but card is a list of {len(kinds)}. A list names each card"
+                " once for every one there is: leave count out."
+            )
+        count = len(kinds)
+    else:
+        kinds = [card] * count if isinstance(count, int) and count <= MAX_CARDS else []
     if not isinstance(count, int) or not 1 <= count <= MAX_CARDS:
         raise ValueError(
             f"count is {count!r}; a rig has 1 to {MAX_CARDS} cards. Give a whole number in between."
         )
+    cards = [find_card(each) for each in kinds]
+    if free_gib is None:
+        return cards
+    free = [free_gib] * count if isinstance(free_gib, int | float) else list(free_gib)
+    if len(free) != count:
+        raise ValueError(
+            f"free_gib has {len(free)} figures for {count} cards. Give one for all, or one for each"
+            " card."
+        )
+    return [with_free(*each) for each in zip(cards, free, strict=True)]
+
+
+def cards_in_words(cards: Sequence[Card]) -> str:
+    """ "2 x NVIDIA L4", or each kind with its number."""
+    kinds = Counter(card.device_name for card in cards)
+    return ", ".join(f"{number} x {name}" for name, number in kinds.items())

@@ -1,11 +1,14 @@
 """Shape rules of single operators that differ from PyTorch's, or need not be asked each time."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree
 
 from simgpu.convolution import backward
+from simgpu.units import MIB
 
 _ATEN = torch.ops.aten
 # Operators that make no storage, and the commonest of those that make one new tensor. torch's
@@ -32,6 +35,20 @@ def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = No
     return output
 
 
+def _softmax(operator, scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None):
+    # On CUDA one kernel reads float16 and writes float32 (aten/src/ATen/native/SoftMax.cpp); others
+    # convert first.
+    at_once = scores.dtype is torch.float16 and dtype is torch.float32
+    return operator(scores if at_once or dtype is None else scores.to(dtype), dim, at_once)
+
+
+# By the name of an operator that PyTorch takes apart, what it is taken apart into.
+SOFTMAX = {
+    "softmax.int": partial(_softmax, _ATEN._softmax.default),
+    "log_softmax.int": partial(_softmax, _ATEN._log_softmax.default),
+}
+
+
 def _convolution_backward(gradient, *others):
     return NotImplemented if gradient.device.type == "cpu" else backward(gradient, *others)
 
@@ -53,9 +70,68 @@ def _fused_rms_norm_backward(gradient, input, normalized_shape, rstd, weight, ma
 REWRITTEN = {
     _ATEN._safe_softmax.default: _safe_softmax,
     _ATEN.convolution_backward.default: _convolution_backward,
+    # Where PyTorch leaves them whole, as in torch.inference_mode().
+    _ATEN.softmax.int: SOFTMAX["softmax.int"],
+    _ATEN.log_softmax.int: SOFTMAX["log_softmax.int"],
     _ATEN._fused_rms_norm.default: _fused_rms_norm,
     _ATEN._fused_rms_norm_backward.default: _fused_rms_norm_backward,
 }
+
+
+NOT_DENSE = (
+    "Sparse and quantized tensors are not simulated: shape and type do not tell their bytes. Use a"
+    " dense tensor (sparse=False for an embedding), or run this on a real device."
+)
+# Most bytes of the arguments of an operator without a shape rule.
+_MOST_EXAMPLE_BYTES = 64 * MIB
+
+
+def by_example(mode, func, args: tuple, kwargs: dict):
+    """The result of an operator for which PyTorch has no shape rule: what the CPU makes of zeros.
+
+    Raises:
+        RuntimeError: there is no such operator on the CPU, or it would take too long.
+    """
+    examples: dict[int, torch.Tensor] = {}  # by id of what they stand for
+
+    def example(each):
+        if isinstance(each, FakeTensor):
+            if id(each) not in examples:
+                zeros = torch.empty_strided(each.shape, each.stride(), dtype=each.dtype).zero_()
+                examples[id(each)] = zeros
+            return examples[id(each)]
+        return torch.device("cpu") if isinstance(each, torch.device) else each
+
+    given = [each for each in _pytree.tree_leaves((args, kwargs)) if isinstance(each, FakeTensor)]
+    devices = [each.fake_device for each in given]
+    cards = [device for device in devices if device.type != "cpu"] or devices
+    is_small = sum(each.nbytes for each in given) <= _MOST_EXAMPLE_BYTES
+    tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    problem = None
+    if is_small and cards and not tags & set(func.tags):
+        try:
+            with torch.no_grad():
+                args, kwargs = _pytree.tree_map(example, (args, kwargs))
+                output = func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            problem = error
+        else:
+            stood_for = {id(examples[id(each)]): each for each in given}
+
+            def card(each):
+                if not isinstance(each, torch.Tensor) or id(each) in stood_for:
+                    return stood_for.get(id(each), each)
+                if each.layout is not torch.strided or each.is_quantized:
+                    raise RuntimeError(NOT_DENSE)
+                options = {"dtype": each.dtype, "device": "meta"}
+                made = torch.empty_strided(each.shape, each.stride(), **options)
+                return FakeTensor(mode, made, cards[0])
+
+            return _pytree.tree_map(card, output)
+    raise RuntimeError(
+        f"{func} is not simulated: PyTorch has no shape rule for it. Leave it out, give it one"
+        " (torch.library.register_fake) if it is your own, or run this on a real device."
+    ) from problem
 
 
 def common_card(args: tuple) -> torch.device | None:

@@ -54,9 +54,12 @@ class Runtime:
             "resetPeakHostMemoryStats": _nothing,
             "resetAccumulatedHostMemoryStats": _nothing,
             "memorySnapshot": lambda pool=None, *more: self._rig.snapshot(),
-            "record_memory_history": _nothing,
+            "record_memory_history": self._rig.record_history,
+            "record_memory_history_legacy": lambda enabled, *rest: self._rig.record_history(
+                "all" if enabled else None
+            ),
             "setMemoryFraction": self._set_fraction,
-            "getMemoryFraction": lambda device: self._allocator(device).fraction or 1.0,
+            "getMemoryFraction": self._fraction,
         }
         accelerator = {
             "getAccelerator": lambda: torch.device("cuda"),
@@ -136,14 +139,19 @@ class Runtime:
     def _mem_get_info(self, device=None) -> tuple[int, int]:
         return self._memory_info(torch.cuda._utils._get_device_index(device, optional=True))
 
+    def _fraction(self, device: int) -> float:
+        fraction = self._allocator(device).fraction
+        return 1.0 if fraction is None else fraction
+
     def _set_fraction(self, fraction: float, device: int):
         self._allocator(device).fraction = fraction
 
     def _architectures(self) -> str:
-        return "sm_{}{}".format(*self._rig.card.compute_capability)
+        found = {"sm_{}{}".format(*card.compute_capability): None for card in self._rig.cards}
+        return " ".join(found)
 
     def _is_bf16_supported(self, including_emulation: bool = True) -> bool:
-        return including_emulation or self._rig.card.bf16_supported
+        return including_emulation or self._rig.cards[current.index].bf16_supported
 
     def _properties(self, device: int) -> SimpleNamespace:
         check_ordinal(device, self._count())

@@ -10,9 +10,7 @@ before the results.
 """
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import torch
 
@@ -29,32 +27,24 @@ CUDNN_ATTENTION_BYTES = 256
 _FLASH_KEYS = ((64, 256), (128, 128), (256, 64))
 
 
-@dataclass
-class Unmodelled:
-    """Operators that may have taken memory nobody knows of: how often each ran, and how much the
-    largest took at most; ``bound_bytes`` is None where that is not known of one of them."""
-
-    calls: Counter[str] = field(default_factory=Counter)
-    bound_bytes: int | None = 0
+class Unmodelled(dict[str, int | None]):
+    """Operators that may have taken memory nobody knows of, and how many bytes the largest call of
+    each took at most; None where no bound is known."""
 
     def note(self, name: str, bound_bytes: int | None):
-        self.calls[name] += 1
-        if bound_bytes is None or self.bound_bytes is None:
-            self.bound_bytes = None
-        else:
-            self.bound_bytes = max(self.bound_bytes, bound_bytes)
+        """A call that took at most so much."""
+        sizes = (self.get(name, 0), bound_bytes)
+        self[name] = None if None in sizes else max(sizes)
 
     def __str__(self):
-        """ "exact", or "not exact: ..." with the operators and the bound."""
-        if not self.calls:
+        """ "exact", or "not exact: ..." with the operators and the largest bound."""
+        if not self:
             return "exact"
-        names = ", ".join(sorted(self.calls))
-        count, kind = len(self.calls), "operator" if len(self.calls) == 1 else "operators"
-        bound = self.bound_bytes
-        most = (
-            "with no known bound" if bound is None else f"at most {as_pytorch_writes(bound)} each"
-        )
-        return f"not exact: {count} {kind} unmodelled, {most} ({names})"
+        most = "with no known bound"
+        if None not in self.values():
+            most = f"at most {as_pytorch_writes(max(self.values()))} each"
+        kind = "operator" if len(self) == 1 else "operators"
+        return f"not exact: {len(self)} {kind} unmodelled, {most} ({', '.join(sorted(self))})"
 
 
 def scratch(operator, args: tuple, kwargs: dict, results: list, card: Card) -> list | None:

@@ -1,10 +1,10 @@
 """``SimulatedRig``: cards with shapes and bytes only, so that any model runs on a laptop."""
 
+import logging
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -12,16 +12,16 @@ import torch
 from simgpu.accounting import Accounting, Allocation
 from simgpu.addresses import AddressSpace
 from simgpu.allocator import Allocator
-from simgpu.catalog import Card, find_card
+from simgpu.catalog import Card
 from simgpu.device import observe, on_card
 from simgpu.expandable import ExpandableAllocator
+from simgpu.history import is_below_operators
 from simgpu.host import Host
 from simgpu.intercept import simulated_torch
 from simgpu.loading import simulated_loading
-from simgpu.numbers import Numbers
+from simgpu.numbers import LENGTHS, Numbers
 from simgpu.purposes import GRADIENTS, WEIGHTS, all_modules, gradients_of, registration, weights_of
-from simgpu.rig import CardMemory, Rig, Stage, check_count
-from simgpu.scratch import Unmodelled
+from simgpu.rig import ASSUME, CardMemory, Rig, Stage, cards_of
 from simgpu.units import MIB
 
 # PyTorch 2.9 gave the variable a name without CUDA and reads both.
@@ -52,16 +52,7 @@ def read_alloc_conf(text: str) -> tuple[type[Allocator], dict]:
     return kind, options
 
 
-_HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
-_BELOW = tuple(
-    str(_TORCH / name)
-    for name in ("_subclasses", "_dynamo", "_compile.py", "_ops.py", "utils/_stats.py")
-)
-
-
-def _is_below_operators(file: str) -> bool:
-    """Whether a file's functions run below an operator of PyTorch on simulated cards alone."""
-    return Path(file).parent == _HERE or file.startswith(_BELOW)
+_RULES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 class SimulatedRig(Rig):
@@ -74,36 +65,79 @@ class SimulatedRig(Rig):
     Args:
         card, count: as of ``Rig``.
         alloc_conf: as the environment variable ``PYTORCH_CUDA_ALLOC_CONF``, read where it is None.
+        free_gib: GiB that are free on each card before the program starts, as nvidia-smi shows
+            them, where others use the rest: one figure for all cards, or a list.
+        assume: "refuse" a number that is not known where one is asked for, or assume one and
+            "count" it in ``assumed``.
+        capped: False lets a run take more than the cards have, which then is what it needs; they
+            say what they do of capacity and free memory, so that device maps stay the same.
 
     Raises:
-        ValueError: unknown card, an impossible count, or a configuration that is not simulated.
+        ValueError: unknown card, an impossible count, free memory that the card cannot have, or a
+            configuration that is not simulated.
     """
 
-    def __init__(self, card: str = "L4", count: int = 1, alloc_conf: str | None = None):
+    def __init__(
+        self,
+        card: str | Card | Sequence[str | Card] = "L4",
+        count: int = 1,
+        alloc_conf: str | None = None,
+        *,
+        free_gib: float | Sequence[float] | None = None,
+        assume: str = ASSUME[0],
+        capped: bool = True,
+    ):
         super().__init__()
-        check_count(count)
-        self.card: Card = find_card(card)
-        self.cards = [self.card] * count
+        self.cards = cards_of(card, count, free_gib)
+        self.card: Card = self.cards[0]
         if alloc_conf is None:
             alloc_conf = next(filter(None, map(os.environ.get, ALLOC_CONF)), "")
         kind, options = read_alloc_conf(alloc_conf)
-        options |= {"system_bytes": self.card.system_bytes, "addresses": AddressSpace(count)}
-        common = (self.card.device_name, self.card.total_bytes, self.card.context_bytes)
-        self.allocators = [kind(index, *common, **options) for index in range(count)]
-        self._accounting = Accounting(self.allocators, self.card)
+        options |= {"addresses": AddressSpace(len(self.cards)), "capped": capped}
+        self.allocators = [
+            kind(
+                index,
+                each.device_name,
+                each.total_bytes,
+                each.context_bytes,
+                system_bytes=each.system_bytes,
+                **options,
+            )
+            for index, each in enumerate(self.cards)
+        ]
+        self._accounting = Accounting(self.allocators, self.cards)
         self.host = Host()
-        self.numbers = Numbers()
+        self.numbers = Numbers(assume)
         # Whose parameters a backward pass makes gradients of. Not the parameters themselves: torch
         # cannot move a module whose parameters are weakly referred to.
-        self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self.modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     @property
     def provenance(self) -> str:
         """ "simulated", what of the card is assumed, and why on a machine that has GPUs."""
-        remarks = "; ".join(filter(None, (self.card.assumed, self.reason)))
+        remarks = {card.assumed: None for card in self.cards} | {self.reason: None}
+        remarks = "; ".join(filter(None, remarks))
         return f"simulated ({remarks})" if remarks else "simulated"
 
+    @property
+    def assumed(self) -> dict[str, int]:
+        """How often each operator was asked for a number that is not known and one was assumed."""
+        return dict(self.numbers.assumptions.made)
+
+    @property
+    def unmodelled(self) -> dict[str, int | None]:
+        """Operators that ran and whose scratch memory is not modelled: at most so many bytes at a
+        time, None where no bound is known."""
+        return dict(self._accounting.unmodelled)
+
+    @property
+    def exact(self) -> bool:
+        """Whether so far every operator's memory is modelled, and no length was assumed."""
+        return not self.unmodelled and not self.assumed.keys() & LENGTHS
+
     def _build_world(self, stack):
+        # It reports each failed rule, which the exception says as well.
+        stack.enter_context(mock.patch.object(_RULES_LOG, "disabled", True))
         stack.enter_context(simulated_torch(self))
         stack.enter_context(simulated_loading(self))
         stack.enter_context(registration(self._accounting))
@@ -120,7 +154,7 @@ class SimulatedRig(Rig):
         return [
             CardMemory(
                 index=each.index,
-                card=self.card.key,
+                card=self.cards[each.index].key,
                 capacity_bytes=each.total_bytes,
                 allocated_bytes=each.allocated,
                 reserved_bytes=each.reserved,
@@ -149,15 +183,31 @@ class SimulatedRig(Rig):
         """The modules' parameters and buffers are weights. Called for the models that
         ``from_pretrained`` returns, and for all when a stage named "load" ends."""
         found = {each for module in modules for each in module.modules()}
-        self._modules.update(found)
+        self.modules.update(found)
         self._accounting.register(WEIGHTS, weights_of(found))
+
+    @contextmanager
+    def out_of_memory_stays(self):
+        """An out-of-memory error in the block ends it as one, whatever is made of it inside.
+
+        transformers' loader catches what happens while it joins tensors and says so in words.
+        """
+        before = len(self._accounting.failures)
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            if len(self._accounting.failures) == before:
+                raise
+            raise torch.OutOfMemoryError(self._accounting.failures[before]) from None
 
     def _forget_simulation(self, error: torch.OutOfMemoryError):
         # Below an operator CUDA has no frames of Python that would keep its arguments.
         place = error.__traceback__
         while place is not None:
             below = place.tb_next
-            while below is not None and _is_below_operators(below.tb_frame.f_code.co_filename):
+            while below is not None and is_below_operators(below.tb_frame.f_code.co_filename):
                 below = below.tb_next
             place.tb_next, place = below, below
 
@@ -173,24 +223,22 @@ class SimulatedRig(Rig):
         """
         self._accounting.repeat(step, count)
 
-    @property
-    def unmodelled_calls(self) -> Unmodelled:
-        """Operators that may have taken memory nobody knows of, with a bound."""
-        return self._accounting.unmodelled
-
-    @property
-    def unmodelled(self) -> dict[str, int]:
-        """How often each operator ran whose memory besides its results is not modelled exactly."""
-        return dict(self.unmodelled_calls.calls)
+    def note_unmodelled(self, operator: str, bound_bytes: int | None):
+        """Count an operator that takes memory by no known rule, at most so much."""
+        self._accounting.unmodelled.note(operator, bound_bytes)
 
     @property
     def exactness(self) -> str:
         """ "exact", or "not exact: ..." with what is not, of everything since the rig was made."""
-        return str(self.unmodelled_calls)
+        return str(self._accounting.unmodelled)
 
     def snapshot(self) -> dict:
         """Every segment and block, as ``torch.cuda.memory._snapshot`` gives them."""
         return self._accounting.snapshot()
+
+    def record_history(self, *arguments):
+        """As ``torch._C._cuda_record_memory_history``: what ``snapshot`` tells of the past."""
+        self._accounting.history.record(*arguments)
 
     def release_workspaces(self):
         """Free what matrix products keep on the cards for the next one."""
@@ -201,4 +249,5 @@ class SimulatedRig(Rig):
         """Around a backward pass, which ends with the gradients in place."""
         with self._accounting.backward_pass():
             yield
-        self._accounting.register(GRADIENTS, gradients_of(weights_of(list(self._modules))))
+        weights = weights_of(list(self.modules))
+        self._accounting.register(GRADIENTS, gradients_of(weights))

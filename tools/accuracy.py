@@ -27,6 +27,8 @@ sys.path.append(str(ROOT / "benchmarks"))  # programs, no package
 
 import host_memory  # noqa: E402
 import memory  # noqa: E402
+import models  # noqa: E402
+import peers  # noqa: E402
 
 
 def read(path: Path) -> dict:
@@ -60,6 +62,8 @@ def simulate():
             for figure in host_memory.compare(read(path))
         ]
         store(path, {"provenance": origin, "figures": figures})
+    for path in measured_files("models"):
+        store(path, {"provenance": origin, "cases": models.simulate(read(path))})
     figures = [figure for path in measured_files("memory") for figure in compared(path)[0]]
     origins = [read(path)["provenance"] for path in measured_files("memory")]
     memory.plot(figures, origins, str(PICTURE))
@@ -209,7 +213,30 @@ def miniature() -> str:
     return "\n".join([*lines, "", f"*Measured: {origin}, transformers {results['transformers']}.*"])
 
 
+def others() -> str:
+    """Models and programs the simulator was not made with, on every machine."""
+    parts = []
+    for path in measured_files("models"):
+        measured, simulated = read(path), read(SIMULATED / path.name)
+        origin, versions = measured["provenance"], simulated["provenance"]
+        parts += [
+            f"**{machine(origin)}** ({origin['date']}, torch {origin['torch']}, transformers "
+            f"{origin['transformers']}, {origin['weights']}; simulated {versions['date']}, torch "
+            f"{versions['torch']}, transformers {versions['transformers']})",
+            "",
+            *models.table(measured["cases"], simulated["cases"]),
+            "",
+        ]
+    return "\n".join(parts).rstrip()
+
+
+def beside_peers() -> str:
+    """What other programs say of six of the models."""
+    return peers.table(read(peers.OUTPUT))
+
+
 SECTIONS = {"summary": summary, "runs": runs, "host": host, "miniature": miniature}
+SECTIONS |= {"others": others, "peers": beside_peers}
 
 
 def page() -> str:

@@ -21,6 +21,7 @@ PART_KEYS = {
 }
 ROLES = ("system", "user", "assistant", "observation")
 _RENDERED = f"{''.join(PREFIX)}<|"  # how a rendered prompt begins
+_PICTURE_WORDS = ("image", "img", "picture", "pixel", "photo", "video")
 # Options of transformers' chat templates that this format does not have, and what to do instead.
 _IMAGE_ADVICE = 'Put the image into its message: {"role": "user", "image": image, "content": …}.'
 _OPTION_ADVICE = {
@@ -110,6 +111,13 @@ def refuse_rendered(text: str):
             " stay ordinary text here. Pass the messages to apply_chat_template(messages,"
             " add_generation_prompt=True)."
         )
+
+
+def refuse_pictures(options: dict, advice: str):
+    """Raise ValueError if one of these options, which nothing reads, is a picture by its name."""
+    for name, given in options.items():
+        if given is not None and any(word in name.lower() for word in _PICTURE_WORDS):
+            raise ValueError(f"{name} is set, and the picture would be lost. {advice}")
 
 
 def refuse_options(options: dict):

@@ -17,7 +17,7 @@ from glm4v_nb.model.checkpoint_files import (
     refuse_adapter,
 )
 from glm4v_nb.model.configuration import check_dtype, read_config, refuse_attention
-from glm4v_nb.model.official_names import device_map_here, modules_here, names_here
+from glm4v_nb.model.official_names import keys_here, modules_here, names_here
 from simgpu.checkpoints import INDEX, read_json, weight_map
 
 _FLOATING = {"F64", "F32", "F16", "BF16"}
@@ -52,13 +52,20 @@ def load_checked(model_class, from_pretrained, name_or_path, *args, **kwargs):
         if not isinstance(config, PreTrainedConfig):
             config = read_config(directory, **kwargs)
         _check_weights(directory, model_class, config, kwargs.get("ignore_mismatched_sizes"))
-    kwargs["device_map"] = device_map_here(kwargs.get("device_map"))
+    kwargs["device_map"] = keys_here(kwargs.get("device_map"))
     quantizer = kwargs.get("quantization_config")
+    fields = quantizer if isinstance(quantizer, dict) else getattr(quantizer, "__dict__", {})
     for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
-        if given := getattr(quantizer, field, None):
-            setattr(quantizer, field, modules_here(given))
+        if given := fields.get(field):
+            fields[field] = modules_here(given)
     model, info = from_pretrained(source, *args, **kwargs)
     if missing := sorted(info["missing_keys"]):
+        if name_or_path is None:
+            raise ValueError(
+                f"state_dict has no values for {len(missing)} tensors of the model, first"
+                f" {missing[0]!r}. Expected all of them, under their official names or those of"
+                " model.state_dict(). Is it of another model?"
+            )
         loader = "the loader" if quantizer is None else type(quantizer).__name__
         raise ValueError(
             f"{name_or_path}: {loader} left {len(missing)} tensors without"
@@ -73,7 +80,7 @@ def load_checked(model_class, from_pretrained, name_or_path, *args, **kwargs):
 
 def _check_options(options: dict):
     """Refuse what transformers would refuse in words that lead astray."""
-    check_dtype(options.get("dtype", options.get("torch_dtype")))
+    check_dtype(options)
     configured = getattr(options.get("config"), "_attn_implementation", None)
     attention = options.get("attn_implementation") or configured
     if isinstance(attention, str) and ("/" in attention or attention.startswith("flash_")):

@@ -44,6 +44,9 @@ class _GenerationFile(BaseModel, extra="allow"):
     assistant_early_exit: None = None
     is_assistant: Literal[False] | None = None
     prefill_chunk_size: None = None
+    cache_config: None = None
+    compile_config: None = None
+    watermarking_config: None = None
     stop_strings: None = None
     token_healing: Literal[False] | None = None
     __pydantic_extra__: dict[str, Flag | Number | None]
@@ -101,6 +104,36 @@ def check_files(directory: Path):
             check_auto_map(str(path), content.get("auto_map"))
             if name == "generation_config.json":
                 check_values(str(path), _GenerationFile, content)
+
+
+def guarded(*files: str):
+    """A wrapper for ``from_pretrained`` of an Auto class, which reads these files.
+
+    In a directory of this model, and no other, nobody is asked whether code may run, and errors of
+    the libraries become one sentence.
+    """
+
+    def from_pretrained(wrapped, _, args, kwargs):
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        directory = Path(str(source), kwargs.get("subfolder") or "")
+        if not _is_of_this_model(directory / "config.json"):
+            return wrapped(*args, **kwargs)
+        paths = [directory / name for name in files if (directory / name).is_file()]
+        for path in [] if kwargs.get("trust_remote_code") else paths:
+            if path.suffix == ".json":
+                check_auto_map(str(path), read_json(path).get("auto_map"))
+        with reading(f"{directory}: {' or '.join(files)}"):
+            return wrapped(*args, **kwargs)
+
+    return from_pretrained
+
+
+def _is_of_this_model(config_file: Path) -> bool:
+    try:
+        content = read_json(config_file)
+    except (OSError, ValueError):
+        return False
+    return content.get("model_type") == "chatglm" and content.get("vision_config") is not None
 
 
 def refuse_adapter(directory):

@@ -25,6 +25,7 @@ from glm4v_nb.model.checkpoint_files import (
     TokenId,
     check_auto_map,
     check_values,
+    guarded,
     reading,
     schema_of,
 )
@@ -105,6 +106,7 @@ _OTHER_KEYS |= {"fp32_residual_connection", "hidden_dropout", "prefix_projection
 
 
 _Dtype = Literal["bfloat16", "float16", "float32", "float64"] | InstanceOf[torch.dtype] | None
+_DTYPES = ("bfloat16", "float16", "half", "float32", "float", "float64", "double")
 
 
 class _Quantizer(BaseModel):
@@ -234,7 +236,7 @@ class GLM4VConfig(PreTrainedConfig):
                 " Load zai-org/glm-4v-9b, or use transformers' own Glm classes for text-only"
                 " models."
             )
-        check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
+        check_dtype(kwargs)
         check_auto_map("config.json", config_dict.get("auto_map"))
         check_values("config.json", _OtherKeys, config_dict)
         for name in ("attn_implementation", "_attn_implementation"):
@@ -269,12 +271,19 @@ class GLM4VConfig(PreTrainedConfig):
 _VALUES = schema_of(GLM4VConfig)
 
 
-def check_dtype(dtype):
-    """Raise ValueError for text that names no type of torch, and is not "auto"."""
-    if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
+def check_dtype(options: dict):
+    """Take "torch." off the name of a type in the arguments of ``from_pretrained``.
+
+    Raises:
+        ValueError: a type that weights cannot have here, or text that names none and is not "auto".
+    """
+    for key in {"dtype", "torch_dtype"} & options.keys():
+        if isinstance(options[key], str):
+            options[key] = options[key].removeprefix("torch.")
+        name = str(options[key]).removeprefix("torch.")
+        if isinstance(options[key], str | torch.dtype) and name not in (*_DTYPES, "auto"):
             raise ValueError(
-                f"dtype is {dtype!r}; expected torch.bfloat16, torch.float16, torch.float32,"
+                f"{key} is {options[key]!r}; expected torch.bfloat16, torch.float16, torch.float32,"
                 ' one of these names as text ("bfloat16"), or "auto".'
             )
 
@@ -305,6 +314,7 @@ def leave_text_only_checkpoints():
             CONFIG_MAPPING.register(GLM4VConfig.model_type, registered, exist_ok=True)
 
     wrap_function_wrapper(AutoConfig, "from_pretrained", from_pretrained)
+    wrap_function_wrapper(AutoConfig, "from_pretrained", guarded("config.json"))
 
 
 def official_config() -> GLM4VConfig:

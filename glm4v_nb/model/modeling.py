@@ -5,6 +5,8 @@ puts the tower on the first GPU, where the images arrive. The official implement
 last.
 """
 
+from contextvars import ContextVar
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -14,11 +16,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.glm.modeling_glm import GlmAttention, GlmDecoderLayer
 from transformers.utils import can_return_tuple
 
+from glm4v_nb.model.chat import refuse_pictures
 from glm4v_nb.model.checkpoint import load_checked
 from glm4v_nb.model.configuration import GLM4VConfig
-from glm4v_nb.model.official_names import state_dict_here
+from glm4v_nb.model.official_names import state_dict_here, unshare_storage
 from glm4v_nb.model.splicing import ExpandedPrompt, expand_image_positions, merge_image_features
 from glm4v_nb.model.vision import GLM4VVisionTower
+
+_LOADING = ContextVar("loading", default=False)
 
 
 class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -62,24 +67,48 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As transformers' own, but refuses damaged or incomplete checkpoints and pickles."""
-        loader = super().from_pretrained
-        return load_checked(cls, loader, pretrained_model_name_or_path, *model_args, **kwargs)
+        loader, loading = super().from_pretrained, _LOADING.set(True)
+        try:
+            return load_checked(cls, loader, pretrained_model_name_or_path, *model_args, **kwargs)
+        finally:
+            _LOADING.reset(loading)
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As torch's own; takes official names as well, as when ``Trainer`` resumes.
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers' own, in the official layout; quantised weights, whose projections cannot
+        be fused again, under the names of the modules here."""
+        if getattr(self, "hf_quantizer", None) is not None:
+            kwargs.setdefault("save_original_format", False)
+        return super().save_pretrained(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Read official names too, as when ``Trainer`` resumes; torch comes here from wrappers such
+        as DataParallel as well, with what stands before the names.
 
         Raises:
             ValueError: none of the names is one of the model's.
         """
-        here = state_dict_here(state_dict, self.config)
+        given = {name: state_dict[name] for name in list(state_dict) if name.startswith(prefix)}
+        given = {name.removeprefix(prefix): tensor for name, tensor in given.items()}
+        here = state_dict_here(given, self.config)
         if here and here.keys().isdisjoint(self.state_dict()):
             raise ValueError(
                 f"None of the {len(here)} tensors is one of this model's; the first is"
-                f" {next(iter(state_dict))!r}. Expected the official names of GLM-4V-9B or those of"
+                f" {next(iter(given))!r}. Expected the official names of GLM-4V-9B or those of"
                 " model.state_dict(). Is it the state dict of another model, or of a wrapper (then"
                 " remove its prefix)?"
             )
-        return super().load_state_dict(here, strict, assign)
+        for name in given.keys() - here.keys():
+            del state_dict[prefix + name]
+        state_dict.update({prefix + name: here[name] for name in here.keys() - given.keys()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, *args):
+        # The loader leaves queries, keys and values as parts of one storage. Libraries that write
+        # safetensors take that for one tensor under three names: accelerate drops two of them.
+        # While the model is loaded nothing is saved, and accelerate asks for names alone.
+        for layer in self.language_model.layers if not _LOADING.get() else ():
+            unshare_storage(layer.self_attn)
+        super()._save_to_state_dict(*args)
 
     def load_adapter(self, *args, **kwargs):
         """As transformers' own; ValueError where weights of the adapter find no values."""
@@ -93,7 +122,18 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return info
 
     def resize_token_embeddings(self, *args, **kwargs):
-        """As transformers' own; the configuration counts the new rows too, and is saved so."""
+        """As transformers' own; the configuration counts the new rows too, and is saved so.
+
+        Raises:
+            ValueError: ids of the configuration would have no row left.
+        """
+        rows = args[0] if args else kwargs.get("new_num_tokens")
+        needed = max(self.config.boi_token_id, self.config.eoi_token_id, self.config.pad_token_id)
+        if rows is not None and rows <= needed:
+            raise ValueError(
+                f"{rows} token embeddings would leave none for id {needed}, which every image or"
+                f" padding needs. Give more than {needed}."
+            )
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.padded_vocab_size = embeddings.num_embeddings
         return embeddings
@@ -130,23 +170,28 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep: logits of only the last so many positions (0: all).
             image_mask: (batch, length); given when the prompt is already expanded.
         """
-        if input_ids is None and inputs_embeds is None:
+        refuse_pictures(kwargs, "Give pixel_values, as the processor makes them.")
+        if (input_ids is None) == (inputs_embeds is None):
+            found = "neither input_ids nor" if input_ids is None else "both input_ids and"
             raise ValueError(
-                "There are neither input_ids nor inputs_embeds. Expected a prompt, with an image's"
-                " placeholder where pixel_values are given. Build both with the processor's"
+                f"There are {found} inputs_embeds. Expected one of them: a prompt, with an image's"
+                " placeholder where pixel_values are given. Build it with the processor's"
                 " apply_chat_template."
             )
         prompt = None
         if image_mask is None:
+            _check_embeddings(input_ids, pixel_values)
             others = attention_mask, position_ids, labels
             prompt = self._expanded(input_ids, pixel_values, past_key_values, *others)
         if prompt is not None:
             input_ids, labels, image_mask = prompt.input_ids, prompt.labels, prompt.image_mask
             attention_mask, position_ids = prompt.attention_mask, prompt.position_ids
         behind = getattr(past_key_values, "positions_behind", None)
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        if behind is not None and attention_mask is not None and prompt is None:
+            self._check_mask(attention_mask, past_key_values, length)
         if position_ids is None and behind is not None:
             # A decoding loop by hand: go on from the numbering of the unexpanded prompt.
-            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             steps = past_key_values.get_seq_length() + torch.arange(length, device=behind.device)
             position_ids = steps - behind
         if inputs_embeds is None:
@@ -188,12 +233,17 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if kwargs.get("max_new_tokens") is not None:
             # The official generation_config.json has a max_length, which transformers warns of.
             kwargs.setdefault("max_length", None)
+        if kwargs.get("image_mask") is None:
+            _check_embeddings(input_ids, kwargs.get("pixel_values"))
         if input_ids is None or kwargs.get("image_mask") is not None:
             return super().generate(input_ids, generation_config, streamer=streamer, **kwargs)
         given = (kwargs.pop(name, None) for name in ("attention_mask", "position_ids"))
         images = self._count_images(kwargs.get("pixel_values"))
         prompt = expand_image_positions(self.config, input_ids, *given, image_count=images)
-        positions, most = prompt.input_ids.shape[1], kwargs.get("max_length")
+        positions, config = prompt.input_ids.shape[1], generation_config or self.generation_config
+        most = kwargs.get("max_length", config.max_length)
+        if kwargs.get("max_new_tokens") or config.max_new_tokens:
+            most = None
         if most is not None and positions >= most:
             raise ValueError(
                 f"max_length is {most}, but the prompt alone takes {positions} positions, of which"
@@ -230,10 +280,12 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         length = inputs["input_ids" if is_text else "inputs_embeds"].shape[1]
         # One token goes on from the cache, which has the image; a prompt brings it, and several
         # tokens, as speculative decoding verifies them, may come with it or after it.
-        if image_mask is not None and (length > 1 or not kwargs.get("use_cache", True)):
-            image_mask = functional.pad(image_mask, (0, input_ids.shape[1] - image_mask.shape[1]))
-            inputs["image_mask"] = image_mask[:, -length:]
-            has_image = bool(inputs["image_mask"].any())
+        if image_mask is not None:
+            has_image = False
+            if length > 1 or not kwargs.get("use_cache", True):
+                new = input_ids.shape[1] - image_mask.shape[1]
+                inputs["image_mask"] = functional.pad(image_mask, (0, new))[:, -length:]
+                has_image = bool(inputs["image_mask"].any())
             inputs["pixel_values"] = kwargs.get("pixel_values") if has_image else None
         return inputs
 
@@ -242,10 +294,17 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         is_prompt = input_ids is not None and input_ids.shape[1] > 1
         if pixel_values is None and (not is_prompt or torch.compiler.is_compiling()):
             return None
-        if pixel_values is None and cache is not None and cache.get_seq_length():
-            return None  # several tokens after a prompt, as speculative decoding verifies them
         images = self._count_images(pixel_values)
-        if images or (input_ids == self.config.boi_token_id).any():
+        has_image = bool(images or (input_ids == self.config.boi_token_id).any())
+        if cache is not None and (cached := cache.get_seq_length()):
+            if has_image:
+                raise ValueError(
+                    f"The cache holds {int(cached)} positions already, and here is an image."
+                    " Expected the image in the prompt that begins the cache. Give the whole"
+                    " conversation and a new cache, or after a prompt the new ids alone."
+                )
+            return None  # several tokens after a prompt, as speculative decoding verifies them
+        if has_image:
             return expand_image_positions(self.config, input_ids, *others, images)
         length, limit = input_ids.shape[1], self.config.seq_length
         if length > limit:
@@ -254,6 +313,19 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 " Shorten the text."
             )
         return None
+
+    def _check_mask(self, mask: torch.Tensor, cache, length: int):
+        """Refuse the mask of a loop by hand in which the image has only the prompt's three ids."""
+        if mask.ndim != 2 or torch.compiler.is_compiling():
+            return
+        positions = int(cache.get_seq_length()) + length
+        if mask.shape[1] < positions:
+            raise ValueError(
+                f"attention_mask has the shape {tuple(mask.shape)}, but the cache and the new ids"
+                f" have {positions} positions, of which an image has"
+                f" {self.config.vision_config.image_tokens}. Leave it out where nothing is padding,"
+                " or give one number for each position."
+            )
 
     def _count_images(self, pixel_values: torch.Tensor | None) -> int:
         if pixel_values is None:
@@ -267,6 +339,15 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 " the checkpoint's own processor (AutoProcessor)."
             )
         return len(pixel_values)
+
+
+def _check_embeddings(input_ids, pixel_values):
+    if input_ids is None and pixel_values is not None:
+        raise ValueError(
+            "There are pixel_values but no input_ids, whose placeholder says where the image goes."
+            " Expected both, as the processor's apply_chat_template makes them. Leave inputs_embeds"
+            " out where there is an image."
+        )
 
 
 class _UnexpandedPrompt(BaseStreamer):

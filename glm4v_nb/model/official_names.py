@@ -9,6 +9,7 @@ is what tutorials and fine-tuning scripts for the official code contain.
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
+from inspect import signature
 
 import torch
 from transformers import conversion_mapping
@@ -83,10 +84,32 @@ def names_here(official: str) -> list[str]:
 
 
 def split_fused(fused: torch.Tensor, config) -> list[torch.Tensor]:
-    """Rows of the decoder's fused projection: those of the queries, of the keys, of the values."""
+    """Rows of the decoder's fused projection: those of the queries, of the keys, of the values.
+
+    Raises:
+        ValueError: it has other rows than these.
+    """
     group_rows = config.multi_query_group_num * config.kv_channels
-    query_rows = config.num_attention_heads * config.kv_channels
-    return list(fused.split([query_rows, group_rows, group_rows]))
+    rows = [config.num_attention_heads * config.kv_channels, group_rows, group_rows]
+    if len(fused) != sum(rows):
+        raise ValueError(
+            f"A query_key_value of the decoder has {len(fused)} rows; expected {sum(rows)}: those"
+            " of queries, keys and values in config.json. Take both from the same checkpoint."
+        )
+    return list(fused.split(rows))
+
+
+@torch.no_grad
+def unshare_storage(attention: torch.nn.Module):
+    """Give queries, keys and values storages of their own where the three fill one."""
+    for kind in ("weight", "bias"):
+        parts = [getattr(getattr(attention, f"{part}_proj"), kind, None) for part in "qkv"]
+        if any(part is None for part in parts):
+            continue
+        whole = sum(part.nbytes for part in parts)
+        if all(part.untyped_storage().nbytes() == whole for part in parts):
+            for part in parts:
+                part.data = part.data.clone()
 
 
 # transformers 5.23 has a generic ``Split``; 5.17, which is also supported, only equal chunks.
@@ -97,9 +120,8 @@ class SplitQueryKeyValue(ConversionOps):
     def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
         (fused,) = input_dict.values()
         fused = fused[0] if isinstance(fused, list) else fused
-        parts = split_fused(fused, config)
-        # Copies, so that no part keeps the whole fused tensor alive.
-        return dict(zip(target_patterns, (part.contiguous() for part in parts), strict=True))
+        # Parts of one storage: rows are contiguous, and a copy would take memory while loading.
+        return dict(zip(target_patterns, split_fused(fused, config), strict=True))
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -128,7 +150,8 @@ def register_official_layout(class_name: str):
 
 
 def state_dict_here(state_dict: Mapping[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
-    """A state dict with official names under the names here; other names are kept.
+    """A state dict with official names under the names here; other names are kept, and a buffer
+    that every loader computes anew is left out.
 
     Also of a LoRA adapter that was trained on the official implementation: its fused projection has
     one A, which the three here share, and a B that is cut along its rows as the weight is.
@@ -138,7 +161,9 @@ def state_dict_here(state_dict: Mapping[str, torch.Tensor], config) -> dict[str,
         prefix, found, rest = name.partition("transformer.")
         is_ours = found and prefix in ("", "module.", "base_model.model.", "model.")
         targets = names_here(f"transformer.{rest}") if is_ours else [name]
-        if targets == [name] or name.endswith("rotary_pos_emb.inv_freq"):
+        if is_ours and rest == "rotary_pos_emb.inv_freq":
+            continue
+        if targets == [name]:
             translated[name] = tensor
         elif len(targets) == 1:
             translated[prefix + targets[0]] = tensor
@@ -150,11 +175,24 @@ def state_dict_here(state_dict: Mapping[str, torch.Tensor], config) -> dict[str,
     return translated
 
 
-def device_map_here(device_map):
-    """A device map whose modules may have official names; anything but a dictionary is kept."""
-    if not isinstance(device_map, dict):
-        return device_map
-    return {here: place for name, place in device_map.items() for here in names_here(name)}
+def keys_here(given, parts: bool = True):
+    """A device map, or another dictionary by modules, whose names may be official ones, or with
+    ``parts`` the last parts of such; anything but a dictionary is kept.
+
+    Raises:
+        ValueError: a module has two different entries, under its official name and that here.
+    """
+    if not isinstance(given, dict):
+        return given
+    translated = {}
+    for name, value in given.items():
+        for here in names_here(name) if parts or name.startswith("transformer") else [name]:
+            if translated.setdefault(here, value) != value:
+                raise ValueError(
+                    f"{name!r} is {here!r} here, which has {translated[here]!r} already, and"
+                    f" {value!r} is another. Give each module one entry."
+                )
+    return translated
 
 
 def modules_here(names: Iterable[str] | str):
@@ -179,8 +217,14 @@ def modules_here(names: Iterable[str] | str):
     return names
 
 
-# Where accelerate has the function that loads by the names of modules, for its own use and ours.
+# Where accelerate has the function that loads by the names of modules, and peft the one that loads
+# an adapter's weights, for their own use and ours.
 _ROOMS = ("", ".utils", ".utils.modeling", ".big_modeling")
+_PEFT_ROOMS = ("", ".utils", ".utils.save_and_load", ".peft_model", ".functional")
+# Fields of peft's configurations that name modules or parameters: in lists, and as keys.
+_LISTS = ("target_modules", "target_parameters", "feedforward_modules")
+_LISTS += ("modules_to_save", "exclude_modules")
+_BY_NAME = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
 
 
 def _is_ours(model) -> bool:
@@ -191,7 +235,7 @@ def understand_official_names():
     """Let peft and accelerate take official names for this model, and this model only."""
     for module, name, wrapper in (
         ("peft.tuners.tuners_utils", "BaseTuner.inject_adapter", _inject_adapter),
-        ("peft.peft_model", "set_peft_model_state_dict", _adapter_weights),
+        *((f"peft{room}", "set_peft_model_state_dict", _adapter_weights) for room in _PEFT_ROOMS),
         *((f"accelerate{room}", "load_checkpoint_in_model", _refuse_layout) for room in _ROOMS),
     ):
         when_imported(module)(partial(wrap_function_wrapper, name=name, wrapper=wrapper))
@@ -203,23 +247,29 @@ def _inject_adapter(wrapped, tuner, args, kwargs):
         config = tuner.peft_config[args[1] if len(args) > 1 else kwargs["adapter_name"]]
         parameters = getattr(config, "target_parameters", None)
         if getattr(config, "target_modules", "") is None and not parameters:
-            # peft's own default for model_type "chatglm".
-            config.target_modules = ["query_key_value"]
-        for field in ("target_modules", "modules_to_save", "exclude_modules"):
+            # What this method of peft takes for model_type "chatglm", if it has a default at all.
+            defaults = getattr(tuner, "target_module_mapping", {})
+            config.target_modules = defaults.get(model.config.model_type)
+        for field in _LISTS:
             if given := getattr(config, field, None):
                 setattr(config, field, type(given)(modules_here(given)))
-        for field in ("rank_pattern", "alpha_pattern"):
+        for field in _BY_NAME:
             if given := getattr(config, field, None):
-                setattr(config, field, device_map_here(given))
+                for name in given:
+                    if isinstance(name, str) and not re.fullmatch(r"[\w.]+", name):
+                        modules_here(name)  # a pattern: refused if it asks for official names
+                setattr(config, field, keys_here(given))
     return wrapped(*args, **kwargs)
 
 
 def _adapter_weights(wrapped, _, args, kwargs):
-    model, weights, *others = args
+    call = signature(wrapped).bind(*args, **kwargs)
+    model = call.arguments["model"]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if _is_ours(base):
-        weights = state_dict_here(weights, base.config)
-    return wrapped(model, weights, *others, **kwargs)
+        weights = call.arguments["peft_model_state_dict"]
+        call.arguments["peft_model_state_dict"] = state_dict_here(weights, base.config)
+    return wrapped(*call.args, **call.kwargs)
 
 
 def _refuse_layout(wrapped, _, args, kwargs):

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.models.auto import image_processing_auto
+from wrapt import wrap_function_wrapper
 
 from glm4v_nb.model.chat import is_batch, parse_conversation, refuse_rendered
-from glm4v_nb.model.checkpoint_files import check_files, reading
+from glm4v_nb.model.checkpoint_files import check_files, guarded, reading
 from glm4v_nb.model.configuration import GLM4VVisionConfig
 from glm4v_nb.model.image_processing import GLM4VImageProcessor, checkpoint_image_size
 from glm4v_nb.model.tokenization import ChatGLM4Tokenizer
@@ -156,6 +157,10 @@ def register_processing(config_class):
     # configuration itself. It finds this class by the name in tokenizer_config.json.
     AutoTokenizer.register(GLM4VVisionConfig, ChatGLM4Tokenizer, exist_ok=True)
     AutoProcessor.register(config_class, GLM4VProcessor, exist_ok=True)
+    of_tokenizer = ("tokenizer_config.json", "tokenizer.model")
+    of_processor = ("processor_config.json", "preprocessor_config.json", *of_tokenizer)
+    for reader, files in ((AutoTokenizer, of_tokenizer), (AutoProcessor, of_processor)):
+        wrap_function_wrapper(reader, "from_pretrained", guarded(*files))
     # The mapping behind AutoImageProcessor, because transformers 5.17 exports that class only
     # beside torchvision.
     mapping = image_processing_auto.IMAGE_PROCESSOR_MAPPING

@@ -143,11 +143,9 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         return tokenizer
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
-        if kwargs.get("images") is not None:
-            raise ValueError(
-                "images is set, but the tokenizer reads text only, and the pictures would be lost."
-                " Give both to AutoProcessor: processor(images, text)."
-            )
+        chat.refuse_pictures(
+            kwargs, "The tokenizer reads text only: call AutoProcessor's processor(image, text)."
+        )
         texts = _replace_lone_surrogates((text, text_pair))
         for one in texts[0] if isinstance(texts[0], list) else texts[:1]:
             if isinstance(one, str):

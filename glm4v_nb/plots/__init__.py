@@ -4,9 +4,9 @@ Functions take plain figures, memory in bytes, return a matplotlib figure, and w
 ("simulated" or "measured on ...") under the picture.
 """
 
-from glm4v_nb.plots.memory import plot_device_map, plot_frontier, plot_memory_bars, plot_path
-from glm4v_nb.plots.style import COLOURS
+from glm4v_nb.plots.device_map import plot_device_map
 from glm4v_nb.plots.timeline import memory_by_purpose, plot_timeline
+from simgpu.plots import COLOURS, plot_frontier, plot_memory_bars, plot_path
 
 __all__ = [
     "COLOURS",

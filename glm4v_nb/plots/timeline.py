@@ -7,7 +7,7 @@ from itertools import groupby
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from glm4v_nb.plots.style import CAPACITY, COLOURS, GIB, MIB, finish, styled
+from simgpu.plots.style import CAPACITY, COLOURS, GIB, MIB, finish, styled
 
 # From the bottom up. The first three are there before the program does anything.
 PURPOSES = {

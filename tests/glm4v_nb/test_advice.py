@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 import glm4v_nb.cli
-from glm4v_nb import advice
-from glm4v_nb.advice import candidates, changed, what_fits
 from glm4v_nb.fit import fit
 from glm4v_nb.workload import Workload
-from simgpu import find_card
+from simgpu import find_card, fitting
+from simgpu.advice import candidates, changed, what_fits
 
 TEXT = Workload(images=0, new_tokens=1)
 ON_CARD_0 = {"vision_tower": 0, "language_model": 0, "lm_head": 1}
@@ -38,7 +37,7 @@ def test_what_is_advised_fits(arguments, workload, expected):
     if expected is not None:
         assert changes == expected
     deployment, workload = changed(*result.asked, changes)
-    assert fit(workload=workload, **vars(deployment)).fits
+    assert deployment.fit(workload).fits
 
 
 def test_a_run_that_fits_in_the_right_type_needs_no_advice_and_the_wrong_type_is_told():
@@ -53,14 +52,14 @@ def test_nothing_is_advised_that_was_not_seen_to_fit(monkeypatch):
     expected = list(candidates(result))
     assert not any("count" in changes for changes in expected), "more cards do not help"
 
-    def never(**arguments):
-        tried.append(arguments)
+    def never(deployment, workload):
+        tried.append(workload)
         return result
 
-    monkeypatch.setattr(advice, "fit", never)
+    monkeypatch.setattr(fitting.Deployment, "fit", never)
     assert what_fits(result, silent) is None
     assert len(tried) == len(expected) > 2
-    assert min(each["workload"].batch_size for each in tried) == 1
+    assert min(each.batch_size for each in tried) == 1
 
 
 def test_every_command_that_stands_in_the_package_as_advice_fits(capsys):

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     Trainer,
 )
 from transformers.utils import logging as transformers_logging
@@ -86,6 +87,48 @@ def test_a_loop_by_hand_over_prompts_with_and_without_an_image(model, questions,
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
+def test_a_mask_in_which_the_image_has_three_ids_is_refused_after_the_prompt(chat, inputs):
+    model = chat[0]
+    first = model(**inputs)
+    step = first.logits[:, -1:].argmax(-1)
+    mask = torch.cat((inputs["attention_mask"], torch.ones_like(step)), dim=1)
+    ids = inputs["input_ids"].shape[1]
+    with pytest.raises(
+        ValueError, match=rf"\(1, {ids + 1}\).* have {first.logits.shape[1] + 1} pos"
+    ):
+        model(step, past_key_values=first.past_key_values, attention_mask=mask)
+
+
+def test_an_image_does_not_come_after_a_cache(chat, inputs):
+    model, ids = chat[0], inputs["input_ids"]
+    first = model(**inputs)
+    again = torch.cat((ids, first.logits[:, -1:].argmax(-1)), dim=1)
+    text = model(ids[:, :3]).past_key_values
+    for cache, given in (
+        (first.past_key_values, {"input_ids": again}),
+        (first.past_key_values, {**inputs, "input_ids": again, "attention_mask": None}),
+        (text, {"input_ids": ids[:, 3:], "pixel_values": inputs["pixel_values"]}),
+    ):
+        with pytest.raises(ValueError, match="positions already, and here is an image"):
+            model(**given, past_key_values=cache)
+
+
+def test_the_text_after_an_image_may_come_in_a_chunk_of_its_own(chat, inputs):
+    model, ids = chat[0], inputs["input_ids"]
+    end = ids[0].tolist().index(model.config.eoi_token_id) + 1
+    first = model(ids[:, :end], pixel_values=inputs["pixel_values"])
+    rest = model(ids[:, end:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(rest, model(**inputs).logits[:, -rest.shape[1] :])
+
+
+def test_generation_goes_on_from_a_returned_cache(chat, inputs, greedy):
+    model, options = chat[0], {"do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(**inputs, max_new_tokens=5, **options)
+    given = inputs | {"input_ids": first.sequences, "attention_mask": None}
+    rest = model.generate(**given, past_key_values=first.past_key_values, max_new_tokens=7)
+    assert rest.tolist() == greedy.tolist()
+
+
 def test_generating_from_embeddings_gives_the_ids_answer(chat):
     model, processor = chat
     prompt = processor.apply_chat_template([{"role": "user", "content": "hello"}])
@@ -97,14 +140,35 @@ def test_generating_from_embeddings_gives_the_ids_answer(chat):
     assert found[0].tolist() == ids.tolist()
 
 
-def test_a_max_length_below_the_images_positions_is_explained(chat, inputs):
+@pytest.mark.parametrize(
+    "options", [{"max_length": 5}, {"generation_config": GenerationConfig(max_length=5)}]
+)
+def test_a_max_length_below_the_images_positions_is_explained(chat, inputs, options):
     with pytest.raises(ValueError, match=r"max_length is 5, .* Give max_new_tokens"):
-        chat[0].generate(**inputs, max_length=5)
+        chat[0].generate(**inputs, **options)
 
 
 def test_a_picture_without_a_prompt_is_explained(chat, inputs):
+    model, picture = chat[0], inputs["pixel_values"]
     with pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
-        chat[0](pixel_values=inputs["pixel_values"])
+        model(pixel_values=picture)
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(ValueError, match="both input_ids and inputs_embeds"):
+        model(inputs["input_ids"], inputs_embeds=embeddings)
+    for given in ({}, {"inputs_embeds": embeddings}):
+        with pytest.raises(ValueError, match="pixel_values but no input_ids"):
+            model.generate(pixel_values=picture, **given)
+    with pytest.raises(ValueError, match="pixel_values but no input_ids"):
+        model(pixel_values=picture, inputs_embeds=embeddings)
+
+
+@pytest.mark.parametrize("name", ["images", "image", "pixel_value", "video_frames"])
+def test_a_picture_under_a_name_that_nobody_reads_is_refused(chat, inputs, name):
+    model, processor = chat
+    ids = inputs["input_ids"][:, -2:]
+    for ask in (model, processor.tokenizer):
+        with pytest.raises(ValueError, match=f"{name} is set, and the picture would be lost"):
+            ask(ids if ask is model else "a", **{name: inputs["pixel_values"]})
 
 
 def test_the_official_max_length_beside_max_new_tokens_is_no_warning(chat, inputs, capfd):
@@ -133,6 +197,13 @@ def test_a_resized_vocabulary_reaches_configuration_loss_and_checkpoint(load, go
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.padded_vocab_size == rows
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_vocabulary_too_small_for_an_image_is_refused_before_it_is_saved(load):
+    model = load()
+    last = max(model.config.boi_token_id, model.config.eoi_token_id)
+    with pytest.raises(ValueError, match=f"none for id {last}"):
+        model.resize_token_embeddings(last)
 
 
 def test_added_tokens_are_the_same_after_saving(chat_checkpoint, tmp_path):
@@ -256,7 +327,11 @@ def test_metrics_smoothing_and_own_losses_see_labels_of_the_logits_length(chat, 
 # --- loading
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "half precision", "torch.bf16"])
+def test_the_name_of_a_type_may_begin_with_torch(load):
+    assert load(dtype="torch.bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "half precision", "torch.bf16", "int8", torch.int8])
 def test_an_unknown_name_of_a_type_is_refused_with_the_known_ones(checkpoint, dtype):
     with pytest.raises(ValueError, match=r"dtype is .*; expected torch\.bfloat16"):
         AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)

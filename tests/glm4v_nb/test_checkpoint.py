@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+from transformers.quantizers import HfQuantizer
 
 from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration, official_config
 from glm4v_nb.model.configuration import OFFICIAL_VISION_KEYS
@@ -136,6 +138,16 @@ def test_saving_writes_the_official_names_and_a_reload_is_bit_identical(
     assert_same_tensors(
         AutoModelForCausalLM.from_pretrained(tmp_path).state_dict(), model.state_dict()
     )
+
+
+def test_quantised_weights_are_saved_under_the_names_here(load, tmp_path):
+    """Packed bytes of queries, keys and values are not those of the three packed together."""
+    model = load()
+    model.hf_quantizer = mock.Mock(spec=HfQuantizer)
+    model.hf_quantizer.get_state_dict_and_metadata.return_value = None, {}
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert_same_tensors(saved, model.state_dict())
 
 
 def test_a_model_built_from_a_configuration_saves_the_official_names_too(checkpoint, tmp_path):

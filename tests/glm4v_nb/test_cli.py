@@ -11,6 +11,9 @@ import pytest
 import glm4v_nb.cli
 from glm4v_nb.cli import main
 
+PLAIN = ["verdict", "devices", "oom", "seconds", "provenance"]
+PLAIN += ["versions", "exact", "unmodelled", "assumed"]
+
 
 @pytest.fixture
 def command(capfd):
@@ -159,9 +162,8 @@ def test_limits_add_their_keys_to_those_of_a_plain_answer(command):
     )
     assert (code, err) == (0, "")
     answer = json.loads(out)
-    plain = ["verdict", "devices", "oom", "seconds", "provenance"]
     assert list(answer) == [
-        *plain,
+        *PLAIN,
         "host",
         "headroom_bytes",
         "largest_batch",
@@ -195,7 +197,7 @@ def test_a_frontier_is_drawn_and_its_points_are_in_the_json(command, tmp_path):
     assert (code, err) == (0, "")
     assert picture.read_bytes().startswith(b"\x89PNG")
     answer = json.loads(out)
-    assert list(answer) == ["verdict", "devices", "oom", "seconds", "provenance", "frontier"]
+    assert list(answer) == [*PLAIN, "frontier"]
     assert answer["frontier"]["file"] == str(picture)
     sizes = [point["largest_batch"] for point in answer["frontier"]["points"]]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] > 0
@@ -275,7 +277,8 @@ WRONG_USE = {
         ["--card", "L4", "--device-map", '{"": 1}'],
         "puts '' on 1; expected a card's number, 0 to 0",
     ),
-    "unknown option": (["--card", "L4", "--cards", "2"], "No such option: --cards"),
+    "unknown option": (["--card", "L4", "--kards", "2"], "No such option: --kards"),
+    "one card and several": (["--card", "L4", "--cards", "L4,T4"], "leave --card, --count"),
 }
 
 
@@ -294,7 +297,7 @@ def test_an_interrupted_command_exits_with_130_and_prints_nothing(command, monke
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("glm4v_nb.fit.fit", interrupted)
+    monkeypatch.setattr("simgpu.fitting.Deployment.fit", interrupted)
     assert command("fit", "--card", "L4") == (130, "", "")
 
 

@@ -14,6 +14,8 @@ from simgpu.oom import parse_out_of_memory
 
 SHORT = Workload(images=0, text_tokens=8, new_tokens=1)
 WEIGHT_BYTES = 27_812_641_792
+KEYS = ["verdict", "devices", "oom", "seconds", "provenance"]
+KEYS += ["versions", "exact", "unmodelled", "assumed"]
 # 0.0625 % for rounding to 512 bytes and the few buffers.
 ROUNDING = 1.000625
 
@@ -52,7 +54,7 @@ def test_two_l4_fit_with_the_standard_workload_and_the_json_has_exactly_its_keys
     result = fit("L4", 2)
     assert_consistent(result)
     answer = json.loads(json.dumps(result.to_dict()))
-    assert list(answer) == ["verdict", "devices", "oom", "seconds", "provenance"]
+    assert list(answer) == KEYS
     keys = [
         "index",
         "card",
@@ -73,7 +75,7 @@ def test_two_l4_fit_with_the_standard_workload_and_the_json_has_exactly_its_keys
 
 def test_the_json_of_a_failure_has_exactly_its_keys():
     answer = json.loads(json.dumps(fit("T4", 1).to_dict()))
-    assert list(answer) == ["verdict", "devices", "oom", "seconds", "provenance", "needs_bytes"]
+    assert list(answer) == [*KEYS, "needs_bytes"]
     assert list(answer["oom"]) == ["device", "phase", "message"]
     assert answer["verdict"] == "oom"
     assert answer["needs_bytes"] > answer["devices"][0]["capacity_bytes"]
@@ -275,6 +277,8 @@ def test_an_impossible_workload_is_refused(sizes, message):
             "gives no place to language_model.embed_tokens.weight",
         ),
         ({"device_map": {}}, "gives no place to vision_tower"),
+        ({"device_map": {"lm_head.weight": 0}}, "names 'lm_head.weight'.*Did you mean 'lm_head'"),
+        ({"device_map": {"transformer.visio": 0}}, "names 'transformer.visio', which the model"),
         ({"device_map": {"": 0, "lm_head": 0}}, 'Give "" alone'),
         (
             {"device_map": {"vision_tower": 0, "vision_tower.conv": "cpu"}},
@@ -289,6 +293,16 @@ def test_an_impossible_workload_is_refused(sizes, message):
 def test_wrong_arguments_are_refused_before_anything_runs(arguments, message):
     with pytest.raises(ValueError, match=message):
         fit(**arguments)
+
+
+def test_a_device_map_may_have_official_names_and_each_module_one_place():
+    official = {"transformer.vision": 1, "transformer.encoder": 0, "transformer.embedding": 0}
+    official |= {"transformer.rotary_pos_emb": 0, "transformer.output_layer": 0}
+    deployment = Deployment(count=2, device_map=official)
+    deployment.check(SHORT)
+    assert deployment.device_map["vision_tower"] == 1
+    with pytest.raises(ValueError, match="'lm_head' here, which has 0 already, and 1 is another"):
+        Deployment(device_map=official | {"lm_head": 1})
 
 
 def test_a_device_map_is_read_from_a_name_an_object_or_a_file(tmp_path):

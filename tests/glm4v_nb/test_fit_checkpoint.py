@@ -88,17 +88,20 @@ def test_a_wrong_map_for_a_directory_is_refused(device_map, message):
         fit("L4", device_map=device_map, checkpoint=CHECKPOINT)
 
 
-def test_what_is_neither_the_official_name_nor_a_directory_is_refused():
+def test_what_is_on_this_machine_in_no_form_is_refused_with_what_to_do():
     with pytest.raises(
-        ValueError, match="checkpoint is 'someone/model'; expected 'zai-org/glm-4v-9b'"
+        ValueError, match="checkpoint is 'someone/model'.*hf download someone/model config.json"
     ):
         fit("L4", checkpoint="someone/model")
 
 
-def test_a_directory_with_another_model_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="model_type 'gpt2'; expected 'chatglm'"):
-        fit("L4", checkpoint=tmp_path)
+def test_a_directory_with_another_model_is_run_as_what_it_is(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2}))
+    result = fit("L4", checkpoint=tmp_path)
+    assert result.fits
+    assert result.asked[1].images == 0 and result.asked[1].new_tokens == 128
+    with pytest.raises(ValueError, match="GPT2LMHeadModel takes no images"):
+        fit("L4", workload=Workload(images=1), checkpoint=tmp_path)
 
 
 def test_the_official_configuration_needs_no_directory():

@@ -7,7 +7,9 @@ import pytest
 from rig_fixtures import GIB
 
 from glm4v_nb.fit import Deployment, fit
-from glm4v_nb.limits import (
+from glm4v_nb.workload import Workload
+from simgpu import Rig
+from simgpu.limits import (
     MOST_SAMPLES,
     Edge,
     Trials,
@@ -19,10 +21,9 @@ from glm4v_nb.limits import (
     longest_context,
     recommend,
 )
-from glm4v_nb.workload import Workload
-from simgpu import Rig
 
 IMAGE = Workload(new_tokens=1)
+RECIPE = Deployment().recipe
 
 
 class Report:
@@ -119,11 +120,11 @@ def test_every_run_starts_from_the_same_bytes_whatever_ran_before(two_l4):
 
 
 def test_something_left_on_the_cards_is_an_error_and_not_a_wrong_answer(two_l4, monkeypatch):
-    from glm4v_nb import fit as module
+    from simgpu import fitting as module
 
     kept = []
 
-    def leaking(rig, model, workload):
+    def leaking(rig, model, workload, recipe):
         with rig, rig.stage("prefill"):
             kept.append(module.torch.empty(2**22, device="cuda:0"))
 
@@ -143,7 +144,7 @@ def test_a_progress_display_is_told_of_every_run_but_a_remembered_one(two_l4, mo
 
 
 def test_a_workload_that_has_run_is_not_run_again(two_l4, monkeypatch):
-    from glm4v_nb import fit as module
+    from simgpu import fitting as module
 
     result = two_l4.run(IMAGE)
     monkeypatch.setattr(module, "run_workload", None)
@@ -175,9 +176,9 @@ def test_the_frontier_falls_and_its_ends_fit(two_l4, monkeypatch):
 
 
 def test_a_frontier_ends_at_the_models_context():
-    assert frontier_tokens(Workload(new_tokens=1))[-1] == 8192 - 1602
-    assert frontier_tokens(Workload(images=0, new_tokens=128))[-1] == 8192 - 127
-    assert frontier_tokens(Workload(images=0, train=True))[-1] == 8192
+    assert frontier_tokens(Workload(new_tokens=1), RECIPE)[-1] == 8192 - 1602
+    assert frontier_tokens(Workload(images=0, new_tokens=128), RECIPE)[-1] == 8192 - 127
+    assert frontier_tokens(Workload(images=0, train=True), RECIPE)[-1] == 8192
 
 
 def run_lines(code, card, count):

@@ -5,11 +5,12 @@ import json
 import warnings
 
 import accelerate
+import peft
 import pytest
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, load_model, save_file
 from trainer_arguments import quiet_arguments
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
@@ -34,11 +35,15 @@ def test_every_tensor_of_an_official_checkpoint_has_its_place_here(checkpoint, m
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_state_dict_with_official_names_is_loaded(checkpoint, load, strict):
+@pytest.mark.parametrize("wrapper", [None, torch.nn.DataParallel])
+def test_a_state_dict_with_official_names_is_loaded(checkpoint, load, strict, wrapper):
     model, changed = load(), official_weights(checkpoint)
-    changed = {name: tensor + 1 for name, tensor in changed.items() if "inv_freq" not in name}
+    assert any(name.endswith("inv_freq") for name in changed)  # a buffer that nobody reads
+    prefix = "module." if wrapper else ""
+    changed = {f"{prefix}{name}": tensor + 1 for name, tensor in changed.items()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert not any(model.load_state_dict(changed, strict=strict))
+    outer = wrapper(model) if wrapper else model
+    assert not any(outer.load_state_dict(changed, strict=strict))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name] + 1), name
 
@@ -46,6 +51,32 @@ def test_a_state_dict_with_official_names_is_loaded(checkpoint, load, strict):
 def test_a_state_dict_that_matches_nothing_is_refused_even_if_not_strict(load):
     with pytest.raises(ValueError, match=r"None of the 1 tensors .* 'gpt.wte.weight'.*prefix"):
         load().load_state_dict({"gpt.wte.weight": torch.zeros(1)}, strict=False)
+
+
+def test_a_fused_projection_of_another_size_is_named(checkpoint, load):
+    changed = official_weights(checkpoint)
+    name = "transformer.encoder.layers.0.self_attention.query_key_value.weight"
+    with pytest.raises(ValueError, match=r"126 rows; expected 128: those of queries, keys"):
+        load().load_state_dict(changed | {name: changed[name][:-2]})
+
+
+def test_a_state_dict_in_place_of_a_checkpoint_has_to_be_whole(load):
+    config = load().config
+    with pytest.raises(ValueError, match="state_dict has no values for 86 tensors"):
+        type(load()).from_pretrained(None, config=config, state_dict={"a": torch.zeros(1)})
+
+
+def test_accelerate_and_safetensors_save_every_tensor_and_load_it_again(load, tmp_path):
+    """The loader leaves queries, keys and values in one storage, of which accelerate saves one."""
+    accelerator, model = accelerate.Accelerator(cpu=True), load()
+    with torch.no_grad():
+        model.language_model.layers[1].self_attn.v_proj.weight += 1
+    accelerator.save_model(model, str(tmp_path))
+    model.config.save_pretrained(tmp_path)
+    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    again = load()
+    load_model(again, tmp_path / "model.safetensors")
+    assert_equal(again, model)
 
 
 def rows(golden):
@@ -111,9 +142,46 @@ def test_lora_on_the_official_projection_reaches_decoder_and_tower(load, targets
     assert len(tower) == config.vision_config.num_hidden_layers
 
 
-def test_a_pattern_of_official_names_is_refused_with_the_names_here(load):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": r".*encoder.*query_key_value"},
+        {"target_modules": ["query_key_value"], "rank_pattern": {r".*query_key_value": 4}},
+    ],
+)
+def test_a_pattern_of_official_names_is_refused_with_the_names_here(load, options):
     with pytest.raises(ValueError, match="official name 'query_key_value'.*q_proj"):
-        get_peft_model(load(), LoraConfig(r=2, target_modules=r".*encoder.*query_key_value"))
+        get_peft_model(load(), LoraConfig(r=2, **options))
+
+
+def test_every_field_of_peft_that_names_modules_takes_official_names(load):
+    layer = "transformer.encoder.layers.0"
+    config = LoraConfig(
+        target_modules=[],
+        target_parameters=[f"{layer}.mlp.dense_h_to_4h.weight"],
+        rank_pattern={f"{layer}.mlp.dense_h_to_4h.weight": 4},
+        trainable_token_indices={"word_embeddings": [1]},
+    )
+    trained = {
+        name.removeprefix("base_model.model."): parameter.shape
+        for name, parameter in get_peft_model(load(), config).named_parameters()
+        if parameter.requires_grad
+    }
+    mlp, embedding = "language_model.layers.0.mlp.gate_up_proj", "language_model.embed_tokens"
+    assert trained[f"{mlp}.lora_A.default.weight"][0] == 4
+    assert f"{embedding}.token_adapter.trainable_tokens_delta.default" in trained
+    assert len(trained) == 3
+
+    names = ["query_key_value", "dense_4h_to_h"]
+    scaled = get_peft_model(load(), IA3Config(target_modules=names, feedforward_modules=names[1:]))
+    down = scaled.get_base_model().language_model.layers[0].mlp.down_proj
+    assert down.is_feedforward
+
+
+def test_a_method_of_peft_without_a_default_for_this_model_has_none_here(load):
+    """Linear projections are no layer norms."""
+    with pytest.raises(ValueError, match="specify `target_modules`"):
+        get_peft_model(load(), LNTuningConfig(task_type="CAUSAL_LM"))
 
 
 def test_an_adapter_of_the_official_implementation_computes_the_same(load, golden, tmp_path):
@@ -134,6 +202,12 @@ def test_an_adapter_of_the_official_implementation_computes_the_same(load, golde
 
     model = load()
     expected = load()
+    for room in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
+        other = get_peft_model(load(), LoraConfig(r=rank, target_modules=["query_key_value"]))
+        room.set_peft_model_state_dict(model=other, peft_model_state_dict=dict(adapter))
+        into = other.get_base_model().language_model.layers[0].self_attn.v_proj.lora_B["default"]
+        assert torch.equal(into.weight, second[-into.weight.shape[0] :])
+
     with torch.no_grad():
         change = 2.0 * second @ first  # alpha / rank
         attention = expected.language_model.layers[0].self_attn

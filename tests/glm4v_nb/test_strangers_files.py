@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from damage import INDEX, WEIGHTS, edited, indexed, refusal, replaced
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from glm4v_nb.inference import load
 from glm4v_nb.model import GLM4VForConditionalGeneration
@@ -108,6 +108,45 @@ def test_an_adapter_without_weights_of_its_own_redirects_no_auto_class(folder, c
     edited("adapter_config.json", base_model_name_or_path=str(chat_checkpoint))(folder)
     with pytest.raises(ValueError, match="holds a LoRA adapter"):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+
+
+TOKENIZER = "tokenizer_config.json"
+CODE = {"AutoConfig": "m.C", "AutoModelForCausalLM": "m.C", "AutoTokenizer": ["m.C", None]}
+CODE |= {"AutoProcessor": "m.C"}
+
+
+@pytest.mark.parametrize(
+    ("reader", "file"),
+    [
+        (AutoConfig, "config.json"),
+        (AutoModelForCausalLM, "config.json"),
+        (AutoTokenizer, TOKENIZER),
+        (AutoProcessor, TOKENIZER),
+        (AutoProcessor, "processor_config.json"),
+    ],
+)
+def test_no_auto_class_asks_whether_code_of_this_model_s_checkpoint_may_run(folder, reader, file):
+    classes = (
+        {"tokenizer_class": "Mine", "processor_class": "Mine"} if file != "config.json" else {}
+    )
+    edited(file, auto_map=CODE, **classes)(folder)
+    with pytest.raises(ValueError, match=rf"{file}: auto_map names 'm\.C'.*never run"):
+        reader.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("reader", "file", "damage"),
+    [
+        (AutoTokenizer, TOKENIZER, {"added_tokens_decoder": [1]}),
+        (AutoTokenizer, TOKENIZER, {"tokenizer_class": [1]}),
+        (AutoProcessor, "processor_config.json", {"processor_class": 5}),
+        (AutoModelForCausalLM, "generation_config.json", {"watermarking_config": 5}),
+    ],
+)
+def test_an_auto_class_names_the_damaged_file_in_one_sentence(folder, reader, file, damage):
+    edited(file, **damage)(folder)
+    with pytest.raises(ValueError, match=rf"{file}.*ownload.*again\.$"):
+        reader.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["variant", "gguf_file", "transformers_weights"])

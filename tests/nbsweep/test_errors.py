@@ -98,6 +98,15 @@ def test_a_leaf_is_told_by_its_own_type_and_not_by_what_caused_it():
     )
 
 
+def test_what_python_does_not_print_of_a_group_is_said_to_be_missing():
+    wide = told(ExceptionGroup("g", [ValueError(number) for number in range(17)]))
+    assert wide["error"].endswith("ValueError: 13; ValueError: 14; and 2 more exceptions")
+    deep = ValueError("a")
+    for _ in range(11):
+        deep = ExceptionGroup("g", [deep])
+    assert told(deep)["error"].endswith("(1 sub-exception): ... (max_group_depth is 10)")
+
+
 def test_a_leaf_without_a_message_is_told_by_its_type():
     group = ExceptionGroup("g", [ExceptionGroup("h", [ValueError()]), RuntimeError()])
     assert told(group)["error"].endswith("(2 sub-exceptions): ValueError; RuntimeError")

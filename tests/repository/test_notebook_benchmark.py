@@ -53,6 +53,24 @@ def test_every_stage_of_every_rig_is_written_down_also_of_a_failed_one(benchmark
     assert (tmp_path / "executed" / "01_small.ipynb").is_file()
 
 
+def test_a_cache_that_cannot_be_written_is_not_left_behind(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(Path(benchmark.__file__).parent)
+
+    def full(directory):
+        Path(directory).mkdir(parents=True)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("memory.write_checkpoint", full)
+    for _ in range(2):  # the second time, too, it is the disk that is named
+        with pytest.raises(OSError, match="No space left"):
+            benchmark.cache()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / benchmark.REPOSITORY).mkdir()
+    with pytest.raises(SystemExit, match="exists already; nothing was written"):
+        benchmark.cache()
+
+
 def test_a_notebook_that_fails_says_so(benchmark, tmp_path):
     write(tmp_path, "size = 1", "1 / 0")
     result = benchmark.run("01", {}, "")

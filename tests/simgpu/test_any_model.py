@@ -64,6 +64,23 @@ def test_a_llama_loads_over_two_cards_and_takes_the_bytes_of_its_weights(loader,
     assert [stage.name for stage in rig.stages] == ["load"]
 
 
+def test_a_model_with_a_loader_of_its_own_may_be_written_inside_the_block(tmp_path):
+    source = directory_of(LlamaConfig(**SMALL), tmp_path)
+    rig = Rig.simulated("L4")
+    with rig:
+
+        class Careful(LlamaForCausalLM):
+            @classmethod
+            def from_pretrained(cls, directory, **options):
+                if directory:  # not the simulator's own call, which brings the tensors
+                    raise FileNotFoundError(f"{directory} holds no weights")
+                return super().from_pretrained(directory, **options)
+
+        assert Careful.from_pretrained(source, device_map={"": 0}).device.index == 0
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        Careful.from_pretrained(source)
+
+
 def test_a_llama_runs_and_trains_on_a_rig(tmp_path):
     source = directory_of(LlamaConfig(**SMALL), tmp_path)
     rig = Rig.simulated("L4", 2)

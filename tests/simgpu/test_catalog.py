@@ -251,7 +251,14 @@ def test_a_card_given_by_its_size_is_else_as_the_nearest_one_and_says_so(name, l
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("L4 24GB", "L4"), ("RTX 3060 12GB", "RTX 3060"), ("H200 141 GB", "H200")]
+    ("name", "key"),
+    [
+        ("L4 24GB", "L4"),
+        ("RTX 3060 12GB", "RTX 3060"),
+        ("RTX 3060-12", "RTX 3060"),
+        ("h100-80", "H100"),
+        ("H200 141 GB", "H200"),
+    ],
 )
 def test_the_size_on_the_box_of_a_known_card_is_that_card(name, key):
     assert find_card(name) is CARDS[key]
@@ -264,7 +271,21 @@ def test_a_size_that_no_card_has_is_refused_with_the_bounds(name):
         find_card(name)
 
 
-@pytest.mark.parametrize("name", ["-5GiB", "GiB", "nanGiB", "20", "20 G", "infGiB", "My\nGPU 9GiB"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "-5GiB",
+        "GiB",
+        "nanGiB",
+        "20",
+        "20 G",
+        "infGiB",
+        "T4-2",
+        "L4-48",
+        "GPU -5GiB",
+        "My\nGPU 9GiB",
+    ],
+)
 def test_what_is_no_size_is_an_unknown_name(name):
     with pytest.raises(ValueError, match="is not in the catalogue.*as 'My GPU 20GiB'"):
         find_card(name)

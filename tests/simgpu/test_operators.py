@@ -13,8 +13,9 @@ from rig_fixtures import MIB
 from torch.utils.flop_counter import FlopCounterMode
 
 from glm4v_nb.training import flop_counter
-from simgpu import Rig, device
+from simgpu import Rig
 from simgpu.addresses import FIRST_REGION, SET_OFF, TOP, AddressSpace
+from simgpu.in_place import IN_PLACE
 from simgpu.operators import DECODE_KERNELS, DECODE_SIZES, LONG_DECODE
 
 
@@ -50,13 +51,13 @@ def backward_peak(exclusive: bool) -> float:
 
 def test_gradients_are_added_in_place_as_the_engine_does_on_cuda(monkeypatch):
     in_place = backward_peak(exclusive=True)
-    monkeypatch.setitem(device._IN_PLACE, torch.ops.aten.add.Tensor, lambda *arguments: False)
+    monkeypatch.setitem(IN_PLACE, torch.ops.aten.add.Tensor, lambda *arguments: False)
     assert backward_peak(exclusive=True) == in_place + 64
 
 
 def test_a_gradient_somebody_waits_for_is_not_added_to(monkeypatch):
     answers = []
-    original = device._IN_PLACE[torch.ops.aten.add.Tensor]
+    original = IN_PLACE[torch.ops.aten.add.Tensor]
 
     def noted(*arguments):
         answer = original(*arguments)
@@ -64,7 +65,7 @@ def test_a_gradient_somebody_waits_for_is_not_added_to(monkeypatch):
             answers.append(answer)
         return answer
 
-    monkeypatch.setitem(device._IN_PLACE, torch.ops.aten.add.Tensor, noted)
+    monkeypatch.setitem(IN_PLACE, torch.ops.aten.add.Tensor, noted)
     backward_peak(exclusive=False)
     assert answers == [False, True]
 

@@ -20,8 +20,11 @@ from simgpu import CARDS, MAX_CARDS, find_card
 heavy = {"torch", "transformers", "accelerate", "glm4v_nb", "nbsweep"}
 before = sorted(heavy & set(sys.modules))
 from simgpu import Card, CardMemory, HostMemory, Rig, Stage
-is_rig = isinstance(Rig("L4"), Rig)
-print(json.dumps([before, sorted(heavy & set(sys.modules)), is_rig]))
+rig = Rig.simulated("L4")
+with rig:  # nothing of transformers has been asked for before
+    from transformers import AutoModelForCausalLM, Qwen3Config
+own = AutoModelForCausalLM.from_pretrained.__func__.__module__
+print(json.dumps([before, sorted(heavy & set(sys.modules)), isinstance(rig, Rig), own]))
 """
 
 
@@ -35,10 +38,11 @@ def test_cards_units_and_messages_come_without_torch_and_a_rig_without_any_model
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    before, after, is_rig = json.loads(done.stdout)
+    before, after, is_rig, owner = json.loads(done.stdout)
     assert before == []
     assert after == ["accelerate", "torch", "transformers"]
     assert is_rig
+    assert owner == "transformers.models.auto.auto_factory"
 
 
 def test_every_public_name_is_there_and_no_other():

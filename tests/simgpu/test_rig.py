@@ -309,16 +309,6 @@ def test_reading_numbers_that_are_not_there_says_so_and_what_to_do(rig, read):
         read(torch.randn(3, device="cuda"))
 
 
-def test_autocast_is_refused_on_simulated_cards_and_only_there(rig):
-    with rig:
-        for device_type in ("cuda", "simcuda"):
-            with pytest.raises(NotImplementedError, match="autocast is not simulated"):
-                torch.autocast(device_type, torch.bfloat16)
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", torch.bfloat16):
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
-    assert torch.autocast("cuda", torch.bfloat16, enabled=False).device == "cuda"
-
-
 def test_generate_goes_to_the_full_length_and_counts_the_tokens_it_assumed(rig):
     prompt = torch.tensor([[5, 6, 7]])
     with rig:

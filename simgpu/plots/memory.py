@@ -1,15 +1,13 @@
-"""Memory of a moment: stacked bars, the blocks of a device map, and what fits."""
+"""Memory of a moment as stacked bars, and what fits."""
 
 import os
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from glm4v_nb.placement import PlacedModule
-from glm4v_nb.plots.style import CAPACITY, COLOURS, GIB, finish, styled
+from simgpu.plots.style import CAPACITY, COLOURS, GIB, finish, styled
 
 
 def plot_memory_bars(
@@ -43,63 +41,6 @@ def plot_memory_bars(
         axes.set_title(title)
         axes.set_xlabel(f"GiB · {provenance}")
         return finish(figure, used, capacity_bytes is not None)
-
-
-def plot_device_map(
-    placements: Mapping[str, Sequence[PlacedModule]],
-    capacity_bytes: int,
-    title: str = "Where every block of the model lives",
-    provenance: str = "simulated",
-) -> Figure:
-    """Layers x cards x bytes: a panel per device map, a row per card, a cell per block.
-
-    ``placements``: panel's name → blocks of ``explain_device_map``; a cell is as wide as its bytes.
-    """
-    places = {name: {block.place for block in blocks} for name, blocks in placements.items()}
-    rows = {name: sorted(found, key=str) for name, found in places.items()}
-    used: dict[str, str] = {}
-    with styled():
-        figure, panels = plt.subplots(
-            len(placements),
-            sharex=True,
-            squeeze=False,
-            figsize=(10, sum(0.52 * len(row) + 0.45 for row in rows.values()) + 1.5),
-            height_ratios=[len(row) + 0.6 for row in rows.values()],
-        )
-        for axes, (name, blocks) in zip(panels[:, 0], placements.items(), strict=True):
-            for row, place in enumerate(rows[name]):
-                here = [block for block in blocks if block.place == place]
-                _draw_blocks(axes, row, here, gib_per_character=capacity_bytes / GIB / 105)
-                used |= {block.kind: COLOURS[block.kind] for block in here}
-            axes.axvline(capacity_bytes / GIB, **CAPACITY)
-            labels = [f"card {place}" if isinstance(place, int) else place for place in rows[name]]
-            axes.set_yticks(range(len(labels)), labels)
-            axes.set_ylim(len(labels) - 0.45, -0.55)
-            axes.set_title(name)
-        axes.set_xlim(0, capacity_bytes / GIB * 1.04)
-        axes.set_xlabel(f"GiB of weights · {provenance}")
-        return finish(figure, used, True, title)
-
-
-def _draw_blocks(axes, row: int, blocks: Sequence[PlacedModule], gib_per_character: float):
-    """One row: cells as wide as the blocks' bytes, with the layers' numbers where there is room."""
-    left = 0.0
-    look = {"edgecolor": "white", "linewidth": 0.5}
-    series = groupby(blocks, key=lambda block: (block.kind, block.name.rpartition(".")[0]))
-    for (kind, _), series_blocks in series:
-        start, numbers = left, []
-        for block in series_blocks:
-            axes.barh(row, block.bytes / GIB, left=left, color=COLOURS[kind], **look)
-            left += block.bytes / GIB
-            numbers.append(block.name.rpartition(".")[2])
-        if kind.endswith("layer"):
-            span = f"{numbers[0]}–{numbers[-1]}"
-            for text in (f"{kind}s {span}", span):
-                if len(text) * gib_per_character < left - start:
-                    middle = (start + left) / 2
-                    axes.text(middle, row, text, ha="center", va="center", fontsize=10.5)
-                    break
-    axes.text(left, row, f" {left:.1f}", va="center")
 
 
 def plot_frontier(

@@ -15,18 +15,18 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import torch
 
-from glm4v_nb.fit import DTYPES, Deployment, FitResult, LoadedModel, fit
-from glm4v_nb.model.configuration import OFFICIAL, GLM4VConfig, read_config
-from glm4v_nb.placement import Place
-from glm4v_nb.workload import Workload
+from simgpu.fitting import DTYPES, Deployment, FitResult, LoadedModel
+from simgpu.placement import Place
+from simgpu.recipes import Recipe
+from simgpu.units import GIB
+from simgpu.workload import Workload
 
-GIB = 2**30
 # The search for the largest batch ends here.
 MOST_SAMPLES = 4096
+_LENGTHS = (32, 512, 1024, 2048, 4096, 16384, 65536)
 # A map that needs max_memory must leave this much more room to be worth the typing.
 _WORTH_BYTES = GIB // 4
 
@@ -64,7 +64,7 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Limits:
-    """The whole answer; ``to_dict`` is what ``glm4v-nb fit --limits --json`` prints."""
+    """The whole answer; ``to_dict`` is what ``fit --limits --json`` prints."""
 
     result: FitResult
     largest_batch: Edge
@@ -97,7 +97,6 @@ class Trials(LoadedModel):
         deployment.check(Workload(images=0, text_tokens=1, new_tokens=1))
         super().__init__(deployment)
         self.report = report
-        self.config: GLM4VConfig = read_config(deployment.checkpoint)
         self.runs: dict[Workload, FitResult] = {}
         self.base = self._held()
         self._warm: set[str] = set()
@@ -142,11 +141,11 @@ class Trials(LoadedModel):
 
 
 def limits(trials: Trials, workload: Workload) -> Limits:
-    """Everything ``glm4v-nb fit --limits`` answers, in four steps; ValueError for a workload whose
+    """Everything ``fit --limits`` answers, in four steps; ValueError for a workload whose
     prompt or answer exceeds the model's context."""
     started = time.perf_counter()
     # The plain answer is that of a fresh load.
-    answers = [fit(workload=workload, **vars(trials.deployment))]
+    answers = [trials.deployment.fit(workload)]
     trials.runs[workload] = answers[0]
     trials.report()
     for step in (largest_batch, longest_context, recommend):
@@ -171,10 +170,10 @@ def largest_batch(trials: Trials, workload: Workload, most: int = MOST_SAMPLES) 
 def longest_context(trials: Trials, workload: Workload) -> Edge:
     """The largest ``text_tokens`` that fit at the workload's batch size, up to the model's context.
 
-    Prompt and answer share the context: with an image of 1602 positions and 128 new tokens, whose
-    last is never read, 8192 - 1602 - 127 remain for text.
+    Prompt and answer share the context: of 8192 positions with an image of 1602 and 128 new tokens,
+    whose last is never read, 8192 - 1602 - 127 remain for text.
     """
-    most = _most_text_tokens(trials.config, workload)
+    most = _most_text_tokens(trials.deployment.recipe, workload)
     if most and trials.run(replace(workload, text_tokens=most)).fits:
         return Edge(most, "model")
     return Edge(_largest_that_fits(trials, workload, "text_tokens", most, most), "memory")
@@ -185,13 +184,14 @@ def frontier(trials: Trials, workload: Workload, token_counts: list[int] = ()) -
 
     A longer prompt does not allow a larger batch, so each search ends where the one before did.
     Decode steps are run only where the answer is longer than a quarter of the prompt: a position of
-    the prompt takes several times more in the prefill than the 40 KiB that a new token adds to the
-    KV cache. ``token_counts`` may be in any order; by default they are ``frontier_tokens``.
+    the prompt takes several times more in the prefill than a new token adds to the KV cache.
+    ``token_counts`` may be in any order; by default they are ``frontier_tokens``.
     """
-    image_positions = workload.images * trials.config.vision_config.image_tokens
+    recipe = trials.deployment.recipe
+    image_positions = workload.images and workload.images * recipe.image_positions
     found: dict[int, int] = {}
     most = MOST_SAMPLES
-    for tokens in sorted(token_counts or frontier_tokens(workload, trials.deployment.checkpoint)):
+    for tokens in sorted(token_counts or frontier_tokens(workload, recipe)):
         sized = replace(workload, text_tokens=tokens)
         if not workload.train and 4 * workload.new_tokens <= tokens + image_positions:
             sized = replace(sized, new_tokens=0)
@@ -200,10 +200,15 @@ def frontier(trials: Trials, workload: Workload, token_counts: list[int] = ()) -
     return found
 
 
-def frontier_tokens(workload: Workload, checkpoint: str | Path = OFFICIAL) -> list[int]:
+def frontier_tokens(workload: Workload, recipe: Recipe) -> list[int]:
     """Lengths that show a frontier's shape: from 32 text tokens to the end of the context."""
-    most = _most_text_tokens(read_config(checkpoint), workload)
-    return [*(count for count in (32, 512, 1024, 2048, 4096) if count < most), most]
+    most = _most_text_tokens(recipe, workload)
+    if not most:
+        raise ValueError(
+            f"{recipe.loader} takes no text, whose length a frontier shows. Use --limits for the"
+            " largest batch."
+        )
+    return [*(count for count in _LENGTHS if count < most), most]
 
 
 def recommend(trials: Trials, workload: Workload) -> Recommendation | None:
@@ -214,7 +219,7 @@ def recommend(trials: Trials, workload: Workload) -> Recommendation | None:
     fewer weights. The last is taken only where it gains a quarter of a GiB.
     """
     deployment = trials.deployment
-    if deployment.count == 1:
+    if len(deployment.cards) == 1:
         return _better(None, Recommendation({"": 0}, None, {"": 0}), trials, workload)
     free = deployment.free_bytes()
     best = measured = None
@@ -262,11 +267,9 @@ def _code(candidate: Recommendation, deployment: Deployment) -> str:
     max_memory = f"    max_memory={{{sizes}}},\n" if sizes else ""
     return f"""\
 import torch
-from transformers import AutoModelForCausalLM
+{deployment.recipe.import_lines}
 
-import glm4v_nb  # teaches transformers the model
-
-model = AutoModelForCausalLM.from_pretrained(
+model = {deployment.recipe.loader}.from_pretrained(
     {json.dumps(str(deployment.checkpoint))},
     device_map={json.dumps(candidate.device_map)},
 {max_memory}    dtype=torch.{deployment.dtype},
@@ -305,9 +308,10 @@ def _balanced(trials: Trials, workload: Workload, free: dict[int, int]) -> Recom
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def _most_text_tokens(config: GLM4VConfig, workload: Workload) -> int:
+def _most_text_tokens(recipe: Recipe, workload: Workload) -> int:
     answer = 0 if workload.train else max(0, workload.new_tokens - 1)
-    return max(0, config.seq_length - workload.images * config.vision_config.image_tokens - answer)
+    images = workload.images and workload.images * recipe.image_positions
+    return max(0, recipe.context - images - answer)
 
 
 def _largest_that_fits(
@@ -326,19 +330,16 @@ def _largest_that_fits(
     if size and workload.new_tokens > 1 and not workload.train:
         # So many that the KV cache, at the end, takes what the weights leave free.
         free = sum(memory.free_bytes for memory in trials.rig.memory())
-        one, two = (_cache_bytes(trials, replace(workload, **{size_of: n})) for n in (1, 2))
-        guess = min(size, 1 + (free - one) // (two - one))
+        deployment = trials.deployment
+        one, two = (
+            deployment.recipe.cache_bytes(
+                replace(workload, **{size_of: number}), DTYPES[deployment.dtype].itemsize
+            )
+            for number in (1, 2)
+        )
+        guess = size if one is None else min(size, 1 + (free - one) // (two - one))
         size = bisect(fits, size, max(1, guess))
     return size
-
-
-def _cache_bytes(trials: Trials, workload: Workload) -> int:
-    """The KV cache when the last token is generated."""
-    decoder, image = trials.config.text_config, trials.config.vision_config.image_tokens
-    numbers = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
-    positions = workload.images * image + workload.text_tokens + workload.new_tokens
-    itemsize = DTYPES[trials.deployment.dtype].itemsize
-    return workload.batch_size * positions * numbers * itemsize
 
 
 def bisect(fits: Callable[[int], bool], most: int, guess: int) -> int:

@@ -1,0 +1,10 @@
+"""Pictures of memory, in one style.
+
+Functions take plain figures, memory in bytes, return a matplotlib figure, and write its provenance
+("simulated" or "measured on ...") under the picture.
+"""
+
+from simgpu.plots.memory import plot_frontier, plot_memory_bars, plot_path
+from simgpu.plots.style import COLOURS
+
+__all__ = ["COLOURS", "plot_frontier", "plot_memory_bars", "plot_path"]

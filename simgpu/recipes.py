@@ -1,0 +1,369 @@
+"""How a model of transformers is asked: which class it is, its inputs, prefill and decode.
+
+``generate`` looks at the values of tokens and cannot run where tensors have none. A recipe takes
+the same steps (one prefill over the whole prompt, then one position at a time) without looking. A
+package with a model that asks otherwise registers its own with ``checkpoints.register_recipe``.
+"""
+
+import inspect
+import math
+from functools import cached_property
+
+import torch
+import transformers
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from simgpu.checkpoints import known_recipe
+from simgpu.placement import input_device
+from simgpu.rig import Rig
+from simgpu.training import enable_gradient_checkpointing, trained_parameters
+from simgpu.workload import Workload
+
+# Where the configuration names no class the first of these that has one for it is taken.
+_ENCODER_DECODER = ("Seq2SeqLM", "SpeechSeq2Seq", "ImageTextToText")
+_OTHERS = ("ImageTextToText", "MaskedLM", "CausalLM", "ImageClassification", "CTC")
+# Where an output keeps what the next step needs, and that step takes it again.
+_CACHES = ("past_key_values", "cache_params", "state")
+# Ends no search for the longest prompt of a model without positions of its own.
+MOST_TOKENS = 2**17
+# Pixels on a side where the configuration gives none, as of models that take any size.
+_SIDE = 672
+
+
+def read_recipe(config: PreTrainedConfig) -> "Recipe":
+    """The recipe registered for a kind of model, or the general one.
+
+    Raises:
+        ValueError: a model that no class of transformers runs.
+    """
+    return (known_recipe(config.model_type) or Recipe)(config)
+
+
+def model_class(config: PreTrainedConfig) -> type:
+    """The class that runs a model: the one its configuration names, or an Auto class's choice."""
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if found is not None and getattr(found, "config_class", None) is type(config):
+            return found
+    is_pair = getattr(config, "is_encoder_decoder", False)
+    for name in (*(_ENCODER_DECODER if is_pair else ()), *_OTHERS, ""):
+        auto = getattr(transformers, f"AutoModelFor{name}" if name else "AutoModel")
+        if type(config) in auto._model_mapping:
+            found = auto._model_mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise ValueError(
+        f"No class of transformers {transformers.__version__} runs a {config.model_type!r}. Name"
+        ' one in the config.json under "architectures", or run your own program: simgpu run.'
+    )
+
+
+class Recipe:
+    """How models of transformers are asked that take text, and images or sound.
+
+    Attributes:
+        model_class: what is loaded; ``import_lines`` are the lines of Python that bring its name.
+        context: most positions of prompt and answer together.
+        generates: whether it makes new tokens, one after the other.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config, self.model_class = config, model_class(config)
+        self._takes = set(inspect.signature(self.model_class.forward).parameters)
+        self._text = config.get_text_config(decoder=True)
+        self._main = getattr(self.model_class, "main_input_name", "input_ids")
+        self.is_pair = bool(getattr(config, "is_encoder_decoder", False))
+        limit = getattr(self._text, "max_position_embeddings", None)
+        self.context = limit if isinstance(limit, int) and limit > 0 else MOST_TOKENS
+        if not self.takes_text:
+            self.context = 0
+
+    @property
+    def loader(self) -> str:
+        """The name whose ``from_pretrained`` loads the model."""
+        return self.model_class.__name__
+
+    @property
+    def import_lines(self) -> str:
+        return f"from transformers import {self.loader}"
+
+    @property
+    def takes_text(self) -> bool:
+        return self._main == "input_ids"
+
+    @property
+    def takes_images(self) -> bool:
+        return self.takes_text and "pixel_values" in self._takes
+
+    @property
+    def generates(self) -> bool:
+        return self.model_class.can_generate() and self._main != "input_values"
+
+    @cached_property
+    def image_positions(self) -> int:
+        """Positions of the prompt that one image takes."""
+        return _count_features(self) if self.takes_images else 0
+
+    def workload(self, **sizes) -> Workload:
+        """A workload of these sizes; those that are None or left out are what suits the model."""
+        given = {name: size for name, size in sizes.items() if size is not None}
+        train = given.get("train", False)
+        usual = {
+            "images": int(self.takes_images),
+            "new_tokens": 128 if self.generates and not train else 0,
+        }
+        return Workload(**(usual | given))
+
+    def check(self, workload: Workload):
+        """Raises ValueError for what the model does not take, or beyond its context."""
+        if workload.images and not self.takes_images:
+            raise ValueError(
+                f"images is {workload.images}, but {self.loader} takes no images beside text. Leave"
+                " images out."
+            )
+        if workload.new_tokens > 1 and not self.generates:
+            raise ValueError(
+                f"new_tokens is {workload.new_tokens}, but {self.loader} generates no tokens. Leave"
+                " new_tokens out."
+            )
+        if not self.takes_text:
+            return
+        image_positions = workload.images * self.image_positions
+        positions = workload.text_tokens + image_positions
+        if positions > self.context:
+            image = f" ({image_positions} of them the image)" if workload.images else ""
+            raise ValueError(
+                f"The prompt takes {positions} positions{image}, but the model's context is"
+                f" {self.context}. Lower text_tokens."
+            )
+        if workload.new_tokens > self.context:
+            raise ValueError(
+                f"new_tokens is {workload.new_tokens}, but the model's whole context is"
+                f" {self.context}. Lower new_tokens."
+            )
+
+    def cache_bytes(self, workload: Workload, itemsize: int) -> int | None:
+        """The KV cache when the last token is generated; None where it follows from no rule."""
+        text = self._text
+        heads = getattr(text, "num_attention_heads", None)
+        kept = getattr(text, "num_key_value_heads", None) or heads
+        layers, width = (getattr(text, name, None) for name in ("num_hidden_layers", "hidden_size"))
+        if not all(isinstance(each, int) for each in (heads, kept, layers, width)):
+            return None
+        numbers = 2 * layers * kept * (getattr(text, "head_dim", None) or width // heads)
+        positions = workload.images * self.image_positions
+        positions += workload.text_tokens + workload.new_tokens
+        return workload.batch_size * positions * numbers * itemsize
+
+    def prompt(self, model, workload: Workload) -> dict[str, torch.Tensor]:
+        """Random inputs of the workload's size on the model's device; all samples are the same."""
+        generator = torch.Generator().manual_seed(0)
+        inputs = {}
+        if self.takes_text:
+            ids = self._text_ids(workload, generator)
+            inputs["input_ids"] = ids
+            if workload.images:
+                inputs |= self._with_images(ids, workload.images, generator)
+        elif self._main == "pixel_values":
+            inputs["pixel_values"] = torch.rand(1, *_picture(self.config), generator=generator)
+        else:
+            inputs[self._main] = _sound(self.config, self._main, generator)
+        if self.is_pair and "decoder_input_ids" in self._takes and not workload.train:
+            start = getattr(self.config, "decoder_start_token_id", None) or 0
+            inputs["decoder_input_ids"] = torch.tensor([[start]])
+        device, batch = input_device(model), workload.batch_size
+        return {
+            name: _of_batch(tensor, batch, device, model.dtype) for name, tensor in inputs.items()
+        }
+
+    def prefill(self, model, prompt: dict[str, torch.Tensor]):
+        """Run the whole prompt once; with a KV cache, and the last position's scores, if it can."""
+        with torch.no_grad():
+            return model(**prompt, **self._options())
+
+    def decode(self, rig, model, prompt: dict[str, torch.Tensor], outputs, new_tokens: int):
+        """Generate greedily from a prefill's ``outputs``, ``new_tokens`` tokens in all.
+
+        The prefill has already given the first, so the model runs ``new_tokens - 1`` more times. On
+        simulated cards ``rig.repeat`` runs two of them and replays the rest.
+        """
+        inputs = self._options()
+        inputs |= {name: outputs[name] for name in _CACHES if outputs.get(name) is not None}
+        has_cache = bool(inputs.keys() & set(_CACHES))
+        if self.is_pair:
+            hidden = outputs.encoder_last_hidden_state
+            inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden)
+        name = "decoder_input_ids" if self.is_pair else "input_ids"
+        token, ids = outputs.logits[:, -1:].argmax(dim=-1), prompt[name]
+        del outputs
+
+        def step():
+            nonlocal token, ids
+            ids = token if has_cache else torch.cat((ids, token), dim=1)
+            token = model(**{name: ids}, **inputs).logits[:, -1:].argmax(dim=-1)
+
+        with torch.no_grad():
+            rig.repeat(step, new_tokens - 1)
+
+    def trained_parameters(self, model, trained: str) -> list[torch.nn.Parameter]:
+        """As ``training.trained_parameters``."""
+        return trained_parameters(model, trained)
+
+    def train_step(self, model, prompt: dict[str, torch.Tensor], gradient_checkpointing=False):
+        """Forward and backward over the prompt, for what requires gradients; returns the loss.
+
+        Raises:
+            ValueError: the model computes no loss.
+        """
+        model.train()
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        if "labels" not in self._takes:
+            raise ValueError(
+                f"{self.loader} computes no loss, so there is no training step of it. Name a class"
+                ' that does under "architectures" in its config.json, or use simgpu run.'
+            )
+        labels = prompt.get("input_ids")
+        if labels is None:
+            first = prompt[self._main]
+            size = (len(first), 32) if self.is_pair else (len(first),)
+            labels = torch.zeros(size, dtype=torch.long, device=first.device)
+        options = {"use_cache": False} if self._takes & {"use_cache"} else {}
+        loss = model(**prompt, labels=labels, **options).loss
+        loss.backward()
+        return loss.detach()
+
+    def _options(self) -> dict:
+        takes_cache = self.generates and self._takes & {"use_cache", "kwargs"}
+        options = {"use_cache": True} if takes_cache else {}
+        return options | ({"logits_to_keep": 1} if "logits_to_keep" in self._takes else {})
+
+    def _text_ids(self, workload: Workload, generator) -> torch.Tensor:
+        size = getattr(self._text, "vocab_size", None) or 2
+        special = {
+            value
+            for config in (self.config, self._text)
+            for name, value in vars(config).items()
+            if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+        }
+        ordinary = torch.tensor([n for n in range(min(size, 1000)) if n not in special] or [0])
+        places = torch.randint(len(ordinary), (1, workload.text_tokens), generator=generator)
+        return ordinary[places]
+
+    def _with_images(self, ids: torch.Tensor, count: int, generator) -> dict[str, torch.Tensor]:
+        """The prompt with ``count`` images in front of its text."""
+        token = image_token(self.config)
+        inputs = _image_inputs(self, count, generator)
+        ids = torch.cat((torch.full((1, count * self.image_positions), token), ids), dim=1)
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in self._takes:
+                inputs[name] = (ids == token).long()
+        return inputs | {"input_ids": ids}
+
+
+def _of_batch(tensor: torch.Tensor, batch: int, device, dtype: torch.dtype) -> torch.Tensor:
+    """An input of one sample for a whole batch; pictures and sound in the model's type."""
+    size = (batch * len(tensor), *tensor.shape[1:])
+    if tensor.is_floating_point():  # whose numbers do not matter, and which may be large
+        return torch.empty(size, dtype=dtype, device=device)
+    return tensor.repeat(batch, *[1] * (tensor.ndim - 1)).to(device)
+
+
+def image_token(config: PreTrainedConfig) -> int:
+    """The id that stands in a prompt for each position of an image.
+
+    Raises:
+        ValueError: the configuration has none.
+    """
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    raise ValueError(
+        f"It is not known how a {config.model_type!r} takes images. Use --images 0 for its text, or"
+        " run your own program, which calls its processor: simgpu run."
+    )
+
+
+def _vision(config: PreTrainedConfig):
+    return getattr(config, "vision_config", None) or config
+
+
+def _picture(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Channels, height and width of a picture that a model takes."""
+    vision = _vision(config)
+    side = getattr(vision, "image_size", None) or _SIDE
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return getattr(vision, "num_channels", None) or 3, height, width
+
+
+def _sound(config: PreTrainedConfig, name: str, generator) -> torch.Tensor:
+    """Thirty seconds of sound: features as Whisper takes them, or 16,000 samples a second."""
+    if name == "input_features":
+        bins, positions = config.num_mel_bins, getattr(config, "max_source_positions", 1500)
+        return torch.rand(1, bins, 2 * positions, generator=generator)
+    if name == "input_values":
+        return torch.rand(1, 30 * 16_000, generator=generator)
+    raise ValueError(
+        f"It is not known how a {config.model_type!r} is asked: it takes {name}. Run your own"
+        " program: simgpu run, or simgpu.estimate in Python."
+    )
+
+
+def _image_inputs(recipe: Recipe, count: int, generator) -> dict[str, torch.Tensor]:
+    """What the processor makes of ``count`` pictures of the model's size, for one sample."""
+    config, takes = recipe.config, recipe._takes
+    channels, height, width = _picture(config)
+    if "image_grid_thw" in takes:  # patches of any number of pictures behind each other
+        rows, columns, features = _grid(config)
+        pixels = torch.rand(count * rows * columns, features, generator=generator)
+        return {
+            "pixel_values": pixels,
+            "image_grid_thw": torch.tensor([[1, rows, columns]] * count),
+        }
+    pixels = torch.rand(count, channels, height, width, generator=generator)
+    if "pixel_attention_mask" in takes:  # pictures of a sample in a dimension of their own
+        return {"pixel_values": pixels[None]}
+    inputs = {"pixel_values": pixels}
+    if "image_sizes" in takes:
+        inputs["image_sizes"] = torch.tensor([[height, width]] * count)
+        if hasattr(config, "image_grid_pinpoints"):  # an overview, and tiles
+            places = (config.image_grid_pinpoints, _vision(config).image_size)
+            tiles = image_size_to_num_patches((height, width), *places)
+            inputs["pixel_values"] = pixels[:, None].expand(count, tiles, -1, -1, -1)
+    return inputs
+
+
+def _grid(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Rows and columns of patches of a picture, and numbers in a patch."""
+    vision = _vision(config)
+    channels, height, width = _picture(config)
+    patch, merged = vision.patch_size, getattr(vision, "spatial_merge_size", 2)
+    frames = getattr(vision, "temporal_patch_size", 1)
+    rows, columns = (max(1, side // (patch * merged)) * merged for side in (height, width))
+    return rows, columns, channels * frames * patch * patch
+
+
+def _count_features(recipe: Recipe) -> int:
+    """Positions of an image, as the model's own tower makes them."""
+    config = recipe.config
+    if "image_grid_thw" in recipe._takes:
+        rows, columns, _ = _grid(config)
+        return rows * columns // getattr(_vision(config), "spatial_merge_size", 2) ** 2
+    image_token(config)
+    try:
+        with Rig.simulated("H200", capped=False, assume="count"), torch.no_grad():
+            options = {"config": config, "device_map": {"": 0}, "dtype": torch.bfloat16}
+            model = recipe.model_class.from_pretrained(None, **options)
+            inputs = _image_inputs(recipe, 1, torch.Generator())
+            pixels = inputs.pop("pixel_values").to("cuda", torch.bfloat16)
+            features = model.get_image_features(pixel_values=pixels, **inputs)
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"It is not known how a {config.model_type!r} takes images"
+            f" ({' '.join(str(error).split())[:100]}). Use --images 0 for its text, or run your own"
+            " program, which calls its processor: simgpu run."
+        ) from error
+    features = getattr(features, "pooler_output", features)
+    parts = features if isinstance(features, list | tuple) else [features]
+    return sum(math.prod(part.shape[:-1]) for part in parts)
