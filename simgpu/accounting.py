@@ -3,6 +3,7 @@
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -98,8 +99,12 @@ class Accounting:
         if taken is None or name in scratch.ESTIMATED:
             bound = scratch.bound_bytes(operator, args, kwargs, results)
             self.unmodelled.note(name.removeprefix("aten::"), bound)
-        if taken:
-            self._charge_for_a_moment(card, taken)
+        early, late = scratch.in_order(taken or [])
+        with self._taken(card, early):
+            for tensor in reversed(results) if operator in scratch.LAST_FIRST else results:
+                self._charge_storage(operator, tensor)
+            with self._taken(card, late):
+                pass
         if name == "aten::rsqrt":
             self._load_kernels(card, "normalisation", operators.NORM_KERNELS, 0)
         if name in operators.MATRIX_PRODUCTS:
@@ -187,20 +192,23 @@ class Accounting:
         for place in allocation.places:
             self._allocator(allocation.card).free(place)
 
-    def _charge_for_a_moment(self, card: int, sizes: list):
-        """Take blocks and give them back, as a kernel does with its scratch; a list among the sizes
-        is taken and given back before what follows."""
+    @contextmanager
+    def _taken(self, card: int, sizes: list):
+        """Take blocks until the block ends, as a kernel does with its scratch; a list among the
+        sizes is taken and given back before what follows."""
         taken: list[tuple[Allocation, int]] = []
         try:
             for size in sizes:
                 if isinstance(size, list):
-                    self._charge_for_a_moment(card, size)
+                    with self._taken(card, size):
+                        pass
                     continue
                 origin = ("scratch", self.stage, WORKSPACE)
                 one = self._allocate(card, size, (size,), torch.uint8, *origin)
                 taken.append((one, size))
                 self._passing.append(one)
                 self._note(True, card, size, one.serial)
+            yield
         finally:
             for one, size in reversed(taken):
                 self._free(one)

@@ -17,8 +17,7 @@ from simgpu.scratch import CUDNN_ATTENTION_BYTES
 
 _HALF = (torch.float16, torch.bfloat16)
 _ATEN = torch.ops.aten
-# With one query position cuDNN divides the keys among so many blocks, each with its own sums.
-_DECODE_SPLITS, _UNDIVIDED_KEYS = 8, 512
+_UNDIVIDED_KEYS = 512
 
 
 def attention(
@@ -54,8 +53,8 @@ def attention(
         return output[..., :features] if features % 8 else output
     if attn_mask is not None:
         length = attn_mask.shape[-1]
-        if length % 16:
-            attn_mask = functional.pad(attn_mask, (0, 16 - length % 16))[..., :length]
+        if length % 8:
+            attn_mask = functional.pad(attn_mask, (0, 8 - length % 8))[..., :length]
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     return _ATEN._scaled_dot_product_efficient_attention(
         *inputs, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
@@ -158,15 +157,22 @@ def _cudnn_attention(query, key, value, mask, needs_gradient, dropout_p, is_caus
         output = torch.empty_like(query) if same_width else _laid_out_as(query, value.shape[3])
     size = CUDNN_ATTENTION_BYTES
     if positions == 1:
-        # Per split: the weighted values, the largest score and the sum, in float32. A mask, or few
-        # keys, and they are not divided.
-        size = batch * heads * _DECODE_SPLITS * (features + 2) * 4 + CUDNN_ATTENTION_BYTES // 2
-        if mask is not None or key.shape[2] <= _UNDIVIDED_KEYS:
-            size = 0
+        # Per split: the weighted values, the largest score and the sum, in float32.
+        splits = 1 if mask is not None else _decode_splits(batch * key.shape[1], key.shape[2])
+        lines = batch * heads * splits * (features + 2) * 4
+        size = lines + CUDNN_ATTENTION_BYTES // 2 if splits > 1 else 0
     if size:
         torch.empty(size, dtype=torch.uint8, device=query.device)  # the workspace, gone at once
     del random
     return output
+
+
+def _decode_splits(groups: int, keys: int) -> int:
+    """Among how many blocks cuDNN divides the keys of one query position: a power of two, so that
+    each has 128 keys and all of them fill the card twice; as traced of 1 to 512 groups."""
+    if keys <= _UNDIVIDED_KEYS:
+        return 1
+    return 1 << (max(1, min(keys // 128, 256 // groups)).bit_length() - 1)
 
 
 def _laid_out_as(query: torch.Tensor, width: int) -> torch.Tensor:

@@ -16,14 +16,15 @@ import math
 
 import torch
 
+from simgpu.sorting import Early
 from simgpu.units import MIB
 
 _MULTIPROCESSORS, _TILE = 132, 128
-# Half precision: a kernel of its own for few channels of large pictures, which fills none up. Of
-# 1120 x 1120 pixels it was traced, of 384 x 384 another.
-_LARGE_PICTURE = 1120 * 1120
-_DIRECT = 64
-_FEW_CHANNELS, _PARTS_OF_FEW, _LONG_SUM, _PARTS_BYTES = 8, 14, 4096, 12 * MIB
+# Half precision: a kernel of its own for few channels of large pictures, which fills none up. From
+# 448 x 448 pixels to 1120 x 1120 it was traced, up to 384 x 384 another.
+_LARGE_PICTURE = 448 * 448
+_DIRECT = range(32, 65)
+_FEW_CHANNELS, _PARTS_OF_FEW, _LONG_SUM, _PARTS_BYTES = 8, 14, 3000, 12 * MIB
 
 
 def is_channels_last(*tensors: torch.Tensor) -> bool:
@@ -75,9 +76,10 @@ def _data_bytes(input, weight, output, stride, groups: int, forward: bool = Fals
         if input.dtype is torch.bfloat16:
             return 0
         filled = False
-    # In float32 a kernel that puts its result where it belongs, for up to 64 channels.
-    in_place = forward and not half and not few and input.shape[1] <= _DIRECT and set(stride) == {1}
-    moved = 0 if in_place else _moved(output, False)
+    # In float32 a kernel that puts its result where it belongs, for 32 to 64 channels.
+    moved = _moved(output, False)
+    if forward and not half and input.shape[1] in _DIRECT:
+        moved = 0
     return _moved(input, filled) + _moved(weight, filled) + moved + 16
 
 
@@ -119,7 +121,7 @@ def forward_scratch(a: dict, results: list, card) -> list:
     input, weight = a["input"], a["weight"]
     layout = _layout(input, weight)
     size = _data_bytes(input, weight, results[0], a["stride"], a["groups"], True)
-    return [*_copied(input, layout), *_copied(weight, layout), *([size] if size else [])]
+    return [Early(_copied(input, layout)), *_copied(weight, layout), *([size] if size else [])]
 
 
 def backward(gradient, input, weight, bias_sizes, *settings) -> tuple:

@@ -2,8 +2,8 @@
 
 Which tensors PyTorch makes is read from aten/src/ATen/native/cudnn/RNN.cpp. How much cuDNN works
 with and keeps for the backward pass is not published; the sums below meet traces of an H100 (torch
-2.11, cuDNN 9.19, 2026-11-27) to the byte for an LSTM in one direction of widths from 256 to 1024,
-and of the others in float32 what was traced; so those count as unmodelled.
+2.11, cuDNN 9.19, 2026-11-27) to the byte for an LSTM of widths from 256 to 1024.
+Narrower ones, GRU and plain layers take up to half as much again, and count as unmodelled.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _KEPT = {"lstm": (5, 6), "gru": (6, 7), "rnn_tanh": (1, 2), "rnn_relu": (1, 2)}
 _WORK = {"lstm": (5, 10, 0), "gru": (4.5, 12, 0), "rnn_tanh": (5, 17, 9), "rnn_relu": (5, 17, 9)}
-_GATE_BYTES = 2 * MIB
+_GATE_BYTES, _LEAST_HIDDEN = 2 * MIB, 256
 _KEPT_BYTES = _COUNTERS = 256
 
 
@@ -53,10 +53,10 @@ class _Call:
         state = self.batch * self.hidden * self.itemsize
         layers = self.layers * self.directions
         steps = self.steps * state * per_step * self.directions
-        if self.directions == 2 and self.layers > 1:
-            steps += self.steps * state * _GATES[self.kind] + 8 * state
-        if self.dropout:
-            steps += (self.layers - 1) * self.directions * self.steps * state
+        if self.directions == 2:
+            steps += self.steps * state * _GATES[self.kind] + 4 * self.layers * state
+        if self.dropout and self.layers > 1:
+            steps += self.directions * self.steps * state
         steps += self.steps * self.batch * self.inputs * self.itemsize
         work = layers * (per_layer * state + _GATES[self.kind] * _GATE_BYTES) + once * state
         return int(steps) + work + self.weight_bytes + 8 * self.batch + _COUNTERS
@@ -72,12 +72,13 @@ def recurrent(rig, kind: str, original, input, *arguments):
     recurrent_weight = weights[1]
     step = input.transpose(0, 1) if batch_first else input
     projected = weights[2 + biases] if recurrent_weight.shape[1] != states[-1].shape[2] else None
-    if kind != "lstm" or bidirectional or projected is not None:
+    hidden = recurrent_weight.shape[0] // _GATES[kind]
+    if kind != "lstm" or projected is not None or hidden < _LEAST_HIDDEN:
         rig.note_unmodelled(kind, 3 * input.nbytes + 2**23)
     call = _Call(
         kind,
         *step.shape,
-        recurrent_weight.shape[0] // _GATES[kind],
+        hidden,
         layers,
         directions,
         dropout if train else 0.0,

@@ -5,7 +5,8 @@ An operator has a rule here, or is known to take none (elementwise operators, vi
 H100 with torch 2.11, cuDNN 9.19 and CUDA 13.0, 2026-11-27.
 
 Sizes are bytes in the order in which they are taken, and are given back when the operator ends; a
-list among them is taken together and given back before what follows.
+list among them is taken together and given back before what follows; what is ``Early`` is taken
+before the results.
 """
 
 import functools
@@ -19,6 +20,7 @@ from simgpu.catalog import Card
 from simgpu.reductions import REDUCTIONS, reduction_scratch
 from simgpu.units import as_pytorch_writes
 
+Early = sorting.Early
 Rule = Callable[[dict, list, Card], Iterable]  # arguments by name, results, card
 # What cuDNN's attention keeps while it runs, besides seed and offset of its random numbers.
 CUDNN_ATTENTION_BYTES = 256
@@ -52,6 +54,12 @@ def scratch(operator, args: tuple, kwargs: dict, results: list, card: Card) -> l
     if rule is None:
         return [] if takes_none else None
     return list(rule(_by_name(operator, args, kwargs), results, card))
+
+
+def in_order(sizes: list) -> tuple[list, list]:
+    """What is taken before the results, and what after them."""
+    early = [size for part in sizes if isinstance(part, Early) for size in part]
+    return early, [part for part in sizes if not isinstance(part, Early)]
 
 
 def bound_bytes(operator, args: tuple, kwargs: dict, results: list) -> int | None:
@@ -99,6 +107,26 @@ def _reduction(name: str, a: dict, results: list, card: Card) -> list[int]:
     if "other" in a:  # of two tensors: elementwise
         return []
     return reduction_scratch(name, a, results, card)
+
+
+def _product(*names: str):
+    """Copies of factors whose rows and columns cuBLAS cannot take as they lie, such as an expanded
+    gradient (``prepare_matrix_for_cublas`` in cuda/cuBlasCommonArgs.h)."""
+
+    def rule(a, results, card):
+        return [a[name].nbytes for name in names if not _suits_cublas(a[name])]
+
+    return rule
+
+
+def _suits_cublas(matrix: torch.Tensor) -> bool:
+    rows, columns = matrix.shape[-2:]
+    by_row, by_column = matrix.stride()[-2:]
+    return (
+        (by_column == 1 and by_row >= max(1, columns))
+        or (by_row == 1 and by_column >= max(1, rows))
+        or matrix.is_contiguous()
+    )
 
 
 def _along(dim: int, tensor: torch.Tensor) -> int:
@@ -168,6 +196,15 @@ def _reduced_at_places(a, results, card):
     return [[nbytes, nbytes], nbytes, nbytes // 4] if a.get("reduce") == "mean" else []
 
 
+def _made_contiguous(*names: str):
+    """Copies of tensors that a kernel wants in order (``expect_contiguous``)."""
+
+    def rule(a, results, card):
+        return [a[name].nbytes for name in names if not a[name].is_contiguous()]
+
+    return rule
+
+
 def _group_norm(a, results, card):
     """A scale and a shift for each channel of each picture."""
     return [4 * a["N"] * a["C"]] * 2
@@ -197,15 +234,17 @@ def _efficient_backward(a, results, card):
     workspace = lines * -(-query.shape[3] // 64) * 64 * 4 * batch * heads
     if query.shape[3] > 128 and query.element_size() == 2:
         keys = -(-key.shape[2] // 64) * 64 * 4 * batch * heads
-        workspace += keys * (key.shape[3] + value.shape[3])
+        workspace += keys * 2 * max(key.shape[3], value.shape[3])
     product = [a["out"].nbytes, sums, sums] if query.dtype is torch.float32 else []
-    return [product, sums, workspace + 128 * batch * heads]
+    gradient = a["grad_out_"]
+    moved = [] if gradient.transpose(1, 2).is_contiguous() else [gradient.nbytes]
+    return [Early(moved), product, sums, workspace + sums // 16]
 
 
 def _efficient_forward(a, results, card):
     """Values of wide heads in half precision are added up in float32 (kernel_forward.h)."""
     output = results[0]
-    is_wide = output.shape[3] > 128 and output.element_size() == 2
+    is_wide = max(a["query"].shape[3], output.shape[3]) > 128 and output.element_size() == 2
     return [2 * output.nbytes] if is_wide else []
 
 
@@ -294,6 +333,10 @@ _RULES: dict[str, Rule] = {
         a["indices"], a["grad_output"].shape[-1], a["num_weights"], a["scale_grad_by_freq"]
     ),
     "_embedding_bag_dense_backward": _bag_backward,
+    "mm": _product("self", "mat2"),
+    "bmm": _product("self", "mat2"),
+    "addmm": _product("mat1", "mat2"),
+    "baddbmm": _product("batch1", "batch2"),
     "cumsum": _running,
     "cumprod": _running,
     "logcumsumexp": _running,
@@ -313,6 +356,8 @@ _RULES: dict[str, Rule] = {
     "scatter_reduce_": _reduced_at_places,
     "index_reduce": _reduced_at_places,
     "index_reduce_": _reduced_at_places,
+    "native_layer_norm": _made_contiguous("input"),
+    "native_layer_norm_backward": _made_contiguous("grad_out", "input"),
     "native_group_norm": _group_norm,
     "native_group_norm_backward": _group_norm_backward,
     # The product of gradient and result (SoftMax.cu); of the logarithm there is none.
@@ -373,7 +418,7 @@ _TAKE_NONE = set(
     linear linspace log_normal logspace masked_fill masked_select matmul max_pool2d_with_indices
     max_pool2d_with_indices_backward max_pool3d_with_indices max_pool3d_with_indices_backward
     max_unpool2d max_unpool3d mm mse_loss mse_loss_backward mv native_dropout
-    native_dropout_backward native_layer_norm native_layer_norm_backward nll_loss2d_backward
+    native_dropout_backward  nll_loss2d_backward
     nll_loss2d_forward nll_loss_backward nll_loss_forward normal permute_copy pixel_shuffle
     pixel_unshuffle poisson polar put random reflection_pad1d reflection_pad1d_backward
     reflection_pad2d reflection_pad2d_backward reflection_pad3d reflection_pad3d_backward repeat
@@ -400,3 +445,5 @@ _BOUNDED |= {
 }
 # Charged with what their traces have in common, which is not exact for every shape.
 ESTIMATED = {"aten::convolution", "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_qr"}
+# The mask is made before the result (Dropout.cu).
+LAST_FIRST = {torch.ops.aten.native_dropout.default}

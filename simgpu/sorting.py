@@ -28,6 +28,10 @@ _RUNNING_BYTES = 1279
 _FEW_INDICES = 3072  # of an embedding whose gradients are added without sorting
 
 
+class Early(list):
+    """Sizes of what is taken before an operator's results."""
+
+
 def _aligned(*sizes: int) -> int:
     return sum(-(-size // _ALIGNED) * _ALIGNED for size in sizes) + _ALIGNED - 1
 
@@ -110,7 +114,7 @@ def embedding_scratch(indices: torch.Tensor, width: int, rows: int, by_frequency
         return []
     place, runs = count * _PLACE, min(count, rows) * _PLACE
     pieces = count // 10 + min(count, rows)
-    at_once = [place, place, [place, radix_sort(count, 8, 8)]]
+    at_once = [Early([place, place, [place, radix_sort(count, 8, 8)]])]
     if by_frequency:
         at_once += [place, [scan(count, 4)], [scan(count, 4)]]
     at_once += [place, 8, [place, scan(count, 4)], runs, runs, [scan(count, 4)], 8]

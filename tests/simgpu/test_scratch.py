@@ -8,7 +8,7 @@ from simgpu import Rig, find_card
 from simgpu.attention import choose_kernel
 from simgpu.convolution import forward_scratch
 from simgpu.scratch import Unmodelled, scratch
-from simgpu.sorting import radix_sort
+from simgpu.sorting import Early, radix_sort
 from simgpu.units import MIB
 
 ATEN = torch.ops.aten
@@ -113,7 +113,7 @@ def test_the_gradient_of_an_embedding_sorts_its_indices():
     found = taken(
         ATEN.embedding_dense_backward.default, meta(3073, 512), indices, 50_000, -1, False
     )
-    assert [24_584, 67_583] in found
+    assert found[0] == Early([24_584, 24_584, [24_584, 67_583]])
     assert found[-2:] == [27_040, 6_922_240]
     few = meta(3072, dtype=torch.int64)
     assert (
@@ -152,7 +152,7 @@ def test_convolutions_take_copies_with_channels_side_by_side(input, weight, stri
         input, weight, None, steps, padding, [1] * dims, False, none, 1
     )
     arguments = {"input": input, "weight": weight, "stride": steps, "groups": 1}
-    assert forward_scratch(arguments, [output], H100) == ([] if found is None else [found])
+    assert forward_scratch(arguments, [output], H100) == [[], *([] if found is None else [found])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
