@@ -93,15 +93,13 @@ class Accounting:
 
     def _charge(self, operator, results: list[torch.Tensor], args: tuple, kwargs: dict):
         name, card = operator._schema.name, results[0].device.index
-        for tensor in operators.in_order(name, results):
-            self._charge_storage(operator, tensor)
         taken = scratch.scratch(operator, args, kwargs, results, self.cards[card])
         if taken is None or name in scratch.ESTIMATED:
             bound = scratch.bound_bytes(operator, args, kwargs, results)
             self.unmodelled.note(name.removeprefix("aten::"), bound)
         early, late = scratch.in_order(taken or [])
         with self._taken(card, early):
-            for tensor in reversed(results) if operator in scratch.LAST_FIRST else results:
+            for tensor in operators.in_order(name, results):
                 self._charge_storage(operator, tensor)
             with self._taken(card, late):
                 pass

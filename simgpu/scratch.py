@@ -166,7 +166,7 @@ def _extremes(a, results, card):
 def _rows(a, results, card):
     """Indices that do not lie side by side are copied (Embedding.cpp: ``reshape``)."""
     indices = a["indices"]
-    return [] if indices.is_contiguous() else [indices.numel() * indices.itemsize]
+    return [] if indices.is_contiguous() else [Early([indices.numel() * indices.itemsize])]
 
 
 def _indexed(a, results, card):
@@ -179,7 +179,7 @@ def _indexed(a, results, card):
     strides = {each.expand(shape).stride() for each in indices}
     if len(strides) < 2:
         return []
-    return [math.prod(shape) * each.itemsize for each in indices]
+    return [Early([math.prod(shape) * each.itemsize for each in indices])]
 
 
 def _indexed_put(a, results, card):
@@ -445,5 +445,3 @@ _BOUNDED |= {
 }
 # Charged with what their traces have in common, which is not exact for every shape.
 ESTIMATED = {"aten::convolution", "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_qr"}
-# The mask is made before the result (Dropout.cu).
-LAST_FIRST = {torch.ops.aten.native_dropout.default}
