@@ -28,12 +28,21 @@ _FEW_CHANNELS, _PARTS_OF_FEW, _LONG_SUM, _PARTS_BYTES = 8, 14, 3000, 12 * MIB
 
 
 def is_channels_last(*tensors: torch.Tensor) -> bool:
-    """Whether cuDNN is given channels side by side: where one of the tensors has them so."""
-    last = torch.channels_last
-    return any(
-        each.ndim == 4 and each.is_contiguous(memory_format=last) and not each.is_contiguous()
-        for each in tensors
-    )
+    """Whether cuDNN is given channels side by side: where one of the tensors has them so, also one
+    with gaps (``is_channels_last_strides_2d`` in c10/core/MemoryFormat.h)."""
+    return any(map(_has_channels_last, tensors))
+
+
+def _has_channels_last(tensor: torch.Tensor) -> bool:
+    if tensor.ndim != 4 or not tensor.stride(1):
+        return False
+    least = 0
+    for dim in (1, 3, 2, 0):
+        size, stride = tensor.shape[dim], tensor.stride(dim)
+        if not size or stride < least or (dim == 0 and least == tensor.stride(1)):
+            return False
+        least = stride * size if size > 1 else stride
+    return True
 
 
 def _positions(tensor: torch.Tensor) -> int:
