@@ -215,8 +215,8 @@ class _ObservedFakeMode(FakeTensorMode):
             raise RuntimeError(
                 f"{error.func} needs the numbers in a tensor, and tensors on simulated cards have"
                 " none, only shapes, types and bytes. Leave out what reads or prints values here"
-                " (.item(), .tolist(), `if` on a tensor, indexing by a mask), or run this on a"
-                " real device."
+                " (.item(), .tolist(), `if` on a tensor, indexing by a mask), let them be assumed"
+                ' and counted (Rig.simulated(..., assume="count")), or run this on a real device.'
             ) from None
 
 

@@ -312,13 +312,24 @@ def main() -> int:
     print(f"{found:.1%} of those that run on a CPU run on simulated cards or are refused by name")
     if arguments.names:
         return 0
-    before = README.read_text(encoding="utf-8")
-    start, end = before.index(BEGIN) + len(BEGIN), before.index(END)
-    README.write_text(before[:start] + in_readme(results) + before[end:], encoding="utf-8")
-    changed = {name for name in stored if stored[name][0] != results.get(name, [""])[0]}
-    for name in sorted(changed):
-        print(f"{name}: was {stored[name][0]}, is {results.get(name, ['gone'])[0]}")
+    text = README.read_text(encoding="utf-8")
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    README.write_text(text[:start] + in_readme(results) + text[end:], encoding="utf-8")
+    changed = differences(stored, results)
+    for name in changed:
+        print(f"{name}: was {stored[name][0]}, is {results[name][0]}")
     return 0 if found >= LEAST_SHARE and not changed else 1
+
+
+def differences(before: dict, after: dict) -> list[str]:
+    """Those that ran before and do not now, or the other way round, where both had a control."""
+    common = [name for name in before if name in after]
+    return [
+        name
+        for name in sorted(common)
+        if "no control" not in (before[name][0], after[name][0])
+        and before[name][0] != after[name][0]
+    ]
 
 
 def write(path: Path, results: dict):
