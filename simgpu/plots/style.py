@@ -11,6 +11,7 @@ GIB, MIB = 2**30, 2**20
 # Okabe & Ito, "Color Universal Design" (2008): told apart by the colour-blind.
 COLOURS = {
     "weights": "#0072B2",
+    "parameters": "#0072B2",
     "tower layer": "#56B4E9",
     "tower other": "#0072B2",
     "decoder layer": "#E69F00",
@@ -18,6 +19,7 @@ COLOURS = {
     "KV cache": "#009E73",
     "activations": "#CC79A7",
     "gradients": "#F0E442",
+    "optimizer": "#E69F00",
     "gradients and activations": "#F0E442",
     "workspace": "#999999",
     "CUDA context": "#666666",

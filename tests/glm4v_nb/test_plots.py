@@ -3,6 +3,7 @@
 import pytest
 from benchmark_program import load_benchmark
 
+import simgpu.plots
 from glm4v_nb import plots
 from glm4v_nb.placement import PlacedModule
 from glm4v_nb.plots import COLOURS, plot_device_map, plot_frontier, plot_memory_bars, plot_path
@@ -38,7 +39,8 @@ def test_every_picture_says_where_its_figures_come_from():
 def test_no_plot_is_without_a_test_of_its_label():
     """A notebook's picture counts as labelled if one of these draws it; test_monitor.py tests the
     timeline's."""
-    modules = (plots, plots.memory, plots.style, plots.timeline)
+    general = (simgpu.plots, simgpu.plots.memory, simgpu.plots.style)
+    modules = (plots, plots.device_map, plots.timeline, *general)
     plots_here = {name for each in modules for name in vars(each) if name.startswith("plot_")}
     assert plots_here == {
         *("plot_memory_bars", "plot_device_map", "plot_frontier", "plot_timeline"),
