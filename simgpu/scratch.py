@@ -426,7 +426,8 @@ _TAKE_NONE = set(
     replication_pad3d replication_pad3d_backward resize roll rot90 rrelu_with_noise
     scalar_tensor scatter scatter_add searchsorted select_backward select_scatter set
     slice_backward slice_scatter smooth_l1_loss split_with_sizes_copy squeeze_copy stack
-    std_to_copy t_copy take trace transpose_copy trapezoid tril tril_indices triu triu_indices
+    _thnn_fused_gru_cell _thnn_fused_gru_cell_backward std_to_copy t_copy take trace
+    transpose_copy trapezoid tril tril_indices triu triu_indices
     unfold_backward unfold_copy uniform unsafe_split unsqueeze_copy
     value_selecting_reduction_backward view_copy where zero
     """.split()
