@@ -63,7 +63,9 @@ def in_order(sizes: list) -> tuple[list, list]:
 
 
 def bound_bytes(operator, args: tuple, kwargs: dict, results: list) -> int | None:
-    """The most that an unmodelled operator takes, where there is a bound."""
+    """The most that an unmodelled operator takes, where there is a bound; 0 if it is exact."""
+    if _name(operator) == "convolution":
+        return convolution.bound_bytes(_by_name(operator, args, kwargs), results[0])
     if _name(operator) in linalg.BOUNDED | _BOUNDED:
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
         return 3 * max((each.nbytes for each in (*tensors, *results)), default=0) + 2**23
