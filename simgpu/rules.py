@@ -103,8 +103,9 @@ REWRITTEN = {
 
 
 NOT_DENSE = (
-    "Sparse and quantized tensors are not simulated: shape and type do not tell their bytes. Use a"
-    " dense tensor (sparse=False for an embedding), or run this on a real device."
+    "Sparse, quantized and nested tensors are not simulated: shape and type do not tell their bytes."
+    " Use a dense tensor (sparse=False for an embedding, layout=torch.jagged for a nested one), or"
+    " run this on a real device."
 )
 # Most bytes of the arguments of an operator without a shape rule.
 _MOST_EXAMPLE_BYTES = 64 * MIB
