@@ -35,8 +35,10 @@ def clear_frames(error: BaseException | None):
             # traceback for one, keeps a copy of them; looking again brings it up to date, that is,
             # empties it.
             _ = frame.f_locals
-        # Both: ``raise X from Y`` while handling Z keeps Y as the cause and Z as the context.
+        # Both: ``raise X from Y`` while handling Z keeps Y as the cause and Z as the context. And
+        # ``raise X(Y)`` later on, as of a worker's error, keeps Y as an argument.
         pending += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
+        pending += [given for given in error.args if isinstance(given, BaseException)]
 
 
 def empty_caches():

@@ -55,7 +55,7 @@ def fit(
         ValueError: as ``Deployment.check``; an impossible workload.
     """
     deployment = Deployment(card, count, dtype, device_map, checkpoint, alloc_conf, **others)
-    return fitting.fit(deployment, workload)
+    return deployment.fit(workload)
 
 
 def load(rig: Rig, device_map, dtype: torch.dtype, checkpoint: str | Path = OFFICIAL, **options):

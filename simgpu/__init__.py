@@ -22,6 +22,7 @@ _HOMES = {
     "HostMemory": "host",
     "Estimate": "estimation",
     "estimate": "estimation",
+    "fit": "fitting",
 }
 __all__ = [*_HOMES]
 

@@ -3,12 +3,13 @@
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
 
-from simgpu import memory_stats, operators
+from simgpu import memory_stats, operators, scratch
 from simgpu.allocator import Allocator, Block
 from simgpu.catalog import Card
 from simgpu.device import check_ordinal, on_card
@@ -41,7 +42,8 @@ class Accounting:
 
     ``allocators`` are one per card of ``cards``. ``stage`` is written on what is allocated, and
     what ``caller`` gives; ``at_failure`` is what was on each card when memory ran out last,
-    ``history`` what the allocators have done.
+    ``history`` what the allocators have done, ``unmodelled`` the operators that may have taken
+    memory besides.
     """
 
     def __init__(self, allocators: list[Allocator], cards: list[Card]):
@@ -50,7 +52,7 @@ class Accounting:
         self._passing: list[Allocation] = []  # what is being released, or there for a moment
         self.at_failure: list[list[Allocation]] = []
         self.failures: list[str] = []  # the messages of all out-of-memory errors
-        self.history = History(allocators)
+        self.history, self.unmodelled = History(allocators), scratch.Unmodelled()
         self._purpose = ACTIVATIONS
         self._live: dict[int, Allocation] = {}  # by address of the storage
         self._references: dict[int, weakref.ref] = {}
@@ -62,10 +64,13 @@ class Accounting:
         self._recording: list[Event] | None = None
         self._in_backward_pass = False
 
-    def observe(self, operator, results: list[torch.Tensor], arguments: tuple = ()):
-        """Charge what an operator newly allocated; where a card has no room, see ``at_failure``."""
+    def observe(self, operator, results: list[torch.Tensor], *arguments):
+        """Charge what an operator newly allocated; where a card has no room, see ``at_failure``.
+
+        ``arguments`` are a tuple of those by place and a dictionary of those by name.
+        """
         try:
-            self._charge(operator, results, arguments)
+            self._charge(operator, results, *arguments)
         except torch.OutOfMemoryError as error:
             self._remember_failure(error)
             raise
@@ -86,12 +91,18 @@ class Accounting:
                 if key in self._live:
                     self._live[key].purpose = purpose
 
-    def _charge(self, operator, results: list[torch.Tensor], arguments: tuple):
-        for tensor in results:
-            self._charge_storage(operator, tensor)
+    def _charge(self, operator, results: list[torch.Tensor], args: tuple, kwargs: dict):
         name, card = operator._schema.name, results[0].device.index
-        scratch = operators.scratch_bytes(name, arguments, self.cards[card])
-        self._charge_for_a_moment(card, scratch)
+        taken = scratch.scratch(operator, args, kwargs, results, self.cards[card])
+        if taken is None or name in scratch.ESTIMATED:
+            bound = scratch.bound_bytes(operator, args, kwargs, results)
+            self.unmodelled.note(name.removeprefix("aten::"), bound)
+        early, late = scratch.in_order(taken or [])
+        with self._taken(card, early):
+            for tensor in operators.in_order(name, results):
+                self._charge_storage(operator, tensor)
+            with self._taken(card, late):
+                pass
         if name == "aten::rsqrt":
             self._load_kernels(card, "normalisation", operators.NORM_KERNELS, 0)
         if name in operators.MATRIX_PRODUCTS:
@@ -179,17 +190,25 @@ class Accounting:
         for place in allocation.places:
             self._allocator(allocation.card).free(place)
 
-    def _charge_for_a_moment(self, card: int, sizes: list[int]):
-        """Take blocks and give them back at once, as a kernel does with its scratch."""
-        taken: list[Allocation] = []
+    @contextmanager
+    def _taken(self, card: int, sizes: list):
+        """Take blocks until the block ends, as a kernel does with its scratch; a list among the
+        sizes is taken and given back before what follows."""
+        taken: list[tuple[Allocation, int]] = []
         try:
             for size in sizes:
+                if isinstance(size, list):
+                    with self._taken(card, size):
+                        pass
+                    continue
                 origin = ("scratch", self.stage, WORKSPACE)
-                taken.append(self._allocate(card, size, (size,), torch.uint8, *origin))
-                self._passing.append(taken[-1])
-                self._note(True, card, size, taken[-1].serial)
+                one = self._allocate(card, size, (size,), torch.uint8, *origin)
+                taken.append((one, size))
+                self._passing.append(one)
+                self._note(True, card, size, one.serial)
+            yield
         finally:
-            for one, size in reversed(list(zip(taken, sizes, strict=False))):
+            for one, size in reversed(taken):
                 self._free(one)
                 self._passing.remove(one)
                 self._note(False, card, size, one.serial)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from simgpu.catalog import CARDS, MAX_CARDS
-from simgpu.fitting import Deployment, FitResult, fit
+from simgpu.fitting import Deployment, FitResult
 from simgpu.workload import Workload
 
 # Names of fields of a deployment or a workload, and their new values.
@@ -20,7 +20,7 @@ def what_fits(result: FitResult, report: Callable[[str], object] = print) -> Cha
     for changes in candidates(result):
         report(f"trying {', '.join(f'{name} {value}' for name, value in changes.items())}")
         deployment, workload = changed(*result.asked, changes)
-        if fit(deployment, workload).fits:
+        if deployment.fit(workload).fits:
             return changes
     return None
 

@@ -167,7 +167,7 @@ def _fit(
         result, found, figure, drawn = _search(deployment, workload, limits, frontier)
     else:
         with progress(f"running on {printing.kinds(deployment.cards)}, simulated"):
-            result = fitting.fit(deployment, workload)
+            result = deployment.fit(workload)
     if as_json:
         print(json.dumps((found or result).to_dict() | drawn, indent=2))
     else:
@@ -193,7 +193,7 @@ def _search(deployment, workload, with_limits: bool, picture: str | None):
     with progress("loading", steps=4 * with_limits + len(lengths)) as report:
         trials = searching.Trials(deployment, report)
         found = searching.limits(trials, workload) if with_limits else None
-        result = found.result if found else searching.fit(deployment, workload)
+        result = found.result if found else deployment.fit(workload)
         if not picture:
             return result, found, None, {}
         batches = searching.frontier(trials, workload, lengths)

@@ -42,6 +42,7 @@ except ImportError:  # torch 2.11 has no error of its own for this
     FakeTensorDeviceMismatchError = ()
 from torch.utils import _pytree, backend_registration
 
+from simgpu import convolution
 from simgpu.catalog import MAX_CARDS
 from simgpu.engine import IN_PLACE, Guard, explain_real_failures, try_engine
 from simgpu.numbers import Numbers, keep, may_know, refuse_lost
@@ -60,7 +61,7 @@ _BUILT_WITH_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")
 # Without a name of its own it leaves PyTorch's engine to CUDA for as long as can be (``engine``).
 DEVICE_TYPE = "privateuseone" if _BUILT_WITH_CUDA else "simcuda"
 # Called after every operator with its overload, its results on cards and CPU, and its arguments.
-Observer = Callable[[object, list[FakeTensor], tuple], None]
+Observer = Callable[[object, list[FakeTensor], tuple, dict], None]
 _observer: Observer | None = None
 _numbers: Numbers | None = None
 _ATEN, _DEVICE = torch.ops.aten, torch.ops.prim.device.default
@@ -152,6 +153,8 @@ class _ObservedFakeMode(FakeTensorMode):
     def _run(self, func, types, args: tuple, kwargs: dict):
         """An operator of the program: its shape rule, and the observer is told."""
         if func in IN_PLACE and IN_PLACE[func](*args):
+            if _observer is not None:
+                _observer(func, [args[0]], args, kwargs)
             return args[0]
         self._nesting.depth = 1
         try:
@@ -160,7 +163,7 @@ class _ObservedFakeMode(FakeTensorMode):
             self._nesting.depth = 0
         if _observer is not None and (results := _tensors_made(output)):
             try:
-                _observer(func, results, args)
+                _observer(func, results, args, kwargs)
             except torch.OutOfMemoryError as error:
                 # A real card never made this tensor: no frame of the error may lead to it.
                 output = results = None
@@ -174,7 +177,7 @@ class _ObservedFakeMode(FakeTensorMode):
         made = FakeTensor(self, made, as_card(device))
         if not self.is_running:
             try:
-                _observer(operator, [made], args)
+                _observer(operator, [made], args, kwargs)
             except torch.OutOfMemoryError as error:
                 made = None
                 raise error.with_traceback(None) from None
@@ -197,7 +200,13 @@ class _ObservedFakeMode(FakeTensorMode):
         if func is _ATEN.copy_.default and args[0].shape == args[1].shape:
             return args[0]
         try:
-            return super().dispatch(*call)
+            output = super().dispatch(*call)
+            if func is _ATEN.convolution.default and (strides := convolution.strides(args, output)):
+                relaid = torch.empty_strided(
+                    output.shape, strides, dtype=output.dtype, device="meta"
+                )
+                output = FakeTensor(self, relaid, output.fake_device)
+            return output
         except FakeTensorDeviceMismatchError as error:
             raise RuntimeError(str(error).replace(DEVICE_TYPE, "cuda")) from None
         except (NotImplementedError, UnsupportedOperatorException):
@@ -244,16 +253,16 @@ def fake_mode() -> FakeTensorMode:
             for key in ("PrivateUse1", *(["CUDA"] if not _BUILT_WITH_CUDA else [])):
                 for operator in _EMPTY:
                     library.impl(operator, partial(_make_empty, operator), key)
-            # Without a kernel of its own it is taken apart into six operators; CUDA has one. Fake
-            # tensors stop the operator before it gets as far.
-            library.impl("silu_backward", _never_called, "PrivateUse1")
+            # Without kernels of their own these are taken apart; CUDA has them. Fake tensors stop
+            # the operator before it gets as far.
+            for name in ("silu_backward", "_fused_rms_norm", "_fused_rms_norm_backward"):
+                library.impl(name, _never_called, "PrivateUse1")
             for name, rule in SOFTMAX.items():
                 library.impl(name, rule, "AutogradPrivateUse1")
-            # ``torch.tensor`` and a list among indices copy, and a list of tensors is read, with
-            # Python's dispatch switched off.
+            # ``torch.tensor`` and lists among indices run these with Python's dispatch off.
             for operator in (_ATEN.copy_.default, _ATEN._local_scalar_dense.default):
                 kernel = partial(_in_fake_mode, operator)
-                library.impl(operator._schema.name, kernel, "PrivateUse1")
+                library.impl(operator._schema.name.removeprefix("aten::"), kernel, "PrivateUse1")
             _libraries.append(library)
             FakeTensor.device = property(_shown_device, _INSIDE.fset)
             FakeTensor.__torch_dispatch__ = classmethod(

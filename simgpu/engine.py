@@ -56,17 +56,24 @@ def _in_backward_pass() -> bool:
 def _added_in_place(sum_so_far, gradient, *others) -> bool:
     """Whether the autograd engine would add this gradient in place: nothing else refers to the sum,
     and no graph of the backward pass is recorded (torch/csrc/autograd/input_buffer.cpp)."""
-    are_fake = isinstance(gradient, FakeTensor) and isinstance(sum_so_far, FakeTensor)
-    if not (_COUNTS and _in_backward_pass() and are_fake):
-        return False
-    storage = sum_so_far.untyped_storage()
     return (
-        sum_so_far.shape == gradient.shape
+        isinstance(gradient, FakeTensor)
+        and _is_engines_own(sum_so_far)
+        and sum_so_far.shape == gradient.shape
         and sum_so_far.dtype == gradient.dtype
-        and (sum_so_far.is_contiguous() or sum_so_far.nbytes == storage.nbytes())
-        and sum_so_far._use_count() == _engines_own
-        and torch._C._storage_Use_Count(storage._cdata) == 2  # one is ``storage``
+        and (
+            sum_so_far.is_contiguous() or sum_so_far.nbytes == sum_so_far.untyped_storage().nbytes()
+        )
     )
+
+
+def _is_engines_own(tensor, *others) -> bool:
+    """Whether only the autograd engine refers to a tensor, as to zeros that it adds rows to."""
+    if not (_COUNTS and _in_backward_pass() and isinstance(tensor, FakeTensor)):
+        return False
+    storage = tensor.untyped_storage()
+    count = torch._C._storage_Use_Count(storage._cdata)  # one is ``storage``
+    return tensor._use_count() == _engines_own and count == 2
 
 
 def _put_in_place(zeros, indices, gradient, accumulate=False) -> bool:
@@ -76,6 +83,8 @@ def _put_in_place(zeros, indices, gradient, accumulate=False) -> bool:
 
 # By operator, whether the engine would do it in place here.
 IN_PLACE = {_ATEN.add.Tensor: _added_in_place, _ATEN.index_put.default: _put_in_place}
+_ADD_ROWS = (_ATEN.index_add.default, _ATEN.scatter_add.default, _ATEN.put.default)
+IN_PLACE |= dict.fromkeys(_ADD_ROWS, _is_engines_own)
 
 
 def try_engine(mode, device_type: str):

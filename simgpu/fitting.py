@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from simgpu.attribution import Attribution
 from simgpu.catalog import Card
@@ -141,7 +141,7 @@ class Deployment:
         device_map: one of ``DEVICE_MAPS``, or module names and their places.
         checkpoint: a directory with a config.json, a hub id whose config.json has been downloaded,
             or one registered with ``checkpoints``. Only the configuration is read and, if there is
-            one, the index of the weights' files; never the weights.
+            one, the index of the weights' files; never the weights. Or a configuration itself.
         alloc_conf: PyTorch's ``PYTORCH_CUDA_ALLOC_CONF``, as of ``Rig.simulated``.
     """
 
@@ -149,7 +149,7 @@ class Deployment:
     count: int = 1
     dtype: str = "bfloat16"
     device_map: str | dict[str, Place] = "auto"
-    checkpoint: str | Path = ""
+    checkpoint: str | Path | PreTrainedConfig = ""
     alloc_conf: str | None = None
     free_gib: float | Sequence[float] | None = None
     assume: str = ASSUME[1]
@@ -191,6 +191,22 @@ class Deployment:
         self.recipe.check(workload)
         if isinstance(self.device_map, dict):
             check_device_map(self.device_map, len(self.cards), self.meta_model)
+
+    def fit(self, workload: Workload | None = None) -> FitResult:
+        """Run a workload, by default what suits the model.
+
+        Raises:
+            ValueError: as ``check``; an impossible workload.
+        """
+        started = time.perf_counter()
+        rig = self.rig()  # what is wrong with the cards is said before the model is looked at
+        workload = workload or self.recipe.workload()
+        self.check(workload)
+        with Attribution(rig) as attribution:
+            result = LoadedModel(self, rig).run(workload)
+        found = [peak.by_purpose() for peak in attribution.peaks]
+        seconds = round(time.perf_counter() - started, 2)
+        return replace(result, by_purpose=found, seconds=seconds)
 
     def free_bytes(self) -> dict[int, int]:
         """What PyTorch finds free on each card before anything is loaded."""
@@ -279,25 +295,35 @@ class LoadedModel:
         return DeviceFit(index, card.key, card.total_bytes, weights, allocated, reserved, free)
 
 
-def fit(deployment: Deployment, workload: Workload | None = None) -> FitResult:
-    """Run a workload, by default what suits the model, on simulated cards.
+def fit(
+    model: str | Path | PreTrainedConfig,
+    card: str | Card | Sequence[str | Card] = "L4",
+    count: int = 1,
+    *,
+    dtype: str = "bfloat16",
+    device_map: str | dict[str, Place] = "auto",
+    alloc_conf: str | None = None,
+    free_gib: float | Sequence[float] | None = None,
+    assume: str = ASSUME[1],
+    **sizes,
+) -> FitResult:
+    """Will a model of transformers fit? Loads and runs it at full size on simulated cards.
+
+    Args:
+        model: as ``checkpoint`` of ``Deployment``.
+        card, count, free_gib, assume, alloc_conf: as of ``SimulatedRig``.
+        dtype, device_map: as of ``Deployment``.
+        sizes: of the ``Workload``; those left out are what suits the model.
 
     Raises:
         ValueError: as ``Deployment.check``; an impossible workload.
     """
-    started = time.perf_counter()
-    deployment.rig()  # what is wrong with the cards is said before the model is looked at
-    workload = workload or deployment.recipe.workload()
-    deployment.check(workload)
-    rig = deployment.rig()
-    with Attribution(rig) as attribution:
-        result = LoadedModel(deployment, rig).run(workload)
-    found = [peak.by_purpose() for peak in attribution.peaks]
-    seconds = round(time.perf_counter() - started, 2)
-    return replace(result, by_purpose=found, seconds=seconds)
+    options = (dtype, device_map, model, alloc_conf, free_gib, assume)
+    deployment = Deployment(card, count, *options)
+    return deployment.fit(deployment.recipe.workload(**sizes))
 
 
-def load(rig: Rig, recipe: Recipe, checkpoint: str | Path, **options) -> PreTrainedModel:
+def load(rig: Rig, recipe: Recipe, checkpoint, **options) -> PreTrainedModel:
     """The checkpoint's model on the rig, in a stage "load"; ``options`` of ``from_pretrained``.
 
     Raises:
@@ -305,7 +331,8 @@ def load(rig: Rig, recipe: Recipe, checkpoint: str | Path, **options) -> PreTrai
     """
     with rig, rig.stage("load"):
         options |= {"config": recipe.config, "trust_remote_code": False}
-        return recipe.model_class.from_pretrained(checkpoint, **options)
+        name = None if isinstance(checkpoint, PreTrainedConfig) else checkpoint
+        return recipe.model_class.from_pretrained(name, **options)
 
 
 def run_workload(rig: Rig, model, workload: Workload, recipe: Recipe | None = None, **options):

@@ -13,17 +13,23 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from simgpu import autocast, legacy, readout, streams
+from simgpu.attention import attention
+from simgpu.composites import linear, rms_norm
 from simgpu.device import as_card, cuda_taken_over, current, fake_mode, on_card, prepare_backward
 from simgpu.engine import backward_error
-from simgpu.operators import attention, convolution
+from simgpu.recurrent import KINDS, flatten_parameters, recurrent
 from simgpu.replacing import instead_of, refusing
 from simgpu.rules import NOT_DENSE
 from simgpu.runtime import Runtime
 
 # Taken here and not when a block begins: the machine itself may be simulated, in tests.
 _ROUTES = {
-    name: (autocast.in_lower_precision(route), getattr(functional, name))
-    for name, route in (("scaled_dot_product_attention", attention), ("conv2d", convolution))
+    name: (route, getattr(functional, name))
+    for name, route in (
+        ("scaled_dot_product_attention", autocast.in_lower_precision(attention)),
+        ("linear", autocast.in_lower_precision(linear)),
+        ("rms_norm", rms_norm),
+    )
 }
 _DATA = torch.Tensor.data
 _OUTSIDE = "do it outside the `with` block, on the CPU, or use a real device."
@@ -93,6 +99,10 @@ def simulated_torch(rig):
             replace(owner, name, value, create=True)
         for name, (route, original) in _ROUTES.items():
             replace(functional, name, instead_of(original, partial(route, rig)))
+        for kind in KINDS:
+            original = getattr(torch._VF, kind)
+            replace(torch._VF, kind, partial(recurrent, rig, kind, original), create=True)
+        replace(torch.nn.RNNBase, "flatten_parameters", flatten_parameters)
         # Optimisers update many tensors at a time only for types of tensor on this list.
         types = [*optimizer._foreach_supported_types, FakeTensor]
         replace(optimizer, "_foreach_supported_types", types)

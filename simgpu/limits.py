@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from simgpu.fitting import DTYPES, Deployment, FitResult, LoadedModel, fit
+from simgpu.fitting import DTYPES, Deployment, FitResult, LoadedModel
 from simgpu.placement import Place
 from simgpu.recipes import Recipe
 from simgpu.units import GIB
@@ -145,7 +145,7 @@ def limits(trials: Trials, workload: Workload) -> Limits:
     prompt or answer exceeds the model's context."""
     started = time.perf_counter()
     # The plain answer is that of a fresh load.
-    answers = [fit(trials.deployment, workload)]
+    answers = [trials.deployment.fit(workload)]
     trials.runs[workload] = answers[0]
     trials.report()
     for step in (largest_batch, longest_context, recommend):

@@ -30,7 +30,6 @@ from transformers import (
     masking_utils,
     modeling_utils,
 )
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto import auto_factory, modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import import_utils
@@ -76,6 +75,8 @@ def simulated_loading(rig):
         from_disk = partial(_from_disk, offload.load_offloaded_weight)
         for owner in (offload, accelerate_modeling):
             replace(owner, "load_offloaded_weight", from_disk)
+        convert = partial(_out_of_memory_passes, core_model_loading.log_conversion_errors)
+        replace(core_model_loading, "log_conversion_errors", convert)
         for owner in _defining("generate", GenerationMixin):
             replace(owner, "generate", partialmethod(_generate, rig, vars(owner)["generate"]))
         stack.enter_context(from_pretrained_replaced(partial(_from_pretrained, rig)))
@@ -87,6 +88,24 @@ def simulated_loading(rig):
             answer.cache_clear()
             stack.callback(answer.cache_clear)
         yield
+
+
+@contextmanager
+def _out_of_memory_passes(original, *args, **kwargs):
+    """transformers' loader catches what fails while it merges or splits tensors, and reports all at
+    the end as another error: a card without room left is no fault of a conversion."""
+    out_of_memory = None
+    try:
+        with original(*args, **kwargs):
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                out_of_memory = error
+                raise
+    except core_model_loading.SkipParameters:
+        if out_of_memory is None:
+            raise
+        raise out_of_memory from None
 
 
 @contextmanager
@@ -341,7 +360,7 @@ def _empty_checkpoint(cls: type, config) -> dict[str, torch.Tensor]:
     floating = config.dtype or torch.bfloat16
     with fake_mode():
         empty = {}
-        for name, tensor in revert_weight_conversion(model, stored).items():
+        for name, tensor in core_model_loading.revert_weight_conversion(model, stored).items():
             dtype = floating if tensor.is_floating_point() else tensor.dtype
             empty[name] = torch.empty(tensor.shape, dtype=dtype, device="cpu")
         return empty

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree
 
+from simgpu.convolution import backward
 from simgpu.units import MIB
 
 _ATEN = torch.ops.aten
@@ -48,48 +49,21 @@ SOFTMAX = {
 }
 
 
-def channels_last_strides(shape: torch.Size) -> tuple[int, int, int, int]:
-    """Strides of a tensor (batch, channels, height, width) whose channels lie side by side."""
-    _, channels, height, width = shape
-    return (channels * height * width, 1, width * channels, channels)
+def _convolution_backward(gradient, *others):
+    return NotImplemented if gradient.device.type == "cpu" else backward(gradient, *others)
 
 
-def _convolution_backward(gradient, input, weight, bias_sizes, *settings):
-    # As cuDNN does it, one gradient after the other; traced were plain convolutions on pictures.
-    *_, transposed, _, groups, (of_input, of_weight, of_bias) = settings
-    if gradient.ndim != 4 or transposed or groups != 1 or gradient.device.type == "cpu":
-        return NotImplemented
-    copied = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    is_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-    layout = torch.channels_last if is_last else torch.contiguous_format
-    gradients = [torch.empty_like(input, memory_format=layout) if of_input else None, None, None]
-    if of_input and is_last:
-        torch.empty_like(weight)  # the weight in this layout
-    if of_weight:
-        gradients[1] = torch.empty_like(weight, memory_format=layout)
-        if not is_last:
-            scratch = _transposed_bytes(gradient, input, weight)
-            torch.empty(scratch, dtype=torch.uint8, device=gradient.device)
-    del copied
-    if of_bias:
-        # Positions come before channels: what follows this model's convolutions flattens them so.
-        by_position = gradient.as_strided(gradient.shape, channels_last_strides(gradient.shape))
-        gradients[2] = by_position.sum((0, 2, 3))
-    return tuple(gradients)
+def _fused_rms_norm(input, normalized_shape, weight, eps):
+    rows = input.shape[: input.ndim - len(normalized_shape)]
+    reciprocals = (*rows, *[1] * len(normalized_shape))
+    return torch.empty_like(input), input.new_empty(reciprocals, dtype=torch.float32)
 
 
-def _transposed_bytes(gradient, input, weight) -> int:
-    """cuDNN's workspace for a weight's gradient where channels come first: it transposes all.
-
-    Channels are filled up to whole eights; of the weight's gradient there are 14 partial sums in
-    float32 as well. The parts add up to the 205,979,648 bytes of the one case that was traced, the
-    image tower's first convolution.
-    """
-    filters, channels, height, width = weight.shape
-    padded = -(-channels // 8) * 8
-    elements = filters * height * width * padded
-    moved = gradient.numel() + input.numel() // channels * padded + elements
-    return moved * weight.element_size() + 14 * elements * 4
+def _fused_rms_norm_backward(gradient, input, normalized_shape, rstd, weight, mask):
+    wanted = (input, weight)
+    return tuple(
+        torch.empty_like(each) if of else None for each, of in zip(wanted, mask, strict=True)
+    )
 
 
 # Operators that allocate otherwise than their shape rule; NotImplemented leaves a call to it.
@@ -99,11 +73,13 @@ REWRITTEN = {
     # Where PyTorch leaves them whole, as in torch.inference_mode().
     _ATEN.softmax.int: SOFTMAX["softmax.int"],
     _ATEN.log_softmax.int: SOFTMAX["log_softmax.int"],
+    _ATEN._fused_rms_norm.default: _fused_rms_norm,
+    _ATEN._fused_rms_norm_backward.default: _fused_rms_norm_backward,
 }
 
 
 NOT_DENSE = (
-    "Sparse, quantized and nested tensors are not simulated: shape and type do not tell their bytes."
+    "Sparse, quantized and nested tensors are not simulated: their shape does not tell their bytes."
     " Use a dense tensor (sparse=False for an embedding, layout=torch.jagged for a nested one), or"
     " run this on a real device."
 )

@@ -128,7 +128,7 @@ class SimulatedRig(Rig):
     def unmodelled(self) -> dict[str, int | None]:
         """Operators that ran and whose scratch memory is not modelled: at most so many bytes at a
         time, None where no bound is known."""
-        return dict(getattr(self._accounting, "unmodelled", {}))
+        return dict(self._accounting.unmodelled)
 
     @property
     def exact(self) -> bool:
@@ -144,11 +144,11 @@ class SimulatedRig(Rig):
         before = observe(self._observe, self.numbers)
         stack.callback(lambda: observe(*before))
 
-    def _observe(self, operator, results: list, arguments: tuple):
+    def _observe(self, operator, results: list, arguments: tuple, keywords: dict):
         self.host.observe(results, arguments)
         results = [tensor for tensor in results if on_card(tensor)]
         if results:
-            self._accounting.observe(operator, results, arguments)
+            self._accounting.observe(operator, results, arguments, keywords)
 
     def memory(self) -> list[CardMemory]:
         return [
@@ -222,6 +222,15 @@ class SimulatedRig(Rig):
         survived have the shapes of the second step: do not go on decoding from them.
         """
         self._accounting.repeat(step, count)
+
+    def note_unmodelled(self, operator: str, bound_bytes: int | None):
+        """Count an operator that takes memory by no known rule, at most so much."""
+        self._accounting.unmodelled.note(operator, bound_bytes)
+
+    @property
+    def exactness(self) -> str:
+        """ "exact", or "not exact: ..." with what is not, of everything since the rig was made."""
+        return str(self._accounting.unmodelled)
 
     def snapshot(self) -> dict:
         """Every segment and block, as ``torch.cuda.memory._snapshot`` gives them."""

@@ -8,7 +8,7 @@ import pytest
 import glm4v_nb.cli
 from glm4v_nb.fit import fit
 from glm4v_nb.workload import Workload
-from simgpu import advice, find_card, fitting
+from simgpu import find_card, fitting
 from simgpu.advice import candidates, changed, what_fits
 
 TEXT = Workload(images=0, new_tokens=1)
@@ -37,7 +37,7 @@ def test_what_is_advised_fits(arguments, workload, expected):
     if expected is not None:
         assert changes == expected
     deployment, workload = changed(*result.asked, changes)
-    assert fitting.fit(deployment, workload).fits
+    assert deployment.fit(workload).fits
 
 
 def test_a_run_that_fits_in_the_right_type_needs_no_advice_and_the_wrong_type_is_told():
@@ -56,7 +56,7 @@ def test_nothing_is_advised_that_was_not_seen_to_fit(monkeypatch):
         tried.append(workload)
         return result
 
-    monkeypatch.setattr(advice, "fit", never)
+    monkeypatch.setattr(fitting.Deployment, "fit", never)
     assert what_fits(result, silent) is None
     assert len(tried) == len(expected) > 2
     assert min(each.batch_size for each in tried) == 1

@@ -57,14 +57,14 @@ def test_an_error_being_handled_is_cleared_behind_another_cause():
     assert held[0]() is None
 
 
-def test_the_errors_of_a_group_are_cleared():
+def test_the_errors_of_a_group_are_cleared_and_those_that_are_arguments():
     held, errors = [], []
     for _ in range(2):
         with pytest.raises(ValueError) as one:
             failing(held)
         errors.append(one.value)
     del one
-    clear_frames(ExceptionGroup("both", errors))
+    clear_frames(ExceptionGroup("both", [errors[0], RuntimeError("worker 1", errors[1])]))
     assert [reference() for reference in held] == [None, None]
 
 

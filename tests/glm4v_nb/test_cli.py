@@ -297,7 +297,7 @@ def test_an_interrupted_command_exits_with_130_and_prints_nothing(command, monke
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simgpu.fitting.fit", interrupted)
+    monkeypatch.setattr("simgpu.fitting.Deployment.fit", interrupted)
     assert command("fit", "--card", "L4") == (130, "", "")
 
 

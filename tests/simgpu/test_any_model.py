@@ -115,6 +115,14 @@ def test_experts_are_merged_as_the_loader_does_it(tmp_path):
     assert rig.memory()[0].allocated_bytes == bytes_of([*model.parameters(), *model.buffers()])
 
 
+def test_a_card_that_is_full_while_experts_are_merged_is_out_of_memory(tmp_path):
+    sizes = SMALL | {"intermediate_size": 2**16, "num_hidden_layers": 1}
+    source = directory_of(MixtralConfig(**sizes, num_local_experts=8), tmp_path)
+    with Rig.simulated("L4"), pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        torch.cuda.set_per_process_memory_fraction(0.05)
+        AutoModelForCausalLM.from_pretrained(source, device_map={"": 0})
+
+
 def test_numbers_that_are_not_floating_keep_their_type(tmp_path):
     config = BertConfig(
         hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
