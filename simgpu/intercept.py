@@ -24,10 +24,10 @@ from simgpu.runtime import Runtime
 
 # Taken here and not when a block begins: the machine itself may be simulated, in tests.
 _ROUTES = {
-    name: (route, getattr(functional, name))
+    name: (autocast.casting(name, route), getattr(functional, name))
     for name, route in (
-        ("scaled_dot_product_attention", autocast.in_lower_precision(attention)),
-        ("linear", autocast.in_lower_precision(linear)),
+        ("scaled_dot_product_attention", attention),
+        ("linear", linear),
         ("rms_norm", rms_norm),
     )
 }
