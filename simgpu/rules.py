@@ -95,9 +95,19 @@ REWRITTEN = {
 
 
 NOT_DENSE = (
-    "Sparse and quantized tensors are not simulated: shape and type do not tell their bytes. Use a"
-    " dense tensor (sparse=False for an embedding), or run this on a real device."
+    "Sparse, quantized and nested tensors are not simulated: their shape does not tell their bytes."
+    " Use a dense tensor (sparse=False for an embedding, layout=torch.jagged for a nested one), or"
+    " run this on a real device."
 )
+
+
+def refuse_compiled(func):
+    raise RuntimeError(
+        f"{func} is not simulated: PyTorch means it to be compiled. Use what it stands for, as"
+        " functional.scaled_dot_product_attention, or run this on a real device."
+    )
+
+
 # Most bytes of the arguments of an operator without a shape rule.
 _MOST_EXAMPLE_BYTES = 64 * MIB
 
