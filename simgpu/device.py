@@ -42,20 +42,10 @@ except ImportError:  # torch 2.11 has no error of its own for this
     FakeTensorDeviceMismatchError = ()
 from torch.utils import _pytree, backend_registration
 
-from simgpu import convolution
+from simgpu import convolution, rules
 from simgpu.catalog import MAX_CARDS
 from simgpu.engine import IN_PLACE, Guard, explain_real_failures, try_engine
 from simgpu.numbers import Numbers, keep, may_know, refuse_lost
-from simgpu.rules import (
-    NOT_DENSE,
-    PLAIN,
-    REWRITTEN,
-    SOFTMAX,
-    VIEWS,
-    by_example,
-    common_card,
-    described,
-)
 
 _BUILT_WITH_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")
 # Without a name of its own it leaves PyTorch's engine to CUDA for as long as can be (``engine``).
@@ -90,7 +80,7 @@ class _ObservedFakeMode(FakeTensorMode):
     def __init__(self):
         self._nesting = threading.local()
         self._lengths = itertools.count()  # of nested tensors
-        self._results: dict[tuple, tuple] = {}  # of the rules of operators in PLAIN
+        self._results: dict[tuple, tuple] = {}  # of the rules of operators in rules.PLAIN
         super().__init__(allow_non_fake_inputs=True, allow_fallback_kernels=False)
 
     def __deepcopy__(self, memo):
@@ -118,22 +108,19 @@ class _ObservedFakeMode(FakeTensorMode):
     def dispatch(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
-            raise RuntimeError(
-                f"{func} is not simulated: PyTorch means it to be compiled. Use what it stands for,"
-                " as functional.scaled_dot_product_attention, or run this on a real device."
-            )
+            rules.refuse_compiled(func)
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": as_card(kwargs["device"])}
-        if func in VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
+        if func in rules.VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
             with in_kernel_invocation_manager(self):
                 view = func(*args, **kwargs)
             view = FakeTensor(self, view, args[0].fake_device)
             if args[0].known is not None:
                 keep(func, args, kwargs, view)
             return view
-        if func in REWRITTEN and isinstance(args[0], FakeTensor):
+        if func in rules.REWRITTEN and isinstance(args[0], FakeTensor):
             with self:
-                output = REWRITTEN[func](*args, **kwargs)
+                output = rules.REWRITTEN[func](*args, **kwargs)
             if output is not NotImplemented:
                 return output
         if self.is_running:  # an operator that a shape rule uses is not the program's own
@@ -185,7 +172,7 @@ class _ObservedFakeMode(FakeTensorMode):
 
     def _remembered(self, func, args: tuple, kwargs: dict) -> torch.Tensor:
         """The result of an operator, on the meta device."""
-        key = (func, described(args), *kwargs.items())
+        key = (func, rules.described(args), *kwargs.items())
         if key not in self._results:
             with in_kernel_invocation_manager(self):
                 made = func(*args, **kwargs)
@@ -195,22 +182,21 @@ class _ObservedFakeMode(FakeTensorMode):
 
     def _by_shape_rule(self, *call):
         func, _, args, kwargs = call
-        if func in PLAIN and (device := common_card(args)) is not None:
+        if func in rules.PLAIN and (device := rules.common_card(args)) is not None:
             return FakeTensor(self, self._remembered(func, args, kwargs), device)
         if func is _ATEN.copy_.default and args[0].shape == args[1].shape:
             return args[0]
         try:
             output = super().dispatch(*call)
             if func is _ATEN.convolution.default and (strides := convolution.strides(args, output)):
-                relaid = torch.empty_strided(
-                    output.shape, strides, dtype=output.dtype, device="meta"
-                )
+                options = {"dtype": output.dtype, "device": "meta"}
+                relaid = torch.empty_strided(output.shape, strides, **options)
                 output = FakeTensor(self, relaid, output.fake_device)
             return output
         except FakeTensorDeviceMismatchError as error:
             raise RuntimeError(str(error).replace(DEVICE_TYPE, "cuda")) from None
         except (NotImplementedError, UnsupportedOperatorException):
-            return by_example(self, func, args, kwargs)
+            return rules.by_example(self, func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise RuntimeError(
                 f"{error.func} needs the numbers in a tensor, and tensors on simulated cards have"
@@ -225,7 +211,7 @@ def _tensors_made(output) -> list[FakeTensor]:
     leaves = [output] if isinstance(output, FakeTensor) else _pytree.tree_leaves(output)
     made = [each for each in leaves if isinstance(each, FakeTensor) and each.device.type != "meta"]
     if any(each.layout is not torch.strided or each.is_quantized for each in made):
-        raise RuntimeError(NOT_DENSE)
+        raise RuntimeError(rules.NOT_DENSE)
     return made
 
 
@@ -257,7 +243,7 @@ def fake_mode() -> FakeTensorMode:
             # the operator before it gets as far.
             for name in ("silu_backward", "_fused_rms_norm", "_fused_rms_norm_backward"):
                 library.impl(name, _never_called, "PrivateUse1")
-            for name, rule in SOFTMAX.items():
+            for name, rule in rules.SOFTMAX.items():
                 library.impl(name, rule, "AutogradPrivateUse1")
             # ``torch.tensor`` and lists among indices run these with Python's dispatch off.
             for operator in (_ATEN.copy_.default, _ATEN._local_scalar_dense.default):
