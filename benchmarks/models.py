@@ -561,7 +561,7 @@ def apart(real: dict, ours: dict) -> list[tuple[str, int, float, float]]:
     return found
 
 
-# Where more than half a MiB or half a percent is allowed. Which of two equal holes is filled depends
+# Where more than half a MiB or half a percent is allowed. Which of two equal holes is filled hangs
 # on the addresses the driver gives, which differ here; ViT's is cuDNN's choice for its convolution.
 _FURTHER = {
     "Qwen3-1.7B": (0.5, 1.2),

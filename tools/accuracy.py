@@ -1,4 +1,4 @@
-"""Writes the tables of docs/accuracy.md and simgpu/README.md: what was measured, and what the simulator says of it.
+"""Writes the tables of docs/accuracy.md and simgpu/README.md: measured, and simulated.
 
     python tools/accuracy.py             # from the stored figures, in a moment
     python tools/accuracy.py --simulate  # first simulate every measured case again; minutes
