@@ -101,7 +101,7 @@ class Accounting:
                 self.unmodelled.note(name.removeprefix("aten::"), bound)
         early, late = scratch.in_order(taken or [])
         with self._taken(card, early):
-            for tensor in reversed(results) if operator in scratch.LAST_FIRST else results:
+            for tensor in operators.in_order(name, results):
                 self._charge_storage(operator, tensor)
             with self._taken(card, late):
                 pass

@@ -37,7 +37,9 @@ def attention(
     if kernel == "math":
         return plain()
     if attn_mask is not None and attn_mask.dtype is torch.bool:
+        choices = [query.new_empty(()) for _ in "01"]  # what ``torch.where`` chooses from
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+        del choices
     if kernel == "cudnn":
         return _cudnn_attention(*inputs, attn_mask, needs_gradient, dropout_p, is_causal, scale)
     if kernel == "flash":
@@ -179,19 +181,3 @@ def _laid_out_as(query: torch.Tensor, width: int) -> torch.Tensor:
     shape = (*query.shape[:3], width)
     empty = torch.empty([shape[dim] for dim in order], dtype=query.dtype, device=query.device)
     return empty.permute([order.index(dim) for dim in range(4)])
-
-
-def rms_norm(rig, original, input, normalized_shape, weight=None, eps=None):
-    """CUDA has one kernel for it; on other devices torch takes it apart."""
-    if not on_card(input):
-        return original(input, normalized_shape, weight, eps)
-    return _ATEN._fused_rms_norm(input, normalized_shape, weight, eps)[0]
-
-
-def linear(rig, original, input, weight, bias=None):
-    """Where rows do not lie one behind the other, PyTorch adds the bias in place, but not to
-    tensors like these (aten/src/ATen/native/Linear.cpp)."""
-    by_rows = input.ndim < 3 or (input.ndim == 3 and input.is_contiguous())
-    if bias is None or by_rows or not on_card(input):
-        return original(input, weight, bias)
-    return torch.matmul(input, weight.t()).add_(bias)

@@ -8,6 +8,7 @@ casts, are those of aten/src/ATen/autocast_mode.{h,cpp}.
 
 import functools
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,14 +47,14 @@ def as_it_is():
         torch.set_autocast_enabled(DEVICE_TYPE, False)
 
 
-def in_lower_precision(function):
-    """``function``, which stands for an operator on that list, with its tensors cast."""
+def casting(name: str, function):
+    """``function``, which stands for an operator, with its tensors cast as that one's are."""
 
     @functools.wraps(function)
     def called(rig, original, *args, **kwargs):
-        if not torch.is_autocast_enabled(DEVICE_TYPE):
+        if not torch.is_autocast_enabled(DEVICE_TYPE) or not (policy := _lists().get(name)):
             return function(rig, original, *args, **kwargs)
-        given = _lower((*args, *kwargs.values()))
+        given = policy((*args, *kwargs.values()))
         args, kwargs = given[: len(args)], dict(zip(kwargs, given[len(args) :], strict=True))
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
             return function(rig, original, *args, **kwargs)
@@ -83,12 +84,8 @@ def _clear():
 
 
 @functools.cache
-def _register() -> tuple:
-    """Put a kernel on every operator of the lists; the libraries have to be kept."""
-    fake_mode()
-    others = torch.library.Library("_", "IMPL", _KEY)
-    others.fallback(torch.library.fallthrough_kernel)
-    library = torch.library.Library("aten", "IMPL", _KEY)
+def _lists() -> dict[str, Callable | None]:
+    """How the arguments of each operator on PyTorch's lists are cast, None where a dtype is set."""
     policies = {
         "LOWER_PRECISION_FP": _lower,
         "FP32": _single,
@@ -96,16 +93,27 @@ def _register() -> tuple:
         "FP32_SET_OPT_DTYPE": None,
         "DIFFERENT_REDISPATCH_SIGNATURE": None,
     }
-    text = _HEADER.read_text(encoding="utf-8")
+    text, found = _HEADER.read_text(encoding="utf-8"), {}
     for name, policy in policies.items():
         macro = re.search(rf"#define AT_FORALL_{name}\(_\)(.*?)\n\n", text, re.DOTALL)[1]
-        found = re.findall(r'"([\w.]+)"', macro) or [
+        operators = re.findall(r'"([\w.]+)"', macro) or [
             ".".join(filter(None, match)) for match in re.findall(r"_\((\w+)(?:, (\w+))?\)", macro)
         ]
-        for operator in found:
-            packet, _, overload = operator.partition(".")
-            function = getattr(getattr(_ATEN, packet), overload or "default")
-            library.impl(operator, _casting(function, policy) if policy else _typed(function))
+        found |= dict.fromkeys(operators, policy)
+    return found
+
+
+@functools.cache
+def _register() -> tuple:
+    """Put a kernel on every operator of the lists; the libraries have to be kept."""
+    fake_mode()
+    others = torch.library.Library("_", "IMPL", _KEY)
+    others.fallback(torch.library.fallthrough_kernel)
+    library = torch.library.Library("aten", "IMPL", _KEY)
+    for name, policy in _lists().items():
+        packet, _, overload = name.partition(".")
+        function = getattr(getattr(_ATEN, packet), overload or "default")
+        library.impl(name, _casting(function, policy) if policy else _typed(function))
     library.impl("binary_cross_entropy", _refuse)
     return others, library
 

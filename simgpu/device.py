@@ -5,7 +5,7 @@ tensors: every operator runs its shape rules and no arithmetic. Two kernels are 
 factory functions and copies to a device start by making an empty tensor; everything after that
 dispatches on the fake tensor itself.
 
-PyTorch refuses to name such a backend "cuda". So it is "simcuda" inside PyTorch and while an
+PyTorch refuses to name such a backend "cuda". So it has another name inside PyTorch and while an
 operator runs, and everybody else is told "cuda:N" by a tensor's ``device``; what is made on "cuda"
 arrives at the same two kernels, in every thread.
 
@@ -42,23 +42,14 @@ except ImportError:  # torch 2.11 has no error of its own for this
     FakeTensorDeviceMismatchError = ()
 from torch.utils import _pytree, backend_registration
 
-from simgpu import convolution
+from simgpu import convolution, rules
 from simgpu.catalog import MAX_CARDS
-from simgpu.in_place import IN_PLACE, try_engine
+from simgpu.engine import IN_PLACE, Guard, explain_real_failures, try_engine
 from simgpu.numbers import Numbers, keep, may_know, refuse_lost
-from simgpu.rules import (
-    NOT_DENSE,
-    PLAIN,
-    REWRITTEN,
-    SOFTMAX,
-    VIEWS,
-    by_example,
-    common_card,
-    described,
-)
 
 _BUILT_WITH_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")
-DEVICE_TYPE = "simcuda"
+# Without a name of its own it leaves PyTorch's engine to CUDA for as long as can be (``engine``).
+DEVICE_TYPE = "privateuseone" if _BUILT_WITH_CUDA else "simcuda"
 # Called after every operator with its overload, its results on cards and CPU, and its arguments.
 Observer = Callable[[object, list[FakeTensor], tuple, dict], None]
 _observer: Observer | None = None
@@ -80,31 +71,6 @@ class _BackendModule(backend_registration._DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
 
-class _Guard(backend_registration._DummyDeviceGuard):
-    """Tells PyTorch the type of the device.
-
-    PyTorch also asks on its way out of a backward pass in which a hook has failed, while Python's
-    error is still set. An error that is set fails any call, which C++ cannot have there: the
-    process would end. So the error is taken here, and ``backward_error`` gives it back.
-    """
-
-    def type_(self):
-        try:
-            # Not a plain call, which Python makes quick by asking for no error.
-            _anything(*())
-        except SystemError as error:
-            _taken.error = error.__cause__
-        return torch._C._autograd.DeviceType.PrivateUse1
-
-
-_anything, _taken = object, threading.local()
-
-
-def backward_error(error: SystemError) -> BaseException:
-    """What ended a backward pass, from the error that PyTorch raised for want of it."""
-    return _taken.__dict__.pop("error", None) or error
-
-
 class _ObservedFakeMode(FakeTensorMode):
     """Runs shape rules and reports each operator, of the autograd engine's threads as well."""
 
@@ -114,7 +80,7 @@ class _ObservedFakeMode(FakeTensorMode):
     def __init__(self):
         self._nesting = threading.local()
         self._lengths = itertools.count()  # of nested tensors
-        self._results: dict[tuple, tuple] = {}  # of the rules of operators in PLAIN
+        self._results: dict[tuple, tuple] = {}  # of the rules of operators in rules.PLAIN
         super().__init__(allow_non_fake_inputs=True, allow_fallback_kernels=False)
 
     def __deepcopy__(self, memo):
@@ -142,22 +108,19 @@ class _ObservedFakeMode(FakeTensorMode):
     def dispatch(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
-            raise RuntimeError(
-                f"{func} is not simulated: PyTorch means it to be compiled. Use what it stands for,"
-                " as functional.scaled_dot_product_attention, or run this on a real device."
-            )
+            rules.refuse_compiled(func)
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": as_card(kwargs["device"])}
-        if func in VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
+        if func in rules.VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
             with in_kernel_invocation_manager(self):
                 view = func(*args, **kwargs)
             view = FakeTensor(self, view, args[0].fake_device)
             if args[0].known is not None:
                 keep(func, args, kwargs, view)
             return view
-        if func in REWRITTEN and isinstance(args[0], FakeTensor):
+        if func in rules.REWRITTEN and isinstance(args[0], FakeTensor):
             with self:
-                output = REWRITTEN[func](*args, **kwargs)
+                output = rules.REWRITTEN[func](*args, **kwargs)
             if output is not NotImplemented:
                 return output
         if self.is_running:  # an operator that a shape rule uses is not the program's own
@@ -209,7 +172,7 @@ class _ObservedFakeMode(FakeTensorMode):
 
     def _remembered(self, func, args: tuple, kwargs: dict) -> torch.Tensor:
         """The result of an operator, on the meta device."""
-        key = (func, described(args), *kwargs.items())
+        key = (func, rules.described(args), *kwargs.items())
         if key not in self._results:
             with in_kernel_invocation_manager(self):
                 made = func(*args, **kwargs)
@@ -219,28 +182,27 @@ class _ObservedFakeMode(FakeTensorMode):
 
     def _by_shape_rule(self, *call):
         func, _, args, kwargs = call
-        if func in PLAIN and (device := common_card(args)) is not None:
+        if func in rules.PLAIN and (device := rules.common_card(args)) is not None:
             return FakeTensor(self, self._remembered(func, args, kwargs), device)
         if func is _ATEN.copy_.default and args[0].shape == args[1].shape:
             return args[0]
         try:
             output = super().dispatch(*call)
             if func is _ATEN.convolution.default and (strides := convolution.strides(args, output)):
-                relaid = torch.empty_strided(
-                    output.shape, strides, dtype=output.dtype, device="meta"
-                )
+                options = {"dtype": output.dtype, "device": "meta"}
+                relaid = torch.empty_strided(output.shape, strides, **options)
                 output = FakeTensor(self, relaid, output.fake_device)
             return output
         except FakeTensorDeviceMismatchError as error:
             raise RuntimeError(str(error).replace(DEVICE_TYPE, "cuda")) from None
         except (NotImplementedError, UnsupportedOperatorException):
-            return by_example(self, func, args, kwargs)
+            return rules.by_example(self, func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise RuntimeError(
                 f"{error.func} needs the numbers in a tensor, and tensors on simulated cards have"
                 " none, only shapes, types and bytes. Leave out what reads or prints values here"
-                " (.item(), .tolist(), `if` on a tensor, indexing by a mask), or run this on a"
-                " real device."
+                " (.item(), .tolist(), `if` on a tensor, indexing by a mask), let them be assumed"
+                ' and counted (Rig.simulated(..., assume="count")), or run this on a real device.'
             ) from None
 
 
@@ -249,12 +211,13 @@ def _tensors_made(output) -> list[FakeTensor]:
     leaves = [output] if isinstance(output, FakeTensor) else _pytree.tree_leaves(output)
     made = [each for each in leaves if isinstance(each, FakeTensor) and each.device.type != "meta"]
     if any(each.layout is not torch.strided or each.is_quantized for each in made):
-        raise RuntimeError(NOT_DENSE)
+        raise RuntimeError(rules.NOT_DENSE)
     return made
 
 
 _mode: _ObservedFakeMode | None = None
-_registering = threading.Lock()
+_goes_back = False  # whether the engine is ready for it
+_registering = threading.RLock()
 _libraries: list[torch.library.Library] = []  # what is registered lives as long as these
 _PYTHON_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
 _PYTHON_KEYS |= torch._C.DispatchKeySet(torch._C.DispatchKey.PythonTLSSnapshot)
@@ -267,8 +230,9 @@ def fake_mode() -> FakeTensorMode:
     global _mode
     with _registering:
         if _mode is None:
+            name = None if _BUILT_WITH_CUDA else DEVICE_TYPE
             backend_registration._setup_privateuseone_for_python_backend(
-                DEVICE_TYPE, backend_module=_BackendModule(), device_guard=_Guard()
+                name, backend_module=_BackendModule(), device_guard=Guard()
             )
             library = torch.library.Library("aten", "IMPL")
             # PyTorch without CUDA has no kernels of these for it.
@@ -279,7 +243,7 @@ def fake_mode() -> FakeTensorMode:
             # the operator before it gets as far.
             for name in ("silu_backward", "_fused_rms_norm", "_fused_rms_norm_backward"):
                 library.impl(name, _never_called, "PrivateUse1")
-            for name, rule in SOFTMAX.items():
+            for name, rule in rules.SOFTMAX.items():
                 library.impl(name, rule, "AutogradPrivateUse1")
             # ``torch.tensor`` and lists among indices run these with Python's dispatch off.
             for operator in (_ATEN.copy_.default, _ATEN._local_scalar_dense.default):
@@ -293,7 +257,10 @@ def fake_mode() -> FakeTensorMode:
             FakeTensor.is_cuda = property(on_card)
             FakeTensor.known = None  # by default, of ``numbers``
             _mode = _ObservedFakeMode()
-            try_engine(_mode, DEVICE_TYPE)
+            if _BUILT_WITH_CUDA:
+                explain_real_failures()
+            else:
+                prepare_backward()
     return _mode
 
 
@@ -315,6 +282,17 @@ def cuda_taken_over():
         yield
     finally:
         library._destroy()
+
+
+def prepare_backward():
+    """To be called before a backward pass on simulated cards."""
+    global _goes_back
+    if not _goes_back:
+        _goes_back, before = True, observe(None)
+        try:
+            try_engine(_mode, DEVICE_TYPE)
+        finally:
+            observe(*before)
 
 
 def _never_called(*arguments):

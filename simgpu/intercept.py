@@ -12,24 +12,36 @@ from torch.optim import optimizer
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from simgpu import autocast, readout, streams
-from simgpu.attention import attention, linear, rms_norm
-from simgpu.device import as_card, backward_error, cuda_taken_over, current, fake_mode, on_card
+from simgpu import autocast, legacy, readout, streams
+from simgpu.attention import attention
+from simgpu.composites import linear, rms_norm
+from simgpu.device import as_card, cuda_taken_over, current, fake_mode, on_card, prepare_backward
+from simgpu.engine import backward_error
 from simgpu.recurrent import KINDS, flatten_parameters, recurrent
 from simgpu.replacing import instead_of, refusing
+from simgpu.rules import NOT_DENSE
 from simgpu.runtime import Runtime
 
 # Taken here and not when a block begins: the machine itself may be simulated, in tests.
 _ROUTES = {
-    "scaled_dot_product_attention": (
-        autocast.in_lower_precision(attention),
-        functional.scaled_dot_product_attention,
-    ),
-    "rms_norm": (rms_norm, functional.rms_norm),
-    "linear": (autocast.in_lower_precision(linear), functional.linear),
+    name: (autocast.casting(name, route), getattr(functional, name))
+    for name, route in (
+        ("scaled_dot_product_attention", attention),
+        ("linear", linear),
+        ("rms_norm", rms_norm),
+    )
 }
 _DATA = torch.Tensor.data
 _OUTSIDE = "do it outside the `with` block, on the CPU, or use a real device."
+# What makes tensors of other layouts, though a nested one may be a dense one within.
+_NOT_ALWAYS_DENSE = [
+    *(
+        (torch, f"sparse_{kind}_tensor")
+        for kind in ("coo", "csr", "csc", "bsr", "bsc", "compressed")
+    ),
+    (torch.nested, "nested_tensor"),
+    (torch.nested, "as_nested_tensor"),
+]
 _SENSOR = "there is no such sensor; leave it out here."
 # Owner, name, and what to do instead.
 _NOT_SIMULATED = [
@@ -71,6 +83,12 @@ def simulated_torch(rig):
         # Above these PyTorch looks for a guard of the CUDA device before it makes a tensor.
         replace(torch.Tensor, "to", instead_of(torch.Tensor.to, _to))
         replace(torch.Tensor, "cuda", _cuda)
+        replace(torch.Tensor, "type", instead_of(torch.Tensor.type, legacy.to_type))
+        for name, kind in legacy.names().items():
+            replace(torch.cuda, name, kind)
+        for owner, name in _NOT_ALWAYS_DENSE:
+            replace(owner, name, instead_of(getattr(owner, name), _dense_only))
+        replace(torch.cuda.nvtx, "_nvtx", streams.NVTX)
         for name in _MAKE_FROM_DATA:
             replace(torch, name, instead_of(getattr(torch, name), _from_data))
         of_tensor = instead_of(torch.Tensor.new_tensor, _from_data_of)
@@ -128,6 +146,15 @@ def _set_data(self, value: torch.Tensor):
         _DATA.__set__(self, value)
 
 
+def _dense_only(original, *args, **kwargs):
+    place = kwargs.get("device")
+    given = torch.utils._pytree.tree_leaves((args, kwargs))
+    is_here = as_card(place) != place or any(map(on_card, given))
+    if is_here and kwargs.get("layout") is not torch.jagged:
+        raise RuntimeError(NOT_DENSE)
+    return original(*args, **kwargs)
+
+
 def _to(original, self, *args, **kwargs):
     if "device" in kwargs:
         kwargs["device"] = as_card(kwargs["device"])
@@ -158,6 +185,7 @@ def _from_data_of(original, self, *args, device=None, **kwargs):
 
 
 def _backward(rig, original, *args, **kwargs):
+    prepare_backward()
     try:
         with rig.backward_pass():
             return original(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""cuBLAS's workspaces and the memory of kernels that are loaded on first use.
+"""cuBLAS's workspaces, kernels that are loaded on first use, and the order of results.
 
 Read off traces of PyTorch's allocator on H100 and H200 (torch 2.11, 2026-11-25 and -26;
 ``benchmarks/memory.py --trace``).
@@ -17,3 +17,18 @@ CUBLASLT_WORKSPACE_BYTES = 2**20
 # are after 63; what they are is not known, and more than three sizes were not measured.
 CUBLAS_KERNELS, NORM_KERNELS, DECODE_KERNELS = [64 * MIB], [2 * MIB], [2 * MIB] * 3
 LONG_DECODE, DECODE_SIZES = 16, 3
+
+# Kernels that make their results in another order than they give them: cuDNN's attention first has
+# seed and offset of its random numbers, dropout the mask (aten/src/ATen/native/cuda/Dropout.cu).
+# Those of the memory-efficient kernel are on the host (transformers/cuda/attention.cu).
+_ORDERS = {
+    "aten::native_dropout": (1, 0),
+    "aten::_scaled_dot_product_cudnn_attention": (2, 3, 0, 1),
+    "aten::_scaled_dot_product_efficient_attention": (0, 1),
+}
+
+
+def in_order(name: str, results: list) -> list:
+    """The results of an operator that are on the card, in the order in which it makes them."""
+    order = _ORDERS.get(name)
+    return results if order is None else [results[place] for place in order]

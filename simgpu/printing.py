@@ -139,22 +139,20 @@ def print_estimate(found, what: str):
         console.print(escape(found.oom), soft_wrap=True)
     console.print(_promise(found), soft_wrap=True)
     installed = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    console.print(f"Figures are {escape(found.provenance)}, with {installed}.", soft_wrap=True)
+    console.print(f"They are {escape(found.provenance)}, with {installed}.", soft_wrap=True)
 
 
 def _promise(found) -> str:
     """Whether figures are exact, and what was assumed, in a sentence or two."""
-    said = "Exact: the memory of every operator is modelled."
-    if found.unmodelled:
-        bounds = found.unmodelled.values()
-        most = "" if None in bounds else f", at most {bytes_in_words(max(bounds))} at a time"
-        names = ", ".join(found.unmodelled)
-        said = f"Not exact: {len(found.unmodelled)} operators unmodelled{most} ({names})."
-    elif not found.exact:
-        said = "Not exact: the length of a result was assumed, as long as it can be."
+    from simgpu.scratch import Unmodelled  # which brings torch
+
+    said = str(Unmodelled(found.unmodelled))
+    if not found.unmodelled and not found.exact:
+        said = "not exact: the length of a result was assumed, as long as it can be"
+    said = f"Figures are {said}."
     if found.assumed:
         times = ", ".join(f"{name} {count} x" for name, count in found.assumed.items())
-        said += f" Numbers that are not known were assumed: {times}."
+        said += f" Numbers that nobody knows were assumed: {times}."
     return escape(said)
 
 

@@ -27,7 +27,6 @@ def replacements() -> list[tuple[object, str, object]]:
     return [
         (tensor, "numpy", _method(tensor.numpy, _numpy)),
         (tensor, "__format__", _method(tensor.__format__, _format)),
-        (tensor, "type", _method(tensor.type, _type)),
         (tensor, "share_memory_", _method(tensor.share_memory_, lambda original, self: self)),
         (tensor, "__dlpack__", _method(tensor.__dlpack__, _dlpack)),
         (tensor, "__reduce_ex__", _method(tensor.__reduce_ex__, _reduce)),
@@ -82,12 +81,6 @@ def _repr(original, self, **options) -> str:
         return original(self, **options).replace("FakeTensor(", "tensor(", 1)
     text = repr(numbers)
     return f"{text[:-1]}, device='{self.device}')" if on_card(self) else text
-
-
-def _type(original, self, dtype=None, non_blocking: bool = False, **options):
-    if dtype is None:
-        return original(self).replace(".simcuda.", ".cuda.")
-    return original(self, dtype, non_blocking, **options)
 
 
 def _dlpack(original, self, **options):

@@ -10,6 +10,7 @@ before the results.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -160,6 +161,25 @@ def _extremes(a, results, card):
     return [one, one]
 
 
+def _rows(a, results, card):
+    """Indices that do not lie side by side are copied (Embedding.cpp: ``reshape``)."""
+    indices = a["indices"]
+    return [] if indices.is_contiguous() else [Early([indices.numel() * indices.itemsize])]
+
+
+def _indexed(a, results, card):
+    """Two or more indices whose strides differ once they have one shape are copied
+    (``make_info`` in TensorAdvancedIndexing.cpp)."""
+    indices = [each for each in a["indices"] if each is not None]
+    if any(each.dtype in (torch.bool, torch.uint8) for each in indices):
+        return []
+    shape = torch.broadcast_shapes(*(each.shape for each in indices))
+    strides = {each.expand(shape).stride() for each in indices}
+    if len(strides) < 2:
+        return []
+    return [Early([math.prod(shape) * each.itemsize for each in indices])]
+
+
 def _indexed_put(a, results, card):
     if not a["accumulate"]:
         return []
@@ -249,6 +269,8 @@ _RULES: dict[str, Rule] = {
         8 * a["mask"].numel(),
         sorting.scan(a["mask"].numel(), 8),
     ],
+    "embedding": _rows,
+    "index": _indexed,
     "index_put": _indexed_put,
     "index_put_": _indexed_put,
     "_index_put_impl_": _indexed_put,
@@ -310,10 +332,10 @@ _TAKE_NONE = set(
     _weight_norm_interface adaptive_max_pool2d adaptive_max_pool2d_backward addbmm addmm addmv
     addr arange as_strided_copy avg_pool2d avg_pool2d_backward avg_pool3d avg_pool3d_backward
     baddbmm bernoulli bmm bucketize cat cauchy channel_shuffle clone col2im complex
-    constant_pad_nd copy cross cummax cummin detach diag_embed diagonal_scatter dot embedding
+    constant_pad_nd copy cross cummax cummin detach diag_embed diagonal_scatter dot
     equal expand_copy exponential eye fill flip floor_divide fractional_max_pool2d gather
     geometric glu glu_backward grid_sampler_2d grid_sampler_2d_backward grid_sampler_3d
-    grid_sampler_3d_backward hardtanh hash_tensor heaviside huber_loss index index_add
+    grid_sampler_3d_backward hardtanh hash_tensor heaviside huber_loss index_add
     index_copy index_fill index_select isin_scalar kthvalue lift lift_fresh lift_fresh_copy
     linear linspace log_normal logspace masked_fill masked_select matmul max_pool2d_with_indices
     max_pool2d_with_indices_backward max_pool3d_with_indices max_pool3d_with_indices_backward
@@ -326,7 +348,8 @@ _TAKE_NONE = set(
     replication_pad3d replication_pad3d_backward resize roll rot90 rrelu_with_noise
     scalar_tensor scatter scatter_add searchsorted select_backward select_scatter set
     slice_backward slice_scatter smooth_l1_loss split_with_sizes_copy squeeze_copy stack
-    std_to_copy t_copy take trace transpose_copy trapezoid tril tril_indices triu triu_indices
+    _thnn_fused_gru_cell _thnn_fused_gru_cell_backward std_to_copy t_copy take trace
+    transpose_copy trapezoid tril tril_indices triu triu_indices
     unfold_backward unfold_copy uniform unsafe_split unsqueeze_copy
     value_selecting_reduction_backward view_copy where zero
     """.split()
@@ -345,5 +368,3 @@ _BOUNDED |= {
 }
 # Charged with what their traces have in common, which is not exact for every shape.
 ESTIMATED = {"aten::convolution", "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_qr"}
-# The mask is made before the result (Dropout.cu).
-LAST_FIRST = {torch.ops.aten.native_dropout.default}

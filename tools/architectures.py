@@ -158,7 +158,8 @@ def run(model_class, config, device: str, dtype: str, note):
     if cache is not None and "past_key_values" in inspect.signature(model.forward).parameters:
         note("decode")
         answer = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
-        rest = {name: each for name, each in given.items() if not name.endswith("_ids")}
+        of_prompt = {answer, "mm_token_type_ids"}
+        rest = {name: each for name, each in given.items() if name not in of_prompt}
         one = torch.full((BATCH, 1), 5).to(device)
         with torch.no_grad():
             model(**rest, **{answer: one}, past_key_values=cache, use_cache=True)
@@ -311,13 +312,24 @@ def main() -> int:
     print(f"{found:.1%} of those that run on a CPU run on simulated cards or are refused by name")
     if arguments.names:
         return 0
-    before = README.read_text(encoding="utf-8")
-    start, end = before.index(BEGIN) + len(BEGIN), before.index(END)
-    README.write_text(before[:start] + in_readme(results) + before[end:], encoding="utf-8")
-    changed = {name for name in stored if stored[name][0] != results.get(name, [""])[0]}
-    for name in sorted(changed):
-        print(f"{name}: was {stored[name][0]}, is {results.get(name, ['gone'])[0]}")
+    text = README.read_text(encoding="utf-8")
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    README.write_text(text[:start] + in_readme(results) + text[end:], encoding="utf-8")
+    changed = differences(stored, results)
+    for name in changed:
+        print(f"{name}: was {stored[name][0]}, is {results[name][0]}")
     return 0 if found >= LEAST_SHARE and not changed else 1
+
+
+def differences(before: dict, after: dict) -> list[str]:
+    """Those that ran before and do not now, or the other way round, where both had a control."""
+    common = [name for name in before if name in after]
+    return [
+        name
+        for name in sorted(common)
+        if "no control" not in (before[name][0], after[name][0])
+        and before[name][0] != after[name][0]
+    ]
 
 
 def write(path: Path, results: dict):

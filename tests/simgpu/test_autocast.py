@@ -51,6 +51,8 @@ CASES = {
     "a sum": (lambda a, b: a.sum(), (HALF, HALF), SINGLE),
     "a sum whose type is given": (lambda a, b: a.sum(dtype=HALF), (HALF, HALF), HALF),
     "layer normalisation": (lambda a, b: functional.layer_norm(a, (4,)), (HALF, HALF), SINGLE),
+    "another normalisation": (lambda a, b: functional.rms_norm(a, (4,)), (HALF, HALF), SINGLE),
+    "a layer": (lambda a, b: functional.linear(a, b), (SINGLE, HALF), HALF),
     "the wider of two": (lambda a, b: torch.addcmul(a, a, b), (HALF, SINGLE), SINGLE),
     "neither list": (lambda a, b: functional.gelu(a), (HALF, HALF), HALF),
     "double is left alone": (lambda a, b: a.exp(), (torch.float64, HALF), torch.float64),

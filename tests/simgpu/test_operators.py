@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from glm4v_nb.training import flop_counter
 from simgpu import Rig
 from simgpu.addresses import FIRST_REGION, SET_OFF, TOP, AddressSpace
-from simgpu.in_place import IN_PLACE
+from simgpu.engine import IN_PLACE
 from simgpu.operators import DECODE_KERNELS, DECODE_SIZES, LONG_DECODE
 
 
@@ -259,3 +259,21 @@ def test_flops_are_those_of_torchs_own_counter():
         == count(FlopCounterMode(display=False))
         == 14 * math.prod((4, 64, 64, 32))
     )
+
+
+def test_a_bias_is_added_in_place_behind_an_input_in_pieces():
+    rig = Rig.simulated("L4")
+    with rig, torch.no_grad():
+        layer = torch.nn.Linear(256, 4096, device="cuda")
+        inputs = torch.empty(600, 8, 256, device="cuda")
+        for each in (inputs, inputs.transpose(0, 1)):
+            layer(each)  # workspaces
+            with rig.stage("linear"):
+                kept = layer(each)
+            del kept
+    in_one_piece, in_pieces = (
+        stage.memory[0].peak_allocated_bytes - stage.memory[0].allocated_bytes
+        for stage in rig.stages
+    )
+    assert in_one_piece == 0
+    assert in_pieces == inputs.nbytes, "a copy of the input in one piece, and no second result"

@@ -50,6 +50,16 @@ def test_a_tensor_without_numbers_is_printed_with_what_it_has():
     assert unknown().type() == "torch.cuda.FloatTensor"
 
 
+def test_the_old_names_of_tensors_on_a_card_make_move_and_test_them():
+    assert torch.cuda.LongTensor([1, 2]).tolist() == [1, 2]
+    assert torch.cuda.HalfTensor(2, 3).shape == (2, 3)
+    for kind in (torch.cuda.HalfTensor, "torch.cuda.HalfTensor"):
+        moved = torch.ones(3).type(kind)
+        assert (moved.is_cuda, moved.dtype) == (True, torch.float16)
+    assert isinstance(moved, torch.cuda.HalfTensor)
+    assert not isinstance(torch.ones(3), torch.cuda.FloatTensor)
+
+
 ASKING = {
     "numpy": lambda: unknown().cpu().numpy(),
     "an array": lambda: np.asarray(unknown().cpu()),
@@ -61,6 +71,8 @@ ASKING = {
     "safetensors": lambda: save_file({"a": unknown().cpu()}, "never.safetensors"),
     "save_pretrained": lambda: LlamaForCausalLM(SMALL).cuda().save_pretrained("never"),
     "sparse": lambda: unknown().to_sparse(),
+    "sparse from lists": lambda: torch.sparse_coo_tensor([[0], [1]], [1.0], device="cuda"),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], device="cuda"),
     "torch.export": lambda: torch.export.export(nn.Linear(2, 2).cuda(), (unknown(),)),
     "torch.jit.trace": lambda: torch.jit.trace(nn.ReLU(), unknown()),
     "a graph": lambda: torch.cuda.graph(torch.cuda.CUDAGraph()),
