@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch.nn import functional
 
+from simgpu.attention_scratch import CUDNN_ATTENTION_BYTES
 from simgpu.device import on_card
-from simgpu.scratch import CUDNN_ATTENTION_BYTES
 
 _HALF = (torch.float16, torch.bfloat16)
 _ATEN = torch.ops.aten
