@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from glm4v_nb.model.configuration import OFFICIAL, read_config
-from glm4v_nb.model.official_names import keys_here
 from glm4v_nb.workload import Workload
 from simgpu import Card, Rig, fitting
 from simgpu.advice import cards_for_weights as cards_for_weights_of
@@ -30,13 +29,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Deployment(fitting.Deployment):
-    """As ``fitting.Deployment``, by default of the official checkpoint; a device map may have
-    official names."""
+    """As ``fitting.Deployment``, by default of the official checkpoint."""
 
     checkpoint: str | Path = OFFICIAL
-
-    def __post_init__(self):
-        object.__setattr__(self, "device_map", keys_here(self.device_map, parts=False))
 
 
 def fit(

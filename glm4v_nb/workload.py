@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from glm4v_nb.model.configuration import GLM4VConfig
+from glm4v_nb.model.official_names import keys_here
 from glm4v_nb.model.splicing import expand_image_positions
 from simgpu.placement import input_device
 from simgpu.recipes import Recipe
@@ -46,6 +47,10 @@ class GLM4VRecipe(Recipe):
     def __init__(self, config: GLM4VConfig):
         super().__init__(config)
         self.context = config.seq_length
+
+    def names_here(self, device_map):
+        """A device map with official names, as for the original code, under the names here."""
+        return keys_here(device_map, parts=False)
 
     @property
     def image_positions(self) -> int:

@@ -97,7 +97,8 @@ class Accounting:
         taken = scratch.scratch(operator, args, kwargs, results, self.cards[card])
         if taken is None or name in scratch.ESTIMATED:
             bound = scratch.bound_bytes(operator, args, kwargs, results)
-            self.unmodelled.note(name.removeprefix("aten::"), bound)
+            if bound != 0:
+                self.unmodelled.note(name.removeprefix("aten::"), bound)
         early, late = scratch.in_order(taken or [])
         with self._taken(card, early):
             for tensor in operators.in_order(name, results):

@@ -9,7 +9,7 @@ traced on an H100 (torch 2.11, cuDNN 9.19, 2026-11-27), and what they have in co
 - Few channels are filled up to eight, in half precision.
 - A weight's gradient is summed in parts, each a weight in float32, as many as keep the card busy.
 
-So every call counts as unmodelled, at most as large as ``bound`` says.
+So most calls count as unmodelled, at most as large as ``bound_bytes`` says.
 """
 
 import math
@@ -23,6 +23,7 @@ _MULTIPROCESSORS, _TILE = 132, 128
 # Half precision: a kernel of its own for few channels of large pictures, which fills none up. From
 # 448 x 448 pixels to 1120 x 1120 it was traced, up to 384 x 384 another.
 _LARGE_PICTURE = 448 * 448
+_PARTS_MOST = 16 * MIB
 _DIRECT = range(32, 65)
 _FEW_CHANNELS, _PARTS_OF_FEW, _LONG_SUM, _PARTS_BYTES = 8, 14, 3000, 12 * MIB
 
@@ -115,6 +116,17 @@ def _weight_bytes(gradient, input, weight, stride, groups: int) -> int:
         filled = part // weight.shape[1] * _FEW_CHANNELS
         return copies + (_PARTS_OF_FEW * filled if half else _PARTS_BYTES)
     return copies + (parts * part if parts > 2 else 0)
+
+
+def bound_bytes(a: dict, output: torch.Tensor) -> int:
+    """The most that a convolution takes, as far as traces go; 0 where all traces of its kind show
+    what is charged: PyTorch's own kernels, and in half precision the patches of pictures."""
+    input, weight = a["input"], a["weight"]
+    half = input.element_size() == 2
+    are_patches = half and tuple(weight.shape[2:]) == tuple(a["stride"]) and input.shape[1] <= 4
+    if are_patches or _is_depthwise(input, a["groups"]):
+        return 0
+    return input.nbytes + weight.nbytes + output.nbytes + _PARTS_MOST
 
 
 def _layout(input, weight) -> torch.memory_format:

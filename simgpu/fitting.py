@@ -190,7 +190,7 @@ class Deployment:
             )
         self.recipe.check(workload)
         if isinstance(self.device_map, dict):
-            check_device_map(self.device_map, len(self.cards), self.meta_model)
+            check_device_map(self.placement(), len(self.cards), self.meta_model)
 
     def fit(self, workload: Workload | None = None) -> FitResult:
         """Run a workload, by default what suits the model.
@@ -223,7 +223,7 @@ class Deployment:
         """The device map; what an automatic one would offload is put on the last card instead, so
         that the answer is the error that a user without offloading meets."""
         if not isinstance(self.device_map, str):
-            return self.device_map
+            return self.recipe.names_here(self.device_map)
         if len(self.cards) == 1:
             return {"": 0}
         plan = self.plan(self.device_map, self.free_bytes() | {"cpu": _AMPLE_BYTES})

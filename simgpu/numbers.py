@@ -8,6 +8,7 @@ works where they are known, and is refused where they are not.
 """
 
 import functools
+import math
 from collections import Counter
 from contextlib import contextmanager
 
@@ -40,7 +41,9 @@ _COMPARING = {_ATEN.equal.default, _ATEN.allclose.default}  # and answers yes or
 _TRACKING = {"aten::native_batch_norm", "aten::cudnn_batch_norm"}
 # Looks for gradients that are not finite, for GradScaler: assumed is that there are none.
 _FINITE = {"aten::_amp_foreach_non_finite_check_and_unscale_"}
-_ASKING = {"aten::equal", "aten::index"}
+# Of these ``isfinite`` is made: a number that is itself, and whose size is not infinite.
+_SAME = {"aten::eq": True, "aten::ne": False}
+_ASKING = {"aten::equal", "aten::allclose", "aten::index"} | set(_SAME)
 _ALWAYS_ASKING = _FACTORIES | _SHAPED_BY_NUMBERS | _OVERWRITING | _CHOOSING | _FINITE | _TRACKING
 _ALWAYS_ASKING |= _ASKING | set(_LIKE)
 
@@ -185,12 +188,16 @@ class Numbers:
         if func in _COMPARING and is_known:
             return _compute(func, args, kwargs)
         if self.assume == "count":
-            if func is _ATEN.equal.default:
-                self._note("equal")
+            if func in _COMPARING:
+                self._note(name)
                 return False
             if name in _AT_MOST and isinstance(args[0], FakeTensor):
                 self._note(name)
                 return _AT_MOST[name](by_rule, *args)
+            if name in _SAME and not is_known and _asks_whether_finite(*args):
+                output = by_rule(func, types, args, kwargs)
+                self._note("isfinite")
+                return self._answer(output, _SAME[name] == (args[1] is args[0]))
         if func._schema.is_mutable:
             return self._write(by_rule, func, types, args, kwargs)
         output = by_rule(func, types, args, kwargs)
@@ -237,6 +244,11 @@ class Numbers:
             _forget(written)
         return output
 
+    def _answer(self, output, answer: bool):
+        if is_small(output):
+            output.known = Known(torch.full(output.shape, answer))
+        return output
+
     def _choose(self, name: str, output):
         for tensor in _leaves(output):
             if isinstance(tensor, FakeTensor) and is_small(tensor):
@@ -271,6 +283,10 @@ class Numbers:
             return made
 
         return _pytree.tree_map(make, _compute(func, args, kwargs))
+
+
+def _asks_whether_finite(tensor, other) -> bool:
+    return other is tensor or (isinstance(other, float) and math.isinf(other))
 
 
 def _all_places(by_rule, tensor, *_):

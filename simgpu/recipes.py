@@ -88,6 +88,10 @@ class Recipe:
     def import_lines(self) -> str:
         return f"from transformers import {self.loader}"
 
+    def names_here(self, device_map):
+        """A device map whose names may be those of another code for the same model."""
+        return device_map
+
     @property
     def takes_text(self) -> bool:
         return self._main == "input_ids"

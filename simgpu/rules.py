@@ -66,6 +66,20 @@ def _fused_rms_norm_backward(gradient, input, normalized_shape, rstd, weight, ma
     )
 
 
+def _gru_cell(input_gates, hidden_gates, state, input_bias=None, hidden_bias=None):
+    """A step of ``GRUCell``, which has no shape rule (aten/src/ATen/native/cuda/RNN.cu)."""
+    workspace = state.new_empty((state.shape[0], _GRU_WORKSPACE * state.shape[1]))
+    return torch.empty_like(state), workspace
+
+
+def _gru_cell_backward(gradient, workspace, has_bias):
+    gates = 3 * workspace.shape[1] // _GRU_WORKSPACE
+    of_input, of_hidden = (workspace.new_empty((workspace.shape[0], gates)) for _ in range(2))
+    biases = [each.sum(0) if has_bias else None for each in (of_input, of_hidden)]
+    return of_input, of_hidden, torch.empty_like(gradient), *biases
+
+
+_GRU_WORKSPACE = 5
 # Operators that allocate otherwise than their shape rule; NotImplemented leaves a call to it.
 REWRITTEN = {
     _ATEN._safe_softmax.default: _safe_softmax,
@@ -75,6 +89,8 @@ REWRITTEN = {
     _ATEN.log_softmax.int: SOFTMAX["log_softmax.int"],
     _ATEN._fused_rms_norm.default: _fused_rms_norm,
     _ATEN._fused_rms_norm_backward.default: _fused_rms_norm_backward,
+    _ATEN._thnn_fused_gru_cell.default: _gru_cell,
+    _ATEN._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
 }
 
 

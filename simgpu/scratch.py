@@ -63,7 +63,9 @@ def in_order(sizes: list) -> tuple[list, list]:
 
 
 def bound_bytes(operator, args: tuple, kwargs: dict, results: list) -> int | None:
-    """The most that an unmodelled operator takes, where there is a bound."""
+    """The most that an unmodelled operator takes, where there is a bound; 0 if it is exact."""
+    if _name(operator) == "convolution":
+        return convolution.bound_bytes(_by_name(operator, args, kwargs), results[0])
     if _name(operator) in linalg.BOUNDED | _BOUNDED:
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
         return 3 * max((each.nbytes for each in (*tensors, *results)), default=0) + 2**23
@@ -426,7 +428,8 @@ _TAKE_NONE = set(
     replication_pad3d replication_pad3d_backward resize roll rot90 rrelu_with_noise
     scalar_tensor scatter scatter_add searchsorted select_backward select_scatter set
     slice_backward slice_scatter smooth_l1_loss split_with_sizes_copy squeeze_copy stack
-    std_to_copy t_copy take trace transpose_copy trapezoid tril tril_indices triu triu_indices
+    _thnn_fused_gru_cell _thnn_fused_gru_cell_backward std_to_copy t_copy take trace
+    transpose_copy trapezoid tril tril_indices triu triu_indices
     unfold_backward unfold_copy uniform unsafe_split unsqueeze_copy
     value_selecting_reduction_backward view_copy where zero
     """.split()

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/accuracy.md: what was measured, and what the simulator says of it.
+"""Writes the tables of docs/accuracy.md and simgpu/README.md: what was measured, and what the simulator says of it.
 
     python tools/accuracy.py             # from the stored figures, in a moment
     python tools/accuracy.py --simulate  # first simulate every measured case again; minutes
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SIMULATED = RESULTS / "simulated"
 PAGE = ROOT / "docs" / "accuracy.md"
+PAGES = (PAGE, ROOT / "simgpu" / "README.md")
 PICTURE = ROOT / "docs" / "measured_memory.png"
 MIB = 2**20
 
@@ -239,13 +240,13 @@ SECTIONS = {"summary": summary, "runs": runs, "host": host, "miniature": miniatu
 SECTIONS |= {"others": others, "peers": beside_peers}
 
 
-def page() -> str:
-    """docs/accuracy.md with its tables written anew; what stands outside the marks stays."""
+def page(path: Path = PAGE) -> str:
+    """A page with its tables written anew; what stands outside the marks stays."""
 
     def written(found: re.Match) -> str:
         return f"<!-- table: {found[1]} -->\n{SECTIONS[found[1]]()}\n<!-- end -->"
 
-    text = PAGE.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", written, text, flags=re.DOTALL)
 
 
@@ -256,7 +257,8 @@ def main():
     parser.add_argument("--simulate", action="store_true", help="simulate every case again")
     if parser.parse_args().simulate:
         simulate()
-    PAGE.write_text(page(), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(page(path), encoding="utf-8")
 
 
 if __name__ == "__main__":

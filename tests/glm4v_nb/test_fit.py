@@ -300,9 +300,9 @@ def test_a_device_map_may_have_official_names_and_each_module_one_place():
     official |= {"transformer.rotary_pos_emb": 0, "transformer.output_layer": 0}
     deployment = Deployment(count=2, device_map=official)
     deployment.check(SHORT)
-    assert deployment.device_map["vision_tower"] == 1
+    assert deployment.placement()["vision_tower"] == 1
     with pytest.raises(ValueError, match="'lm_head' here, which has 0 already, and 1 is another"):
-        Deployment(device_map=official | {"lm_head": 1})
+        Deployment(count=2, device_map=official | {"lm_head": 1}).check(SHORT)
 
 
 def test_a_device_map_is_read_from_a_name_an_object_or_a_file(tmp_path):

@@ -22,10 +22,9 @@ def compared():
     return [accuracy.compared(path) for path in CARDS]
 
 
-def test_the_page_is_what_the_command_writes():
-    assert accuracy.page() == accuracy.PAGE.read_text(encoding="utf-8"), (
-        "run python tools/accuracy.py"
-    )
+@pytest.mark.parametrize("path", accuracy.PAGES, ids=lambda path: path.parent.name)
+def test_a_page_is_what_the_command_writes(path):
+    assert accuracy.page(path) == path.read_text(encoding="utf-8"), "run python tools/accuracy.py"
 
 
 def test_a_changed_figure_changes_the_page(tmp_path, monkeypatch):

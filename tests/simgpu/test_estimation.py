@@ -127,10 +127,13 @@ def test_an_assumed_length_is_as_long_as_it_can_be_and_not_exact():
         assert scores.nonzero().shape == (400, 2)
         assert scores.masked_select(scores > 0).shape == (400,)
         assert not torch.equal(scores, scores)
+        assert torch.isfinite(scores).all() and not torch.isnan(scores).any()
+        assert not (scores > 0).all()
 
     found = simgpu.estimate(select, card="L4")
     assert not found.exact
-    assert found.assumed == {"index": 1, "nonzero": 1, "masked_select": 1, "equal": 1}
+    counts = {"index": 1, "nonzero": 1, "masked_select": 1, "equal": 1, "isfinite": 2, "item": 2}
+    assert found.assumed == counts
 
 
 def test_cards_of_several_kinds_and_with_others_on_them_are_what_they_are():

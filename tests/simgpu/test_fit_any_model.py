@@ -92,7 +92,8 @@ def test_a_model_of_every_kind_is_loaded_asked_and_answers(name, checkpoint):
         == ("For" + "Masked" not in name and "Classification" not in name)
     )
     result = deployment.fit(workload)
-    assert result.fits and set(result.unmodelled) <= {"convolution", "cudnn_convolution", "conv2d"}
+    assert result.fits
+    assert result.exact or set(result.unmodelled) == {"convolution"}
     (device,) = result.devices
     parameters = sum(each.nbytes for each in deployment.meta_model.parameters())
     assert parameters <= device.weights_bytes < device.peak_allocated_bytes
