@@ -93,7 +93,7 @@ class Accounting:
 
     def _charge(self, operator, results: list[torch.Tensor], args: tuple, kwargs: dict):
         name, card = operator._schema.name, results[0].device.index
-        self._allocator(card)  # which refuses a card that is not there
+        check_ordinal(card, len(self.cards))
         taken = scratch.scratch(operator, args, kwargs, results, self.cards[card])
         if taken is None or name in scratch.ESTIMATED:
             bound = scratch.bound_bytes(operator, args, kwargs, results)

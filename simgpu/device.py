@@ -182,6 +182,8 @@ class _ObservedFakeMode(FakeTensorMode):
 
     def _by_shape_rule(self, *call):
         func, _, args, kwargs = call
+        if func in rules.PRODUCTS:
+            rules.check_product(args)
         if func in rules.PLAIN and (device := rules.common_card(args)) is not None:
             return FakeTensor(self, self._remembered(func, args, kwargs), device)
         if func is _ATEN.copy_.default and args[0].shape == args[1].shape:

@@ -4,6 +4,7 @@ Actions, and which size each of them has, are those of ``record_trace`` in
 c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.11 to 2.13.
 """
 
+import functools
 import sys
 import time
 from collections import deque
@@ -18,6 +19,7 @@ _BELOW = tuple(
 )
 
 
+@functools.cache
 def is_below_operators(file: str) -> bool:
     """Whether a file's functions run below an operator of PyTorch on simulated cards alone."""
     return Path(file).parent == _HERE or file.startswith(_BELOW)
@@ -32,7 +34,6 @@ class History:
 
     def __init__(self, allocators):
         self._allocators = allocators
-        self._below: dict[str, bool] = {}
         self._with_frames = True
         self.record(None)
 
@@ -63,9 +64,7 @@ class History:
         while frame is not None:
             code = frame.f_code
             file = code.co_filename
-            if file not in self._below:
-                self._below[file] = is_below_operators(file)
-            if not self._below[file]:
+            if not is_below_operators(file):
                 frames.append({"name": code.co_name, "filename": file, "line": frame.f_lineno})
             frame = frame.f_back
         return frames

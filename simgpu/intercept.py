@@ -55,6 +55,7 @@ _NOT_SIMULATED = [
         for name in ("CUDAGraph", "MemPool")
     ),
 ]
+_PINNABLE = ("empty", "zeros", "ones", "full", "empty_like")
 _MAKE_FROM_DATA = ("tensor", "as_tensor", "asarray")
 
 
@@ -68,7 +69,11 @@ def simulated_torch(rig):
         stack.enter_context(cuda_taken_over())
 
         def replace(owner, name, value, **options):
+            builtin = torch.jit._builtins._find_builtin(getattr(owner, name, None))
             stack.enter_context(mock.patch.object(owner, name, value, **options))
+            if builtin:  # so that it is in scripts, too
+                table = torch.jit._builtins._get_builtin_table()
+                stack.enter_context(mock.patch.dict(table, {id(value): builtin}))
 
         replace(current, "index", 0)
 
@@ -89,6 +94,8 @@ def simulated_torch(rig):
         for owner, name in _NOT_ALWAYS_DENSE:
             replace(owner, name, instead_of(getattr(owner, name), _dense_only))
         replace(torch.cuda.nvtx, "_nvtx", streams.NVTX)
+        for name in _PINNABLE:
+            replace(torch, name, instead_of(getattr(torch, name), streams.pinnable))
         for name in _MAKE_FROM_DATA:
             replace(torch, name, instead_of(getattr(torch, name), _from_data))
         of_tensor = instead_of(torch.Tensor.new_tensor, _from_data_of)
@@ -193,6 +200,19 @@ def _backward(rig, original, *args, **kwargs):
         raise backward_error(error) from None
 
 
+class _Moved:
+    """A storage for a function that says where it is to go; ``cuda()`` gives the place."""
+
+    def __init__(self, storage):
+        self._storage = storage
+
+    def cuda(self, device=None, non_blocking: bool = False) -> torch.device:
+        return torch.device("cuda", current.index if device is None else device)
+
+    def __getattr__(self, name):
+        return getattr(self._storage, name)
+
+
 def _load(original, file, map_location=None, **kwargs):
     """``torch.load``; what goes to a card is read on the CPU and moved there."""
     places = {}
@@ -202,7 +222,9 @@ def _load(original, file, map_location=None, **kwargs):
         if isinstance(wanted, dict):
             wanted = wanted.get(location, location)
         elif callable(wanted):
-            return wanted(storage, location)
+            wanted = wanted(_Moved(storage), location)
+            if not isinstance(wanted, torch.device):
+                return wanted
         places[storage.data_ptr()] = torch.device(location if wanted is None else wanted)
         return storage
 

@@ -15,6 +15,7 @@ from simgpu.replacing import instead_of
 
 # As the version of safetensors has it, below all its functions that save.
 _SAVING = next(n for n in ("_flatten_as_ptr", "_flatten") if hasattr(safetensors.torch, n))
+_CALLING_PYTHON = ("apply_", "map_", "map2_")
 _ADVICE = {
     "save": 'Leave the saving out here (save_strategy="no" of a Trainer)',
     "show": "Leave out what reads or prints values here",
@@ -28,6 +29,7 @@ def replacements() -> list[tuple[object, str, object]]:
         (tensor, "numpy", _method(tensor.numpy, _numpy)),
         (tensor, "__format__", _method(tensor.__format__, _format)),
         (tensor, "share_memory_", _method(tensor.share_memory_, lambda original, self: self)),
+        *((tensor, name, _method(getattr(tensor, name), _by_python)) for name in _CALLING_PYTHON),
         (tensor, "__dlpack__", _method(tensor.__dlpack__, _dlpack)),
         (tensor, "__reduce_ex__", _method(tensor.__reduce_ex__, _reduce)),
         (FakeTensor, "__repr__", _method(FakeTensor.__repr__, _repr)),
@@ -81,6 +83,13 @@ def _repr(original, self, **options) -> str:
         return original(self, **options).replace("FakeTensor(", "tensor(", 1)
     text = repr(numbers)
     return f"{text[:-1]}, device='{self.device}')" if on_card(self) else text
+
+
+def _by_python(original, self, *args):
+    raise RuntimeError(
+        f"{original.__name__} calls a function on each number, and tensors in a simulation have"
+        " none. Use an operator of PyTorch, or run this on a real device."
+    )
 
 
 def _dlpack(original, self, **options):

@@ -160,6 +160,19 @@ def by_example(mode, func, args: tuple, kwargs: dict):
     ) from problem
 
 
+# Operators whose matrices must have one type; their shape rules do not ask for it.
+PRODUCTS = {getattr(_ATEN, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "dot")}
+
+
+def check_product(args: tuple):
+    """Raise RuntimeError where matrices have different types, as CUDA's kernels do."""
+    first, second = [each.dtype for each in args if isinstance(each, torch.Tensor)][-2:]
+    if first != second:
+        raise RuntimeError(
+            f"expected mat1 and mat2 to have the same dtype, but got: {first} != {second}"
+        )
+
+
 def common_card(args: tuple) -> torch.device | None:
     """The card that all tensors of an operator are on; None where it is not one alone."""
     found = None

@@ -4,6 +4,8 @@ from contextlib import nullcontext
 
 import torch
 
+from simgpu.device import fake_mode
+
 NAMES = ("Stream", "ExternalStream", "Event", "current_stream", "default_stream", "stream")
 _Generator = torch.Generator
 
@@ -107,6 +109,17 @@ def pin_memory(tensor: torch.Tensor, device=None) -> torch.Tensor:
     pinned = tensor.clone()
     pinned._is_pinned = True
     return pinned
+
+
+def pinnable(original, *args, pin_memory: bool = False, **kwargs) -> torch.Tensor:
+    """A factory of PyTorch; what is pinned is there to take what comes from a card, so it may do
+    without numbers."""
+    if not pin_memory:
+        return original(*args, **kwargs)
+    with fake_mode():
+        made = original(*args, **kwargs)
+    made._is_pinned = True
+    return made
 
 
 def is_pinned(tensor: torch.Tensor, device=None) -> bool:

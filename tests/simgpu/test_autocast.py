@@ -36,6 +36,8 @@ def with_bfloat16(function, *tensors):
 
 
 SINGLE, HALF = torch.float32, torch.bfloat16
+# A version of PyTorch that lists it has a kernel for it here.
+LISTED = torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
 # Per case: types of the arguments, and of the result (autocast_mode.h).
 CASES = {
     "a product": (torch.mm, (SINGLE, SINGLE), HALF),
@@ -51,7 +53,11 @@ CASES = {
     "a sum": (lambda a, b: a.sum(), (HALF, HALF), SINGLE),
     "a sum whose type is given": (lambda a, b: a.sum(dtype=HALF), (HALF, HALF), HALF),
     "layer normalisation": (lambda a, b: functional.layer_norm(a, (4,)), (HALF, HALF), SINGLE),
-    "another normalisation": (lambda a, b: functional.rms_norm(a, (4,)), (HALF, HALF), SINGLE),
+    "another normalisation": (
+        lambda a, b: functional.rms_norm(a, (4,)),
+        (HALF, HALF),
+        SINGLE if LISTED else HALF,
+    ),
     "a layer": (lambda a, b: functional.linear(a, b), (SINGLE, HALF), HALF),
     "the wider of two": (lambda a, b: torch.addcmul(a, a, b), (HALF, SINGLE), SINGLE),
     "neither list": (lambda a, b: functional.gelu(a), (HALF, HALF), HALF),
@@ -211,3 +217,20 @@ def test_training_in_mixed_precision_takes_what_was_measured_on_an_h100():
         for stage in rig.stages
     }
     assert found == MEASURED
+
+
+def test_the_lists_are_those_of_the_pytorch_that_is_installed():
+    names = torch._C._dispatch_get_all_op_names()
+    listed = {
+        name.removeprefix("aten::")
+        for name in names
+        if name.startswith("aten::")
+        and torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutocastCUDA")
+    }
+    here = {
+        name.removeprefix("aten::")
+        for name in names
+        if torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutocastPrivateUse1")
+    }
+    assert listed - here <= {"cudnn_convolution", "cudnn_convolution_transpose"}
+    assert here <= listed

@@ -76,6 +76,7 @@ ASKING = {
     "torch.export": lambda: torch.export.export(nn.Linear(2, 2).cuda(), (unknown(),)),
     "torch.jit.trace": lambda: torch.jit.trace(nn.ReLU(), unknown()),
     "a graph": lambda: torch.cuda.graph(torch.cuda.CUDAGraph()),
+    "a function for each number": lambda: unknown().cpu().apply_(lambda number: number + 1),
     "a sensor": lambda: torch.cuda.utilization(),
 }
 
@@ -145,3 +146,36 @@ def test_sequences_of_unequal_length_are_one_tensor():
     parts = [torch.randn(3, 4, device="cuda"), torch.randn(5, 4, device="cuda")]
     together = torch.nested.nested_tensor(parts, layout=torch.jagged)
     assert (together * 2).values().shape == (8, 4)
+
+
+def test_matrices_of_two_types_are_refused_as_on_cuda():
+    for product in (torch.mm, torch.mv, torch.bmm):
+        left = torch.ones(2, 2, 2)[: 2 if product is torch.bmm else 1].squeeze(0).cuda()
+        right = torch.ones(2, 2, 2).half().cuda()
+        right = {torch.mm: right[0], torch.mv: right[0, 0], torch.bmm: right}[product]
+        with pytest.raises(RuntimeError, match="same dtype"):
+            product(left, right)
+
+
+def test_pinned_memory_takes_what_has_no_numbers():
+    pinned = torch.empty(3, pin_memory=True)
+    assert pinned.is_pinned() and pinned.copy_(torch.ones(3)).tolist() == [1, 1, 1]
+    pinned.copy_(unknown())
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        result = (unknown().requires_grad_() * 2).exp()
+    result.sum().backward()
+
+
+def test_a_function_that_says_where_a_storage_goes_may_name_a_card(tmp_path):
+    torch.save(torch.ones(2), tmp_path / "a.pt")
+    back = torch.load(tmp_path / "a.pt", map_location=lambda storage, place: storage.cuda(1))
+    assert (str(back.device), back.tolist()) == ("cuda:1", [1, 1])
+
+
+def test_a_script_is_compiled_inside_the_block_as_outside():
+    again = torch.jit.script(_plain)
+    assert again(torch.ones(2)).tolist() == [1, 1]
+
+
+def _plain(tensor: torch.Tensor):
+    return tensor + torch.zeros(2)
