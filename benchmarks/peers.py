@@ -113,6 +113,7 @@ def by_mem_tracker(name: str, card: str) -> dict[str, int]:
         with FakeTensorMode(allow_non_fake_inputs=True):
             with torch.device("cuda"), no_init_weights():
                 model = models.class_of(config, "AutoModelForCausalLM")(config).eval()
+            model.tie_weights()  # which is left out with the initialisation
             rig.external = [model]
             bench = models.Bench(rig, Path())
             bench.stage = rig.stage
