@@ -120,10 +120,11 @@ def _weight_bytes(gradient, input, weight, stride, groups: int) -> int:
 
 def bound_bytes(a: dict, output: torch.Tensor) -> int:
     """The most that a convolution takes, as far as traces go; 0 where all traces of its kind show
-    what is charged: PyTorch's own kernels, and in half precision the patches of pictures."""
+    what is charged: PyTorch's own kernels, and in half precision the patches of pictures, or of
+    features that lie side by side (GLM-4V's tower, in every stored run)."""
     input, weight = a["input"], a["weight"]
-    half = input.element_size() == 2
-    are_patches = half and tuple(weight.shape[2:]) == tuple(a["stride"]) and input.shape[1] <= 4
+    are_patches = input.element_size() == 2 and tuple(weight.shape[2:]) == tuple(a["stride"])
+    are_patches &= input.shape[1] <= 4 or is_channels_last(input, weight)
     if are_patches or _is_depthwise(input, a["groups"]):
         return 0
     return input.nbytes + weight.nbytes + output.nbytes + _PARTS_MOST
