@@ -268,6 +268,12 @@ def in_readme(results: dict) -> str:
     return _wrapped(f"{text}.")
 
 
+def place_in(text: str) -> tuple[int, int]:
+    """Where in simgpu/README.md that is."""
+    start = text.index(BEGIN) + len(BEGIN)
+    return start, text.index(END, start)
+
+
 def _wrapped(text: str) -> str:
     import textwrap
 
@@ -312,8 +318,7 @@ def main() -> int:
     print(f"{found:.1%} of those that run on a CPU run on simulated cards or are refused by name")
     if arguments.names:
         return 0
-    text = README.read_text(encoding="utf-8")
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    start, end = place_in(text := README.read_text(encoding="utf-8"))
     README.write_text(text[:start] + in_readme(results) + text[end:], encoding="utf-8")
     changed = differences(stored, results)
     for name in changed:

@@ -16,10 +16,8 @@ def test_at_least_95_percent_run_or_are_refused_and_the_readme_names_the_others(
     results = json.loads(architectures.RESULT.read_text(encoding="utf-8"))["results"]
     assert architectures.share(results) >= 0.95
     text = architectures.README.read_text(encoding="utf-8")
-    begin, end = architectures.BEGIN, architectures.END
-    assert text[text.index(begin) + len(begin) : text.index(end)] == architectures.in_readme(
-        results
-    )
+    start, end = architectures.place_in(text)
+    assert text[start:end] == architectures.in_readme(results)
 
 
 def test_an_architecture_that_fails_lowers_the_share_and_one_that_changes_is_named():

@@ -11,7 +11,7 @@ from simgpu import Rig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 STORED = sorted(RESULTS.glob("models_*.json"))
-# Cheap, and each of another kind; a weekly run simulates all of them.
+# Cheap, and each of another kind; the weekly workflow simulates all of them.
 AGAIN = ["recommender", "BERT-large", "recurrent cell", "encoder layers, autocast"]
 
 

@@ -64,8 +64,10 @@ def test_each_push_is_linted_tested_and_validated_and_no_notebook_is_run_twice()
 def test_the_weekly_run_takes_the_newest_libraries_and_every_test():
     found = commands(ROOT / ".github" / "workflows" / "weekly.yml")
     assert not any("requirements.lock" in line or line.startswith("make") for line in found)
-    (tests,) = [line for line in found if "pytest" in line]
-    assert tests == "python -m pytest -n 2 --dist loadfile"
+    everything, figures = [line for line in found if "pytest" in line]
+    assert everything == "python -m pytest -n 2 --dist loadfile"
+    assert found.index("python tools/accuracy.py --simulate") < found.index(figures)
+    assert all((ROOT / name).is_file() for name in figures.split()[3:])
     trigger = yaml.safe_load((ROOT / ".github" / "workflows" / "weekly.yml").read_text())[
         True
     ]  # "on" in YAML 1.1
