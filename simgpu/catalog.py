@@ -13,6 +13,7 @@ A card that is not in the catalogue is given by its size, with a name or without
 import difflib
 import re
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 
@@ -86,6 +87,12 @@ class Card:
         return self.context_bytes + self.kernel_bytes + self.system_bytes
 
     @property
+    def is_measured(self) -> bool:
+        """Whether figures were held to such cards: Hopper. What others take for attention follows
+        PyTorch's rules and was not measured."""
+        return self.compute_capability[0] == 9
+
+    @property
     def bf16_supported(self) -> bool:
         """Whether tensor cores multiply bfloat16: compute capability 8.0 (Ampere) or newer."""
         return self.compute_capability >= (8, 0)
@@ -138,6 +145,11 @@ def _spellings(card: Card) -> set[str]:
     key = _plain(card.key)
     with_unit = f"{key}gb" if "-" in card.key else key
     return {key, key.removeprefix("rtx"), with_unit, _plain(card.device_name)}
+
+
+def not_measured(cards: Iterable[Card]) -> list[str]:
+    """Which kinds among these cards no figure was ever held to."""
+    return list(dict.fromkeys(card.key for card in cards if not card.is_measured))
 
 
 def with_free(card: Card, free_gib: float) -> Card:

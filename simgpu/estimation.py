@@ -9,7 +9,7 @@ from importlib.metadata import version
 import torch
 
 from simgpu.attribution import Attribution, Line
-from simgpu.catalog import Card
+from simgpu.catalog import Card, not_measured
 from simgpu.oom import parse_out_of_memory
 from simgpu.rig import ASSUME
 from simgpu.simulated import SimulatedRig
@@ -65,6 +65,7 @@ class Estimate:
         exact: whether every operator's memory is modelled, and no result's length was assumed.
         unmodelled: operators whose scratch memory is not modelled, and its bound in bytes or None.
         assumed: how often an operator was asked for a number that is not known.
+        not_measured: kinds of card that no figure was held to: attention follows PyTorch's rules.
         versions: of the libraries; another version may allocate otherwise, or place otherwise.
     """
 
@@ -74,6 +75,7 @@ class Estimate:
     exact: bool
     unmodelled: dict[str, int | None]
     assumed: dict[str, int]
+    not_measured: list[str]
     versions: dict[str, str]
     provenance: str
     seconds: float
@@ -134,7 +136,8 @@ class Estimate:
         }
         if not self.fits:
             answer["needs_bytes"] = self.cards[answer["oom"]["device"]].needs_bytes
-        names = ("caught", "exact", "unmodelled", "assumed", "versions", "provenance", "seconds")
+        names = ("caught", "exact", "unmodelled", "assumed", "not_measured", "versions")
+        names += ("provenance", "seconds")
         return answer | {name: getattr(self, name) for name in names}
 
 
@@ -213,6 +216,7 @@ def _run(function: Callable[[], object], rig: SimulatedRig) -> Estimate:
         exact=rig.exact,
         unmodelled=rig.unmodelled,
         assumed=rig.assumed,
+        not_measured=not_measured(rig.cards),
         versions=versions(),
         provenance=rig.provenance,
         seconds=0.0,

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from simgpu.attribution import Attribution
-from simgpu.catalog import Card
+from simgpu.catalog import Card, not_measured
 from simgpu.estimation import versions
 from simgpu.host import HostMemory
 from simgpu.loading import read_config
@@ -128,6 +128,7 @@ class FitResult:
         answer |= {"seconds": self.seconds, "provenance": self.provenance}
         names = ("exact", "unmodelled", "assumed")
         answer |= {"versions": versions()} | {name: getattr(self, name) for name in names}
+        answer["not_measured"] = not_measured(self.asked[0].cards)
         return answer | ({"needs_bytes": self.needs[self.oom.device]} if self.oom else {})
 
 

@@ -139,7 +139,10 @@ def print_estimate(found, what: str):
         console.print(escape(found.oom), soft_wrap=True)
     console.print(_promise(found), soft_wrap=True)
     installed = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    console.print(f"They are {escape(found.provenance)}, with {installed}.", soft_wrap=True)
+    said = f"They are {found.provenance}, with {installed}."
+    if found.not_measured:
+        said += f" Attention on {' and '.join(found.not_measured)}: PyTorch's rules, not measured."
+    console.print(escape(said), soft_wrap=True)
 
 
 def _promise(found) -> str:

@@ -12,7 +12,7 @@ import glm4v_nb.cli
 from glm4v_nb.cli import main
 
 PLAIN = ["verdict", "devices", "oom", "seconds", "provenance"]
-PLAIN += ["versions", "exact", "unmodelled", "assumed"]
+PLAIN += ["versions", "exact", "unmodelled", "assumed", "not_measured"]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from simgpu.catalog import CARDS, FIGURES, find_card
+from simgpu.catalog import CARDS, FIGURES, find_card, not_measured
 from simgpu.units import GIB
 
 # The size on the box. "GB" there means 2**30 bytes: an "80 GB" H100 shows 85e9 bytes, a "141 GB"
@@ -294,3 +294,8 @@ def test_what_is_no_size_is_an_unknown_name(name):
 @every_card
 def test_a_cards_uncertainty_is_a_hundredth_of_its_memory_and_a_tenth_of_a_gibibyte(card):
     assert card.uncertainty_bytes == pytest.approx(0.01 * card.total_bytes + 0.1 * GIB, abs=2)
+
+
+def test_what_was_measured_are_hopper_cards():
+    cards = [find_card(name) for name in ("H100", "L4", "H200", "RTX 3090", "L4", "T4")]
+    assert not_measured(cards) == ["L4", "RTX 3090", "T4"]
