@@ -261,11 +261,22 @@ def in_readme(results: dict) -> str:
         f"- Of {sum(count.values())} classes of transformers that run on a CPU cut to two layers,"
         f" {count['runs']} run (forward, decode, backward)"
     )
-    for kind, words in (("refused", "refused by name"), ("fails", "failing")):
-        names = sorted(name for name, (found, _) in results.items() if found == kind)
-        if names:
-            text += f"; {words}: {', '.join(names)}"
+    by_reason: dict[str, list[str]] = {}
+    for name, (kind, message) in sorted(results.items()):
+        if kind in ("refused", "fails"):
+            by_reason.setdefault(reason(kind, message), []).append(name)
+    for words, names in by_reason.items():
+        text += f"; {words}: {', '.join(names)}"
     return _wrapped(f"{text}.")
+
+
+def reason(kind: str, message: str) -> str:
+    """Why a class does not run, in a few words."""
+    if asked := re.search(r"(\S+) needs the numbers", message):
+        operator = asked[1].split(".")[1]
+        asks = "an `.item()`" if operator == "_local_scalar_dense" else f"`{operator}`"
+        return f"refused by name, as {asks} asks for numbers that are not there"
+    return f"refused by name ({message[:80]})" if kind == "refused" else "failing, not refused"
 
 
 def place_in(text: str) -> tuple[int, int]:
