@@ -32,6 +32,8 @@ _SHAPED_BY_NUMBERS = {
 } | {"aten::_unique2", "aten::unique_dim"}
 # All of the tensor is written, whatever it was before.
 _OVERWRITING = {"aten::copy_", "aten::fill_", "aten::random_", "aten::zero_"}
+# Nothing is said of what a model computes, even where zeros go in and the numbers would be known.
+_PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")}
 _CHOOSING = {"aten::argmax", "aten::multinomial"}
 # Needs of its first argument only the shape and the type; the number that it fills in.
 _LIKE = {f"aten::{kind}_like": each for kind, each in (("zeros", 0), ("ones", 1), ("full", None))}
@@ -183,6 +185,7 @@ class Numbers:
         leaves = [each for each in _leaves(args, kwargs) if isinstance(each, torch.Tensor)]
         values = [numbers_of(each) for each in leaves]
         is_known = all(value is not None for value in values) and (leaves or name in _FACTORIES)
+        is_known = is_known and name not in _PRODUCTS
         if name in _SHAPED_BY_NUMBERS and is_known:
             return self._shaped_by_numbers(by_rule, func, args, kwargs)
         if func in _COMPARING and is_known:

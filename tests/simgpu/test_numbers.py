@@ -74,3 +74,11 @@ def test_a_mask_of_known_numbers_takes_places_of_an_unknown_tensor(rig):
     assert found.shape == (2, 4)
     with pytest.raises(RuntimeError, match="tensors on simulated cards have none"):
         found[found > 0]
+
+
+def test_a_product_has_no_numbers_even_of_zeros():
+    with Rig.simulated("L4"):
+        layer = torch.nn.Linear(4, 4).cuda()
+        layer.weight.register_hook(lambda gradient: print(gradient.norm().item()))
+        with pytest.raises(RuntimeError, match="needs the numbers"):
+            layer(torch.zeros(2, 4, device="cuda")).sum().backward()
