@@ -3,6 +3,7 @@ notice a difference."""
 
 import copy
 import json
+import os
 import re
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,6 +18,8 @@ from simgpu import Rig
 ROOT = Path(__file__).parents[2]
 LIBRARIES = ("torch", "transformers", "accelerate")
 STORED = sorted((ROOT / "benchmarks" / "results").glob("memory_*.json"))
+# The loads on two H200 are those on two H100 once more: simulated again by the weekly workflow.
+AGAIN = [path for path in STORED if "h200" not in path.stem or os.environ.get("EVERY_MEASUREMENT")]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +184,7 @@ def test_the_report_ends_with_one_where_anything_differs(
     ("path", "number"),
     [
         pytest.param(path, number, id=f"{path.stem}-{each['load']['name']}")
-        for path in STORED
+        for path in AGAIN
         for number, each in enumerate(json.loads(path.read_text(encoding="utf-8"))["loads"])
     ],
 )
