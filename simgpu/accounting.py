@@ -99,7 +99,7 @@ class Accounting:
             bound = scratch.bound_bytes(operator, args, kwargs, results)
             if bound != 0:
                 self.unmodelled.note(name.removeprefix("aten::"), bound)
-        early, late = scratch.in_order(taken or [])
+        early, late = scratch.early_and_late(taken or [])
         with self._taken(card, early):
             for tensor in operators.in_order(name, results):
                 self._charge_storage(operator, tensor)

@@ -52,7 +52,7 @@ def scratch(operator, args: tuple, kwargs: dict, results: list, card: Card) -> l
     return list(rule(_by_name(operator, args, kwargs), results, card))
 
 
-def in_order(sizes: list) -> tuple[list, list]:
+def early_and_late(sizes: list) -> tuple[list, list]:
     """What is taken before the results, and what after them."""
     early = [size for part in sizes if isinstance(part, Early) for size in part]
     return early, [part for part in sizes if not isinstance(part, Early)]
