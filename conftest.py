@@ -17,7 +17,7 @@ LONGEST = (
     "tests/repository/test_readme.py",
     "tests/glm4v_nb/test_limits.py",
     "tests/glm4v_nb/test_free_memory.py",
-    "notebooks/14_experiments.ipynb",
+    "notebooks/15_experiments.ipynb",
     "tests/notebooks/test_on_gpus.py",
     "tests/nbsweep/test_dask_hosts.py",
     "tests/glm4v_nb/test_cli.py",

@@ -259,5 +259,5 @@ def asks_for_its_runner(tree: ast.AST) -> list[str]:
 
 def _as_sentence(text: str) -> str:
     return (
-        f"{text[:1].upper()}{text[1:]}." if text else "See notebooks/registry.toml and notebook 14."
+        f"{text[:1].upper()}{text[1:]}." if text else "See notebooks/registry.toml and notebook 15."
     )
