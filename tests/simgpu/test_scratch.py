@@ -155,6 +155,46 @@ def test_convolutions_take_copies_with_channels_side_by_side(input, weight, stri
     assert forward_scratch(arguments, [output], H100) == [[], *([] if found is None else [found])]
 
 
+def test_the_gradients_of_a_convolution_hold_what_a_trace_shows():
+    """Allocated at the same time, on four H200 (torch 2.11, 2026-11-27): the input laid out by
+    channels, its gradient and the weight laid out, in the backward pass of GLM-4V's tower."""
+    features = (2, 1792, 80, 80)
+    with Rig("H200"):
+        rows = torch.empty(2, 6401, 1792, dtype=torch.bfloat16, device="cuda")[:, 1:]
+        image = rows.permute(0, 2, 1).reshape(features)
+        weight = torch.empty(4096, 1792, 2, 2, dtype=torch.bfloat16, device="cuda")
+        gradient = torch.empty(2, 4096, 40, 40, dtype=torch.bfloat16, device="cuda")
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        requested = "requested_bytes.all.peak"
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()[requested]
+        settings = ([4096], [2, 2], [0, 0], [1, 1], False, [0, 0], 1)
+        results = ATEN.convolution_backward(
+            gradient, image, weight, *settings, (True, False, False)
+        )
+        without = torch.cuda.memory_stats()[requested] - before
+        del results
+        torch.cuda.reset_peak_memory_stats()
+        ATEN.convolution_backward(gradient, image, weight, *settings, (True, True, False))
+        both = torch.cuda.memory_stats()[requested] - before
+    assert without == 45_875_200 + 58_720_256
+    assert both == 2 * 45_875_200 + 58_720_256
+
+
+def test_indices_on_the_host_are_copied_to_the_card_first():
+    with Rig("H100"):
+        table = torch.empty(1000, 16, device="cuda")
+        places = torch.arange(4096) % 1000
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        rows = table[places]
+        assert torch.cuda.memory_allocated() - before == rows.nbytes
+        assert torch.cuda.max_memory_allocated() - before == rows.nbytes + places.nbytes
+        torch.cuda.reset_peak_memory_stats()
+        table[places] = rows
+        assert torch.cuda.max_memory_allocated() - before == rows.nbytes + places.nbytes
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_lstm_runs_in_one_call_whose_workspace_and_reserve_were_traced(dtype):
     rig = Rig.simulated("H100")
