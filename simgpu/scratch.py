@@ -194,11 +194,14 @@ def _indexed(a, results, card):
 
 
 def _indexed_put(a, results, card):
-    if not a["accumulate"]:
-        return _from_host(a["indices"], a["self"])
-    if any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in a["indices"]):
-        return []
-    return sorting.indexed_add_scratch(a["indices"], a["self"])
+    moved = _from_host(a["indices"], a["self"])
+    on_card = [
+        each for each in a["indices"] if each is not None and each.device == a["self"].device
+    ]
+    if not a["accumulate"] or any(each.dtype in (torch.bool, torch.uint8) for each in on_card):
+        return moved
+    sizes = [size for each in moved for size in each]
+    return sorting.indexed_add_scratch(a["indices"], a["self"], a["values"], sizes)
 
 
 def _reduced_at_places(a, results, card):
