@@ -42,14 +42,9 @@ def test_a_stored_notebook_keeps_every_rule(path, entry):
 
 
 def test_at_least_a_hundred_cells_are_compared_with_their_stored_output():
-    """A cell whose figures are the same everywhere is marked so; who unmarks many, says why."""
+    """A cell whose figures are the same everywhere is tagged so; who untags many, says why."""
     cells = [cell for path, _ in STORED for cell in nbformat.read(path, as_version=4).cells]
-    marked = [
-        cell
-        for cell in cells
-        if "nbval-check-output" in cell.metadata.get("tags", [])
-        or "# NBVAL_CHECK_OUTPUT" in cell.source
-    ]
+    marked = [cell for cell in cells if "nbval-check-output" in cell.metadata.get("tags", [])]
     assert len(marked) >= 100
     assert all(cell.outputs for cell in marked), "a comparison of nothing with nothing"
 
@@ -69,7 +64,7 @@ def test_byte_counts_and_versions_are_not_sanitized():
     assert sanitized(text) == text
 
 
-@pytest.mark.parametrize("number", ["01", "03", "09"])
+@pytest.mark.parametrize("number", ["01", "03", "14"])
 def test_the_lessons_on_placement_take_the_cards_of_a_hosted_notebook_with_their_data_type(number):
     given = {"card": "T4", "count": "2", "dtype": "float16"}
     (spec,) = plan_notebook(number, given).specs
