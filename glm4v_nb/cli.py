@@ -74,6 +74,17 @@ def doctor(
     raise typer.Exit(1 if mend else 0)
 
 
+@app.command()
+def diagnose():
+    """Which known failure is the error message on stdin? `glm4v-nb diagnose < log.txt`; exit code 1
+    where it is none."""
+    from glm4v_nb import diagnose as clinic
+
+    found = clinic.diagnose(sys.stdin.read())
+    print(found)
+    raise typer.Exit(0 if found.cases else 1)
+
+
 # --- notebooks: run, sweep and report are nbsweep's own
 
 app.registered_commands += sweeping.app.registered_commands
