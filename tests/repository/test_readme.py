@@ -70,6 +70,7 @@ def test_every_command_of_the_documents_is_tested_here():
         "run",
         "sweep",
         "report",
+        "verify",
     }
 
 
@@ -81,8 +82,11 @@ def test_a_fit_command_of_the_documents_fits(command):
     assert "fits" in run(shlex.split(command)).stdout
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if " doctor" in command])
-def test_the_doctor_of_the_documents_finds_nothing_to_mend(command):
+CHECKS = [command for command in COMMANDS if re.search(" (doctor|verify)", command)]
+
+
+@pytest.mark.parametrize("command", CHECKS)
+def test_what_the_documents_let_check_has_nothing_to_mend(command):
     run(shlex.split(command))
 
 
