@@ -18,6 +18,7 @@ LONGEST = (
     "tests/glm4v_nb/test_limits.py",
     "tests/glm4v_nb/test_free_memory.py",
     "notebooks/15_experiments.ipynb",
+    "notebooks/13_failure_clinic.ipynb",
     "tests/notebooks/test_on_gpus.py",
     "tests/nbsweep/test_dask_hosts.py",
     "tests/glm4v_nb/test_cli.py",
