@@ -34,7 +34,20 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     places = {ROOT / name: place for place, name in enumerate(LONGEST)}
+    items[:] = _with_solutions(items)
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def _with_solutions(items):
+    """A notebook's folded solutions are run in its kernel, after its last cell."""
+    notebooks = {item.parent: item for item in items if type(item).__name__ == "IPyNbCell"}
+    if not notebooks:
+        return items
+    # Here, because not every test needs it.
+    from notebook_rules.solutions import solution_items
+
+    last = {item: solution_items(parent) for parent, item in notebooks.items()}
+    return [each for item in items for each in (item, *last.get(item, ()))]
 
 
 def pytest_collection_finish():
@@ -52,7 +65,10 @@ def pytest_runtest_call(item):
         # Here, because not every test needs it.
         from notebook_rules.outputs import check_outputs
 
-        if problems := check_outputs(item.cell, outputs):
+        problems = check_outputs(item.cell, outputs)
+        if check_solution := getattr(item, "check_solution", None):
+            problems += check_solution(outputs)
+        if problems:
             item.raise_cell_error(
                 "; ".join(f"{problem}. {advice} [{rule}]" for rule, problem, advice in problems)
             )

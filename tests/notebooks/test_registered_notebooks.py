@@ -44,11 +44,7 @@ def test_a_stored_notebook_keeps_every_rule(path, entry):
 def test_at_least_a_hundred_cells_are_compared_with_their_stored_output():
     """A cell whose figures are the same everywhere is tagged so; who untags many, says why."""
     cells = [cell for path, _ in STORED for cell in nbformat.read(path, as_version=4).cells]
-    marked = [
-        cell
-        for cell in cells
-        if "nbval-check-output" in cell.metadata.get("tags", [])
-    ]
+    marked = [cell for cell in cells if "nbval-check-output" in cell.metadata.get("tags", [])]
     assert len(marked) >= 100
     assert all(cell.outputs for cell in marked), "a comparison of nothing with nothing"
 
