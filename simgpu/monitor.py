@@ -10,8 +10,8 @@ from pathlib import Path
 from simgpu.readings import MachineReadings, SimulatedReadings
 from simgpu.units import MIB
 
-# On simulated cards: a sample when a card has changed by this much, when it falls from a peak of the
-# stage that is this much above the last one sampled, and at the latest after so many events.
+# On simulated cards: a sample when a card has changed by this much, when it falls from a peak of
+# the stage that is this much above the last one sampled, and at the latest after so many events.
 STEP_BYTES = 16 * MIB
 PEAK_BYTES = MIB
 STEP_EVENTS = 2000
