@@ -1,0 +1,82 @@
+"""How much of a weight one program takes: tried on this card once, then read from a file."""
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from glm4v_nb.inference.graphs import captured, milliseconds
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of a weight that a program takes at a time, and its threads in warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+# For one row plain sums, long tiles; for more tensor cores, which want 16 rows or more.
+ONE_ROW = [Tile(1, 4096, 4), Tile(2, 1024, 4), Tile(2, 2048, 4), Tile(4, 1024, 4), Tile(8, 512, 4)]
+ONE_ROW += [Tile(2, 4096, 8), Tile(4, 1024, 8)]
+MORE_ROWS = [Tile(16, 256, 4), Tile(16, 512, 4), Tile(32, 128, 4), Tile(32, 256, 4)]
+MORE_ROWS += [Tile(64, 64, 4), Tile(16, 512, 8)]
+INTERPRETED = Tile(1024, 512, 4)  # each program costs milliseconds there, whatever its size
+
+
+def cache_file() -> Path:
+    """Where the best tiles are kept, by card, versions and shapes."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "glm4v-nb" / "tiles.json"
+
+
+def best_tile(name: str, one_row: bool, device: torch.device, run: Callable[[Tile], None]) -> Tile:
+    """The fastest tile of a kernel.
+
+    ``name`` has all that decides it besides card and versions: kernel, shape, dtype. ``run``
+    launches the kernel for all layers of a card, so that no weight is found in the card's cache.
+    """
+    if device.type != "cuda":
+        return INTERPRETED
+    card = torch.cuda.get_device_name(device)
+    key = f"{card}, torch {torch.__version__}, triton {triton.__version__}, {name}"
+    known = _read()
+    if key in known:
+        return Tile(**known[key])
+    candidates = ONE_ROW if one_row else MORE_ROWS
+    times = {tile: _milliseconds(device, run, tile) for tile in candidates}
+    best = min(times, key=times.get)
+    _write({**_read(), key: asdict(best)})
+    return best
+
+
+def _milliseconds(device: torch.device, run: Callable[[Tile], None], tile: Tile) -> float:
+    """Endless for a tile that this card cannot hold."""
+    try:
+        return milliseconds(captured(lambda: run(tile), device), device)
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+def _read() -> dict:
+    try:
+        return json.loads(cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # absent or damaged: the tiles are tried again
+        return {}
+
+
+def _write(known: dict):
+    file = cache_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        warnings.warn(f"The best tiles are not kept for the next time: {error}", stacklevel=2)
