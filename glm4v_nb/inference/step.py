@@ -138,16 +138,16 @@ class _Part:
 
     def choose_tiles(self):
         """The best tile of each product, tried on this card or known from before."""
-        first, names = self.layers[0], {"heads": "pairs", "out": "", "gate_up": "pairs", "down": ""}
-        for name, kind in names.items():
+        first, least = self.layers[0], {"heads": 2, "out": 1, "gate_up": 2, "down": 1}
+        for name in least:
             shape = "x".join(map(str, getattr(first, name).shape))
-            key = f"{name} {kind} {shape}, {self.dtype}, {self.R} rows"
+            key = f"{name} {shape}, {self.dtype}, {self.R} rows"
 
             def run(tile, name=name):
                 for layer, cache in zip(self.layers, self.caches, strict=True):
                     self._product(name, layer, cache, tile)
 
-            self.tiles[name] = best_tile(key, self.R == 1, self.device, run)
+            self.tiles[name] = best_tile(key, self.R == 1, least[name], self.device, run)
 
     def run(self):
         """Launch the layers' kernels: from x to x; then every row is a position further."""
@@ -250,7 +250,7 @@ class Step:
         def head(tile):
             last.project(last.x, self.gain, self.head, None, self.logits, tile)
 
-        self._head_tile = best_tile(key, last.R == 1, self.head.device, head)
+        self._head_tile = best_tile(key, last.R == 1, 1, self.head.device, head)
         self._work = [self._run_part(index) for index in range(len(self.parts))]
         if self.parts[0].device.type == "cuda":
             self._work = [

@@ -36,11 +36,12 @@ def cache_file() -> Path:
     return Path(base) / "glm4v-nb" / "tiles.json"
 
 
-def best_tile(name: str, one_row: bool, device: torch.device, run: Callable[[Tile], None]) -> Tile:
+def best_tile(name: str, one_row: bool, least: int, device: torch.device,
+              run: Callable[[Tile], None]) -> Tile:  # fmt: skip
     """The fastest tile of a kernel.
 
-    ``name`` has all that decides it besides card and versions: kernel, shape, dtype. ``run``
-    launches the kernel for all layers of a card, so that no weight is found in the card's cache.
+    ``name`` has all that decides it besides card and versions: kernel, shape, dtype; ``least`` is
+    how many rows of the weight a program needs. ``run`` launches the kernel for all layers of a card, so that no weight is found in the card's cache.
     """
     if device.type != "cuda":
         return INTERPRETED
@@ -49,7 +50,7 @@ def best_tile(name: str, one_row: bool, device: torch.device, run: Callable[[Til
     known = _read()
     if key in known:
         return Tile(**known[key])
-    candidates = ONE_ROW if one_row else MORE_ROWS
+    candidates = [tile for tile in (ONE_ROW if one_row else MORE_ROWS) if tile.rows >= least]
     times = {tile: _milliseconds(device, run, tile) for tile in candidates}
     best = min(times, key=times.get)
     _write({**_read(), key: asdict(best)})
