@@ -137,9 +137,11 @@ def steps(model, results, given):
     step.place(slots, slots, [0] * MOST_ROWS, [0] * MOST_ROWS)
     seconds = median_seconds(step, times=4, warm=1)
     results["verify_step_seconds"] = seconds
-    results["tiles"] = {name: str(tile) for name, tile in step.parts[0].tiles.items()}
-    decoder.prepare(model, 1, SHORT + 100)
-    print(decoder._steps[1].parts[0].tiles, step.parts[0].tiles, seconds, flush=True)
+    print("verify", seconds, flush=True)
+    results["tiles"] = {
+        f"{count} rows": {name: str(tile) for name, tile in one.parts[0].tiles.items()}
+        for count, one in decoder._steps.items()
+    }
 
 
 class Clock(StoppingCriteria):
@@ -192,6 +194,32 @@ def peers(model, results, given):
     measured = answer_speed(model, 1, SHORT)
     speed = measured.pop("tokens_per_second")
     row(results, "compiled", 1, SHORT, speed, build_seconds=built, **measured)
+    set_decoding(model, "eager")
+
+
+def memory(model, results, given):
+    """What an answer takes at its peak, each case from an emptied cache."""
+    cases = [(1, 0, SHORT, 8), (1, 0, LONG, 8), (1, 1, 98, 64), (2, 1, 98, 8), (4, 0, SHORT, 8)]
+    for batch, images, text, new in [*cases, (8, 0, 500, 64)]:
+        set_decoding(model, "fast")
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        prompt = make_prompt(model, Workload(batch, images=images, text_tokens=text))
+        prompt.pop("image_mask") if not images else None
+        how = decoding_arguments(model, None)
+        model.generate(**prompt, max_new_tokens=new, do_sample=False, **how)
+        del prompt
+        case = {"batch": batch, "images": images, "text_tokens": text, "new_tokens": new}
+        case |= {"before_allocated_bytes": before[0], "before_reserved_bytes": before[1]}
+        case |= {
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+            "after_allocated_bytes": torch.cuda.memory_allocated(),
+        }
+        results.setdefault("memory", []).append(case)
+        print(json.dumps(case), flush=True)
     set_decoding(model, "eager")
 
 
@@ -368,6 +396,7 @@ PARTS = {
     "steps": steps,
     "answers": answers,
     "accuracy": accuracy,
+    "memory": memory,
     "prompts": prompts,
     "peers": peers,
     "two": two,

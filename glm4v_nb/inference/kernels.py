@@ -9,8 +9,8 @@ W (r x g) = r (W (x g)).
 
 Shapes: a step has ``ROWS`` rows, one token each: of a batch, or of one sequence to verify. Numbers
 in capitals are known when a kernel is compiled. Sums are in float32. ``R`` is 1 for
-one row, whose products are plain sums, or else ROWS rounded up to the 16 of tensor cores. ``BN``
-weight rows and ``BK`` columns are a tile.
+one row, whose products are plain sums, or else ROWS rounded up to the 8 or 16 of tensor cores.
+``BN`` weight rows and ``BK`` columns are a tile.
 """
 
 import triton
@@ -21,15 +21,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 @triton.jit
 def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
            R: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr, BN: tl.constexpr,
-           BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+           BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The sums over k of weight[outputs, k] x[row, k]: (BN, R); with NORM of x times gain, over
     the root of x's mean square. x is (ROWS, K), weight (OUTPUTS, K)."""
     k, row = tl.arange(0, BK), tl.arange(0, R)
     within = (outputs < OUTPUTS)[:, None]
     at = weight + outputs.to(tl.int64)[:, None] * K + k[None, :]
-    # A tile is asked for one turn ahead; the first, which does not depend on the kernel in front,
-    # before that has ended.
-    tile = tl.load(at, mask=within & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    if AHEAD:
+        # A tile is asked for one turn ahead, into registers; the first, which does not depend on
+        # the kernel in front, before that has ended. Else the compiler plans several turns ahead.
+        tile = tl.load(at, mask=within & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
     if PDL:
         gdc_wait()
     if R == 1:
@@ -38,8 +39,12 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
         sums, squares = tl.zeros([BN, R], tl.float32), tl.zeros([R, BK], tl.float32)
     for start in range(0, K, BK):
         column = start + k
-        following = tl.load(at + start + BK, mask=within & (column + BK < K)[None, :], other=0.0,
-                            eviction_policy="evict_first")  # fmt: skip
+        if AHEAD:
+            following = tl.load(at + start + BK, mask=within & (column + BK < K)[None, :],
+                                other=0.0, eviction_policy="evict_first")  # fmt: skip
+        else:
+            tile = tl.load(at + start, mask=within & (column < K)[None, :], other=0.0,
+                           eviction_policy="evict_first")  # fmt: skip
         if R == 1:
             some = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
         else:
@@ -57,7 +62,8 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
             sums += tile.to(tl.float32) * some[None, :]
         else:
             sums = tl.dot(tile, tl.trans(some.to(tile.dtype)), sums, input_precision="ieee")
-        tile = following
+        if AHEAD:
+            tile = following
     if PDL:
         gdc_launch_dependents()
     if R == 1:
@@ -80,10 +86,10 @@ def _pairs(sums, BN: tl.constexpr, R: tl.constexpr):
 def project(x, gain, weight, residual, y, OUTPUTS: tl.constexpr, K: tl.constexpr,
             ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
             EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-            PDL: tl.constexpr):  # fmt: skip
+            AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y (ROWS, OUTPUTS) = W x, of the normalised x with NORM, plus residual with RESIDUAL."""
     outputs, row = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, R)
-    sums = _weigh(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, NORM, EPSILON, BN, BK, PDL)
+    sums = _weigh(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, NORM, EPSILON, BN, BK, AHEAD, PDL)
     at = row[None, :] * OUTPUTS + outputs[:, None]
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     if RESIDUAL:
@@ -94,14 +100,14 @@ def project(x, gain, weight, residual, y, OUTPUTS: tl.constexpr, K: tl.constexpr
 @triton.jit
 def project_gated(x, gain, weight, y, OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
                   R: tl.constexpr, EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+                  AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y (ROWS, OUTPUTS) = silu(gate) up of the normalised x; weight holds the rows of all gates,
     then of all ups. A tile takes both rows of an output, so that they meet in one program."""
     half = tl.program_id(0) * (BN // 2)
     row, each = tl.arange(0, R), tl.arange(0, BN)
     # Those past the last output read another output's weights, and are not stored.
     both = half + each // 2 + (each % 2) * OUTPUTS
-    sums = _weigh(x, gain, weight, both, 2 * OUTPUTS, K, ROWS, R, True, EPSILON, BN, BK, PDL)
+    sums = _weigh(x, gain, weight, both, 2 * OUTPUTS, K, ROWS, R, True, EPSILON, BN, BK, AHEAD, PDL)
     gate, up = _pairs(sums, BN, R)
     outputs = half + tl.arange(0, BN // 2)
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
@@ -113,7 +119,7 @@ def project_heads(x, gain, weight, bias, cosines, sines, positions, slots, seque
                   values, capacity, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
                   ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr,
                   EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+                  AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Queries, keys and values of the normalised x, with bias, the first two turned; keys and
     values go straight into the cache.
 
@@ -124,7 +130,7 @@ def project_heads(x, gain, weight, bias, cosines, sines, positions, slots, seque
     first = tl.program_id(0) * BN
     OUTPUTS: tl.constexpr = (HEADS + 2 * GROUPS) * D
     outputs, row = first + tl.arange(0, BN), tl.arange(0, R)
-    sums = _weigh(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, True, EPSILON, BN, BK, PDL)
+    sums = _weigh(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, True, EPSILON, BN, BK, AHEAD, PDL)
     sums += tl.load(bias + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)[:, None]
     even, odd = _pairs(sums, BN, R)
     output = first + 2 * tl.arange(0, BN // 2)[:, None]

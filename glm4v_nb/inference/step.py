@@ -85,7 +85,11 @@ class _Layer(DynamicLayer):
         self.keys, self.values = (
             whole[:, :, : self.length] for whole in (self.all_keys, self.all_values)
         )
-        return self.keys, self.values
+        # What filled it from its begin, laid out as a growing cache has it: attention may choose
+        # another kernel, and plan it anew for every length, where positions lie apart.
+        if begin:
+            return self.keys, self.values
+        return key_states.contiguous(), value_states.contiguous()
 
 
 class FixedCache:
@@ -110,12 +114,12 @@ class _Part:
     def __init__(self, config, layers, caches, rows: int, sequences: int, capacity: int):
         self.config, self.layers, self.caches, self.capacity = config, layers, caches, capacity
         self.device, self.dtype = layers[0].device, layers[0].out.dtype
-        self.rows, self.R = rows, 1 if rows == 1 else 16
+        self.rows = rows
         self.splits = min(MOST_SPLITS, 1 << (-(-capacity // BLOCK) - 1).bit_length())
         # Dependent launch came with Hopper.
-        self.early = self.device.type == "cuda" and torch.cuda.get_device_capability(
-            self.device
-        ) >= (9, 0)
+        self.early = {"PDL": False}
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0):
+            self.early = {"PDL": True, "launch_pdl": True}
         heads, depth = config.num_attention_heads, config.head_dim
         self.x, self.middle = self._room(config.hidden_size), self._room(config.hidden_size)
         self.queries, self.attended = self._room(heads * depth), self._room(heads * depth)
@@ -141,13 +145,13 @@ class _Part:
         first, least = self.layers[0], {"heads": 2, "out": 1, "gate_up": 2, "down": 1}
         for name in least:
             shape = "x".join(map(str, getattr(first, name).shape))
-            key = f"{name} {shape}, {self.dtype}, {self.R} rows"
+            key = f"{name} {shape}, {self.dtype}, {row_count(self.rows)}"
 
             def run(tile, name=name):
                 for layer, cache in zip(self.layers, self.caches, strict=True):
                     self._product(name, layer, cache, tile)
 
-            self.tiles[name] = best_tile(key, self.R == 1, least[name], self.device, run)
+            self.tiles[name] = best_tile(key, self.rows == 1, least[name], self.device, run)
 
     def run(self):
         """Launch the layers' kernels: from x to x; then every row is a position further."""
@@ -158,17 +162,16 @@ class _Part:
             config.head_dim,
         )
         positions, slots, starts, sequences = self.state
-        early = {"PDL": self.early, "launch_pdl": self.early} if self.early else {"PDL": False}
         split = (self.parts, self.maxima, self.totals)
         for layer, cache in zip(self.layers, self.caches, strict=True):
             self._product("heads", layer, cache)
             kernels.attend[(self.rows, groups, self.splits)](
                 self.queries, *cache, starts, slots, sequences, *split, self.capacity,
                 SCALE=depth**-0.5, HEADS=heads, GROUPS=groups, H=max(16, heads // groups), D=depth,
-                SPLITS=self.splits, BT=BLOCK, num_warps=4, **early,
+                SPLITS=self.splits, BT=BLOCK, num_warps=4, **self.early,
             )  # fmt: skip
             kernels.combine[(self.rows * heads,)](
-                *split, self.attended, D=depth, SPLITS=self.splits, num_warps=4, **early
+                *split, self.attended, D=depth, SPLITS=self.splits, num_warps=4, **self.early
             )
             for name in ("out", "gate_up", "down"):
                 self._product(name, layer, cache)
@@ -204,10 +207,15 @@ class _Part:
 
     def _launch(self, kernel, weight_rows: int, tile: Tile, *operands, **constants):
         kernel[(-(-weight_rows // tile.rows),)](
-            *operands, ROWS=self.rows, R=self.R, EPSILON=self.config.rms_norm_eps, BN=tile.rows,
-            BK=tile.columns, PDL=self.early, num_warps=tile.warps, num_stages=1,
-            **({"launch_pdl": True} if self.early else {}), **constants,
+            *operands, ROWS=self.rows, R=tile.lanes, EPSILON=self.config.rms_norm_eps,
+            BN=tile.rows, BK=tile.columns, AHEAD=tile.stages == 1, num_warps=tile.warps,
+            num_stages=tile.stages, **self.early, **constants,
         )  # fmt: skip
+
+
+def row_count(rows: int) -> str:
+    """In a tile's name: all steps of more than one row share theirs."""
+    return "one row" if rows == 1 else "more rows"
 
 
 class Step:
@@ -245,12 +253,12 @@ class Step:
         self.logits = torch.empty(shape, dtype=self.head.dtype, device=self.head.device)
         self.slot = 0  # the furthest of the next step, counted here
         last = self.parts[-1]
-        key = f"head {'x'.join(map(str, self.head.shape))}, {self.head.dtype}, {last.R} rows"
+        key = f"head {'x'.join(map(str, self.head.shape))}, {self.head.dtype}, {row_count(rows)}"
 
         def head(tile):
             last.project(last.x, self.gain, self.head, None, self.logits, tile)
 
-        self._head_tile = best_tile(key, last.R == 1, 1, self.head.device, head)
+        self._head_tile = best_tile(key, rows == 1, 1, self.head.device, head)
         self._work = [self._run_part(index) for index in range(len(self.parts))]
         if self.parts[0].device.type == "cuda":
             self._work = [

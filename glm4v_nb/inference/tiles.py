@@ -15,19 +15,35 @@ from glm4v_nb.inference.graphs import captured, milliseconds
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a weight that a program takes at a time, and its threads in warps."""
+    """What a program takes at a time.
+
+    Attributes:
+        rows, columns: of the weight.
+        warps: its threads, in 32s.
+        stages: turns that loads are ahead, in shared memory; 1: one turn, in registers.
+        lanes: 1 for a step of one row; else for how many rows there is room, 8 or 16.
+    """
 
     rows: int
     columns: int
     warps: int
+    stages: int = 1
+    lanes: int = 1
 
 
-# For one row plain sums, long tiles; for more tensor cores, which want 16 rows or more.
-ONE_ROW = [Tile(1, 4096, 4), Tile(2, 1024, 4), Tile(2, 2048, 4), Tile(4, 1024, 4), Tile(8, 512, 4)]
-ONE_ROW += [Tile(2, 4096, 8), Tile(4, 1024, 8)]
-MORE_ROWS = [Tile(16, 256, 4), Tile(16, 512, 4), Tile(32, 128, 4), Tile(32, 256, 4)]
-MORE_ROWS += [Tile(64, 64, 4), Tile(16, 512, 8)]
-INTERPRETED = Tile(1024, 512, 4)  # each program costs milliseconds there, whatever its size
+# For one row plain sums; for more tensor cores, which take 16 rows of a weight or more.
+ONE_ROW = [
+    *(Tile(1, 4096, 4), Tile(2, 1024, 4), Tile(2, 2048, 4), Tile(4, 1024, 4), Tile(8, 512, 4)),
+    *(Tile(2, 4096, 8), Tile(4, 1024, 8)),
+]
+MORE_ROWS = [
+    *(Tile(16, 256, 1, 4, 8), Tile(16, 256, 1, 6, 8), Tile(16, 128, 1, 6, 8)),
+    *(Tile(16, 256, 2, 4, 8), Tile(16, 512, 4, 3, 8), Tile(32, 256, 1, 3, 8)),
+    *(Tile(32, 128, 1, 4, 8), Tile(32, 128, 2, 4, 8), Tile(32, 256, 2, 4, 8)),
+    *(Tile(64, 128, 4, 5, 8), Tile(64, 128, 4, 1, 16), Tile(64, 128, 4, 4, 16)),
+]
+# Interpreted programs cost milliseconds, whatever their size.
+INTERPRETED = {True: Tile(1024, 512, 4), False: Tile(1024, 512, 4, 2, 8)}
 
 
 def cache_file() -> Path:
@@ -41,10 +57,11 @@ def best_tile(name: str, one_row: bool, least: int, device: torch.device,
     """The fastest tile of a kernel.
 
     ``name`` has all that decides it besides card and versions: kernel, shape, dtype; ``least`` is
-    how many rows of the weight a program needs. ``run`` launches the kernel for all layers of a card, so that no weight is found in the card's cache.
+    how many rows of the weight a program needs. ``run`` launches the kernel for all layers of a
+    card, so that no weight is found in the card's cache.
     """
     if device.type != "cuda":
-        return INTERPRETED
+        return INTERPRETED[one_row]
     card = torch.cuda.get_device_name(device)
     key = f"{card}, torch {torch.__version__}, triton {triton.__version__}, {name}"
     known = _read()
