@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from memory import provenance
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from glm4v_nb.inference import set_decoding
 from glm4v_nb.inference.decoding import arguments as decoding_arguments
@@ -185,8 +185,7 @@ def answers(model, results, given, rungs=("eager", "fast"), cards=1):
 
 
 def peers(model, results, given):
-    """The rungs of transformers' own between."""
-    answers(model, results, given, ("static",))
+    """The rungs of transformers' own between, and the compiled one in a loop by hand."""
     set_decoding(model, "compiled")
     begin = time.perf_counter()
     answer_speed(model, 1, SHORT, 8)
@@ -194,7 +193,34 @@ def peers(model, results, given):
     measured = answer_speed(model, 1, SHORT)
     speed = measured.pop("tokens_per_second")
     row(results, "compiled", 1, SHORT, speed, build_seconds=built, **measured)
+    set_decoding(model, "static")
+    measured = answer_speed(model, 1, SHORT)
+    row(results, "static", 1, SHORT, measured.pop("tokens_per_second"), **measured)
     set_decoding(model, "eager")
+    hand_loop(model, results)
+
+
+@torch.no_grad()
+def hand_loop(model, results):
+    """One compiled step in CUDA graphs and a static cache, token after token."""
+    config = model.config.get_text_config(decoder=True)
+    cache = StaticCache(config=config, max_cache_len=SHORT + 2 * NEW_TOKENS)
+    prompt = make_prompt(model, Workload(images=0, text_tokens=SHORT - NEW_TOKENS // 2))
+    logits = model(**prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    position, begin = prompt["position_ids"][:, -1:], 0.0
+    for number in range(NEW_TOKENS + 8):
+        if number == 8:
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+        token, position = logits[:, -1:].argmax(-1), position + 1
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = step(
+            input_ids=token, position_ids=position, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        ).logits  # fmt: skip
+    torch.cuda.synchronize()
+    row(results, "hand loop", 1, SHORT, NEW_TOKENS / (time.perf_counter() - begin))
 
 
 def memory(model, results, given):
@@ -207,7 +233,8 @@ def memory(model, results, given):
         before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
         prompt = make_prompt(model, Workload(batch, images=images, text_tokens=text))
-        prompt.pop("image_mask") if not images else None
+        # What an image takes in the prompt is written as padding, and is none.
+        prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
         how = decoding_arguments(model, None)
         model.generate(**prompt, max_new_tokens=new, do_sample=False, **how)
         del prompt
@@ -266,6 +293,7 @@ def accuracy(model, results, given, tokens: int = 8):
     print(json.dumps(results["accuracy"]), flush=True)
 
 
+@torch.no_grad()
 def prompts(model, results, given):
     """Prefill of an image and 98 tokens: seconds, and the share of the product rate."""
     prompt = make_prompt(model, Workload(images=1, text_tokens=98))
@@ -279,6 +307,14 @@ def prompts(model, results, given):
     seconds = median_seconds(lambda: prefill(model, prompt), times=7)
     share = operations / seconds / results["limit"]["bfloat16_operations_per_second"]
     results["prefill"] = {"seconds": seconds, "operations": operations, "share_of_product": share}
+    # Text of the long context, into the model's own cache and into one of a fixed place.
+    long = make_prompt(model, Workload(images=0, text_tokens=LONG))
+    cache = FastDecoder().prepare(model, 1, LONG + 8)
+    for name, made in (("growing", DynamicCache), ("fixed", cache.empty)):
+        given_cache = (dict(past_key_values=made()) for _ in iter(int, 1))
+        results["prefill"][f"long_{name}_cache_seconds"] = median_seconds(
+            lambda each=given_cache: model(**long, **next(each), logits_to_keep=1), times=3, warm=1
+        )
     print(json.dumps(results["prefill"]), flush=True)
 
 
@@ -359,20 +395,21 @@ def miniature(model, results, given):
         logits = small(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, -1]
         return (logits[own[at]] - logits[other[at]]).item() / (logits[own[at]].item() / 128)
 
-    fused, gaps, lengths = {"custom_generate": small.fast_decoder}, [], []
-    for start in range(0, len(asked), MOST_ROWS):
-        some = asked[start : start + MOST_ROWS]
-        (_, plain), (_, fast) = answer(some, {}), answer(some, fused)
-        lengths += map(len, plain)
-        for one, own, other in zip(some, plain, fast, strict=True):
-            width = max(len(own), len(other))
-            own, other = (
-                each + [small.config.pad_token_id] * (width - len(each)) for each in (own, other)
-            )
-            if own != other:
-                gaps.append(gap(one, own, other))
+    def all_answers(at_a_time: int, how: dict) -> list[list[int]]:
+        groups = (asked[start : start + at_a_time] for start in range(0, len(asked), at_a_time))
+        return [ids for some in groups for ids in answer(some, how)[1]]
+
+    fused, gaps = {"custom_generate": small.fast_decoder}, []
+    pairs = zip(asked, all_answers(64, {}), all_answers(MOST_ROWS, fused), strict=True)
+    for one, own, other in pairs:
+        width = max(len(own), len(other))
+        own, other = (
+            each + [small.config.pad_token_id] * (width - len(each)) for each in (own, other)
+        )
+        if own != other:
+            gaps.append(gap(one, own, other))
     steps_taken, tokens, alone = 0, 0, []
-    for one in asked[: given.questions // 8]:
+    for one in asked[: given.questions // 20]:
         (_, plain), (_, looked) = answer([one], {}), answer([one], fused)
         steps_taken, tokens = steps_taken + small.fast_decoder.steps, tokens + len(looked[0])
         if plain != looked:
@@ -382,7 +419,7 @@ def miniature(model, results, given):
         "differ": len(gaps),
         "preferred_by_steps_of_bfloat16": gaps,
         "lookup": {
-            "questions": given.questions // 8,
+            "questions": given.questions // 20,
             "differ": len(alone),
             "preferred_by_steps_of_bfloat16": alone,
             "tokens_per_step": tokens / steps_taken,
@@ -392,12 +429,12 @@ def miniature(model, results, given):
 
 
 PARTS = {
-    "miniature": miniature,
     "steps": steps,
-    "answers": answers,
     "accuracy": accuracy,
     "memory": memory,
     "prompts": prompts,
+    "answers": answers,
+    "miniature": miniature,
     "peers": peers,
     "two": two,
     "load": load,

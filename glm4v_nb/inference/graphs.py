@@ -20,7 +20,7 @@ def captured(run: Callable[[], None], device: torch.device, pool=None) -> torch.
     return graph
 
 
-def milliseconds(graph: torch.cuda.CUDAGraph, device: torch.device, times: int = 5) -> float:
+def milliseconds(graph: torch.cuda.CUDAGraph, device: torch.device, times: int = 9) -> float:
     """The median of a few launches, by the card's clock."""
     measured = []
     with torch.cuda.device(device):
