@@ -60,6 +60,8 @@ def test_the_claim_of_the_readme_is_what_was_measured(compared):
         r" as simulated, and every peak of allocated memory was within 1 MiB",
         text,
     )
+    chinese = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    assert f"实测了 {runs} 次运行" in chinese
     rows = [row for _, _, rows in compared for row in rows]
     assert int(runs) == sum("| load |" not in row for row in rows)
     apart = [
