@@ -36,8 +36,12 @@ def found(text, output="", source="1 + 1"):
         ("It is 84 % of the model.", "84%"),
         ("It took 1.5 s.", "1500 ms"),
         ("Nine layers stay.", "{0: 9, 1: 31}"),
+        ("51.8 of 44.07 GiB.", "51.81 GiB, 44.07 GiB"),
         ("Two cards, three ways, 5 of them.", "nothing"),
-        ("Notebook 05 of 2026-11-25 on an RTX 5090, torch 2.11, issue #200, card 0.", "nothing"),
+        (
+            "Notebook 05 and [15 · Experiments](a) of 2026-11-25 on an RTX 5090, torch 2.11, issue #200, card 0.",
+            "nothing",
+        ),
         ("`batch_size=18` and ```\n17.5 GiB\n``` are code.", "nothing"),
         ("It takes 10.3 GiB (*cited*: its card).", "nothing"),
     ],
@@ -76,6 +80,7 @@ def test_a_figure_of_the_code_counts_and_one_of_another_text_cell_does_not():
     [
         "cited: 17.27 GiB, the data sheet",
         "arithmetic: 51.81 / 3 = 17.27 GiB",
+        "arithmetic: 51.81 / 3 = 17.3; 51.81 / 17.3 = 3; 51.81 / 3 = 17.27",
         "arithmetic: 2 * 51.81 = 103.62; 103.62 / 6 = 17.27",
         "measured: some.json, 17.27 GiB",
         "above: 17.27 GiB",

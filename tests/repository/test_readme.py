@@ -224,6 +224,31 @@ def test_the_readme_links_every_lesson_and_every_document_is_linked():
         assert path in links, path
 
 
+def test_the_readme_says_what_each_lesson_takes_as_the_registry_does():
+    registry = tomllib.loads((ROOT / "notebooks" / "registry.toml").read_text(encoding="utf-8"))
+    for entry in registry["notebook"]:
+        link = f"(notebooks/{entry['file']})"
+        (row,) = [line for line in TEXTS["README.md"].splitlines() if link in line]
+        minutes = f"{max(1, round(entry['minutes']))} + {entry.get('reading_minutes', '?')}"
+        assert row.endswith(f"| {minutes} |"), row
+
+
+MEASURED = [
+    (name, section.partition("\n")[0])
+    for name in ("README.md", "docs/accuracy.md", "docs/using.md", "simgpu/README.md")
+    for section in re.split(r"(?m)^#+ ", TEXTS[name])
+    if re.search(r"\b[Mm]easured\b", section)
+]
+
+
+@pytest.mark.parametrize(("name", "title"), MEASURED)
+def test_a_section_with_measured_figures_says_of_which_weights(name, title):
+    """Random ones, but for the miniature, which is trained."""
+    section = next(each for each in re.split(r"(?m)^#+ ", TEXTS[name]) if each.startswith(title))
+    words = " ".join(section.split())
+    assert re.search(r"[Rr]andom weights|weights were random|\btrained\b", words), title
+
+
 def test_every_test_that_holds_a_promise_of_security_is_there():
     named = set(re.findall(r"`(test_\w+)`", TEXTS["docs/security.md"]))
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-_BYTES = {"B": 1, "bytes": 1, "byte": 1}
+_BYTES = {"bytes": 1, "byte": 1}
 _BYTES |= {f"{letter}iB": 2 ** (10 * power) for power, letter in enumerate("KMGT", 1)}
 _BYTES |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
 _SECONDS = {"s": 1, "seconds": 1, "second": 1, "ms": Fraction(1, 1000)}
@@ -26,9 +26,9 @@ _WORD_VALUES |= {"thirty": 30, "forty": 40, "fifty": 50}
 
 # No figures: names of notebooks, cards, versions, dates, addresses, issues; and indices.
 _NAMES = re.compile(
-    r"https?://\S+|\d{4}-\d\d-\d\d|#\d+|\b(?:RTX|A|GLM-|CUDA|[Tt]orch|PyTorch|[Tt]ransformers"
+    r"https?://\S+|\b\d\d · |\d{4}-\d\d-\d\d|#\d+|\b(?:RTX|A|GLM-|CUDA|[Tt]orch|PyTorch|[Tt]ransformers"
     r"|accelerate|Python|Hopper|[Nn]otebooks?|[Ee]xercises?|[Ll]ayer|GPU|[Cc]ard|[Cc]ell) \d[\w.-]*"
-    r"(?!\d| ?(?:[KMGT]i?B|%))|\b\d[\d.]*(?=-bit)|\b0\d\b(?! ?[KMGT]i?B)"
+    r"(?!\d| ?(?:[KMGT]i?B|%))|\b\d+(?=-bit| bits?\b)|(?<![\d.,])0\d\b(?! ?[KMGT]i?B)"
 )
 _NUMBER = re.compile(
     rf"(?<![\w.^/#])(?<![A-Za-z]-)(?P<number>\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+(?:\.\d+)?)"
@@ -55,6 +55,11 @@ class Figure:
     digits: int = 0
     is_word: bool = False
 
+    @property
+    def tolerance(self) -> Fraction:
+        """Half of the last digit that is shown."""
+        return Fraction(1, 2) / Fraction(10) ** self.digits
+
     def stands_for(self, other: Figure) -> bool:
         """Whether another number, rounded to the digits that this one shows, is this one.
 
@@ -70,10 +75,11 @@ class Figure:
             candidates = {other.value * Fraction(other_size) / size}
         elif kind and abs(other.value) >= 10**6:
             candidates.add(other.value / Fraction(size))
-        tolerance = Fraction(1, 2) / Fraction(10) ** self.digits
         # Whole numbers without a unit are counts, which are not rounded.
         exact = not kind and self.digits <= 0 and self.value < 10_000
-        return any(abs(value - self.value) <= (0 if exact else tolerance) for value in candidates)
+        return any(
+            abs(value - self.value) <= (0 if exact else self.tolerance) for value in candidates
+        )
 
 
 def find_figures(text: str) -> list[Figure]:
