@@ -4,11 +4,18 @@ nbval compares the cells that are marked for it, and of the others notices error
 cell prints while the tests run is looked at here, so that nothing has to be executed twice.
 """
 
+import contextlib
 import gc
 import os
 from pathlib import Path
 
 import pytest
+
+# Triton decides when it is imported whether its own functions are interpreted, and libraries import
+# it sooner or later. Kernels that tests start must not inherit this.
+with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+    patch.setenv("TRITON_INTERPRET", "1")
+    import triton.language  # noqa: F401
 
 ROOT = Path(__file__).parent
 # Files of more than a minute, the longest first: one that starts last leaves other cores idle.
@@ -17,7 +24,8 @@ LONGEST = (
     "tests/repository/test_readme.py",
     "tests/glm4v_nb/test_limits.py",
     "tests/glm4v_nb/test_free_memory.py",
-    "notebooks/14_experiments.ipynb",
+    "notebooks/15_experiments.ipynb",
+    "notebooks/13_failure_clinic.ipynb",
     "tests/notebooks/test_on_gpus.py",
     "tests/nbsweep/test_dask_hosts.py",
     "tests/glm4v_nb/test_cli.py",
@@ -34,7 +42,20 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     places = {ROOT / name: place for place, name in enumerate(LONGEST)}
+    items[:] = _with_solutions(items)
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def _with_solutions(items):
+    """A notebook's folded solutions are run in its kernel, after its last cell."""
+    notebooks = {item.parent: item for item in items if type(item).__name__ == "IPyNbCell"}
+    if not notebooks:
+        return items
+    # Here, because not every test needs it.
+    from notebook_rules.solutions import solution_items
+
+    last = {item: solution_items(parent) for parent, item in notebooks.items()}
+    return [each for item in items for each in (item, *last.get(item, ()))]
 
 
 def pytest_collection_finish():
@@ -52,7 +73,10 @@ def pytest_runtest_call(item):
         # Here, because not every test needs it.
         from notebook_rules.outputs import check_outputs
 
-        if problems := check_outputs(item.cell, outputs):
+        problems = check_outputs(item.cell, outputs)
+        if check_solution := getattr(item, "check_solution", None):
+            problems += check_solution(outputs)
+        if problems:
             item.raise_cell_error(
                 "; ".join(f"{problem}. {advice} [{rule}]" for rule, problem, advice in problems)
             )

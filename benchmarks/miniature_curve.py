@@ -30,7 +30,7 @@ def plot_training_curve(log: Sequence[Mapping], title: str = "Training") -> Figu
             f"transformers {origin['transformers']}, {origin['date']}"
         )
         axes.set_ylabel("loss per answer token")
-        return finish(figure, {}, title=title)
+        return finish(figure, title, {}, title=title)
 
 
 def main():

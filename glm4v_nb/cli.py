@@ -74,6 +74,36 @@ def doctor(
     raise typer.Exit(1 if mend else 0)
 
 
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="The folder of a checkpoint.")],
+    as_json: option(bool, "Print one JSON object.", "--json") = False,
+):
+    """Is a checkpoint whole, and do CPU and GPUs agree on its first logits? Prints a block to copy
+    into a report; exit code 1 if something is wrong, or nothing could be run.
+
+    The official one takes 52 GiB of the computer's memory in float32, half of it in bfloat16; what
+    has no room is named and left out.
+    """
+    with progress("verifying") as show:
+        from glm4v_nb import verify as verification
+
+        found = verification.verify(directory, show)
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found.text)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def diagnose():
+    """Which known failure is the error message on stdin? `glm4v-nb diagnose < log.txt`; exit code 1
+    where it is none."""
+    from glm4v_nb import diagnose as clinic
+
+    found = clinic.diagnose(sys.stdin.read())
+    print(found)
+    raise typer.Exit(0 if found.cases else 1)
+
+
 # --- notebooks: run, sweep and report are nbsweep's own
 
 app.registered_commands += sweeping.app.registered_commands

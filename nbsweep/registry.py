@@ -33,6 +33,7 @@ class NotebookEntry(BaseModel):
         hardware: what it needs, such as "any" or "simulated or 2+ GPUs".
         timeout_seconds: the whole notebook is stopped after this long.
         minutes: expected on a laptop; the longest begin first.
+        reading_minutes: for who reads every word; None where nobody counted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +44,7 @@ class NotebookEntry(BaseModel):
     hardware: Annotated[str, Field(min_length=1)]
     timeout_seconds: Annotated[int, Field(gt=0)]
     minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    reading_minutes: Annotated[int, Field(gt=0)] | None = None
 
     @property
     def number(self) -> str:

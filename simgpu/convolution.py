@@ -147,7 +147,9 @@ def forward_scratch(a: dict, results: list, card) -> list:
 
 
 def backward(gradient, input, weight, bias_sizes, *settings) -> tuple:
-    """``aten::convolution_backward`` as cuDNN does it, one gradient after the other."""
+    """``aten::convolution_backward`` as cuDNN does it, one gradient after the other; what the
+    weight's needs of the input is copied before the first (aten/src/ATen/native/Convolution.cpp).
+    """
     stride, *_, groups, (of_input, of_weight, of_bias) = settings
     layout = _layout(input, weight)
     gradients = [None, None, None]
@@ -156,6 +158,7 @@ def backward(gradient, input, weight, bias_sizes, *settings) -> tuple:
         if size:
             torch.empty(size, dtype=torch.uint8, device=gradient.device)  # gone at once
 
+    moved_input = input.contiguous(memory_format=layout) if of_weight else input
     laid_out = gradient.contiguous(memory_format=layout)
     if of_input:
         gradients[0] = torch.empty_like(input, memory_format=layout)
@@ -163,11 +166,9 @@ def backward(gradient, input, weight, bias_sizes, *settings) -> tuple:
         scratch(_data_bytes(input, weight, gradient, stride, groups))
         del moved
     if of_weight:
-        moved = input.contiguous(memory_format=layout)
         gradients[1] = torch.empty_like(weight, memory_format=layout)
         scratch(_weight_bytes(gradient, input, weight, stride, groups))
-        del moved
-    del laid_out
+    del laid_out, moved_input
     if of_bias:
         gradients[2] = gradient.sum([0, *range(2, gradient.ndim)])
     return tuple(gradients)

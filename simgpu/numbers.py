@@ -262,6 +262,9 @@ class Numbers:
         """Indices with the places of a mask instead of the mask, where it is known."""
         found = []
         for index in indices:
+            if _is_mask(index) and not isinstance(index, FakeTensor):
+                found += index.nonzero().unbind(1)  # on the host, as PyTorch finds them there
+                continue
             if not _is_mask(index) or (numbers_of(index) is None and self.assume == "refuse"):
                 found.append(index)
                 continue

@@ -56,12 +56,17 @@ class OutOfMemoryMessage:
         return self.process_bytes - self.allocated_bytes - self.unallocated_bytes
 
 
-def parse_out_of_memory(message: str | BaseException) -> OutOfMemoryMessage:
+def parse_out_of_memory(message: str | BaseException | None) -> OutOfMemoryMessage:
     """Take the message of a ``torch.OutOfMemoryError`` apart.
 
     Raises:
-        ValueError: the text is not such a message.
+        ValueError: the text is not such a message, or there is none, as of a stage that fitted.
     """
+    if message is None:
+        raise ValueError(
+            "there is no out-of-memory message: what ran did fit. Expected one that does not;"
+            " choose a smaller card or a larger batch."
+        )
     text = str(message)
     device = re.search(r"GPU (\d+) has", text)
     found = {name: re.search(pattern, text) for name, pattern in _FIELDS.items()}

@@ -167,10 +167,23 @@ def _rows(a, results, card):
     return [] if indices.is_contiguous() else [Early([indices.numel() * indices.itemsize])]
 
 
+def _from_host(indices, like: torch.Tensor) -> list[Early]:
+    """Indices on the host are copied to the tensor's card, masks as the places they choose."""
+    masks = (torch.bool, torch.uint8)
+    sizes = [
+        int(each.count_nonzero()) * each.ndim * 8 if each.dtype in masks else each.numel() * 8
+        for each in indices
+        if each is not None and each.device != like.device
+    ]
+    return [Early(sizes)] if sizes else []
+
+
 def _indexed(a, results, card):
     """Two or more indices whose strides differ once they have one shape are copied
     (``make_info`` in TensorAdvancedIndexing.cpp)."""
     indices = [each for each in a["indices"] if each is not None]
+    if moved := _from_host(indices, a["self"]):
+        return moved
     if any(each.dtype in (torch.bool, torch.uint8) for each in indices):
         return []
     shape = torch.broadcast_shapes(*(each.shape for each in indices))
@@ -181,11 +194,14 @@ def _indexed(a, results, card):
 
 
 def _indexed_put(a, results, card):
-    if not a["accumulate"]:
-        return []
-    if any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in a["indices"]):
-        return []
-    return sorting.indexed_add_scratch(a["indices"], a["self"])
+    moved = _from_host(a["indices"], a["self"])
+    on_card = [
+        each for each in a["indices"] if each is not None and each.device == a["self"].device
+    ]
+    if not a["accumulate"] or any(each.dtype in (torch.bool, torch.uint8) for each in on_card):
+        return moved
+    sizes = [size for each in moved for size in each]
+    return sorting.indexed_add_scratch(a["indices"], a["self"], a["values"], sizes)
 
 
 def _reduced_at_places(a, results, card):

@@ -121,17 +121,22 @@ def embedding_scratch(indices: torch.Tensor, width: int, rows: int, by_frequency
     return [*at_once, pieces * _PLACE, pieces * width * 4]
 
 
-def indexed_add_scratch(indices, target: torch.Tensor) -> list:
-    """Of values added to places of ``target`` that may be named twice: the places are sorted."""
+def indexed_add_scratch(indices, target: torch.Tensor, values=None, moved=()) -> list:
+    """Of values added to places of ``target`` that may be named twice: the places are sorted.
+
+    ``values`` that do not lie there one by one are copied; ``moved`` are sizes of indices that
+    come from the host, of which the places are computed (``index_put_with_sort_kernel``).
+    """
     known = [index for index in indices if index is not None]
     count = math.prod(torch.broadcast_shapes(*(index.shape for index in known)))
     dims = [dim for dim, index in enumerate(indices) if index is not None]
     places = math.prod(target.shape[dim] for dim in dims)
     bits, place = max(1, math.ceil(math.log2(max(2, places)))), count * _PLACE
-    if len(known) > 1:
-        taken = [[place, place, place]]  # each dimension's part of the sum
-    else:
-        taken = [[place, place]]
+    # The sum, and with several dimensions each one's part of it.
+    taken = [[*moved, *[place] * (3 if len(known) > 1 else 2)]]
+    whole = count * (target.numel() // places) * target.itemsize
+    if values is not None and (values.nbytes != whole or not values.is_contiguous()):
+        taken.append(whole)
     return [*taken, place, place, place, [place, radix_sort(count, 8, 8, bits)]]
 
 

@@ -51,7 +51,7 @@ def load_checked(model_class, from_pretrained, name_or_path, *args, **kwargs):
         check_files(directory)
         if not isinstance(config, PreTrainedConfig):
             config = read_config(directory, **kwargs)
-        _check_weights(directory, model_class, config, kwargs.get("ignore_mismatched_sizes"))
+        check_weights(directory, model_class, config, kwargs.get("ignore_mismatched_sizes"))
     kwargs["device_map"] = keys_here(kwargs.get("device_map"))
     quantizer = kwargs.get("quantization_config")
     fields = quantizer if isinstance(quantizer, dict) else getattr(quantizer, "__dict__", {})
@@ -93,8 +93,17 @@ def _check_options(options: dict):
             )
 
 
-def _check_weights(directory: Path, model_class, config, accepts_other_sizes: bool | None):
-    """Compare the headers of the weights with index and configuration, before memory is taken."""
+def check_weights(
+    directory: Path, model_class, config, accepts_other_sizes: bool | None = None
+) -> tuple[int, list[str]]:
+    """Compare the headers of the weights with index and configuration, before memory is taken.
+
+    Returns:
+        how many tensors the files hold, and the names of those that the model does not take.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_checked``.
+    """
     stored = _stored_tensors(directory)
     layers = config.num_layers + config.vision_config.num_hidden_layers
     again = "Download config.json and the weights again, from the same checkpoint."
@@ -109,7 +118,7 @@ def _check_weights(directory: Path, model_class, config, accepts_other_sizes: bo
         model = model_class(config)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     is_quantized = getattr(config, "quantization_config", None) is not None
-    other_sizes, taken = [], set()
+    other_sizes, taken, left = [], set(), []
     for name, (shape, dtype) in stored.items():
         here = names_here(name)
         if taken.intersection(here):
@@ -119,6 +128,8 @@ def _check_weights(directory: Path, model_class, config, accepts_other_sizes: bo
             )
         parts = [wanted.pop(part) for part in here if part in wanted]
         taken.update(here if parts else ())
+        if not parts:
+            left.append(name)
         if not parts or (is_quantized and dtype not in _FLOATING):
             continue
         if dtype not in _FLOATING:
@@ -140,6 +151,7 @@ def _check_weights(directory: Path, model_class, config, accepts_other_sizes: bo
             f"{directory}: {len(other_sizes)} tensors have other sizes than config.json describes,"
             f" first {other_sizes[0]}. {again}"
         )
+    return len(stored), left
 
 
 def _stored_tensors(directory: Path) -> dict[str, tuple[list[int], str]]:

@@ -6,14 +6,29 @@ Functions take plain figures, memory in bytes, return a matplotlib figure, and w
 
 from glm4v_nb.plots.device_map import plot_device_map
 from glm4v_nb.plots.timeline import memory_by_purpose, plot_timeline
-from simgpu.plots import COLOURS, plot_frontier, plot_memory_bars, plot_path
+from simgpu.plots import (
+    COLOURS,
+    describe,
+    plot_frontier,
+    plot_layers,
+    plot_memory_bars,
+    plot_path,
+    plot_peaks,
+    plot_rounding,
+    plot_segments,
+)
 
 __all__ = [
     "COLOURS",
+    "describe",
     "memory_by_purpose",
     "plot_device_map",
     "plot_frontier",
+    "plot_layers",
     "plot_memory_bars",
     "plot_path",
+    "plot_peaks",
+    "plot_rounding",
+    "plot_segments",
     "plot_timeline",
 ]

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from glm4v_nb.placement import PlacedModule
-from simgpu.plots.style import CAPACITY, COLOURS, GIB, finish, styled
+from simgpu.plots.style import CAPACITY, COLOURS, GIB, finish, label_end, styled
 
 
 def plot_device_map(
@@ -34,19 +34,31 @@ def plot_device_map(
         for axes, (name, blocks) in zip(panels[:, 0], placements.items(), strict=True):
             for row, place in enumerate(rows[name]):
                 here = [block for block in blocks if block.place == place]
-                _draw_blocks(axes, row, here, gib_per_character=capacity_bytes / GIB / 105)
+                _draw_blocks(axes, row, here, capacity_bytes / GIB)
                 used |= {block.kind: COLOURS[block.kind] for block in here}
             axes.axvline(capacity_bytes / GIB, **CAPACITY)
             labels = [f"card {place}" if isinstance(place, int) else place for place in rows[name]]
             axes.set_yticks(range(len(labels)), labels)
             axes.set_ylim(len(labels) - 0.45, -0.55)
             axes.set_title(name)
-        axes.set_xlim(0, capacity_bytes / GIB * 1.04)
+        axes.set_xlim(0, capacity_bytes / GIB * 1.06)
         axes.set_xlabel(f"GiB of weights · {provenance}")
-        return finish(figure, used, True, title)
+        description = f"{title}, in GiB of weights. {_in_words(placements)}."
+        return finish(figure, description, used, True, title)
 
 
-def _draw_blocks(axes, row: int, blocks: Sequence[PlacedModule], gib_per_character: float):
+def _in_words(placements: Mapping[str, Sequence[PlacedModule]]) -> str:
+    said = []
+    for name, blocks in placements.items():
+        sizes: dict[str, float] = {}
+        for block in blocks:
+            place = f"card {block.place}" if isinstance(block.place, int) else str(block.place)
+            sizes[place] = sizes.get(place, 0) + block.bytes / GIB
+        said.append(f"{name}: " + ", ".join(f"{at} {size:.1f}" for at, size in sizes.items()))
+    return "; ".join(said)
+
+
+def _draw_blocks(axes, row: int, blocks: Sequence[PlacedModule], capacity_gib: float):
     """One row: cells as wide as the blocks' bytes, with the layers' numbers where there is room."""
     left = 0.0
     look = {"edgecolor": "white", "linewidth": 0.5}
@@ -60,8 +72,8 @@ def _draw_blocks(axes, row: int, blocks: Sequence[PlacedModule], gib_per_charact
         if kind.endswith("layer"):
             span = f"{numbers[0]}–{numbers[-1]}"
             for text in (f"{kind}s {span}", span):
-                if len(text) * gib_per_character < left - start:
+                if len(text) * capacity_gib / 105 < left - start:
                     middle = (start + left) / 2
                     axes.text(middle, row, text, ha="center", va="center", fontsize=10.5)
                     break
-    axes.text(left, row, f" {left:.1f}", va="center")
+    label_end(axes, left, row, [capacity_gib])

@@ -18,7 +18,7 @@ PURPOSES = {
     "KV cache": COLOURS["KV cache"],
     "workspace": COLOURS["workspace"],
     "activations": COLOURS["activations"],
-    "reserved, unused": "#DDDDDD",
+    "reserved, unused": COLOURS["unused"],
 }
 # A narrower sample is still drawn as wide as one of so many columns, or a peak would not be seen.
 COLUMNS = 600
@@ -87,7 +87,10 @@ def plot_timeline(
             progress = "allocations and releases, stages equally wide"
         axes.set_xlabel(f"{progress} · {samples[0]['provenance']}", fontsize=11)
         colours = {name: colour for name, colour in PURPOSES.items() if name in used}
-        return finish(figure, colours, only is None, title, columns=4)
+        description = f"{title}: {', '.join(colours)} stacked over {progress}. " + " ".join(
+            f"{axes.get_title()}." for axes in panels[:, 0]
+        )
+        return finish(figure, description, colours, only is None, title, columns=4)
 
 
 def _unit(cards: list[list[dict]], only: Sequence[str] | None) -> tuple[str, int]:

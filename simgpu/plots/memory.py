@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from simgpu.plots.style import CAPACITY, COLOURS, GIB, finish, styled
+from simgpu.plots.style import CAPACITY, COLOURS, GIB, finish, label_end, styled
 
 
 def plot_memory_bars(
@@ -21,6 +21,9 @@ def plot_memory_bars(
     ``capacity_bytes`` draws a line at the capacity: one for all bars, or one each.
     """
     used: dict[str, str] = {}
+    limits = capacity_bytes if isinstance(capacity_bytes, Mapping) else {}
+    if isinstance(capacity_bytes, int):
+        limits = dict.fromkeys(bars, capacity_bytes)
     with styled():
         figure, axes = plt.subplots(figsize=(9, 0.62 * len(bars) + 1.6))
         for row, (name, parts) in enumerate(bars.items()):
@@ -29,10 +32,9 @@ def plot_memory_bars(
                 used[kind] = colour = COLOURS.get(kind, "#BBBBBB")
                 axes.barh(row, size / GIB, left=left, color=colour, edgecolor="white", height=0.7)
                 left += size / GIB
-            axes.text(left, row, f" {left:.1f}", va="center")
+            label_end(axes, left, row, [limits[name] / GIB] if limits else [])
             if isinstance(capacity_bytes, Mapping):
-                limit = capacity_bytes[name] / GIB
-                axes.plot([limit] * 2, [row - 0.42, row + 0.42], **CAPACITY)
+                axes.plot([limits[name] / GIB] * 2, [row - 0.42, row + 0.42], **CAPACITY)
         if isinstance(capacity_bytes, int):
             axes.axvline(capacity_bytes / GIB, **CAPACITY)
         axes.set_yticks(range(len(bars)), list(bars))
@@ -40,7 +42,16 @@ def plot_memory_bars(
         axes.margins(x=0.1)
         axes.set_title(title)
         axes.set_xlabel(f"GiB · {provenance}")
-        return finish(figure, used, capacity_bytes is not None)
+        return finish(figure, _bars_in_words(bars, limits, title), used, bool(limits))
+
+
+def _bars_in_words(bars: Mapping, limits: Mapping, title: str) -> str:
+    said = []
+    for name, parts in bars.items():
+        sizes = [f"{kind} {size / GIB:.1f}" for kind, size in parts.items()]
+        sizes += [f"capacity {limits[name] / GIB:.1f}"] if limits else []
+        said.append(f"{name}: {', '.join(sizes)}")
+    return f"Stacked bars in GiB. {title}. {'; '.join(said)}."
 
 
 def plot_frontier(
@@ -76,7 +87,12 @@ def plot_frontier(
         axes.set_ylabel("samples at a time")
         axes.set_title(title)
         axes.set_xlabel(f"text tokens of the prompt, per sample · {provenance}")
-        return finish(figure, used)
+        fits = [
+            f"{name}: {', '.join(f'{batch} of {length} tokens' for length, batch in each.items())}"
+            for name, each in frontiers.items()
+        ]
+        description = f"Steps. {title}. Largest batch by prompt length. {'; '.join(fits)}."
+        return finish(figure, description, used)
 
 
 def plot_path(path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""JupyterLab with notebook 08 in a headless Chromium; without a Chromium these tests are not run,
+"""JupyterLab with notebook 09 in a headless Chromium; without a Chromium these tests are not run,
 and say so."""
 
 import json
@@ -17,7 +17,7 @@ import pytest
 from jupyter_client import BlockingKernelClient
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = "08_prompt_the_model.ipynb"
+NOTEBOOK = "09_prompt_the_model.ipynb"
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # Nothing but the page under test: Chromium would look for updates and its maker's services.
 QUIET = [
@@ -69,7 +69,7 @@ def lab_options() -> tuple[dict[str, str], list[str]]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """JupyterLab on a copy of notebook 08: (address, runtime directory)."""
+    """JupyterLab on a copy of notebook 09: (address, runtime directory)."""
     root, home = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("jupyter")
     notebook = nbformat.read(ROOT / "notebooks" / NOTEBOOK, as_version=4)
     for cell in notebook.cells:  # what the page shows was then made in this session
@@ -140,7 +140,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def page(browser, server):
-    """Notebook 08 open in JupyterLab with every cell executed."""
+    """Notebook 09 open in JupyterLab with every cell executed."""
     address, _ = server
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(30_000)

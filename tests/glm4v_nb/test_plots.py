@@ -1,7 +1,9 @@
 """Plots show the figures they are given; how they look is for people to judge."""
 
 import pytest
+import torch
 from benchmark_program import load_benchmark
+from PIL import Image
 
 import simgpu.plots
 from glm4v_nb import plots
@@ -15,6 +17,8 @@ BLOCKS = [
     PlacedModule("language_model.layers.0", "decoder layer", 1, 5 * GIB),
     PlacedModule("lm_head", "embedding and head", "cpu", 1 * GIB),
 ]
+PEAKS = {"text only": {1000: GIB, 2000: 2 * GIB, 4000: 3 * GIB}}
+LAYERS = {"plain": {"weights": [GIB, GIB], "gradients": [0, 2 * GIB]}}
 
 
 def texts(axes):
@@ -34,6 +38,75 @@ def test_every_picture_says_where_its_figures_come_from():
     assert bars.axes[0].get_xlabel() == "GiB · measured on H100"
     device_map = plot_device_map({"auto": BLOCKS}, 22 * GIB)
     assert device_map.axes[-1].get_xlabel() == "GiB of weights · simulated"
+    segments = plots.plot_segments([], provenance="measured on H100")
+    assert segments.axes[0].get_xlabel() == "MiB · measured on H100"
+    peaks = plots.plot_peaks(PEAKS, "text tokens", 4 * GIB)
+    assert peaks.axes[0].get_xlabel() == "text tokens · simulated"
+    layers = plots.plot_layers(LAYERS, [("tower", 2)], 4 * GIB, provenance="measured on H100")
+    assert layers.axes[0].get_xlabel() == "layer by layer · measured on H100"
+    rounding = plots.plot_rounding({"float32": torch.float32})
+    assert rounding.axes[0].get_xlabel() == "size of the number · arithmetic"
+
+
+def test_every_picture_says_in_words_what_it_shows():
+    """As IPython takes it: the words as plain text, and beside the PNG."""
+    bars = plot_memory_bars({"card 0": {"weights": 2 * GIB}}, 4 * GIB, "Weights")
+    data, metadata = bars._repr_mimebundle_(include=None, exclude=None)
+    words = "Stacked bars in GiB. Weights. card 0: weights 2.0, capacity 4.0."
+    assert data == {"text/plain": words} and metadata == {"image/png": {"alt": words}}
+    device_map = plot_device_map({"auto": BLOCKS}, 22 * GIB)._repr_mimebundle_()[0]["text/plain"]
+    assert "auto: card 0 6.0, card 1 5.0, cpu 1.0" in device_map
+    frontier = plot_frontier({"text": {32: 40}})._repr_mimebundle_()[0]["text/plain"]
+    assert "text: 40 of 32 tokens" in frontier
+    picture = plots.describe(Image.new("RGB", (2, 2)), "Two points.")
+    assert picture._repr_mimebundle_()[1]["image/jpeg"] == {"alt": "Two points."}
+
+
+def test_segments_are_drawn_with_their_holes():
+    blocks = [{"state": state, "size": 6 * 2**20} for state in ("inactive", "active_allocated")]
+    figure = plots.plot_segments([{"blocks": blocks}, {"blocks": blocks[1:]}])
+    axes = figure.axes[0]
+    assert [(patch.get_x(), patch.get_width()) for patch in axes.patches] == [
+        (0, 6),
+        (6, 6),
+        (0, 6),
+    ]
+    assert axes.patches[0].get_facecolor() != axes.patches[1].get_facecolor()
+    words = figure._repr_mimebundle_()[0]["text/plain"]
+    assert words.endswith("segment 1: 6 free, 6 in use; segment 2: 6 in use.")
+
+
+def test_peaks_are_lines_and_sizes_that_do_not_fit_are_marked_at_the_capacity():
+    figure = plots.plot_peaks(PEAKS, "text tokens", 4 * GIB, [8000], "Peaks")
+    line, capacity, crosses = figure.axes[0].lines
+    assert list(line.get_xdata()) == [1000, 2000, 4000] and list(line.get_ydata()) == [1, 2, 3]
+    assert set(capacity.get_ydata()) == {4}
+    assert (list(crosses.get_xdata()), list(crosses.get_ydata())) == ([8000], [4])
+    words = figure._repr_mimebundle_()[0]["text/plain"]
+    assert words.endswith("text only: 1.0 at 1000, 3.0 at 4000; capacity 4.0.")
+
+
+def test_layers_are_stacked_and_their_sections_named():
+    figure = plots.plot_layers(LAYERS, [("tower", 1), ("decoder", 1)], 4 * GIB)
+    axes = figure.axes[0]
+    tops = [area.get_paths()[0].vertices[:, 1].max() for area in axes.collections]
+    assert tops == [1, 3]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["tower", "decoder"]
+    words = figure._repr_mimebundle_()[0]["text/plain"]
+    assert "weights at most 1.0, gradients at most 2.0" in words
+
+
+def test_a_rounding_error_is_flat_in_a_types_range_and_one_outside():
+    axes = plots.plot_rounding({"float16": torch.float16}).axes[0]
+    errors = axes.lines[0].get_ydata()
+    assert errors[0] == errors[-1] == 1 and min(errors) == pytest.approx(2**-11, rel=0.3)
+
+
+@pytest.mark.parametrize("size", [21.7, 21.99, 22.0])
+def test_a_length_is_not_written_across_the_line_at_the_capacity(size):
+    bars = {"card 0": {"weights": int(size * GIB)}, "card 1": {"weights": 5 * GIB}}
+    ends = [text.get_position()[0] for text in plot_memory_bars(bars, 22 * GIB).axes[0].texts]
+    assert ends == [22, 5]
 
 
 def test_no_plot_is_without_a_test_of_its_label():
@@ -44,6 +117,7 @@ def test_no_plot_is_without_a_test_of_its_label():
     plots_here = {name for each in modules for name in vars(each) if name.startswith("plot_")}
     assert plots_here == {
         *("plot_memory_bars", "plot_device_map", "plot_frontier", "plot_timeline"),
+        *("plot_rounding", "plot_segments", "plot_peaks", "plot_layers"),
         "plot_path",  # which draws nothing
     }
 

@@ -49,7 +49,7 @@ def printed(text, name="stdout"):
     return new_output("stream", name=name, text=text)
 
 
-def picture(alternative="", **texts):
+def picture(alternative="Two points.", **texts):
     """A picture as a cell shows it, with an alternative text beside it and texts in its file."""
     info, file = PngInfo(), io.BytesIO()
     for key, value in texts.items():
@@ -75,7 +75,7 @@ def bomb() -> str:
 
 
 def shown(kind, content):
-    return new_output("display_data", data={kind: content})
+    return new_output("display_data", data={kind: content}, metadata={kind: {"alt": "Two points."}})
 
 
 def code(source, *outputs, tags=()):
@@ -122,6 +122,30 @@ ZERO_DIVISION = new_output(
 )
 # Name → rule, cell, words of the problem, words of the advice.
 BAD_CELLS = {
+    "a picture without words": (
+        "alternative-text",
+        code("plot_it()", picture("", label="x"), tags=["illustration"]),
+        "its output of kind image/png has no alternative text",
+        "describe(picture",
+    ),
+    "a long line": (
+        "shape",
+        code(f"name = {'x' * 94!r}"),
+        "has 103 characters; expected at most 100 a line",
+        "Break the line",
+    ),
+    "a comment for nbval": (
+        "shape",
+        code("# NBVAL_CHECK_OUTPUT\n1 + 1"),
+        "the comment NBVAL_CHECK_OUTPUT",
+        "Tag the cell nbval-check-output",
+    ),
+    "an assertion": (
+        "shape",
+        code("if 1:\n    assert 1 + 1 == 2"),
+        "it asserts something",
+        "say what it expected",
+    ),
     "an error": (
         "error",
         code("1 / 0", ZERO_DIVISION),
@@ -280,7 +304,8 @@ def test_a_path_in_the_text_of_a_lesson_is_found_with_the_number_of_the_text(les
 
 
 def too_large(lesson):
-    lesson.cells[3].source = "# " + MAX_BYTES * "x"
+    lesson.cells[3].source = MAX_BYTES // 50 * f"# {'x' * 50}\n"
+    lesson.cells.append(code("2 + 2"))
 
 
 def two_parameter_cells(lesson):
@@ -323,7 +348,17 @@ def nothing_run(lesson):
     lesson.cells[2].outputs = []
 
 
+def wordy(lesson):
+    lesson.cells[0].source = "# 01 · Lesson\n\n" + "word " * 58
+
+
+def long_cells(lesson):
+    lesson.cells[3:] = [code("1 + 1\n" * 7), code("2 + 2\n" * 7), code("3 + 3\n" * 7)]
+
+
 BAD_NOTEBOOKS = [
+    (wordy, "shape", "have 62 words at the median; expected at most 60", "Say less"),
+    (long_cells, "shape", "have 7 lines at the median; expected at most 6", "Move what is not"),
     (too_large, "size", "expected at most 300,000", "Draw fewer"),
     (two_parameter_cells, "parameters", "has 2 of them", "Put the tag on the one cell"),
     (no_parameters, "parameters", "but has none", "Put the tag on the one cell"),
@@ -341,6 +376,34 @@ BAD_NOTEBOOKS = [
     (execution_times, "metadata", "finds cell 3: metadata execution", "nb-clean clean"),
     (nothing_run, "outputs", "no cell has a stored output", "tools/refresh_notebooks.py 01"),
 ]
+
+
+def test_a_lesson_says_what_it_takes_as_the_registry_does(lesson, check):
+    takes = "# 01 · Lesson\n\n**Takes** about {} minute to run, {} to read."
+    entry = ENTRY.model_copy(update={"reading_minutes": 1})
+    lesson.cells[0].source = takes.format(1, 1)
+    assert check(lesson, entry) == []
+    for said in (takes.format(1, 2), takes.format(2, 1), "# 01 · Lesson"):
+        lesson.cells[0].source = said
+        (finding,) = check(lesson, entry)
+        assert finding.rule == "reading-time"
+        assert "'**Takes** about 1 minutes to run, 1 to read'" in finding.problem
+    lesson.cells[0].source = takes.format(1, 4)
+    (finding,) = check(lesson, ENTRY.model_copy(update={"reading_minutes": 4}))
+    assert "4 minutes to read; it has 20 words" in finding.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [("Look: ![](a.svg)", "![what it shows]"), ('<img src="a.png">', '<img alt="what it')],
+)
+def test_a_picture_in_a_text_has_an_alternative_text(text, advice, lesson, check):
+    lesson.cells.append(new_markdown_cell(text))
+    (finding,) = check(lesson)
+    assert (finding.where, finding.rule) == ("text cell 2", "alternative-text")
+    assert advice in finding.advice
+    lesson.cells[-1].source = '![Two points](a.svg) and <img alt="one point" src="a.png">'
+    assert check(lesson) == []
 
 
 @pytest.mark.parametrize(("spoil", "rule", "problem", "advice"), BAD_NOTEBOOKS)
@@ -719,11 +782,12 @@ def test_the_guide_for_contributors_lists_every_rule_and_each_has_a_notebook_her
         {rule for rule, *_ in BAD_CELLS.values()}
         | {rule for _, rule, *_ in BAD_NOTEBOOKS}
         | {"format"}
+        | {"reading-time", "prose-figure", "prose-mark"}  # tested beside the others
     )
     assert listed == broken
     rules = ROOT / "tools" / "notebook_rules"
-    sources = [rules / name for name in ("stored.py", "outputs.py")]
-    rule = r'(?:yield \(?|Finding\(path.name, "",)\s*"([a-z-]+)",'
+    sources = [rules / name for name in ("stored.py", "outputs.py", "prose.py", "shape.py")]
+    rule = r'(?:yield \(?|return |append\(\(|Finding\(path.name, "",)\s*"([a-z-]+)",'
     given = re.findall(rule, "".join(map(Path.read_text, sources)))
     assert set(given) == listed
 

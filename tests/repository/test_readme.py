@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+READMES = ("README.md", "README.zh-CN.md")
 DOCUMENTS = [
-    README,
+    *(ROOT / name for name in READMES),
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -35,7 +35,9 @@ COMMANDS = list(
         if line.startswith((".venv/bin/glm4v-nb ", ".venv/bin/simgpu "))
     )
 )
-PYTHON = [(name, block) for name, language, block in BLOCKS if language == "python"]
+# By code, so that what two documents share runs once.
+PYTHON = {block: name for name, language, block in reversed(BLOCKS) if language == "python"}
+PYTHON = [(name, block) for block, name in reversed(PYTHON.items())]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
@@ -54,13 +56,30 @@ def run(words: list[str]) -> subprocess.CompletedProcess:
     return done
 
 
-def test_the_readme_is_one_page_and_success_comes_before_what_takes_minutes():
-    text = TEXTS["README.md"]
+@pytest.mark.parametrize(
+    ("name", "questions"), [("README.md", "Questions"), (READMES[1], "常见问题")]
+)
+def test_a_readme_is_one_page_and_success_comes_before_what_takes_minutes(name, questions):
+    text = TEXTS[name]
     assert len(text.encode()) <= 9000
     assert text.index("glm4v-nb fit --card L4 --count 2") < text.index("make run")
-    assert text.count("\n![") == 2, "one picture, besides the row of badges"
-    questions = text.partition("\n## Questions\n")[2].partition("\n## ")[0]
-    assert len(re.findall(r"^\*\*[^*]+\?\*\*", questions, flags=re.MULTILINE)) == 5
+    pictures = re.findall(r"^!\[[^]]*\]\((?!http)", text, flags=re.MULTILINE)
+    assert len(pictures) == 1, "one picture, besides badges"
+    questions = text.partition(f"\n## {questions}\n")[2].partition("\n## ")[0]
+    assert len(re.findall(r"^\*\*[^*]+[?？]\*\*", questions, flags=re.MULTILINE)) == 5
+
+
+def test_the_chinese_readme_has_the_commands_and_the_code_of_the_english_one():
+    english, chinese = (
+        [block for name, _, block in BLOCKS if name == readme] for readme in READMES
+    )
+    without_comments = [
+        [re.sub(r"^(make .*?) *#.*", r"\1", block, flags=re.MULTILINE) for block in blocks]
+        for blocks in (english, chinese)
+    ]
+    assert without_comments[0] == without_comments[1]
+    for one, other in (READMES, READMES[::-1]):
+        assert f"]({other})" in TEXTS[one]
 
 
 def test_every_command_of_the_documents_is_tested_here():
@@ -70,6 +89,7 @@ def test_every_command_of_the_documents_is_tested_here():
         "run",
         "sweep",
         "report",
+        "verify",
     }
 
 
@@ -81,8 +101,11 @@ def test_a_fit_command_of_the_documents_fits(command):
     assert "fits" in run(shlex.split(command)).stdout
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if " doctor" in command])
-def test_the_doctor_of_the_documents_finds_nothing_to_mend(command):
+CHECKS = [command for command in COMMANDS if re.search(" (doctor|verify)", command)]
+
+
+@pytest.mark.parametrize("command", CHECKS)
+def test_what_the_documents_let_check_has_nothing_to_mend(command):
     run(shlex.split(command))
 
 
@@ -195,9 +218,35 @@ def test_the_readme_links_every_lesson_and_every_document_is_linked():
         for link in re.findall(r"\]\(((?!http)[^)]+)\)", text)
     }
     for entry in registry["notebook"]:
-        assert f"](notebooks/{entry['file']})" in TEXTS["README.md"], entry["file"]
+        for name in READMES:
+            assert f"](notebooks/{entry['file']})" in TEXTS[name], (name, entry["file"])
     for path in (*sorted((ROOT / "docs").glob("*.*")), ROOT / "CITATION.cff"):
         assert path in links, path
+
+
+def test_the_readme_says_what_each_lesson_takes_as_the_registry_does():
+    registry = tomllib.loads((ROOT / "notebooks" / "registry.toml").read_text(encoding="utf-8"))
+    for entry in registry["notebook"]:
+        link = f"(notebooks/{entry['file']})"
+        (row,) = [line for line in TEXTS["README.md"].splitlines() if link in line]
+        minutes = f"{max(1, round(entry['minutes']))} + {entry.get('reading_minutes', '?')}"
+        assert row.endswith(f"| {minutes} |"), row
+
+
+MEASURED = [
+    (name, section.partition("\n")[0])
+    for name in ("README.md", "docs/accuracy.md", "docs/using.md", "simgpu/README.md")
+    for section in re.split(r"(?m)^#+ ", TEXTS[name])
+    if re.search(r"\b[Mm]easured\b", section)
+]
+
+
+@pytest.mark.parametrize(("name", "title"), MEASURED)
+def test_a_section_with_measured_figures_says_of_which_weights(name, title):
+    """Random ones, but for the miniature, which is trained."""
+    section = next(each for each in re.split(r"(?m)^#+ ", TEXTS[name]) if each.startswith(title))
+    words = " ".join(section.split())
+    assert re.search(r"[Rr]andom weights|weights were random|\btrained\b", words), title
 
 
 def test_every_test_that_holds_a_promise_of_security_is_there():

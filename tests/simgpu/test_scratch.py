@@ -155,6 +155,63 @@ def test_convolutions_take_copies_with_channels_side_by_side(input, weight, stri
     assert forward_scratch(arguments, [output], H100) == [[], *([] if found is None else [found])]
 
 
+def test_the_gradients_of_a_convolution_hold_what_a_trace_shows():
+    """Allocated at the same time, on four H200 (torch 2.11, 2026-11-27): the input laid out by
+    channels, its gradient and the weight laid out, in the backward pass of GLM-4V's tower."""
+    features = (2, 1792, 80, 80)
+    with Rig("H200"):
+        rows = torch.empty(2, 6401, 1792, dtype=torch.bfloat16, device="cuda")[:, 1:]
+        image = rows.permute(0, 2, 1).reshape(features)
+        weight = torch.empty(4096, 1792, 2, 2, dtype=torch.bfloat16, device="cuda")
+        gradient = torch.empty(2, 4096, 40, 40, dtype=torch.bfloat16, device="cuda")
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        requested = "requested_bytes.all.peak"
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()[requested]
+        settings = ([4096], [2, 2], [0, 0], [1, 1], False, [0, 0], 1)
+        results = ATEN.convolution_backward(
+            gradient, image, weight, *settings, (True, False, False)
+        )
+        without = torch.cuda.memory_stats()[requested] - before
+        del results
+        torch.cuda.reset_peak_memory_stats()
+        ATEN.convolution_backward(gradient, image, weight, *settings, (True, True, False))
+        both = torch.cuda.memory_stats()[requested] - before
+    assert without == 45_875_200 + 58_720_256
+    assert both == 2 * 45_875_200 + 58_720_256
+
+
+ROWS = 10**6
+_MASK = torch.arange(ROWS) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("use", "most"),
+    [
+        (lambda table, on, under: table[on], 72_000_000),
+        (lambda table, on, under: table[on, on % 16], 20_000_000),
+        (lambda table, on, under: table[_MASK], 36_000_000),
+        (lambda table, on, under: table.__setitem__(on, under), 8_000_000),
+        (lambda table, on, under: table.__setitem__(_MASK, under), 4_000_000),
+        (lambda table, on, under: table.index_put_((on,), under, accumulate=True), 112_229_887),
+        (
+            lambda table, on, under: table.index_put_((on.cuda(),), under, accumulate=True),
+            120_229_887,
+        ),
+    ],
+)
+def test_indices_on_the_host_are_copied_to_the_card(use, most):
+    """Bytes requested at the same time on an H200 (torch 2.11, 2026-11-27; there the mask was a
+    random one, of 18 rows more, and the indices on the card were so before the count)."""
+    with Rig("H200"):
+        table, under = torch.empty(ROWS, 16, device="cuda"), torch.empty(16, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+        kept = use(table, torch.arange(ROWS), under)
+        assert torch.cuda.memory_stats()["requested_bytes.all.peak"] - before == most
+        del kept
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_lstm_runs_in_one_call_whose_workspace_and_reserve_were_traced(dtype):
     rig = Rig.simulated("H100")

@@ -25,6 +25,8 @@ from nbsweep.registry import NotebookEntry
 
 from .machine_traces import find_machine_traces
 from .outputs import Problem, cell_tree, check_outputs, check_printed_figures
+from .prose import NOT_YET, check_prose
+from .shape import check_cell, check_lesson
 
 # The suite's largest has 285 KB. A page of this size still opens at once, and its changes can be
 # reviewed.
@@ -104,8 +106,14 @@ def check_notebook(path: Path, entry: NotebookEntry | None) -> list[Finding]:
     findings = [Finding(path.name, "", *problem) for problem in _check_whole(path, notebook, entry)]
     # As they are stored: to the others nbformat has given ids.
     ids = [cell.get("id") for cell in json.loads(content)["cells"]]
+    is_held = path.name not in NOT_YET
+    prose = check_prose(notebook) if is_held else {}
+    if is_held:
+        shape = check_lesson(notebook, entry)
+        findings += [Finding(path.name, "", *problem) for problem in shape]
     for number, (where, cell, context) in enumerate(_cells(notebook)):
-        problems = [*_check_id(ids, number), *_check_source(cell)]
+        problems = [*_check_id(ids, number), *_check_source(cell), *prose.get(number, ())]
+        problems += check_cell(cell) if is_held else ()
         if cell.cell_type == "code":
             problems += check_outputs(cell, cell.outputs)
             problems += check_printed_figures(cell.outputs, context)
@@ -259,5 +267,5 @@ def asks_for_its_runner(tree: ast.AST) -> list[str]:
 
 def _as_sentence(text: str) -> str:
     return (
-        f"{text[:1].upper()}{text[1:]}." if text else "See notebooks/registry.toml and notebook 14."
+        f"{text[:1].upper()}{text[1:]}." if text else "See notebooks/registry.toml and notebook 15."
     )
