@@ -43,7 +43,7 @@ def plot_peaks(
         axes.set_ylabel("GiB")
         axes.set_xlabel(f"{size} · {provenance}")
         figure.legend(loc="outside lower center", ncols=4, fontsize=11)
-        return finish(figure, {}, title=title)
+        return finish(figure, _lines_in_words(lines, capacity, size, title), {}, title=title)
 
 
 def plot_layers(
@@ -78,4 +78,20 @@ def plot_layers(
             axes.set_title(name)
             axes.set_xlabel(f"layer by layer · {provenance}")
         row[0][0].set_ylabel("GiB")
-        return finish(figure, used, True, title)
+        return finish(figure, _layers_in_words(panels, title), used, True, title)
+
+
+def _lines_in_words(lines: Mapping, capacity: float, size: str, title: str) -> str:
+    said = []
+    for name, points in lines.items():
+        (first, low), *_, (last, high) = points.items()
+        said.append(f"{name}: {low / GIB:.1f} at {first}, {high / GIB:.1f} at {last}")
+    return f"Lines in GiB by {size}. {title}. {'; '.join(said)}; capacity {capacity:.1f}."
+
+
+def _layers_in_words(panels: Mapping, title: str) -> str:
+    said = []
+    for name, parts in panels.items():
+        sizes = [f"{kind} at most {max(held) / GIB:.1f}" for kind, held in parts.items()]
+        said.append(f"{name}: {', '.join(sizes)}")
+    return f"Stacked areas in GiB, layer by layer. {title}. {'; '.join(said)}."
