@@ -39,7 +39,6 @@ NOT_YET = frozenset(
     {
         "00_check_your_machine.ipynb",
         "04_bfloat16.ipynb",
-        "05_activations.ipynb",
         "06_training.ipynb",
         "14_deploy_step_by_step.ipynb",
         "15_experiments.ipynb",
