@@ -4,13 +4,16 @@ stored in them."""
 import configparser
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
+from matplotlib import colors
 from notebook_rules.stored import check_notebook
 
 from nbsweep.plan import plan_notebook
 from nbsweep.registry import load_registry
+from simgpu.plots import COLOURS
 
 SANITIZE = Path(__file__).parent / "sanitize.cfg"
 ROOT = Path(__file__).parents[2]
@@ -39,6 +42,34 @@ def test_the_registries_list_every_notebook_and_every_listed_one_exists():
 @pytest.mark.parametrize(("path", "entry"), STORED, ids=[path.stem for path, _ in STORED])
 def test_a_stored_notebook_keeps_every_rule(path, entry):
     assert [str(finding) for finding in check_notebook(path, entry)] == []
+
+
+@pytest.mark.parametrize("path", [path for path, _ in STORED], ids=lambda path: path.stem)
+def test_no_link_or_picture_of_a_notebook_leads_nowhere(path):
+    cells = nbformat.read(path, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    for link in re.findall(r"\]\(((?!http)[^)#]+)", text):
+        assert (path.parent / link).exists(), link
+
+
+def is_quiet(colour: str) -> bool:
+    """Whether a colour is a grey, or so light that it only is a ground."""
+    channels = colors.to_rgb(colour)
+    return max(channels) - min(channels) < 0.01 or min(channels) > 0.85
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "notebooks").rglob("*.svg")), ids=lambda path: path.stem
+)
+def test_a_drawing_has_a_title_and_a_description_and_the_pictures_colours(path):
+    drawing = ElementTree.parse(path).getroot()
+    named = {child.get("id"): child.text for child in drawing}
+    assert drawing.get("role") == "img"
+    words = [named[name] for name in drawing.get("aria-labelledby").split()]
+    assert len(words) == 2 and all(words)
+    colours = {element.get("fill") for element in drawing.iter()} - {None, "none"}
+    loud = {colour for colour in colours if not is_quiet(colour)}
+    assert loud <= set(COLOURS.values()), "told apart by the colour-blind"
 
 
 def test_at_least_a_hundred_cells_are_compared_with_their_stored_output():

@@ -23,7 +23,9 @@ _TAKES = re.compile(r"\*\*Takes\*\* about (\d+) minutes? to run, (\d+) to read")
 
 
 def check_lesson(notebook: NotebookNode, entry: NotebookEntry | None) -> Iterator[Problem]:
-    """The rules for a notebook as a whole."""
+    """The rules for a lesson as a whole; a notebook without a number is to be rerun, not read."""
+    if entry and not entry.number.isdecimal():
+        return
     texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     codes = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     words = median([_words(text) for text in texts] or [0])
