@@ -41,7 +41,6 @@ NOT_YET = frozenset(
         "07_cleanup.ipynb",
         "08_watch_memory.ipynb",
         "09_prompt_the_model.ipynb",
-        "14_deploy_step_by_step.ipynb",
         "15_experiments.ipynb",
     }
 )
