@@ -332,8 +332,6 @@ def two(model, results, given):
 
 def load(model, results, given):
     """Loading a checkpoint beside one plain read into pinned memory with a copy."""
-    from glm4v_nb.inference import load as load_checkpoint
-
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(given.checkpoint or scratch)
         if not list(directory.glob("*.safetensors")):
@@ -366,7 +364,7 @@ def load(model, results, given):
         results["load"] = {"seconds": seconds, "plain_read_seconds": read, "bytes": size}
         results["load"]["share_of_plain_read"] = read / seconds
         print(json.dumps(results["load"]), flush=True)
-        del loaded, load_checkpoint
+        del loaded
 
 
 @torch.inference_mode()

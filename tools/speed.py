@@ -95,25 +95,19 @@ def draw(path: Path):
     limit = rows[0]["tokens_per_second"] / rows[0]["share_of_limit"]
     with styled("x"):
         figure, axes = plt.subplots(figsize=(8, 2.6))
+        speeds = [row["tokens_per_second"] for row in rows]
         names = [ABOUT[row["rung"]].replace("`", "") for row in rows]
-        bars = axes.barh(names, [row["tokens_per_second"] for row in rows])
-        for bar, row in zip(bars, rows, strict=True):  # inside where a bar ends at the limit
-            end, inside = bar.get_width(), row["share_of_limit"] > 0.85
-            axes.annotate(
-                f"{end:.0f}",
-                (end, bar.get_y() + bar.get_height() / 2),
-                xytext=(-4 if inside else 4, 0),
-                textcoords="offset points",
-                ha="right" if inside else "left",
-                va="center",
-                color="white" if inside else "black",
-            )
+        labels = [f"{name}  {speed:.0f}" for name, speed in zip(names, speeds, strict=True)]
+        axes.barh(labels, speeds)
         axes.axvline(limit, color="black", linestyle="--")
-        axes.text(limit * 1.01, 0, f"limit\n{limit:.0f}", va="center")
-        axes.set_xlim(0, limit * 1.12)
+        axes.text(limit + 1, 0.2, f"limit\n{limit:.0f}")
+        axes.set_xlim(0, 1.1 * limit)
         axes.invert_yaxis()
-        axes.set_xlabel(f"tokens a second, one prompt of {rows[0]['context']:,} tokens")
-        figure.suptitle(_provenance(one), fontsize="small", x=0.01, ha="left")
+        axes.set_xlabel(
+            f"tokens a second, one prompt of {rows[0]['context']:,} tokens, random weights\n"
+            f"{_provenance(one)}",
+            fontsize="small",
+        )
         figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
         plt.close(figure)
 
