@@ -54,8 +54,8 @@ def page() -> str:
         f" in norm, those of a plain bfloat16 step {accuracy['bfloat16_distance_from_float32']:.1%}"
         f" ({accuracy['tokens']} tokens, random weights).",
         f"- Of {small['questions']:,} answers of the miniature, in batches of 8,"
-        f" {small['differ']} differ from eager's; of {lookup['questions']} with prompt lookup {lookup['differ']}, at"
-        f" {lookup['tokens_per_step']:.2f} tokens a step.",
+        f" {small['differ']} differ from eager's; of {lookup['questions']} with prompt lookup"
+        f" {lookup['differ']}, at {lookup['tokens_per_step']:.2f} tokens a step.",
         f"- A step that verifies 8 tokens takes {one['verify_step_seconds'] * 1e3:.2f} ms.",
         f"- Prefill of an image and 98 tokens: {prefill['seconds'] * 1e3:.0f} ms,"
         f" {prefill['share_of_product']:.1%} of the rate of a large product, eager.",
@@ -97,12 +97,23 @@ def draw(path: Path):
         figure, axes = plt.subplots(figsize=(8, 2.6))
         names = [ABOUT[row["rung"]].replace("`", "") for row in rows]
         bars = axes.barh(names, [row["tokens_per_second"] for row in rows])
-        axes.bar_label(bars, fmt="%.0f", padding=3)
+        for bar, row in zip(bars, rows, strict=True):  # inside where a bar ends at the limit
+            end, inside = bar.get_width(), row["share_of_limit"] > 0.85
+            axes.annotate(
+                f"{end:.0f}",
+                (end, bar.get_y() + bar.get_height() / 2),
+                xytext=(-4 if inside else 4, 0),
+                textcoords="offset points",
+                ha="right" if inside else "left",
+                va="center",
+                color="white" if inside else "black",
+            )
         axes.axvline(limit, color="black", linestyle="--")
-        axes.text(limit, -0.75, f"limit {limit:.0f} ", ha="right")
+        axes.text(limit * 1.01, 0, f"limit\n{limit:.0f}", va="center")
+        axes.set_xlim(0, limit * 1.12)
         axes.invert_yaxis()
         axes.set_xlabel(f"tokens a second, one prompt of {rows[0]['context']:,} tokens")
-        axes.set_title(_provenance(one), fontsize="small")
+        figure.suptitle(_provenance(one), fontsize="small", x=0.01, ha="left")
         figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
         plt.close(figure)
 
