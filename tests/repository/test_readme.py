@@ -229,7 +229,7 @@ def test_the_readme_says_what_each_lesson_takes_as_the_registry_does():
     for entry in registry["notebook"]:
         link = f"(notebooks/{entry['file']})"
         (row,) = [line for line in TEXTS["README.md"].splitlines() if link in line]
-        minutes = f"{max(1, round(entry['minutes']))} + {entry.get('reading_minutes', '?')}"
+        minutes = f"{max(1, round(entry['minutes']))} + {entry['reading_minutes']}"
         assert row.endswith(f"| {minutes} |"), row
 
 
