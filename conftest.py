@@ -4,11 +4,18 @@ nbval compares the cells that are marked for it, and of the others notices error
 cell prints while the tests run is looked at here, so that nothing has to be executed twice.
 """
 
+import contextlib
 import gc
 import os
 from pathlib import Path
 
 import pytest
+
+# Triton decides when it is imported whether its own functions are interpreted, and libraries import
+# it sooner or later. Kernels that tests start must not inherit this.
+with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+    patch.setenv("TRITON_INTERPRET", "1")
+    import triton.language  # noqa: F401
 
 ROOT = Path(__file__).parent
 # Files of more than a minute, the longest first: one that starts last leaves other cores idle.

@@ -1,4 +1,4 @@
-"""Giving memory back after an error or a finished experiment, and trying again with less."""
+"""Giving memory back after an error or a finished experiment."""
 
 import gc
 import re
@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from inspect import currentframe
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from IPython import get_ipython
 
 from glm4v_nb.tensor_holders import TensorHolder, find_holders, tensors_in
@@ -103,42 +102,6 @@ def free_memory(rig=None) -> FreedMemory:
         empty_caches()
         holders = find_holders(namespace, hidden, currentframe().f_back)
         return FreedMemory(before, cards.memory(), cleared, holders)
-
-
-def with_smaller_batches(function, starting_batch_size: int) -> tuple[object, int]:
-    """Call ``function(batch_size)``, with half the batch after every out-of-memory error.
-
-    As accelerate's ``find_executable_batch_size``, but the frames of each failed try are emptied
-    before the next: the error would keep their tensors on the card.
-
-    Returns:
-        What the function returned, and the batch size it returned it for.
-
-    Raises:
-        torch.OutOfMemoryError: a batch of one does not fit either.
-    """
-    if not isinstance(starting_batch_size, int) or starting_batch_size < 1:
-        raise ValueError(
-            f"starting_batch_size is {starting_batch_size!r}; expected a whole number of at least"
-            " 1. Start with the largest batch you would like to have."
-        )
-    tried, batch_size = [], starting_batch_size
-    while batch_size:
-        empty_caches()
-        tried.append(batch_size)
-        try:
-            return function(batch_size), batch_size
-        except Exception as error:
-            if not should_reduce_batch_size(error):
-                raise
-            out_of_memory = str(error)
-            clear_frames(error)
-        batch_size //= 2
-    raise torch.OutOfMemoryError(
-        f"no batch fits: tried {', '.join(map(str, tried))}. A batch of one has to fit: see"
-        " what free_memory() says is still held, then shorten the prompt, use a smaller data type"
-        f" or more cards. The last error was: {out_of_memory}"
-    )
 
 
 def _forget_errors(shell) -> list[str]:

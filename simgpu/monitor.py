@@ -10,8 +10,8 @@ from pathlib import Path
 from simgpu.readings import MachineReadings, SimulatedReadings
 from simgpu.units import MIB
 
-# On simulated cards: a sample when a card has changed by this much, when it falls from a peak that
-# is this much above the last one sampled, and at the latest after so many events.
+# On simulated cards: a sample when a card has changed by this much, when it falls from a peak of
+# the stage that is this much above the last one sampled, and at the latest after so many events.
 STEP_BYTES = 16 * MIB
 PEAK_BYTES = MIB
 STEP_EVENTS = 2000
@@ -23,8 +23,9 @@ class Monitor:
     Real devices are sampled by a thread, every ``interval_seconds``. What rises and falls between
     two samples is not seen; each sample therefore also holds the allocator's own peaks since the
     stage began. Simulated cards run far faster than real ones and have no clock: they are sampled
-    as bytes are allocated and released, whenever a card has changed by 16 MiB, at peaks (none is
-    missed by more than 1 MiB), and when a stage begins. All are sampled when a stage ends.
+    as bytes are allocated and released, whenever a card has changed by 16 MiB, before it falls from
+    where it has risen by as much, at a stage's peaks (none is missed by more than 1 MiB), and when
+    a stage begins. All are sampled when a stage ends.
 
     A line holds ``time`` (seconds since 1970), ``event`` (allocations and releases since the
     monitor began; null on real devices), ``process`` (its id), ``provenance``, ``stages`` (names of
@@ -180,9 +181,11 @@ class _Listener:
         index, now = allocator.index, allocator.allocated
         in_other_stage = self.stages != self._sampled_stages
         if releases:
-            # Only where it ends a peak: what is being released is no longer among the blocks.
+            # Only where a rise ends: what is being released is no longer among the blocks. Every
+            # layer has such a place, and not only the first is a peak of the stage.
             above = now - self._sampled_peaks[index]
             wanted = now == allocator.peak_allocated and above >= PEAK_BYTES
+            wanted = wanted or now - self._sampled_bytes[index] >= STEP_BYTES
         else:
             wanted = (
                 abs(now - self._sampled_bytes[index]) >= STEP_BYTES

@@ -79,6 +79,23 @@ def _gru_cell_backward(gradient, workspace, has_bias):
     return of_input, of_hidden, torch.empty_like(gradient), *biases
 
 
+def _grouped_product(left, right, offs=None, bias=None, out_dtype=None):
+    """Products of experts' tokens, whose rows begin at multiples of 16 bytes on CUDA, in any type
+    (GroupedMMUtils.h; torch's shape rule pads on builds for CUDA only, and takes bfloat16 only)."""
+    if bias is not None or (offs is None) is (left.ndim == 2 or right.ndim == 2):
+        return NotImplemented  # which says what is wrong
+    groups = [len(each) for each in (left, right) if each.ndim == 3]
+    if len({*groups, *([] if offs is None else [len(offs)])}) > 1:
+        return NotImplemented
+    rows, columns, dtype = left.shape[-2], right.shape[-1], out_dtype or left.dtype
+    in_row = 16 // dtype.itemsize
+    padded = -(-columns // in_row) * in_row
+    if left.ndim != right.ndim:
+        return left.new_empty((rows, padded), dtype=dtype)[:, :columns]
+    count = groups[0] if groups else len(offs)
+    return left.new_empty((count, rows, padded), dtype=dtype)[..., :columns]
+
+
 _GRU_WORKSPACE = 5
 # Operators that allocate otherwise than their shape rule; NotImplemented leaves a call to it.
 REWRITTEN = {
@@ -89,6 +106,7 @@ REWRITTEN = {
     _ATEN.log_softmax.int: SOFTMAX["log_softmax.int"],
     _ATEN._fused_rms_norm.default: _fused_rms_norm,
     _ATEN._fused_rms_norm_backward.default: _fused_rms_norm_backward,
+    _ATEN._grouped_mm.default: _grouped_product,
     _ATEN._thnn_fused_gru_cell.default: _gru_cell,
     _ATEN._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
 }

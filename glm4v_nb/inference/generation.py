@@ -14,6 +14,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from glm4v_nb.cleanup import clear_frames
+from glm4v_nb.inference import decoding
 from glm4v_nb.model.chat import is_batch
 from glm4v_nb.placement import input_device
 
@@ -148,8 +149,8 @@ class _Generation(StoppingCriteria):
         output = self.model.generate(
             **inputs.to(input_device(self.model)),
             **self.sampling.arguments(),
+            **decoding.arguments(self.model, streamer),
             stopping_criteria=StoppingCriteriaList([self]),
-            streamer=streamer,
         )
         new = output[0, ids:].tolist()
         end_ids = self.model.generation_config.eos_token_id

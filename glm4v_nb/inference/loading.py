@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from glm4v_nb.inference.decoding import set_decoding
 from glm4v_nb.model import GLM4VForConditionalGeneration
 from glm4v_nb.model.chat import IMAGE_TOKENS
 from glm4v_nb.model.checkpoint_files import SMALL_FILES, check_files, local_directory
@@ -19,6 +20,7 @@ def load(
     dtype: torch.dtype | str = torch.bfloat16,
     device_map: str | dict | None = None,
     max_memory: dict | None = None,
+    decoding: str = "eager",
 ):
     """Load model and processor, ready to answer.
 
@@ -30,6 +32,7 @@ def load(
         dtype: of the weights; transformers' "auto" takes what the checkpoint states.
         device_map: as in ``from_pretrained``; by default "auto" where there are GPUs, else the CPU.
         max_memory: as in ``from_pretrained``, bytes or text such as "20GiB" per GPU.
+        decoding: how answers are decoded, see ``set_decoding``: "fast" for fused kernels.
 
     Returns:
         (model in evaluation mode, processor)
@@ -71,4 +74,5 @@ def load(
     model = GLM4VForConditionalGeneration.from_pretrained(
         checkpoint, revision=revision, dtype=dtype, device_map=device_map, max_memory=max_memory
     )
+    set_decoding(model, decoding)
     return model.eval(), processor

@@ -11,9 +11,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from rig_fixtures import GOLDEN, MIB, counters, load, split_in_two
 from traitlets.config import Config
 
-from glm4v_nb.cleanup import clear_frames, free_memory, with_smaller_batches
+from glm4v_nb.cleanup import clear_frames, free_memory
 from glm4v_nb.tensor_holders import bytes_on_cards, find_holders, tensors_in
-from glm4v_nb.workload import Workload, make_prompt, prefill
 from simgpu import Rig
 
 KEPT_BY_SYS = ("last_exc", "last_type", "last_value", "last_traceback")
@@ -328,58 +327,3 @@ def test_twenty_errors_and_recoveries_in_a_notebook_end_at_the_same_byte_on_ever
     shell.run_cell("del model, filler\nfree_memory(rig)")
     workspace = Rig("L4").card.cublas_workspace_bytes
     assert all(card.allocated_bytes <= workspace for card in shell.user_ns["rig"].memory())
-
-
-# --- trying again with less
-
-
-def test_a_batch_is_halved_until_it_fits(rig):
-    asked = []
-
-    def step(batch_size):
-        asked.append((batch_size, allocated(rig)[0]))
-        mine = tensor_of(4 * 2**10)
-        return [mine.nbytes, tensor_of(batch_size * 2**10).nbytes]
-
-    result, batch_size = with_smaller_batches(step, 64)
-    assert batch_size == 16
-    assert result[1] == 16 * 2**30
-    # No try finds anything of the one before it on the card.
-    assert asked == [(64, 0), (32, 0), (16, 0)]
-
-
-def test_a_model_runs_with_the_largest_power_of_two_that_fits(rig):
-    model = load(device_map={"": 0})
-    filler = tensor_of(21 * 2**10 + 2**9)
-    run = lambda size: prefill(model, make_prompt(model, Workload(batch_size=size)))  # noqa: E731
-    outputs, batch_size = with_smaller_batches(run, 2**12)
-    del filler
-    assert batch_size == 2**11
-    assert outputs.logits.shape[0] == batch_size
-
-
-def test_when_nothing_fits_the_error_says_what_was_tried_and_what_to_do(rig):
-    with pytest.raises(
-        torch.OutOfMemoryError, match=r"tried 4, 2, 1\. .*free_memory.*Tried to allocate 40.00 GiB"
-    ):
-        with_smaller_batches(lambda batch_size: tensor_of(40 * 2**10), 4)
-    assert allocated(rig) == [0, 0]
-
-
-def test_other_errors_of_the_function_come_through_at_once_with_their_frames():
-    asked = []
-
-    def step(batch_size):
-        asked.append(batch_size)
-        raise RuntimeError("sizes do not match")
-
-    with pytest.raises(RuntimeError, match="sizes do not match") as caught:
-        with_smaller_batches(step, 8)
-    assert asked == [8]
-    assert caught.traceback[-1].frame.f_locals["asked"] == [8]
-
-
-@pytest.mark.parametrize("wrong", [0, -1, 2.5, "8"])
-def test_a_wrong_starting_batch_size_is_refused(wrong):
-    with pytest.raises(ValueError, match="starting_batch_size is .* at least 1"):
-        with_smaller_batches(lambda batch_size: None, wrong)

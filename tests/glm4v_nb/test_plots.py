@@ -17,6 +17,8 @@ BLOCKS = [
     PlacedModule("language_model.layers.0", "decoder layer", 1, 5 * GIB),
     PlacedModule("lm_head", "embedding and head", "cpu", 1 * GIB),
 ]
+PEAKS = {"text only": {1000: GIB, 2000: 2 * GIB, 4000: 3 * GIB}}
+LAYERS = {"plain": {"weights": [GIB, GIB], "gradients": [0, 2 * GIB]}}
 
 
 def texts(axes):
@@ -38,6 +40,10 @@ def test_every_picture_says_where_its_figures_come_from():
     assert device_map.axes[-1].get_xlabel() == "GiB of weights · simulated"
     segments = plots.plot_segments([], provenance="measured on H100")
     assert segments.axes[0].get_xlabel() == "MiB · measured on H100"
+    peaks = plots.plot_peaks(PEAKS, "text tokens", 4 * GIB)
+    assert peaks.axes[0].get_xlabel() == "text tokens · simulated"
+    layers = plots.plot_layers(LAYERS, [("tower", 2)], 4 * GIB, provenance="measured on H100")
+    assert layers.axes[0].get_xlabel() == "layer by layer · measured on H100"
     rounding = plots.plot_rounding({"float32": torch.float32})
     assert rounding.axes[0].get_xlabel() == "size of the number · arithmetic"
 
@@ -70,6 +76,26 @@ def test_segments_are_drawn_with_their_holes():
     assert words.endswith("segment 1: 6 free, 6 in use; segment 2: 6 in use.")
 
 
+def test_peaks_are_lines_and_sizes_that_do_not_fit_are_marked_at_the_capacity():
+    figure = plots.plot_peaks(PEAKS, "text tokens", 4 * GIB, [8000], "Peaks")
+    line, capacity, crosses = figure.axes[0].lines
+    assert list(line.get_xdata()) == [1000, 2000, 4000] and list(line.get_ydata()) == [1, 2, 3]
+    assert set(capacity.get_ydata()) == {4}
+    assert (list(crosses.get_xdata()), list(crosses.get_ydata())) == ([8000], [4])
+    words = figure._repr_mimebundle_()[0]["text/plain"]
+    assert words.endswith("text only: 1.0 at 1000, 3.0 at 4000; capacity 4.0.")
+
+
+def test_layers_are_stacked_and_their_sections_named():
+    figure = plots.plot_layers(LAYERS, [("tower", 1), ("decoder", 1)], 4 * GIB)
+    axes = figure.axes[0]
+    tops = [area.get_paths()[0].vertices[:, 1].max() for area in axes.collections]
+    assert tops == [1, 3]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["tower", "decoder"]
+    words = figure._repr_mimebundle_()[0]["text/plain"]
+    assert "weights at most 1.0, gradients at most 2.0" in words
+
+
 def test_a_rounding_error_is_flat_in_a_types_range_and_one_outside():
     axes = plots.plot_rounding({"float16": torch.float16}).axes[0]
     errors = axes.lines[0].get_ydata()
@@ -91,7 +117,7 @@ def test_no_plot_is_without_a_test_of_its_label():
     plots_here = {name for each in modules for name in vars(each) if name.startswith("plot_")}
     assert plots_here == {
         *("plot_memory_bars", "plot_device_map", "plot_frontier", "plot_timeline"),
-        *("plot_rounding", "plot_segments"),
+        *("plot_rounding", "plot_segments", "plot_peaks", "plot_layers"),
         "plot_path",  # which draws nothing
     }
 

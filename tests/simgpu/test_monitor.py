@@ -93,6 +93,17 @@ def test_a_peak_that_is_the_last_thing_of_a_stage_is_among_its_samples(path):
     )
 
 
+def test_a_layers_peak_is_seen_also_where_an_earlier_layer_was_as_high(path):
+    rig = Rig("L4")
+    with rig, Monitor(rig, path), rig.stage("layers"):
+        for _ in range(3):
+            narrow = torch.empty(100 * MIB, dtype=torch.uint8, device="cuda")
+            wide = torch.empty(200 * MIB, dtype=torch.uint8, device="cuda")
+            del wide, narrow
+    seen = [sample["cards"][0]["allocated_bytes"] for sample in read_samples(path)]
+    assert seen.count(300 * MIB) == 3
+
+
 def test_the_parts_of_a_card_sum_to_what_is_allocated_reserved_and_used(run):
     for sample in run[1]:
         for card in sample["cards"]:

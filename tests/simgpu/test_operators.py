@@ -277,3 +277,15 @@ def test_a_bias_is_added_in_place_behind_an_input_in_pieces():
     )
     assert in_one_piece == 0
     assert in_pieces == inputs.nbytes, "a copy of the input in one piece, and no second result"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_grouped_products_pad_their_rows_to_16_bytes_in_any_type(dtype):
+    with Rig("H100"):
+        tokens = torch.empty(64, 128, dtype=dtype, device="cuda", requires_grad=True)
+        experts = torch.empty(4, 128, 101, dtype=dtype, device="cuda", requires_grad=True)
+        ends = torch.tensor([16, 32, 48, 64], dtype=torch.int32, device="cuda")
+        product = torch._grouped_mm(tokens, experts, ends)
+        assert product.shape == (64, 101) and product.stride() == (104, 1)
+        product.sum().backward()
+        assert (tokens.grad.shape, experts.grad.shape) == (tokens.shape, experts.shape)

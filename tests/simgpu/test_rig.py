@@ -498,17 +498,21 @@ def test_memory_is_back_once_the_exception_is_gone(rig):
 
 
 def test_accelerate_finds_the_batch_size_that_fits(rig):
-    tried = []
+    tried, found_there = [], []
 
     @find_executable_batch_size(starting_batch_size=32)
     def run(batch_size):
         tried.append(batch_size)
-        return torch.zeros(batch_size, GIB, dtype=torch.uint8, device="cuda").shape[0]
+        found_there.append(torch.cuda.memory_allocated())
+        mine = torch.zeros(1, GIB, dtype=torch.uint8, device="cuda")
+        rest = torch.zeros(batch_size - 1, GIB, dtype=torch.uint8, device="cuda")
+        return len(mine) + len(rest)
 
     with rig:
         found = run()
     assert tried[0] == 32 and tried[-1] == found
     assert found <= 21 < tried[-2]
+    assert set(found_there) == {0}, "no try finds anything of the one before it"
 
 
 def test_a_process_fraction_is_the_limit_and_the_message_says_so(rig):

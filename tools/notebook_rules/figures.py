@@ -26,7 +26,8 @@ _WORD_VALUES |= {"thirty": 30, "forty": 40, "fifty": 50}
 
 # No figures: names of notebooks, cards, versions, dates, addresses, issues; and indices.
 _NAMES = re.compile(
-    r"https?://\S+|\b\d\d · |\d{4}-\d\d-\d\d|#\d+|\b(?:RTX|A|GLM-|CUDA|[Tt]orch|PyTorch|[Tt]ransformers"
+    r"https?://\S+|\b\d\d · |\d{4}-\d\d-\d\d|#\d+"
+    r"|\b(?:RTX|A|GLM-|CUDA|[Tt]orch|PyTorch|[Tt]ransformers"
     r"|accelerate|Python|Hopper|[Nn]otebooks?|[Ee]xercises?|[Ll]ayer|GPU|[Cc]ard|[Cc]ell) \d[\w.-]*"
     r"(?!\d| ?(?:[KMGT]i?B|%))|\b\d+(?=-bit| bits?\b)|(?<![\d.,])0\d\b(?! ?[KMGT]i?B)"
 )

@@ -1,0 +1,300 @@
+"""Fast decoding: the model's own prefill, then steps of fused kernels, one launch a card each.
+
+``FastDecoder`` is a decoding method of transformers' ``generate`` (its ``custom_generate``), which
+prepares prompts, processors of logits and stopping criteria as for its own methods.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:  # needs Triton, and so is imported when the first answer is prepared
+    from glm4v_nb.inference.step import FixedCache, Step
+
+# Rows of a step that verifies several tokens of one sequence; rows of a batch at most.
+MOST_ROWS = 8
+# A cache is made in multiples of this, so that few lengths need one of their own.
+CAPACITY_STEP = 1024
+LONGEST_NGRAM = 3
+
+
+def why_not(model) -> str | None:
+    """Why the kernels cannot run this model where it is, in a few words; None if they can."""
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed (pip install 'glm4v-nb[fast]')"
+    layers = model.language_model.layers
+    products = [layer.get_submodule(name) for layer in layers for name in _PRODUCTS]
+    products += [model.lm_head, model.language_model.embed_tokens]
+    foreign = next((one for one in products if type(one) not in (nn.Linear, nn.Embedding)), None)
+    if foreign is not None:
+        return f"a weight is in a {type(foreign).__name__}, as of quantisation or an adapter"
+    weights = [one.weight for one in products]
+    devices, dtypes = {one.device for one in weights}, {one.dtype for one in weights}
+    if len(dtypes) > 1:
+        return f"the weights are of several types ({', '.join(sorted(map(str, dtypes)))})"
+    if any(one.type == "meta" for one in devices):
+        return "weights are offloaded"
+    config, interpreted = model.config.text_config, triton.knobs.runtime.interpret
+    if interpreted and torch.bfloat16 in dtypes:
+        return "Triton's interpreter multiplies no bfloat16 (load in float32 or float16)"
+    if not interpreted and any(one.type != "cuda" for one in devices):
+        return "weights are on the CPU"
+    if not interpreted and any(torch.cuda.get_device_capability(one) < (8, 0) for one in devices):
+        return "a card is older than Ampere"
+    if config.head_dim < 16 or config.head_dim & (config.head_dim - 1):
+        return f"head_dim is {config.head_dim}, no power of two from 16"
+    return None
+
+
+_PRODUCTS = [f"self_attn.{name}_proj" for name in "qkvo"] + ["mlp.gate_up_proj", "mlp.down_proj"]
+
+
+class FastDecoder:
+    """Decodes with fused kernels; one for a model, whose buffers and graphs it keeps.
+
+    Args:
+        lookup: guess the next tokens from what followed the same words earlier, and verify up to
+            eight of them in a step; greedy answers to one prompt only.
+
+    Attributes:
+        steps, tokens: steps of the last answer, and tokens that they gave.
+    """
+
+    def __init__(self, lookup: bool = False):
+        self.lookup = lookup
+        self.steps = self.tokens = 0
+        self._steps: dict[int, Step] = {}
+        self._built_of: tuple | None = None
+
+    def prepare(self, model, sequences: int, length: int, rows: tuple[int, ...] = ()) -> FixedCache:
+        """Cache, buffers and graphs for prompts with answers of so many positions together.
+
+        Raises:
+            ValueError: more prompts than 8, or longer than the model's context.
+            torch.OutOfMemoryError: no room; nothing is kept then.
+        """
+        context = model.config.seq_length
+        if sequences > MOST_ROWS:
+            raise ValueError(
+                f"There are {sequences} prompts; fast decoding takes 1 to {MOST_ROWS} at a time."
+                " Ask fewer, or load with decoding='eager'."
+            )
+        if length > context:
+            raise ValueError(
+                f"Prompt and answer may take {length:,} positions together, but the model's context"
+                f" is {context:,} (seq_length). Lower max_new_tokens, or shorten the prompt."
+            )
+        from glm4v_nb.inference.step import FixedCache, LayerWeights, Step
+
+        # A step is launched before the token of the last is looked at, and verified rows may be
+        # wrong: both can reach beyond the answer's end.
+        capacity = -(-(length + MOST_ROWS) // CAPACITY_STEP) * CAPACITY_STEP
+        weights = [LayerWeights.of(layer) for layer in model.language_model.layers]
+        built_of = tuple(one.heads.data_ptr() for one in weights), model.lm_head.weight.data_ptr()
+        cache = next((step.cache for step in self._steps.values()), None)
+        if (
+            cache is None
+            or self._built_of != built_of
+            or cache.sequences != sequences
+            or cache.capacity < capacity
+        ):
+            self.release()
+            cache = FixedCache(model.config.text_config, weights, sequences, capacity)
+            self._built_of = built_of
+        try:
+            for count in rows or (sequences,):
+                if count not in self._steps:
+                    self._steps[count] = Step(model, weights, cache, count)
+        except BaseException:
+            self.release()
+            raise
+        return cache
+
+    def release(self):
+        """Give the cache, buffers and graphs back; the next answer makes them anew."""
+        self._steps.clear()
+        self._built_of = None
+
+    def __call__(
+        self,
+        model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        streamer=None,
+        **inputs,
+    ) -> torch.Tensor:
+        """As transformers calls a decoding method; returns (batch, prompt and answer).
+
+        ``inputs`` are those of the model's prompt. Raises as ``prepare``, and ValueError for
+        padding on the right, or beams and other modes.
+        """
+        if generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
+            raise ValueError(
+                "Fast decoding takes the likeliest token or draws one, and returns tokens alone."
+                " Expected num_beams 1 and return_dict_in_generate False. Load with"
+                " decoding='eager' for the rest."
+            )
+        batch, prompt = input_ids.shape
+        sampled = generation_config.do_sample
+        guesses = self.lookup and batch == 1 and not sampled and not len(logits_processor)
+        end = generation_config.max_length
+        cache = self.prepare(model, batch, end, (1, MOST_ROWS) if guesses else ())
+        starts = _left_padding(inputs.get("attention_mask"), batch)
+        names = ("attention_mask", "position_ids", "image_mask", "pixel_values")
+        given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        filled = cache.empty()
+        logits = model(
+            input_ids=input_ids, past_key_values=filled, use_cache=True, logits_to_keep=1, **given
+        ).logits[:, -1]
+        position = given["position_ids"][:, -1].tolist() if "position_ids" in given else None
+        answer = _Answer(input_ids, end, stopping_criteria, generation_config, streamer)
+        answer.position = [prompt - 1 - start for start in starts] if position is None else position
+        answer.starts = starts
+        self.steps, self.tokens = 0, 0
+        if guesses:
+            self._verify(answer, logits)
+        else:
+            self._decode(answer, logits, logits_processor, sampled)
+        self.tokens = answer.length - prompt
+        if streamer is not None:
+            streamer.end()
+        return answer.ids[:, : answer.length].to(input_ids.device)
+
+    def _decode(self, answer: _Answer, logits, processors, sampled: bool):
+        """One token of every prompt a step; the next step is launched before a token is read."""
+        step = self._steps[answer.batch]
+        seen = answer.ids.to(logits.device) if sampled or len(processors) else None
+
+        def choose(logits, likeliest, length):
+            if not sampled and not len(processors):
+                return likeliest
+            scores = processors(seen[:, :length], logits.to(torch.float32, copy=True))
+            if sampled:
+                chosen = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+            else:
+                chosen = scores.argmax(-1)
+            seen[:, length] = chosen
+            return chosen
+
+        length = answer.length
+        chosen = choose(logits, logits.argmax(-1), length)
+        reading = _Reading(chosen)
+        step.place([at + 1 for at in answer.position], [length] * answer.batch, answer.starts,
+                   list(range(answer.batch)))  # fmt: skip
+        while True:
+            length += 1
+            ahead = length < answer.end
+            if ahead:
+                step.tokens.copy_(chosen, non_blocking=True)
+                step()
+                self.steps += 1
+                chosen = choose(step.logits, step.next, length)
+                following = _Reading(chosen)
+            if answer.add(reading.tokens()) or not ahead:
+                return
+            reading = following
+
+    def _verify(self, answer: _Answer, logits):
+        """Up to eight tokens of one prompt a step, those that the guesses had right."""
+        single, several = self._steps[1], self._steps[MOST_ROWS]
+        if answer.add(logits.argmax(-1).tolist()):
+            return
+        first = answer.length - 1  # the slot of the token that was added last
+        behind = first - 1 - answer.position[0]
+        while True:
+            slot = answer.length - 1
+            guess = guess_next(answer.ids[0, : answer.length].tolist(), MOST_ROWS - 1)
+            step = several if guess else single
+            slots = list(range(slot, slot + step.rows))
+            rows = [answer.ids[0, slot].item(), *guess]
+            step.tokens[: len(rows)].copy_(torch.tensor(rows), non_blocking=True)
+            step.place([at - behind for at in slots], slots, answer.starts * step.rows,
+                       [0] * step.rows)  # fmt: skip
+            step()
+            self.steps += 1
+            right = step.next.tolist()
+            for token, guessed in zip(right, [*guess, None], strict=False):
+                if answer.add([token]):
+                    return
+                if token != guessed:
+                    break
+
+
+def guess_next(ids: list[int], most: int) -> list[int]:
+    """The tokens that followed the last few ones where they stood before, at most so many.
+
+    The longest match of three to one tokens counts, and of several the latest; none: an empty list.
+    """
+    for size in range(min(LONGEST_NGRAM, len(ids) - 1), 0, -1):
+        last = ids[-size:]
+        for start in range(len(ids) - size - 1, -1, -1):
+            if ids[start : start + size] == last:
+                return ids[start + size : start + size + most]
+    return []
+
+
+class _Answer:
+    """The tokens so far, on the CPU, and whether each prompt's answer has ended."""
+
+    def __init__(self, input_ids, end: int, criteria, config, streamer):
+        self.batch, self.length, self.end = *input_ids.shape, end
+        self.criteria, self.streamer = criteria, streamer
+        self.ids = torch.zeros(self.batch, end, dtype=torch.long)
+        self.ids[:, : self.length] = input_ids.cpu()
+        self.unfinished = torch.ones(self.batch, dtype=torch.bool)
+        pad = getattr(config, "_pad_token_tensor", None)
+        self.pad = 0 if pad is None else int(pad)
+        self.position: list[int] = []
+        self.starts: list[int] = []
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+
+    def add(self, tokens: list[int]) -> bool:
+        """Take one token a prompt; whether all answers have ended."""
+        new = torch.where(self.unfinished, torch.tensor(tokens), self.pad)
+        self.ids[:, self.length] = new
+        self.length += 1
+        if self.streamer is not None:
+            self.streamer.put(new)
+        ended = self.criteria(self.ids[:, : self.length], None)
+        self.unfinished &= ~torch.as_tensor(ended).cpu()
+        return not self.unfinished.any()
+
+
+class _Reading:
+    """Tokens on their way to the CPU, which does not wait until they are asked for."""
+
+    def __init__(self, chosen: torch.Tensor):
+        self.copy, self.arrived = chosen, None
+        if chosen.is_cuda:
+            self.copy = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
+            self.copy.copy_(chosen, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(chosen.device))
+        else:
+            self.copy = chosen.clone()  # the next step writes its own there
+
+    def tokens(self) -> list[int]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.copy.tolist()
+
+
+def _left_padding(mask: torch.Tensor | None, batch: int) -> list[int]:
+    """How many positions of each prompt are padding, which must be on the left."""
+    if mask is None:
+        return [0] * batch
+    starts = (mask == 0).sum(1)
+    if not bool((mask[:, -1:] != 0).all()) or bool((mask.diff(dim=1) < 0).any()):
+        raise ValueError(
+            "The attention mask has padding on the right or inside. Expected it on the left, as the"
+            " processor makes it."
+        )
+    return starts.tolist()

@@ -1,0 +1,217 @@
+"""One decode step of the decoder in Triton: six kernels a layer, every weight read exactly once.
+
+A step reads every weight once and does two operations with it, so the memory's bandwidth is its
+limit, and what counts is that weights stream without a pause. Hence few kernels, with all that is
+small (norm, bias, rotation, cache, SiLU, residual) inside those that stream weights, and weights
+that are asked for before the kernel in front has ended (programmatic dependent launch, where the
+card has it). The norm can be inside since it commutes with the product: with r = 1 / rms(x),
+W (r x g) = r (W (x g)).
+
+Shapes: a step has ``ROWS`` rows, one token each: of a batch, or of one sequence to verify. Numbers
+in capitals are known when a kernel is compiled. Sums are in float32. ``R`` is 1 for
+one row, whose products are plain sums, or else ROWS rounded up to the 8 or 16 of tensor cores.
+``BN`` weight rows and ``BK`` columns are a tile.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+           R: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr, BN: tl.constexpr,
+           BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The sums over k of weight[outputs, k] x[row, k]: (BN, R); with NORM of x times gain, over
+    the root of x's mean square. x is (ROWS, K), weight (OUTPUTS, K)."""
+    k, row = tl.arange(0, BK), tl.arange(0, R)
+    within = (outputs < OUTPUTS)[:, None]
+    at = weight + outputs.to(tl.int64)[:, None] * K + k[None, :]
+    if AHEAD:
+        # A tile is asked for one turn ahead, into registers; the first, which does not depend on
+        # the kernel in front, before that has ended. Else the compiler plans several turns ahead.
+        tile = tl.load(at, mask=within & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    if PDL:
+        gdc_wait()
+    if R == 1:
+        sums, squares = tl.zeros([BN, BK], tl.float32), tl.zeros([BK], tl.float32)
+    else:
+        sums, squares = tl.zeros([BN, R], tl.float32), tl.zeros([R, BK], tl.float32)
+    for start in range(0, K, BK):
+        column = start + k
+        if AHEAD:
+            following = tl.load(at + start + BK, mask=within & (column + BK < K)[None, :],
+                                other=0.0, eviction_policy="evict_first")  # fmt: skip
+        else:
+            tile = tl.load(at + start, mask=within & (column < K)[None, :], other=0.0,
+                           eviction_policy="evict_first")  # fmt: skip
+        if R == 1:
+            some = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
+        else:
+            known = (row < ROWS)[:, None] & (column < K)[None, :]
+            some = tl.load(x + row[:, None] * K + column[None, :], mask=known, other=0.0)
+        if NORM:
+            some = some.to(tl.float32)
+            squares += some * some
+            scale = tl.load(gain + column, mask=column < K, other=0.0).to(tl.float32)
+            if R == 1:
+                some *= scale
+            else:
+                some *= scale[None, :]
+        if R == 1:
+            sums += tile.to(tl.float32) * some[None, :]
+        else:
+            sums = tl.dot(tile, tl.trans(some.to(tile.dtype)), sums, input_precision="ieee")
+        if AHEAD:
+            tile = following
+    if PDL:
+        gdc_launch_dependents()
+    if R == 1:
+        sums = tl.sum(sums, 1)[:, None]
+    if NORM:
+        if R == 1:
+            sums *= tl.rsqrt(tl.sum(squares, 0) / K + EPSILON)
+        else:
+            sums *= tl.rsqrt(tl.sum(squares, 1) / K + EPSILON)[None, :]
+    return sums
+
+
+@triton.jit
+def _pairs(sums, BN: tl.constexpr, R: tl.constexpr):
+    """The even rows and the odd rows of (BN, R), each (BN / 2, R)."""
+    return tl.split(tl.permute(tl.reshape(sums, [BN // 2, 2, R]), (0, 2, 1)))
+
+
+@triton.jit
+def project(x, gain, weight, residual, y, OUTPUTS: tl.constexpr, K: tl.constexpr,
+            ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+            EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+            AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """y (ROWS, OUTPUTS) = W x, of the normalised x with NORM, plus residual with RESIDUAL."""
+    outputs, row = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, R)
+    sums = _weigh(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, NORM, EPSILON, BN, BK, AHEAD, PDL)
+    at = row[None, :] * OUTPUTS + outputs[:, None]
+    mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
+    if RESIDUAL:
+        sums += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + at, sums, mask=mask)
+
+
+@triton.jit
+def project_gated(x, gain, weight, y, OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+                  R: tl.constexpr, EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                  AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """y (ROWS, OUTPUTS) = silu(gate) up of the normalised x; weight holds the rows of all gates,
+    then of all ups. A tile takes both rows of an output, so that they meet in one program."""
+    half = tl.program_id(0) * (BN // 2)
+    row, each = tl.arange(0, R), tl.arange(0, BN)
+    # Those past the last output read another output's weights, and are not stored.
+    both = half + each // 2 + (each % 2) * OUTPUTS
+    sums = _weigh(x, gain, weight, both, 2 * OUTPUTS, K, ROWS, R, True, EPSILON, BN, BK, AHEAD, PDL)
+    gate, up = _pairs(sums, BN, R)
+    outputs = half + tl.arange(0, BN // 2)
+    mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
+    tl.store(y + row[None, :] * OUTPUTS + outputs[:, None], gate * tl.sigmoid(gate) * up, mask=mask)
+
+
+@triton.jit
+def project_heads(x, gain, weight, bias, cosines, sines, positions, slots, sequences, queries, keys,
+                  values, capacity, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
+                  ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr,
+                  EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                  AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Queries, keys and values of the normalised x, with bias, the first two turned; keys and
+    values go straight into the cache.
+
+    queries (ROWS, HEADS, D); keys and values (sequences, GROUPS, capacity, D); cosines and sines
+    (positions, ROTARY / 2), for pairs of neighbours; for each row its position, the slot of the
+    cache it takes and its sequence.
+    """
+    first = tl.program_id(0) * BN
+    OUTPUTS: tl.constexpr = (HEADS + 2 * GROUPS) * D
+    outputs, row = first + tl.arange(0, BN), tl.arange(0, R)
+    sums = _weigh(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, True, EPSILON, BN, BK, AHEAD, PDL)
+    sums += tl.load(bias + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)[:, None]
+    even, odd = _pairs(sums, BN, R)
+    output = first + 2 * tl.arange(0, BN // 2)[:, None]
+    known = (row < ROWS)[None, :] & (output < OUTPUTS)
+    position = tl.load(positions + row, mask=row < ROWS, other=0)[None, :]
+    turned = known & (output % D < ROTARY) & (output < (HEADS + GROUPS) * D)
+    angle = position * (ROTARY // 2) + (output % D) // 2
+    cosine = tl.load(cosines + angle, mask=turned, other=1.0)
+    sine = tl.load(sines + angle, mask=turned, other=0.0)
+    even, odd = even * cosine - odd * sine, odd * cosine + even * sine
+    query = queries + row[None, :] * (HEADS * D) + output
+    mask = known & (output < HEADS * D)
+    tl.store(query, even, mask=mask)
+    tl.store(query + 1, odd, mask=mask)
+    slot = tl.load(slots + row, mask=row < ROWS, other=0)[None, :]
+    sequence = tl.load(sequences + row, mask=row < ROWS, other=0)[None, :]
+    beyond = output - HEADS * D
+    group = (sequence * GROUPS + beyond // D % GROUPS).to(tl.int64)
+    cached = (group * capacity + slot) * D + output % D
+    mask = known & (beyond >= 0) & (beyond < GROUPS * D)
+    tl.store(keys + cached, even, mask=mask)
+    tl.store(keys + cached + 1, odd, mask=mask)
+    mask = known & (beyond >= GROUPS * D)
+    tl.store(values + cached, even, mask=mask)
+    tl.store(values + cached + 1, odd, mask=mask)
+
+
+@triton.jit
+def attend(queries, keys, values, starts, slots, sequences, parts, maxima, totals, capacity,
+           SCALE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, H: tl.constexpr,
+           D: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """A row's attention over one split of its context, for all query heads of one group of keys.
+
+    A row sees its sequence's cache from starts to slots, both included. H is the heads of a group
+    (HEADS / GROUPS), rounded up to 16 for tensor cores. parts (ROWS, HEADS, SPLITS, D) are sums of
+    values weighted by exp(score - maximum); maxima and totals (ROWS, HEADS, SPLITS) belong to them.
+    """
+    row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    start, end = tl.load(starts + row), tl.load(slots + row) + 1
+    length = tl.cdiv(tl.cdiv(end - start, SPLITS), BT) * BT
+    start += split * length
+    end = tl.minimum(start + length, end)
+    head, d, t = tl.arange(0, H), tl.arange(0, D), tl.arange(0, BT)
+    EACH: tl.constexpr = HEADS // GROUPS
+    at = row * HEADS + group * EACH + head
+    known = (head < EACH)[:, None]
+    query = tl.load(queries + at[:, None] * D + d[None, :], mask=known, other=0.0)
+    cached = (tl.load(sequences + row) * GROUPS + group).to(tl.int64) * capacity * D
+    maximum, total = tl.full([H], -1e30, tl.float32), tl.zeros([H], tl.float32)
+    sums = tl.zeros([H, D], tl.float32)
+    for begin in range(start, end, BT):
+        seen = begin + t < end
+        place = cached + (begin + t)[:, None] * D + d[None, :]
+        key = tl.load(keys + place, mask=seen[:, None], other=0.0)
+        value = tl.load(values + place, mask=seen[:, None], other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * SCALE
+        score = tl.where(seen[None, :], score, -1e30)
+        higher = tl.maximum(maximum, tl.max(score, 1))
+        weight, rescale = tl.exp(score - higher[:, None]), tl.exp(maximum - higher)
+        total = total * rescale + tl.sum(weight, 1)
+        sums = sums * rescale[:, None]
+        sums = tl.dot(weight.to(value.dtype), value, sums, input_precision="ieee")
+        maximum = higher
+    at = at * SPLITS + split
+    tl.store(parts + at[:, None] * D + d[None, :], sums, mask=known)
+    tl.store(maxima + at, maximum, mask=head < EACH)
+    tl.store(totals + at, total, mask=head < EACH)
+
+
+@triton.jit
+def combine(parts, maxima, totals, y, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
+    """y (ROWS HEADS, D): the splits of one row and head together."""
+    at, split, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, D)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    maximum = tl.load(maxima + at * SPLITS + split)
+    share = tl.exp(maximum - tl.max(maximum, 0))
+    total = tl.sum(tl.load(totals + at * SPLITS + split) * share, 0)
+    sums = tl.load(parts + (at * SPLITS + split[:, None]) * D + d[None, :])
+    tl.store(y + at * D + d, tl.sum(sums * share[:, None], 0) / total)

@@ -1,0 +1,305 @@
+"""One decode step over all cards: buffers, cache, kernels in their order, a graph for each card.
+
+A step has rows, one token each: one for every prompt of a batch, or several of one prompt to
+verify. Everything it reads and writes stays at its place, so that a graph can be launched again.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from glm4v_nb.inference import kernels
+from glm4v_nb.inference.graphs import captured
+from glm4v_nb.inference.tiles import Tile, best_tile
+
+# Keys are read in blocks of so many, and a context is split into at most so many parts.
+BLOCK, MOST_SPLITS = 64, 64
+
+
+@dataclass
+class LayerWeights:
+    """A layer's weights as the kernels take them; all are the model's own, none is a copy."""
+
+    device: torch.device
+    input_gain: torch.Tensor
+    heads: torch.Tensor  # (query, key and value rows, hidden)
+    heads_bias: torch.Tensor
+    out: torch.Tensor
+    gain: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "LayerWeights":
+        """Those of a ``GlmDecoderLayer``, whose queries, keys and values become one tensor."""
+        attention, mlp = layer.self_attn, layer.mlp
+        return cls(
+            attention.q_proj.weight.device,
+            layer.input_layernorm.weight,
+            _fused(attention, "weight"),
+            _fused(attention, "bias"),
+            attention.o_proj.weight,
+            layer.post_attention_layernorm.weight,
+            mlp.gate_up_proj.weight,
+            mlp.down_proj.weight,
+        )
+
+
+def _fused(attention: nn.Module, name: str) -> torch.Tensor:
+    """Three parameters as one tensor: the loader leaves them as parts of one, else they become it.
+
+    Raises:
+        torch.OutOfMemoryError: no room for one layer's three, where they are not yet one.
+    """
+    parts = [getattr(getattr(attention, f"{one}_proj"), name) for one in "qkv"]
+    starts = [part.data_ptr() for part in parts]
+    rows = [len(part) for part in parts]
+    shape = (sum(rows), *parts[0].shape[1:])
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    alone = {part.untyped_storage().data_ptr() for part in parts}
+    if starts[1:] == ends[:-1] and len(alone) == 1:
+        return torch.as_strided(parts[0].detach(), shape, parts[0].stride())
+    whole = torch.cat([part.detach() for part in parts])
+    for part, piece in zip(parts, whole.split(rows), strict=True):
+        part.data = piece
+    return whole
+
+
+class _Layer(DynamicLayer):
+    """A layer of a cache that fills tensors which are there, and shows what is filled."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.all_keys, self.all_values = keys, values
+        self.length = 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        begin, self.length = self.length, self.length + key_states.shape[-2]
+        self.all_keys[:, :, begin : self.length] = key_states
+        self.all_values[:, :, begin : self.length] = value_states
+        self.keys, self.values = (
+            whole[:, :, : self.length] for whole in (self.all_keys, self.all_values)
+        )
+        # What filled it from its begin, laid out as a growing cache has it: attention may choose
+        # another kernel, and plan it anew for every length, where positions lie apart.
+        if begin:
+            return self.keys, self.values
+        return key_states.contiguous(), value_states.contiguous()
+
+
+class FixedCache:
+    """Keys and values of every layer, each (sequences, groups, capacity, head_dim), on its card."""
+
+    def __init__(self, config, weights: list[LayerWeights], sequences: int, capacity: int):
+        shape = (sequences, config.num_key_value_heads, capacity, config.head_dim)
+        self.sequences, self.capacity = sequences, capacity
+        self.layers = [
+            tuple(torch.zeros(shape, dtype=one.out.dtype, device=one.device) for _ in range(2))
+            for one in weights
+        ]
+
+    def empty(self) -> Cache:
+        """For a prefill by the model itself, which fills it from its begin."""
+        return Cache(layers=[_Layer(keys, values) for keys, values in self.layers])
+
+
+class _Part:
+    """The consecutive layers that one card has, with their buffers for a step of so many rows."""
+
+    def __init__(self, config, layers, caches, rows: int, sequences: int, capacity: int):
+        self.config, self.layers, self.caches, self.capacity = config, layers, caches, capacity
+        self.device, self.dtype = layers[0].device, layers[0].out.dtype
+        self.rows = rows
+        self.splits = min(MOST_SPLITS, 1 << (-(-capacity // BLOCK) - 1).bit_length())
+        # Dependent launch came with Hopper.
+        self.early = {"PDL": False}
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0):
+            self.early = {"PDL": True, "launch_pdl": True}
+        heads, depth = config.num_attention_heads, config.head_dim
+        self.x, self.middle = self._room(config.hidden_size), self._room(config.hidden_size)
+        self.queries, self.attended = self._room(heads * depth), self._room(heads * depth)
+        self.hidden = self._room(config.intermediate_size)
+        self.parts = self._room(heads, self.splits, depth, dtype=torch.float32)
+        self.maxima = self._room(heads, self.splits, dtype=torch.float32)
+        self.totals = self._room(heads, self.splits, dtype=torch.float32)
+        # Of each row: position, slot of the cache, first slot that it sees, sequence.
+        self.state = torch.zeros(4, rows, dtype=torch.int32, device=self.device)
+        self.tiles: dict[str, Tile] = {}
+
+    def _room(self, *shape: int, dtype=None) -> torch.Tensor:
+        return torch.empty(self.rows, *shape, dtype=dtype or self.dtype, device=self.device)
+
+    def set_rotation(self, inverse_frequencies: torch.Tensor):
+        """Cosines and sines of every position, (capacity, rotary / 2), in float32."""
+        positions = torch.arange(self.capacity, device=self.device, dtype=torch.float32)
+        angles = positions[:, None] * inverse_frequencies.to(self.device).float()[None, :]
+        self.cosines, self.sines = angles.cos(), angles.sin()
+
+    def choose_tiles(self):
+        """The best tile of each product, tried on this card or known from before."""
+        first, least = self.layers[0], {"heads": 2, "out": 1, "gate_up": 2, "down": 1}
+        for name in least:
+            shape = "x".join(map(str, getattr(first, name).shape))
+            key = f"{name} {shape}, {self.dtype}, {row_count(self.rows)}"
+
+            def run(tile, name=name):
+                for layer, cache in zip(self.layers, self.caches, strict=True):
+                    self._product(name, layer, cache, tile)
+
+            self.tiles[name] = best_tile(key, self.rows == 1, least[name], self.device, run)
+
+    def run(self):
+        """Launch the layers' kernels: from x to x; then every row is a position further."""
+        config = self.config
+        groups, heads, depth = (
+            config.num_key_value_heads,
+            config.num_attention_heads,
+            config.head_dim,
+        )
+        positions, slots, starts, sequences = self.state
+        split = (self.parts, self.maxima, self.totals)
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            self._product("heads", layer, cache)
+            kernels.attend[(self.rows, groups, self.splits)](
+                self.queries, *cache, starts, slots, sequences, *split, self.capacity,
+                SCALE=depth**-0.5, HEADS=heads, GROUPS=groups, H=max(16, heads // groups), D=depth,
+                SPLITS=self.splits, BT=BLOCK, num_warps=4, **self.early,
+            )  # fmt: skip
+            kernels.combine[(self.rows * heads,)](
+                *split, self.attended, D=depth, SPLITS=self.splits, num_warps=4, **self.early
+            )
+            for name in ("out", "gate_up", "down"):
+                self._product(name, layer, cache)
+        self.state[:2] += 1
+
+    def _product(self, name: str, layer: LayerWeights, cache, tile: Tile | None = None):
+        config, tile = self.config, tile or self.tiles[name]
+        if name == "heads":
+            positions, slots, _, sequences = self.state
+            operands = (self.x, layer.input_gain, layer.heads, layer.heads_bias, self.cosines,
+                        self.sines, positions, slots, sequences, self.queries, *cache)  # fmt: skip
+            self._launch(
+                kernels.project_heads, len(layer.heads), tile, *operands, self.capacity,
+                HEADS=config.num_attention_heads, GROUPS=config.num_key_value_heads,
+                D=config.head_dim, ROTARY=2 * self.cosines.shape[1], K=config.hidden_size,
+            )  # fmt: skip
+        elif name == "gate_up":
+            operands = (self.middle, layer.gain, layer.gate_up, self.hidden)
+            sizes = {"OUTPUTS": config.intermediate_size, "K": config.hidden_size}
+            self._launch(kernels.project_gated, len(layer.gate_up), tile, *operands, **sizes)
+        elif name == "out":
+            self.project(self.attended, None, layer.out, self.x, self.middle, tile)
+        else:
+            self.project(self.hidden, None, layer.down, self.middle, self.x, tile)
+
+    def project(self, x, gain, weight, residual, y, tile: Tile):
+        """y = weight x, of the normalised x if there is a gain, plus a residual if there is one."""
+        outputs, columns = weight.shape
+        operands = (x, x if gain is None else gain, weight, y if residual is None else residual, y)
+        flags = {"NORM": gain is not None, "RESIDUAL": residual is not None}
+        sizes = {"OUTPUTS": outputs, "K": columns}
+        self._launch(kernels.project, outputs, tile, *operands, **sizes, **flags)
+
+    def _launch(self, kernel, weight_rows: int, tile: Tile, *operands, **constants):
+        kernel[(-(-weight_rows // tile.rows),)](
+            *operands, ROWS=self.rows, R=tile.lanes, EPSILON=self.config.rms_norm_eps,
+            BN=tile.rows, BK=tile.columns, AHEAD=tile.stages == 1, num_warps=tile.warps,
+            num_stages=tile.stages, **self.early, **constants,
+        )  # fmt: skip
+
+
+def row_count(rows: int) -> str:
+    """In a tile's name: all steps of more than one row share theirs."""
+    return "one row" if rows == 1 else "more rows"
+
+
+class Step:
+    """A decode step of so many rows; ``tokens`` in, ``logits`` and the likeliest ``next`` out.
+
+    Args:
+        model: whose embedding, norm and head it takes, wherever they are.
+        weights: of all layers, in order.
+        cache: written and read.
+        rows: one for each sequence of the cache, or several for its only one.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, weights: list[LayerWeights], cache: FixedCache, rows: int):
+        decoder, config = model.language_model, model.config.text_config
+        self.rows, self.cache = rows, cache
+        self.embedding, self.head = decoder.embed_tokens.weight, model.lm_head.weight
+        self.gain = decoder.norm.weight
+        self.parts = []
+        begin = 0
+        for end in range(1, len(weights) + 1):
+            if end == len(weights) or weights[end].device != weights[begin].device:
+                layers, caches = weights[begin:end], cache.layers[begin:end]
+                self.parts.append(
+                    _Part(config, layers, caches, rows, cache.sequences, cache.capacity)
+                )
+                begin = end
+        for part in self.parts:
+            part.set_rotation(decoder.rotary_emb.inv_freq)
+            part.state.zero_()
+            part.choose_tiles()
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=self.embedding.device)
+        self.next = torch.zeros(rows, dtype=torch.long, device=self.head.device)
+        shape = (rows, len(self.head))
+        self.logits = torch.empty(shape, dtype=self.head.dtype, device=self.head.device)
+        self.slot = 0  # the furthest of the next step, counted here
+        last = self.parts[-1]
+        key = f"head {'x'.join(map(str, self.head.shape))}, {self.head.dtype}, {row_count(rows)}"
+
+        def head(tile):
+            last.project(last.x, self.gain, self.head, None, self.logits, tile)
+
+        self._head_tile = best_tile(key, rows == 1, 1, self.head.device, head)
+        self._work = [self._run_part(index) for index in range(len(self.parts))]
+        if self.parts[0].device.type == "cuda":
+            self._work = [
+                captured(work, part.device).replay
+                for work, part in zip(self._work, self.parts, strict=True)
+            ]
+
+    def _run_part(self, index: int):
+        part = self.parts[index]
+
+        def run():
+            if index == 0:
+                torch.index_select(self.embedding, 0, self.tokens, out=part.x)
+            part.run()
+            if part is self.parts[-1]:
+                part.project(part.x, self.gain, self.head, None, self.logits, self._head_tile)
+                torch.argmax(self.logits, -1, out=self.next)
+
+        return run
+
+    def place(self, positions, slots, starts, sequences):
+        """Say where the rows of the next step are; each a list of numbers, one a row."""
+        state = torch.tensor([positions, slots, starts, sequences], dtype=torch.int32)
+        for part in self.parts:
+            part.state.copy_(state, non_blocking=True)
+        self.slot = max(slots)
+
+    @torch.no_grad()
+    def __call__(self):
+        """Launch it; then every row is one position further.
+
+        Raises:
+            ValueError: a row would be past the end of the cache.
+        """
+        if self.slot >= self.cache.capacity:
+            raise ValueError(
+                f"The cache holds {self.cache.capacity:,} positions, and all are taken. Expected"
+                " room for one more. Ask for fewer new tokens, or shorten the prompt."
+            )
+        for index, work in enumerate(self._work):
+            if index:
+                self.parts[index].x.copy_(self.parts[index - 1].x, non_blocking=True)
+            work()
+        self.slot += 1
