@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 MIB, GIB, GB = 2**20, 2**30, 10**9
@@ -262,13 +262,19 @@ def write_checkpoint(directory: str):
 
 
 def perform(
-    load: Load, rig, checkpoint: str, caps: dict[str, int] | None = None, around=nullcontext
+    load: Load,
+    rig,
+    checkpoint: str,
+    caps: dict[str, int] | None = None,
+    around=nullcontext,
+    goes_on=lambda record: True,
 ) -> list[dict]:
     """Load and run on a rig, real or simulated, with the functions of ``fit``; one record per run,
     the load's own first.
 
     ``caps``: of runs at an edge, by name, when known from a measurement; otherwise taken from the
-    run they name. ``around``: a context for each, given the name of the run.
+    run they name. ``around``: a context for each, given the name of the run. ``goes_on``: given the
+    load's record, whether its runs follow.
     """
     from glm4v_nb.fit import DTYPES, run_workload
     from glm4v_nb.fit import load as load_model
@@ -286,7 +292,7 @@ def perform(
             attn_implementation=load.attention,
             max_memory=max_memory(load),
         )
-    if record["out_of_memory"]:
+    if record["out_of_memory"] or not goes_on(record):
         return records
     for run in load.runs:
         cap = run.cap_bytes
@@ -567,18 +573,21 @@ def simulate(results: dict) -> list[tuple[Load, list[dict], list[dict]]]:
         load = read_load(measured["load"])
         caps = {record["run"]: record["cap_bytes"] for record in measured["records"]}
 
-        def simulated(load, caps=caps):
-            return perform(load, Rig.simulated(card, load.cards, ""), OFFICIAL, caps)
+        def simulated(goes_on, load=load, caps=caps):
+            rig = Rig.simulated(card, load.cards, "")
+            return perform(load, rig, OFFICIAL, caps, goes_on=goes_on)
 
-        records = simulated(load)
-        if load.cards > 1 and not same_reserved(measured["records"][0], records[0]):
+        def as_measured(record, load=load, real=measured["records"][0]):
+            return load.cards == 1 or same_reserved(real, record)
+
+        records = simulated(as_measured)
+        if not as_measured(records[0]):
             with head_first():
-                if same_reserved(measured["records"][0], simulated(replace(load, runs=()))[0]):
-                    print(
-                        "  the head was loaded before the last layer: once more in this order",
-                        flush=True,
-                    )
-                    records = simulated(load)
+                records = simulated(as_measured)
+            if as_measured(records[0]):
+                print("  the head was loaded before the last layer", flush=True)
+            else:  # in neither order
+                records = simulated(lambda record: True)
         found.append((load, measured["records"], records))
     return found
 

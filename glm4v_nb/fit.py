@@ -72,21 +72,22 @@ def cards_for_weights(card: str, dtype: str) -> int:
 
 
 @functools.cache
-def _fit_once(card: str, count: int, dtype: str, workload: Workload) -> FitResult:
-    return fit(card, count, dtype, workload=workload)  # runs of a sweep often share their sizes
+def _fit_once(card: str, count: int, dtype: str, device_map: str, workload: Workload) -> FitResult:
+    return fit(card, count, dtype, device_map, workload)  # runs of a sweep often share their sizes
 
 
 def predict_run(notebook: str, parameters: dict) -> str | None:
-    """What ``fit`` says of the full-size model with a notebook's cards and workload, in a few
-    words; None for a notebook without a card among its parameters, or where ``fit`` refuses."""
+    """What ``fit`` says of the full-size model with a notebook's cards, map and workload, in a
+    few words; None for a notebook without a card among its parameters, or where ``fit`` refuses."""
     card, count = parameters.get("card"), parameters.get("count", 1)
-    if not isinstance(card, str) or not card:
+    device_map = parameters.get("device_map", "auto")
+    if not isinstance(card, str) or not card or not isinstance(device_map, str):
         return None
     names = ("batch_size", "images", "text_tokens", "new_tokens")
     sizes = {name: parameters[name] for name in names if isinstance(parameters.get(name), int)}
     try:
         dtype = parameters.get("dtype", "bfloat16")
-        result = _fit_once(card, count, dtype, Workload(**sizes))
+        result = _fit_once(card, count, dtype, device_map, Workload(**sizes))
     except ValueError:
         return None
     if result.fits:

@@ -18,7 +18,6 @@ number. (Libraries that compare devices still find that ``torch.device(0)`` is n
 is on; ``loading`` helps the two that do.)
 """
 
-import itertools
 import threading
 import warnings
 from collections.abc import Callable
@@ -33,7 +32,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
-    in_kernel_invocation_manager,
 )
 
 try:
@@ -45,6 +43,7 @@ from torch.utils import _pytree, backend_registration
 from simgpu import convolution, rules
 from simgpu.catalog import MAX_CARDS
 from simgpu.engine import IN_PLACE, Guard, explain_real_failures, try_engine
+from simgpu.fake import QuickFakeMode
 from simgpu.numbers import Numbers, keep, may_know, refuse_lost
 
 _BUILT_WITH_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")
@@ -71,39 +70,8 @@ class _BackendModule(backend_registration._DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
 
-class _ObservedFakeMode(FakeTensorMode):
+class _ObservedFakeMode(QuickFakeMode):
     """Runs shape rules and reports each operator, of the autograd engine's threads as well."""
-
-    # Some constructors would otherwise touch the device with a real kernel.
-    avoid_device_init = True
-
-    def __init__(self):
-        self._nesting = threading.local()
-        self._lengths = itertools.count()  # of nested tensors
-        self._results: dict[tuple, tuple] = {}  # of the rules of operators in rules.PLAIN
-        super().__init__(allow_non_fake_inputs=True, allow_fallback_kernels=False)
-
-    def __deepcopy__(self, memo):
-        # A copied tensor belongs to the same mode, of which a process has one.
-        return self
-
-    @property
-    def in_kernel_invocation(self) -> bool:
-        """Whether a shape rule runs, in which tensors say that they are meta: in this thread."""
-        return getattr(self._nesting, "in_kernel", False)
-
-    @in_kernel_invocation.setter
-    def in_kernel_invocation(self, value: bool):
-        self._nesting.in_kernel = value
-
-    @property
-    def is_running(self) -> bool:
-        """Whether this thread is inside an operator."""
-        return getattr(self._nesting, "depth", 0) > 0
-
-    def create_symbolic_nested_int(self, *, nt_tensor_id=None):
-        """Names the unequal lengths in a nested tensor, here without symbols."""
-        return torch._C._get_nested_int(next(self._lengths), 1)
 
     def dispatch(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -112,9 +80,7 @@ class _ObservedFakeMode(FakeTensorMode):
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": as_card(kwargs["device"])}
         if func in rules.VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
-            with in_kernel_invocation_manager(self):
-                view = func(*args, **kwargs)
-            view = FakeTensor(self, view, args[0].fake_device)
+            view = self.placed(self.on_meta(func, args, kwargs), args[0].fake_device)
             if args[0].known is not None:
                 keep(func, args, kwargs, view)
             return view
@@ -159,8 +125,7 @@ class _ObservedFakeMode(FakeTensorMode):
 
     def make_empty(self, operator, *args, device, **kwargs) -> FakeTensor:
         """A new tensor, in the kernel in which PyTorch asks the device for it."""
-        with in_kernel_invocation_manager(self):
-            made = operator(*args, **kwargs, device="meta")
+        made = self.on_meta(operator, args, kwargs | {"device": "meta"})
         made = FakeTensor(self, made, as_card(device))
         if not self.is_running:
             try:
@@ -170,22 +135,12 @@ class _ObservedFakeMode(FakeTensorMode):
                 raise error.with_traceback(None) from None
         return made
 
-    def _remembered(self, func, args: tuple, kwargs: dict) -> torch.Tensor:
-        """The result of an operator, on the meta device."""
-        key = (func, rules.described(args), *kwargs.items())
-        if key not in self._results:
-            with in_kernel_invocation_manager(self):
-                made = func(*args, **kwargs)
-            self._results[key] = (made.shape, made.stride(), made.dtype)
-        shape, stride, dtype = self._results[key]
-        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-
     def _by_shape_rule(self, *call):
         func, _, args, kwargs = call
         if func in rules.PRODUCTS:
             rules.check_product(args)
-        if func in rules.PLAIN and (device := rules.common_card(args)) is not None:
-            return FakeTensor(self, self._remembered(func, args, kwargs), device)
+        if (found := self.looked_up(func, args, kwargs)) is not None:
+            return found
         if func is _ATEN.copy_.default and args[0].shape == args[1].shape:
             return args[0]
         try:

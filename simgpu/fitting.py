@@ -203,7 +203,7 @@ class Deployment:
         rig = self.rig()  # what is wrong with the cards is said before the model is looked at
         workload = workload or self.recipe.workload()
         self.check(workload)
-        with Attribution(rig) as attribution:
+        with Attribution(rig, lines=False) as attribution:
             result = LoadedModel(self, rig).run(workload)
         found = [peak.by_purpose() for peak in attribution.peaks]
         seconds = round(time.perf_counter() - started, 2)

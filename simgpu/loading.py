@@ -187,8 +187,10 @@ def _offload(original, module, tensor_name, device, value=None, **kwargs):
     parameter = owner._parameters.get(name)
     if not isinstance(parameter, FakeTensor):
         return original(module, tensor_name, device, value=value, **kwargs)
-    moved = (parameter if value is None else value).detach().to(device)
-    owner._parameters[name] = torch.nn.Parameter(moved, requires_grad=parameter.requires_grad)
+    place = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if value is not None or place != parameter.device:
+        moved = (parameter if value is None else value).detach().to(device)
+        owner._parameters[name] = torch.nn.Parameter(moved, requires_grad=parameter.requires_grad)
     if device not in ("cpu", "meta"):
         torch.cuda.empty_cache()  # as accelerate does after each
 

@@ -24,7 +24,13 @@ PLAIN = {
     for name in ("addmm", "bmm", "cat", "clone", "gelu", "mm", "neg", "rsqrt", "sigmoid", "silu")
 }
 PLAIN |= {_ATEN.add.Tensor, _ATEN.mul.Tensor, _ATEN.sub.Tensor, _ATEN.mean.dim}
-PLAIN |= {_ATEN.pow.Tensor_Scalar, _ATEN.silu_backward.default, _ATEN._softmax.default}
+PLAIN |= {
+    _ATEN.stack.default,
+    _ATEN.pow.Tensor_Scalar,
+    _ATEN.silu_backward.default,
+    _ATEN._softmax.default,
+}
+TO_COPY = _ATEN._to_copy.default
 
 
 def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -203,6 +209,16 @@ def common_card(args: tuple) -> torch.device | None:
         elif isinstance(each, torch.Tensor):
             return None
     return found
+
+
+def copied_to(args: tuple, kwargs: dict) -> torch.device | None:
+    """Where a copy of a fake tensor goes; None where PyTorch's own rule has to say it."""
+    source, device = args[0], kwargs.get("device")
+    if not isinstance(source, FakeTensor) or source.constant is not None or "pin_memory" in kwargs:
+        return None
+    device = source.fake_device if device is None else device
+    is_known = device.type == "cpu" or device.index is not None
+    return device if is_known and device.type != "meta" else None
 
 
 def described(args: Iterable) -> tuple:

@@ -26,7 +26,7 @@ def why_not(model) -> str | None:
     try:
         import triton
     except ImportError:
-        return "Triton is not installed (pip install 'glm4v-nb[fast]')"
+        return "Triton is not installed, which comes with PyTorch for CUDA on Linux"
     layers = model.language_model.layers
     products = [layer.get_submodule(name) for layer in layers for name in _PRODUCTS]
     products += [model.lm_head, model.language_model.embed_tokens]

@@ -233,6 +233,8 @@ def test_a_prediction_is_made_where_there_is_a_card_and_once_for_equal_settings(
     }
     precision = plan.plan_notebook(str(TARGETS / "one_precision.ipynb"), {})
     assert plan.predict(precision.specs) == {}
+    low = plan.plan_notebook(str(TARGETS / "one_fit.ipynb"), {"device_map": "balanced_low_0"})
+    assert list(plan.predict(low.specs).values()) == ["does not fit: card 1, load"]
 
 
 # --- the command line

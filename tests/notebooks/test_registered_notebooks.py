@@ -52,6 +52,14 @@ def test_no_link_or_picture_of_a_notebook_leads_nowhere(path):
         assert (path.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_a_lesson_that_shows_measured_figures_says_of_which_weights(path):
+    cells = nbformat.read(path, as_version=4).cells
+    text = " ".join(" ".join(cell.source.split()) for cell in cells if cell.cell_type == "markdown")
+    if re.search(r"\b[Mm]easured\b", text):
+        assert re.search(r"random weights|weights were random|miniature|without any model", text)
+
+
 def is_quiet(colour: str) -> bool:
     """Whether a colour is a grey, or so light that it only is a ground."""
     channels = colors.to_rgb(colour)

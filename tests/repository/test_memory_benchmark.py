@@ -57,12 +57,13 @@ def records(benchmark, small):
     return json.loads(json.dumps(found))
 
 
-def repeated(benchmark, load, records):
+@pytest.fixture(scope="module")
+def repeated(benchmark, small, records):
     """The load as it is read back from a file, run again under the caps of the records."""
-    results = {"load": json.loads(json.dumps(asdict(load))), "records": records}
+    results = {"load": json.loads(json.dumps(asdict(small))), "records": records}
     stored = {"provenance": {"cards": {"NVIDIA H100 80GB HBM3": 2}}, "loads": [results]}
-    ((again, measured, simulated),) = benchmark.simulate(stored)
-    return benchmark.compare(again, measured, simulated)
+    (found,) = benchmark.simulate(stored)
+    return found
 
 
 def test_a_plan_has_runs_that_fit_and_runs_that_do_not(records):
@@ -77,8 +78,8 @@ def test_a_plan_has_runs_that_fit_and_runs_that_do_not(records):
     assert [stage["name"] for stage in records[-1]["stages"]] == ["backward", "optimizer"]
 
 
-def test_the_same_figures_are_found_right(benchmark, small, records):
-    figures, differences = repeated(benchmark, small, records)
+def test_the_same_figures_are_found_right(benchmark, repeated):
+    figures, differences = benchmark.compare(*repeated)
     assert differences == []
     assert len(figures) == 2 * 2 * (1 + 2 + 1 + 1 + 1 + 2) + 4
     assert all(figure.right for figure in figures)
@@ -147,7 +148,7 @@ def test_the_figures_of_a_message_are_compared_and_other_processes_are_left_out(
 
 
 def test_the_report_ends_with_one_where_anything_differs(
-    benchmark, small, records, tmp_path, capsys, monkeypatch
+    benchmark, small, records, repeated, tmp_path, capsys, monkeypatch
 ):
     origin = {
         "cards": {"NVIDIA H100 80GB HBM3": 2},
@@ -156,13 +157,10 @@ def test_the_report_ends_with_one_where_anything_differs(
         "transformers": "5",
         "driver": "6",
     }
-    simulate, found = benchmark.simulate, []
 
     def simulate_once(results):
         """The same load both times: what was measured of it changes, the simulation does not."""
-        if not found:
-            found.extend(simulate(results))
-        ((load, _, simulated),) = found
+        load, _, simulated = repeated
         return [(load, results["loads"][0]["records"], simulated)]
 
     monkeypatch.setattr(benchmark, "simulate", simulate_once)

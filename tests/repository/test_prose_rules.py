@@ -11,7 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from notebook_rules import prose
 from notebook_rules.figures import find_figures
-from notebook_rules.prose import NOT_YET, check_prose, check_solution, solutions
+from notebook_rules.prose import check_prose, check_solution, solutions
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,8 +171,3 @@ def test_solutions_are_run_after_the_last_cell_and_a_wrong_one_fails(tmp_path):
         ["PASSED", "Solution 1"],
     ], done.stdout
     assert "it says 'Nine'" in done.stdout and "name 'missing' is not defined" in done.stdout
-
-
-def test_what_is_not_held_to_the_rule_yet_exists():
-    there = {path.name for path in (*ROOT.glob("notebooks/*"), *ROOT.glob("sweeps/targets/*"))}
-    assert NOT_YET <= there

@@ -34,9 +34,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 LESSONS = ROOT / "notebooks"
 
-# Their prose is not held to the rule yet, and their solutions are not run.
-NOT_YET = frozenset({"15_experiments.ipynb"})
-
 # Below it, whole numbers without a unit are the language's: two cards, three ways.
 _SMALL = 7
 _FOLDED = re.compile(r"<details\b.*?</details>", re.DOTALL)

@@ -25,7 +25,7 @@ from nbsweep.registry import NotebookEntry
 
 from .machine_traces import find_machine_traces
 from .outputs import Problem, cell_tree, check_outputs, check_printed_figures
-from .prose import NOT_YET, check_prose
+from .prose import check_prose
 from .shape import check_cell, check_lesson
 
 # The suite's largest has 285 KB. A page of this size still opens at once, and its changes can be
@@ -106,14 +106,11 @@ def check_notebook(path: Path, entry: NotebookEntry | None) -> list[Finding]:
     findings = [Finding(path.name, "", *problem) for problem in _check_whole(path, notebook, entry)]
     # As they are stored: to the others nbformat has given ids.
     ids = [cell.get("id") for cell in json.loads(content)["cells"]]
-    is_held = path.name not in NOT_YET
-    prose = check_prose(notebook) if is_held else {}
-    if is_held:
-        shape = check_lesson(notebook, entry)
-        findings += [Finding(path.name, "", *problem) for problem in shape]
+    prose = check_prose(notebook)
+    findings += [Finding(path.name, "", *problem) for problem in check_lesson(notebook, entry)]
     for number, (where, cell, context) in enumerate(_cells(notebook)):
         problems = [*_check_id(ids, number), *_check_source(cell), *prose.get(number, ())]
-        problems += check_cell(cell) if is_held else ()
+        problems += check_cell(cell)
         if cell.cell_type == "code":
             problems += check_outputs(cell, cell.outputs)
             problems += check_printed_figures(cell.outputs, context)

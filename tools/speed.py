@@ -1,0 +1,123 @@
+"""Write docs/speed.md and its picture from what benchmarks/decoding.py measured.
+
+python tools/speed.py
+"""
+
+import json
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+
+from simgpu.plots.style import styled
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PICTURE = ROOT / "benchmarks" / "results", ROOT / "docs" / "decoding.png"
+PAGE = ROOT / "docs" / "speed.md"
+# As a reader climbs them; "step" is the fused step by the card's clock, without generate.
+RUNGS = ("eager", "static", "compiled", "hand loop", "fast", "step")
+ABOUT = {
+    "eager": "transformers' `generate`",
+    "static": "its static cache",
+    "compiled": "that, compiled",
+    "hand loop": "that, compiled, in a loop by hand",
+    "fast": '`decoding="fast"`: fused kernels',
+    "step": "a fused step alone",
+}
+
+
+def page() -> str:
+    """The page, from stored results alone."""
+    one, two = (
+        json.loads((RESULTS / f"decoding_{name}.json").read_text(encoding="utf-8"))
+        for name in ("h100", "h200_x2")
+    )
+    accuracy, prefill, small = one["accuracy"], one["prefill"], one["miniature"]
+    lookup = small["lookup"]
+    lines = [
+        "# How fast answers come",
+        "",
+        "Written by `python tools/speed.py` from what `benchmarks/decoding.py` measured at full",
+        "size, with random weights. Every token needs all weights of decoder and head once, and",
+        "the cache: the *limit* is these bytes by the bandwidth of a copy in the same run.",
+        "",
+        *(f"- {_provenance(each)}: a copy moves {_terabytes(each)} TB/s." for each in (one, two)),
+        "",
+        "![Tokens a second, rung by rung, beside the limit](decoding.png)",
+        "",
+        "| decoding | cards | batch | context | tokens/s | of the limit |",
+        "|---|---|---|---|---|---|",
+        *(_line(row, each) for each in (one, two) for row in _ordered(each)),
+        "",
+        "Two cards by layers take turns, so their limit is that of one card.",
+        "",
+        f"- Logits of a fused step are {accuracy['fused_distance_from_float32']:.1%} from float32"
+        f" in norm, those of a plain bfloat16 step {accuracy['bfloat16_distance_from_float32']:.1%}"
+        f" ({accuracy['tokens']} tokens, random weights).",
+        f"- Of {small['questions']:,} answers of the miniature, in batches of 8,"
+        f" {small['differ']} differ from eager's; of {lookup['questions']} with prompt lookup"
+        f" {lookup['differ']}, at {lookup['tokens_per_step']:.2f} tokens a step.",
+        f"- A step that verifies 8 tokens takes {one['verify_step_seconds'] * 1e3:.2f} ms.",
+        f"- Prefill of an image and 98 tokens: {prefill['seconds'] * 1e3:.0f} ms,"
+        f" {prefill['share_of_product']:.1%} of the rate of a large product, eager.",
+        *(f"- Not in the table: {each}." for each in one.get("left_out", ())),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _ordered(results: dict) -> list[dict]:
+    return sorted(results["rows"], key=lambda row: (RUNGS.index(row["rung"]), row["batch"],
+                                                    row["context"]))  # fmt: skip
+
+
+def _line(row: dict, results: dict) -> str:
+    card = next(iter(results["provenance"]["cards"])).split()[1]
+    cells = (ABOUT[row["rung"]], f"{row['cards']} {card}", row["batch"], f"{row['context']:,}")
+    figures = f"{row['tokens_per_second']:.1f} | {row['share_of_limit']:.1%}"
+    return f"| {' | '.join(map(str, cells))} | {figures} |"
+
+
+def _provenance(results: dict) -> str:
+    origin = results["provenance"]
+    cards = ", ".join(f"{count} x {name}" for name, count in origin["cards"].items())
+    versions = (f"{name} {origin[name]}" for name in ("torch", "triton", "transformers"))
+    return f"measured on {cards}, {origin['date']}, {', '.join(versions)}"
+
+
+def _terabytes(results: dict) -> str:
+    return f"{results['limit']['copy_bytes_per_second'] / 1e12:.2f}"
+
+
+def draw(path: Path):
+    """A bar a rung, for one prompt on one card, and the limit."""
+    one = json.loads((RESULTS / "decoding_h100.json").read_text(encoding="utf-8"))
+    rows = [row for row in _ordered(one) if row["batch"] == 1 and row["context"] < 2000]
+    rows = [row for row in rows if row["rung"] != "step"]
+    limit = rows[0]["tokens_per_second"] / rows[0]["share_of_limit"]
+    with styled("x"):
+        figure, axes = plt.subplots(figsize=(8, 2.6))
+        names = [ABOUT[row["rung"]].replace("`", "") for row in rows]
+        bars = axes.barh(names, [row["tokens_per_second"] for row in rows])
+        for bar, row in zip(bars, rows, strict=True):  # inside where a bar ends at the limit
+            end, inside = bar.get_width(), row["share_of_limit"] > 0.85
+            axes.annotate(
+                f"{end:.0f}",
+                (end, bar.get_y() + bar.get_height() / 2),
+                xytext=(-4 if inside else 4, 0),
+                textcoords="offset points",
+                ha="right" if inside else "left",
+                va="center",
+                color="white" if inside else "black",
+            )
+        axes.axvline(limit, color="black", linestyle="--")
+        axes.text(limit * 1.01, 0, f"limit\n{limit:.0f}", va="center")
+        axes.set_xlim(0, limit * 1.12)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"tokens a second, one prompt of {rows[0]['context']:,} tokens")
+        figure.suptitle(_provenance(one), fontsize="small", x=0.01, ha="left")
+        figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    draw(PICTURE)
