@@ -365,6 +365,7 @@ def load(model, results, given):
         results["load"]["share_of_plain_read"] = read / seconds
         print(json.dumps(results["load"]), flush=True)
         del loaded
+        model.to("cuda")  # for the parts that follow
 
 
 @torch.inference_mode()
