@@ -1,6 +1,7 @@
 """docs/speed.md says what was measured, and what was measured reaches what is promised."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -29,3 +30,18 @@ def test_fast_answers_come_at_93_percent_of_the_limit_and_at_88_with_a_long_cont
 def test_four_prompts_at_a_time_give_3_6_times_the_tokens_of_one(rows):
     one, four = (rows["fast", batch, 1700]["tokens_per_second"] for batch in (1, 4))
     assert four >= 3.6 * one
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_front_page_says_the_speed_that_was_measured(rows, name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    fast = rows["fast", 1, 1700]
+    assert re.search(rf"\b{fast['tokens_per_second']:.0f} (tokens a second|个词元)", text)
+    assert re.search(rf"\b{fast['share_of_limit']:.0%}".replace("%", " %"), text)
+    file = ROOT / "benchmarks" / "results" / "decoding_h100_again.json"
+    again = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    eager = [
+        row for row in again if (row["rung"], row["context"], row["batch"]) == ("eager", 1700, 1)
+    ]
+    slow, quick = rows["eager", 1, 1700]["tokens_per_second"], eager[0]["tokens_per_second"]
+    assert re.search(rf"\b{slow:.0f} (to|到) {quick:.0f}\b", text)
