@@ -33,6 +33,9 @@ class QuickFakeMode(FakeTensorMode):
         # What is the same of every fake tensor.
         like = FakeTensor(self, torch.empty(0, device="meta"), torch.device("cpu"))
         self._attributes = dict(vars(like))
+        # A property hides it in torch 2.13; in 2.11 it is the attribute itself.
+        names = ("_fake_device", "fake_device")
+        self._place = next(name for name in names if name in self._attributes)
 
     def __deepcopy__(self, memo):
         # A copied tensor belongs to the same mode.
@@ -80,7 +83,9 @@ class QuickFakeMode(FakeTensorMode):
             device_for_backend_keys=device,
         )
         torch._C._set_warn_deprecated_on_mutable_data_ptr(tensor)
-        vars(tensor).update(self._attributes, _fake_device=device)
+        attributes = vars(tensor)
+        attributes.update(self._attributes)
+        attributes[self._place] = device
         return tensor
 
     def looked_up(self, func, args: tuple, kwargs: dict) -> FakeTensor | None:
