@@ -55,13 +55,13 @@ def test_every_measurement_has_its_simulated_figures_and_all_are_right(compared)
 
 def test_the_claim_of_the_readme_is_what_was_measured(compared):
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    (runs,) = re.findall(
-        r"Of (\d+) runs measured on one and two H100 and two H200, with random weights, all ended"
-        r" as simulated, and every peak of allocated memory was within 1 MiB",
+    ((runs, others),) = re.findall(
+        r"Of (\d+) runs measured on one and two H100 and two and four H200, with random weights, all"
+        r" ended as simulated, and every peak of allocated memory but (\d+) was within 1 MiB",
         text,
     )
     chinese = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
-    assert f"实测了 {runs} 次运行" in chinese
+    assert f"实测了 {runs} 次运行" in chinese and f"除 {others} 个外" in chinese
     rows = [row for _, _, rows in compared for row in rows]
     assert int(runs) == sum("| load |" not in row for row in rows)
     apart = [
@@ -70,4 +70,5 @@ def test_the_claim_of_the_readme_is_what_was_measured(compared):
         for figure in figures
         if figure.name == "peak_allocated_bytes"
     ]
-    assert max(apart) <= MIB
+    assert sum(distance > MIB for distance in apart) == int(others)
+    assert max(apart) <= 5 * MIB
