@@ -25,6 +25,9 @@ LONGEST = (
     "tests/glm4v_nb/test_limits.py",
     "tests/glm4v_nb/test_free_memory.py",
     "notebooks/15_experiments.ipynb",
+    "tests/nbsweep/test_kills.py",
+    "tests/repository/test_models_benchmark.py",
+    "notebooks/06_training.ipynb",
     "notebooks/13_failure_clinic.ipynb",
     "tests/notebooks/test_on_gpus.py",
     "tests/nbsweep/test_dask_hosts.py",
@@ -43,7 +46,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     places = {ROOT / name: place for place, name in enumerate(LONGEST)}
     items[:] = _with_solutions(items)
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    # Then the other notebooks, which are collected last and have a kernel to start.
+    later = {".ipynb": len(places)}
+    items.sort(key=lambda item: places.get(item.path, later.get(item.path.suffix, len(places) + 1)))
 
 
 def _with_solutions(items):

@@ -48,7 +48,7 @@ class Panel:
         self.page.wait_for_timeout(100)  # as a hand needs between the last key and the button
         self.ask_button.click()
 
-    def answer(self, text: str, seconds: float = 60) -> str:
+    def answer(self, text: str, seconds: float = 150) -> str:
         """Ask and wait: the answer's text."""
         before, said = self.turns.count(), self.status.inner_text()
         self.ask(text)
