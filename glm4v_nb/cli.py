@@ -82,7 +82,7 @@ def verify(
     """Is a checkpoint whole, and do CPU and GPUs agree on its first logits? Prints a block to copy
     into a report; exit code 1 if something is wrong, or nothing could be run.
 
-    The official one takes 52 GiB of the computer's memory in float32, half of it in bfloat16; what
+    The official one needs 57 GiB of the computer's memory in float32, half of it in bfloat16; what
     has no room is named and left out.
     """
     with progress("verifying") as show:

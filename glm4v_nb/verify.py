@@ -191,8 +191,7 @@ def _run(directory, config, processor, parameters, place, dtype, reference, repo
         inputs = {key: value.to(input_device(model)) for key, value in inputs.items()}
         logits = model(**inputs, logits_to_keep=1).logits[0, -1].double().cpu()
     if processor:
-        messages = [{"role": "user", "image": _picture(), "content": QUESTION}]
-        answer = generate(model, processor, messages, Sampling(max_new_tokens=16)).text
+        answer = generate(model, processor, _messages(), Sampling(max_new_tokens=16)).text
     del model
     empty_caches()
     difference = problem = None
@@ -221,8 +220,7 @@ def _prompt(config: GLM4VConfig, processor) -> dict[str, torch.Tensor]:
     """The picture and the question; without a tokenizer ids and pixels by formula. The same on
     every machine and in every version, as no random numbers are drawn."""
     if processor:
-        messages = [{"role": "user", "image": _picture(), "content": QUESTION}]
-        return dict(processor.apply_chat_template(messages, add_generation_prompt=True))
+        return dict(processor.apply_chat_template(_messages(), add_generation_prompt=True))
     ordinary = min(config.boi_token_id, config.pad_token_id)
     text = [7919 * position % ordinary for position in range(1, 25)]
     image = [config.boi_token_id, config.pad_token_id, config.eoi_token_id]
@@ -234,13 +232,13 @@ def _prompt(config: GLM4VConfig, processor) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor([[*image, *text]]), "pixel_values": pixels[None]}
 
 
-def _picture() -> Image.Image:
-    """A red circle and a blue square, drawn here."""
+def _messages() -> list[dict]:
+    """The question about a red circle and a blue square, drawn here."""
     picture = Image.new("RGB", (320, 240), "white")
     draw = ImageDraw.Draw(picture)
     draw.ellipse((30, 60, 150, 180), fill=(220, 30, 30))
     draw.rectangle((190, 70, 290, 170), fill=(30, 60, 220))
-    return picture
+    return [{"role": "user", "image": picture, "content": QUESTION}]
 
 
 def _free_bytes(place: str) -> int:

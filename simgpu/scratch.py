@@ -167,15 +167,14 @@ def _rows(a, results, card):
     return [] if indices.is_contiguous() else [Early([indices.numel() * indices.itemsize])]
 
 
-def _from_host(indices, like: torch.Tensor) -> list[Early]:
+def _from_host(indices, like: torch.Tensor) -> Early:
     """Indices on the host are copied to the tensor's card, masks as the places they choose."""
     masks = (torch.bool, torch.uint8)
-    sizes = [
+    return Early(
         int(each.count_nonzero()) * each.ndim * 8 if each.dtype in masks else each.numel() * 8
         for each in indices
         if each is not None and each.device != like.device
-    ]
-    return [Early(sizes)] if sizes else []
+    )
 
 
 def _indexed(a, results, card):
@@ -183,7 +182,7 @@ def _indexed(a, results, card):
     (``make_info`` in TensorAdvancedIndexing.cpp)."""
     indices = [each for each in a["indices"] if each is not None]
     if moved := _from_host(indices, a["self"]):
-        return moved
+        return [moved]
     if any(each.dtype in (torch.bool, torch.uint8) for each in indices):
         return []
     shape = torch.broadcast_shapes(*(each.shape for each in indices))
@@ -199,9 +198,8 @@ def _indexed_put(a, results, card):
         each for each in a["indices"] if each is not None and each.device == a["self"].device
     ]
     if not a["accumulate"] or any(each.dtype in (torch.bool, torch.uint8) for each in on_card):
-        return moved
-    sizes = [size for each in moved for size in each]
-    return sorting.indexed_add_scratch(a["indices"], a["self"], a["values"], sizes)
+        return [moved]
+    return sorting.indexed_add_scratch(a["indices"], a["self"], a["values"], moved)
 
 
 def _reduced_at_places(a, results, card):

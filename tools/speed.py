@@ -46,7 +46,7 @@ def page() -> str:
         "",
         "| decoding | cards | batch | context | tokens/s | of the limit |",
         "|---|---|---|---|---|---|",
-        *(_line(row, each) for each in (one, two) for row in _ordered(each)),
+        *(_line(row, _cards(row, each)) for each in (one, two) for row in _ordered(each)),
         "",
         "Two cards by layers take turns, so their limit is that of one card.",
         "",
@@ -65,7 +65,11 @@ def page() -> str:
         "",
         "| decoding | batch | context | tokens/s | of the limit | seconds to the first token |",
         "|---|---|---|---|---|---|",
-        *map(_line_again, (row for row in _ordered(again) if row["rung"] != "step")),
+        *(
+            _line(row, after=f"{row['first_token_seconds']:.2f}")
+            for row in _ordered(again)
+            if row["rung"] != "step"
+        ),
         "",
         f"- Prefill of an image and 98 tokens: {again['prefill']['seconds'] * 1e3:.0f} ms,"
         f" {again['prefill']['share_of_product']:.1%} of the rate of a large product, eager.",
@@ -82,17 +86,14 @@ def _ordered(results: dict) -> list[dict]:
                                                     row["context"]))  # fmt: skip
 
 
-def _line(row: dict, results: dict) -> str:
-    card = next(iter(results["provenance"]["cards"])).split()[1]
-    cells = (ABOUT[row["rung"]], f"{row['cards']} {card}", row["batch"], f"{row['context']:,}")
-    figures = f"{row['tokens_per_second']:.1f} | {row['share_of_limit']:.1%}"
-    return f"| {' | '.join(map(str, cells))} | {figures} |"
+def _line(row: dict, cards: str = "", after: str = "") -> str:
+    cells = (ABOUT[row["rung"]], cards, str(row["batch"]), f"{row['context']:,}")
+    cells += (f"{row['tokens_per_second']:.1f}", f"{row['share_of_limit']:.1%}", after)
+    return f"| {' | '.join(filter(None, cells))} |"
 
 
-def _line_again(row: dict) -> str:
-    cells = (ABOUT[row["rung"]], row["batch"], f"{row['context']:,}")
-    figures = f"{row['tokens_per_second']:.1f} | {row['share_of_limit']:.1%}"
-    return f"| {' | '.join(map(str, cells))} | {figures} | {row['first_token_seconds']:.2f} |"
+def _cards(row: dict, results: dict) -> str:
+    return f"{row['cards']} {next(iter(results['provenance']['cards'])).split()[1]}"
 
 
 def _provenance(results: dict) -> str:
