@@ -103,11 +103,12 @@ def test_every_way_to_end_is_a_class_with_its_cause(notebooks, tmp_path):
         ("begin", 3),
         ("square", 9),
     ]
-    # What the hung notebook had started, in a session of its own, is gone too.
+    # What the hung notebook had started, in a session of its own, is gone too; another test's is
+    # elsewhere.
     assert not [
         each
-        for each in psutil.process_iter(["cmdline"])
-        if "time.sleep(300)" in str(each.info["cmdline"])
+        for each in psutil.process_iter(["cmdline", "cwd"])
+        if "time.sleep(300)" in str(each.info["cmdline"]) and each.info["cwd"] == str(notebooks)
     ]
 
 
@@ -135,6 +136,7 @@ def test_the_longest_notebook_begins_first_and_runs_of_one_keep_their_order(note
     settings = ({"number": 1}, {"number": 2}, {"number": 3, "file": "02_long.ipynb"})
     minutes = {"01_small.ipynb": 1.0, "02_long.ipynb": 2.0}
     runs = run_sweep(make_plan("order", notebooks, *settings, minutes=minutes), tmp_path / "runs")
+    assert [run.outcome.error for run in runs] == [None] * 3
     assert executions(notebooks) == [3, 1, 2]
     assert [run.spec.parameters["number"] for run in runs] == [1, 2, 3]
 
