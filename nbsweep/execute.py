@@ -23,7 +23,14 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.parameterize import parameterize_notebook
 
 from .errors import explain, one_line, signature_of
-from .kernel import MARK, end_marked, kernel_manager, run_with_kernel, scratch_folder
+from .kernel import (
+    CONNECTION_FILE,
+    MARK,
+    end_marked,
+    kernel_manager,
+    run_with_kernel,
+    scratch_folder,
+)
 from .provenance import (
     commit_of,
     gpu_names,
@@ -39,6 +46,9 @@ from .store import RECORDS, RESULT_FILES, Outcome, RunSpec, Status, now, parse_r
 from .words import whole_characters
 
 WATCH_SECONDS = 0.2
+START_TRIES = 3
+# What a kernel says as it ends.
+PORT_TAKEN = b"Address already in use"
 
 
 class SourceChanged(RuntimeError):
@@ -159,12 +169,9 @@ def _run_cells(
     environment = {"OMP_NUM_THREADS": str(job.threads)} | os.environ | job.registry.environment
     environment |= {MARK: mark, RECORDS_VARIABLE: str(scratch.resolve() / RECORDS)}
     options = {"timeout": None, "force_raise_errors": True, "on_cell_execute": begin}
-    client = NotebookClient(notebook, km=kernel_manager(scratch), **options)
+    kernel = {"env": environment, "cwd": str(folder)}
     try:
-        # In this very thread: a kernel dies with the thread that started it.
-        with (scratch / "executed.kernel.log").open("wb") as log:
-            kernel = {"env": environment, "stdout": log, "stderr": log, "cwd": str(folder)}
-            asyncio.run(run_with_kernel(client, **kernel))
+        _in_kernel(notebook, scratch, options, kernel)
     except CellExecutionError as error:
         # As papermill has it: a notebook may end itself.
         if error.ename != "SystemExit" or error.evalue not in ("", "0"):
@@ -182,6 +189,25 @@ def _run_cells(
     if result["status"] != "done":
         result["failed_cell"] = begun or None
     return notebook if begun else None, result
+
+
+def _in_kernel(notebook: nbformat.NotebookNode, scratch: Path, options: dict, kernel: dict):
+    """Run the cells in a kernel that is started for them, in this very thread: it dies with the
+    thread that started it.
+
+    Its ports are chosen before it takes them, and another process may be faster; then it is started
+    again with others.
+    """
+    log = scratch / "executed.kernel.log"
+    for tries_left in reversed(range(START_TRIES)):
+        client = NotebookClient(notebook, km=kernel_manager(scratch), **options)
+        try:
+            with log.open("wb") as file:
+                return asyncio.run(run_with_kernel(client, **kernel, stdout=file, stderr=file))
+        except RuntimeError:
+            if not tries_left or PORT_TAKEN not in log.read_bytes():
+                raise
+            (scratch / CONNECTION_FILE).unlink(missing_ok=True)
 
 
 def _with_parameters(job: Job) -> nbformat.NotebookNode:

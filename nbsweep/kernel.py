@@ -25,6 +25,7 @@ from nbclient.exceptions import CellExecutionError
 # In the environment of a run's processes; its value, a word that nobody else has, is in this file.
 MARK = "NBSWEEP_RUN"
 MARK_FILE = "mark"
+CONNECTION_FILE = "connection.json"
 START_SECONDS = 120
 
 # A kernel dies with whoever started it, whatever killed that. This asks Linux for it before it
@@ -54,7 +55,7 @@ def kernel_manager(scratch: Path) -> AsyncKernelManager:
     return AsyncKernelManager(
         kernel_name="python3",
         kernel_spec_manager=_ThisPython(),
-        connection_file=str(scratch.resolve() / "connection.json"),
+        connection_file=str(scratch.resolve() / CONNECTION_FILE),
     )
 
 

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from jupyter_client.connect import LocalPortCache
 from rich.console import Console
 from run_cells import ENDINGS, KEEP
 
@@ -110,6 +112,22 @@ def test_every_way_to_end_is_a_class_with_its_cause(notebooks, tmp_path):
         for each in psutil.process_iter(["cmdline", "cwd"])
         if "time.sleep(300)" in str(each.info["cmdline"]) and each.info["cwd"] == str(notebooks)
     ]
+
+
+def test_a_kernel_whose_port_another_process_took_is_started_again(
+    notebooks, tmp_path, monkeypatch
+):
+    choose, chosen = LocalPortCache.find_available_port, []
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+
+        def find(self, address):
+            port = choose(self, address) if chosen else taken.getsockname()[1]
+            chosen.append(port)
+            return port
+
+        monkeypatch.setattr(LocalPortCache, "find_available_port", find)
+        (run,) = run_sweep(make_plan("ports", notebooks, {}), tmp_path / "runs")
+    assert (run.outcome.status, run.outcome.error, len(chosen)) == ("done", None, 10)
 
 
 def test_what_has_ended_is_not_repeated_unless_asked_for_and_what_was_killed_is(
