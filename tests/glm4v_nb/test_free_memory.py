@@ -11,11 +11,19 @@ from IPython.core.interactiveshell import InteractiveShell
 from rig_fixtures import GOLDEN, MIB, counters, load, split_in_two
 from traitlets.config import Config
 
+from glm4v_nb import tensor_holders
 from glm4v_nb.cleanup import clear_frames, free_memory
 from glm4v_nb.tensor_holders import bytes_on_cards, find_holders, tensors_in
 from simgpu import Rig
 
 KEPT_BY_SYS = ("last_exc", "last_type", "last_value", "last_traceback")
+# What runs these tests, as IPython runs a notebook; it leads to every test there is.
+MACHINERY = (*tensor_holders._MACHINERY, "_pytest", "pluggy", "pytest", "xdist", "execnet")
+
+
+@pytest.fixture(autouse=True)
+def without_pytest(monkeypatch):
+    monkeypatch.setattr(tensor_holders, "_MACHINERY", MACHINERY)
 
 
 @pytest.fixture
