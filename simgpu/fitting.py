@@ -17,7 +17,7 @@ from simgpu.attribution import Attribution
 from simgpu.catalog import Card, not_measured
 from simgpu.estimation import versions
 from simgpu.host import HostMemory
-from simgpu.loading import read_config
+from simgpu.loading import once_for_each, read_config
 from simgpu.oom import parse_out_of_memory
 from simgpu.placement import Place, bytes_by_place, check_device_map, meta_model, plan_device_map
 from simgpu.recipes import Recipe, read_recipe
@@ -168,7 +168,8 @@ class Deployment:
     @functools.cached_property
     def meta_model(self) -> PreTrainedModel:
         """The model without memory."""
-        return meta_model(self.recipe.model_class, self.recipe.config, DTYPES[self.dtype])
+        recipe = self.recipe
+        return once_for_each(meta_model, recipe.model_class, recipe.config, DTYPES[self.dtype])
 
     def rig(self) -> Rig:
         """The cards, with nothing on them."""

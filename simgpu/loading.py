@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from functools import partial, partialmethod
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -263,6 +264,21 @@ def _from_pretrained(
     return loaded
 
 
+_found: dict[tuple, Any] = {}
+_MOST_FOUND = 16
+
+
+def once_for_each(function: Callable, cls: type, config: PreTrainedConfig, *given):
+    """What a function finds for a model class and a configuration, kept: whoever looks for an edge
+    loads one model again and again."""
+    key = function, cls, config.to_json_string(use_diff=False), given
+    if key not in _found:
+        if len(_found) >= _MOST_FOUND:
+            _found.clear()
+        _found[key] = function(cls, config, *given)
+    return _found[key]
+
+
 def _from_config(original, cls, config, **kwargs):
     """A new model, whose weights nobody draws: in no memory, and without numbers."""
     if torch.get_default_device().type != "cpu":  # of a loader, or on the cards at once
@@ -354,15 +370,23 @@ def _model_class(auto_class: type, config) -> tuple[type, PreTrainedConfig]:
 
 def _empty_checkpoint(cls: type, config) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint of this configuration, on the CPU, without numbers."""
+    layout = once_for_each(_layout, cls, config)
+    with fake_mode():
+        return {
+            name: torch.empty(shape, dtype=dtype, device="cpu")
+            for name, (shape, dtype) in layout.items()
+        }
+
+
+def _layout(cls: type, config) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Name to shape and type of a checkpoint's tensors."""
     with torch.device("meta"):
         model = cls(config)
     # A weight that is another one under a second name is not stored twice.
     tied = getattr(model, "all_tied_weights_keys", {})
     stored = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     floating = config.dtype or torch.bfloat16
-    with fake_mode():
-        empty = {}
-        for name, tensor in core_model_loading.revert_weight_conversion(model, stored).items():
-            dtype = floating if tensor.is_floating_point() else tensor.dtype
-            empty[name] = torch.empty(tensor.shape, dtype=dtype, device="cpu")
-        return empty
+    return {
+        name: (tensor.shape, floating if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in core_model_loading.revert_weight_conversion(model, stored).items()
+    }
