@@ -129,8 +129,8 @@ def test_the_experiments_of_the_documents_run_and_report(tmp_path):
         (folder,) = tmp_path.iterdir()
         run([*words[:2], str(folder), *words[3:]])
         assert (folder / "report.html").is_file()
-    # The runs of a sweep take minutes, and to predict all of them one. Without the runs two commands
-    # may be one.
+    # The runs of a sweep take minutes, and to predict all of them one. Without the runs, two
+    # commands may be the same.
     shutil.copytree(ROOT / "sweeps", tmp_path / "sweeps")
     for file in (tmp_path / "sweeps").glob("*.toml"):
         file.write_text(re.sub(r"(?m)^(grid.*= \[[^,]+),.*]", r"\1]", file.read_text()))
