@@ -190,7 +190,8 @@ def test_limits_for_people_end_with_lines_to_paste(command):
     assert 'AutoModelForCausalLM.from_pretrained(\n    "zai-org/glm-4v-9b",\n' in out
 
 
-def test_a_frontier_is_drawn_and_its_points_are_in_the_json(command, tmp_path):
+def test_a_frontier_is_drawn_and_its_points_are_in_the_json(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("simgpu.limits.frontier_tokens", lambda *given: [1024, 8192])
     picture = tmp_path / "what fits.png"
     options = ("--images", 0, "--new-tokens", 1, "--frontier", picture, "--json")
     code, out, err = command("fit", "--card", "H100", *options)
@@ -208,6 +209,7 @@ def test_a_disk_that_is_full_after_the_search_takes_no_answer_along(command, tmp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    monkeypatch.setattr("simgpu.limits.frontier_tokens", lambda *given: [8192])
     options = ("--images", 0, "--new-tokens", 1, "--frontier", tmp_path / "a.png", "--json")
     code, out, err = command("fit", "--card", "H100", *options)
     assert code == 1 and "No space left" in err
