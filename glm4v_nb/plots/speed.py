@@ -58,7 +58,7 @@ def plot_batches(
         figure.legend(loc="outside lower center", ncols=4, fontsize=11)
         said = []
         for name, line in (*limits.items(), ("measured", measured)):
-            (first, low), *_, (last, high) = line.items()
+            (first, low), (last, high) = (list(line.items())[end] for end in (0, -1))
             said.append(f"{name}: {low:,.0f} at {first}, {high:,.0f} at {last}")
         words = f"Lines: tokens a second by the size of a batch. {title}. {'; '.join(said)}."
         return finish(figure, words, {}, title=title)
