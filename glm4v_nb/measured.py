@@ -61,5 +61,20 @@ def measured_notebook(file: str, number: str) -> list[list[MeasuredStage]]:
     return measured
 
 
+def measured_decoding(file: str) -> dict:
+    """What ``benchmarks/decoding.py`` measured, as its file has it, and its provenance in words,
+    ``measured_on``.
+
+    ``rows`` have rung, cards, batch, context (positions), tokens_per_second and share_of_limit;
+    ``limit`` has what a copy and a large product reach, bytes and operations a second.
+    """
+    results = _read(file)
+    origin = results["provenance"]
+    cards = ", ".join(f"{count} x {name}" for name, count in origin["cards"].items())
+    versions = (f"{name} {origin[name]}" for name in ("torch", "triton", "transformers"))
+    measured_on = f"measured on {cards}, {origin['date']}, {', '.join(versions)}"
+    return results | {"measured_on": measured_on}
+
+
 def _read(file: str) -> dict:
     return json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))

@@ -3,15 +3,13 @@
 python tools/speed.py
 """
 
-import json
 from pathlib import Path
 
-from matplotlib import pyplot as plt
-
-from simgpu.plots.style import styled
+from glm4v_nb.measured import measured_decoding
+from glm4v_nb.plots import plot_rungs
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PICTURE = ROOT / "benchmarks" / "results", ROOT / "docs" / "decoding.png"
+PICTURE = ROOT / "docs" / "decoding.png"
 PAGE = ROOT / "docs" / "speed.md"
 # As a reader climbs them; "step" is the fused step by the card's clock, without generate.
 RUNGS = ("eager", "static", "compiled", "hand loop", "fast", "step")
@@ -28,8 +26,7 @@ ABOUT = {
 def page() -> str:
     """The page, from stored results alone."""
     one, two, again = (
-        json.loads((RESULTS / f"decoding_{name}.json").read_text(encoding="utf-8"))
-        for name in ("h100", "h200_x2", "h100_again")
+        measured_decoding(f"decoding_{name}") for name in ("h100", "h200_x2", "h100_again")
     )
     accuracy, prefill, small = one["accuracy"], one["prefill"], one["miniature"]
     lookup = small["lookup"]
@@ -40,7 +37,7 @@ def page() -> str:
         "size, with random weights. Every token needs all weights of decoder and head once, and",
         "the cache: the *limit* is these bytes by the bandwidth of a copy in the same run.",
         "",
-        *(f"- {_provenance(each)}: a copy moves {_terabytes(each)} TB/s." for each in (one, two)),
+        *(f"- {each['measured_on']}: a copy moves {_terabytes(each)} TB/s." for each in (one, two)),
         "",
         "![Tokens a second, rung by rung, beside the limit](decoding.png)",
         "",
@@ -61,7 +58,7 @@ def page() -> str:
         f" {prefill['share_of_product']:.1%} of the rate of a large product, eager.",
         *(f"- Not in the table: {each}." for each in one.get("left_out", ())),
         "",
-        f"On another machine, {_provenance(again)}, whose processor is faster:",
+        f"On another machine, {again['measured_on']}, whose processor is faster:",
         "",
         "| decoding | batch | context | tokens/s | of the limit | seconds to the first token |",
         "|---|---|---|---|---|---|",
@@ -96,40 +93,20 @@ def _cards(row: dict, results: dict) -> str:
     return f"{row['cards']} {next(iter(results['provenance']['cards'])).split()[1]}"
 
 
-def _provenance(results: dict) -> str:
-    origin = results["provenance"]
-    cards = ", ".join(f"{count} x {name}" for name, count in origin["cards"].items())
-    versions = (f"{name} {origin[name]}" for name in ("torch", "triton", "transformers"))
-    return f"measured on {cards}, {origin['date']}, {', '.join(versions)}"
-
-
 def _terabytes(results: dict) -> str:
     return f"{results['limit']['copy_bytes_per_second'] / 1e12:.2f}"
 
 
 def draw(path: Path):
     """A bar a rung, for one prompt on one card, and the limit."""
-    one = json.loads((RESULTS / "decoding_h100.json").read_text(encoding="utf-8"))
+    one = measured_decoding("decoding_h100")
     rows = [row for row in _ordered(one) if row["batch"] == 1 and row["context"] < 2000]
     rows = [row for row in rows if row["rung"] != "step"]
+    speeds = {ABOUT[row["rung"]].replace("`", ""): row["tokens_per_second"] for row in rows}
     limit = rows[0]["tokens_per_second"] / rows[0]["share_of_limit"]
-    with styled("x"):
-        figure, axes = plt.subplots(figsize=(8, 2.6))
-        speeds = [row["tokens_per_second"] for row in rows]
-        names = [ABOUT[row["rung"]].replace("`", "") for row in rows]
-        labels = [f"{name}  {speed:.0f}" for name, speed in zip(names, speeds, strict=True)]
-        axes.barh(labels, speeds)
-        axes.axvline(limit, color="black", linestyle="--")
-        axes.text(limit + 1, 0.2, f"limit\n{limit:.0f}")
-        axes.set_xlim(0, 1.1 * limit)
-        axes.invert_yaxis()
-        axes.set_xlabel(
-            f"tokens a second, one prompt of {rows[0]['context']:,} tokens, random weights\n"
-            f"{_provenance(one)}",
-            fontsize="small",
-        )
-        figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
-        plt.close(figure)
+    title = f"One prompt of {rows[0]['context']:,} tokens, random weights"
+    figure = plot_rungs(speeds, limit, title, one["measured_on"])
+    figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
 
 
 if __name__ == "__main__":

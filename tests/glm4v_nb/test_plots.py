@@ -46,6 +46,10 @@ def test_every_picture_says_where_its_figures_come_from():
     assert layers.axes[0].get_xlabel() == "layer by layer · measured on H100"
     rounding = plots.plot_rounding({"float32": torch.float32})
     assert rounding.axes[0].get_xlabel() == "size of the number · arithmetic"
+    rungs = plots.plot_rungs({"eager": 8.0}, 170.0, provenance="measured on H100")
+    assert rungs.axes[0].get_xlabel() == "tokens a second\nmeasured on H100"
+    batches = plots.plot_batches({"memory": {1: 170.0}}, {1: 162.0}, provenance="measured on H100")
+    assert batches.axes[0].get_xlabel() == "samples in a batch\nmeasured on H100"
 
 
 def test_every_picture_says_in_words_what_it_shows():
@@ -60,6 +64,26 @@ def test_every_picture_says_in_words_what_it_shows():
     assert "text: 40 of 32 tokens" in frontier
     picture = plots.describe(Image.new("RGB", (2, 2)), "Two points.")
     assert picture._repr_mimebundle_()[1]["image/jpeg"] == {"alt": "Two points."}
+
+
+def test_rungs_are_as_long_as_their_speeds_beside_the_limit():
+    figure = plots.plot_rungs({"eager": 8.0, "fast": 162.0}, 170.0, "One prompt")
+    axes = figure.axes[0]
+    assert [patch.get_width() for patch in axes.patches] == [8, 162]
+    assert axes.lines[0].get_xdata() == [170, 170] and texts(axes) == ["8", "162", "limit 170"]
+    words = figure._repr_mimebundle_()[0]["text/plain"]
+    assert words == "Bars: tokens a second. One prompt. eager 8.0, fast 162.0; limit 170.0."
+
+
+def test_measured_batches_are_points_beside_lines_of_limits():
+    limits = {"memory": {1: 170.0, 8: 1300.0}, "products": {1: 44000.0, 8: 44000.0}}
+    figure = plots.plot_batches(limits, {1: 162.0, 8: 1140.0})
+    memory, products, points = figure.axes[0].lines
+    assert list(memory.get_xdata()) == [1, 8] and list(memory.get_ydata()) == [170, 1300]
+    assert list(products.get_ydata()) == [44000, 44000]
+    assert list(points.get_ydata()) == [162, 1140] and points.get_linestyle() == "None"
+    words = figure._repr_mimebundle_()[0]["text/plain"]
+    assert words.endswith("products: 44,000 at 1, 44,000 at 8; measured: 162 at 1, 1,140 at 8.")
 
 
 def test_segments_are_drawn_with_their_holes():
@@ -113,11 +137,12 @@ def test_no_plot_is_without_a_test_of_its_label():
     """A notebook's picture counts as labelled if one of these draws it; test_monitor.py tests the
     timeline's."""
     general = (simgpu.plots, simgpu.plots.memory, simgpu.plots.style)
-    modules = (plots, plots.device_map, plots.timeline, *general)
+    modules = (plots, plots.device_map, plots.speed, plots.timeline, *general)
     plots_here = {name for each in modules for name in vars(each) if name.startswith("plot_")}
     assert plots_here == {
         *("plot_memory_bars", "plot_device_map", "plot_frontier", "plot_timeline"),
         *("plot_rounding", "plot_segments", "plot_peaks", "plot_layers"),
+        *("plot_rungs", "plot_batches"),
         "plot_path",  # which draws nothing
     }
 

@@ -67,7 +67,7 @@ def test_a_readme_is_one_page_and_success_comes_before_what_takes_minutes(name, 
     assert len(text.encode()) <= 9000
     assert text.index("glm4v-nb fit --card L4 --count 2") < text.index("make run")
     pictures = re.findall(r"^!\[[^]]*\]\((?!http)", text, flags=re.MULTILINE)
-    assert len(pictures) == 1, "one picture, besides badges"
+    assert len(pictures) == 2, "memory and speed, besides badges"
     questions = text.partition(f"\n## {questions}\n")[2].partition("\n## ")[0]
     assert len(re.findall(r"^\*\*[^*]+[?？]\*\*", questions, flags=re.MULTILINE)) == 5
 
