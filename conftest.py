@@ -20,19 +20,17 @@ with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
 ROOT = Path(__file__).parent
 # Files of more than a minute, the longest first: one that starts last leaves other cores idle.
 LONGEST = (
-    "tests/repository/test_memory_benchmark.py",
+    "tests/glm4v_nb/test_cli.py",
     "tests/repository/test_readme.py",
     "tests/glm4v_nb/test_limits.py",
-    "tests/glm4v_nb/test_free_memory.py",
     "notebooks/15_experiments.ipynb",
     "tests/nbsweep/test_kills.py",
-    "tests/repository/test_models_benchmark.py",
+    "tests/glm4v_nb/test_fit.py",
+    "tests/repository/test_memory_benchmark.py",
     "notebooks/06_training.ipynb",
-    "notebooks/13_failure_clinic.ipynb",
+    "tests/glm4v_nb/test_advice.py",
     "tests/notebooks/test_on_gpus.py",
     "tests/nbsweep/test_dask_hosts.py",
-    "tests/glm4v_nb/test_cli.py",
-    "tests/glm4v_nb/test_training.py",
 )
 
 
