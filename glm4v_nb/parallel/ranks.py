@@ -1,6 +1,8 @@
 """The processes that share one model: started by torchrun, they add up and agree here."""
 
+import hashlib
 import os
+import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +13,8 @@ import torch.distributed as dist
 _STARTED_WITH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # The longest that one waits for another, which may still be reading its weights.
 PATIENCE = timedelta(minutes=10)
+# As PyTorch calls it since 2.13; before that it is the other.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class RankLost(RuntimeError):
@@ -82,16 +86,33 @@ class Ranks:
 
     def join_features(self, part: torch.Tensor) -> torch.Tensor:
         """(..., features) of every rank as (..., count x features), in the order of the ranks."""
-        whole = part.new_empty(self.count, *part.shape)
+        whole = part.new_empty(self.count * part.numel())
         if self.exchanges:
             with self._together():
-                dist.all_gather_into_tensor(whole, part.contiguous())
-        return whole.movedim(0, -2).flatten(-2)
+                _gather(whole, part.flatten())
+        return whole.view(self.count, *part.shape).movedim(0, -2).flatten(-2)
 
     def numbers(self, number: int) -> list[int]:
         """The whole numbers of all ranks, each below 2 ** 63."""
         own = torch.tensor([number], device=self.device)
         return self.join_features(own).tolist() if self.exchanges else [number]
+
+    def agree(self, seed: int | None, asked: tuple) -> int:
+        """A seed for all ranks: theirs, or one that the first draws where it is None.
+
+        Raises:
+            ValueError: they were asked different things, tensors among them, and would wait for
+                each other in different places.
+        """
+        digest = hashlib.sha256()
+        for one in asked:
+            digest.update(one.numpy().tobytes() if torch.is_tensor(one) else repr(one).encode())
+        if len(set(self.numbers(int.from_bytes(digest.digest()[:7])))) > 1:
+            raise ValueError(
+                "The ranks were asked different things. Expected the same conversation, pictures"
+                " and sampling on every rank. Read them from the same place, and draw nothing."
+            )
+        return self.numbers(random.getrandbits(62) if seed is None else seed)[0]
 
     @contextmanager
     def _together(self):

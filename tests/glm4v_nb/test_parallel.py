@@ -1,0 +1,215 @@
+"""Several processes that share every layer, on the CPU: the same answers as from one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from glm4v_nb.inference import generate, load
+from glm4v_nb.miniature import CHECKPOINT, EXAMPLES
+from glm4v_nb.model import official_config
+from glm4v_nb.model.configuration import read_config
+from glm4v_nb.parallel import Ranks, check_count, load_rank, loading
+from glm4v_nb.parallel.plan import style_of
+
+PROGRAM = Path(__file__).parents[1] / "support" / "ranks_program.py"
+QUESTION = "How many crosses are there?"
+
+
+@pytest.fixture(scope="module")
+def batch(questions, left_padded):
+    return left_padded(questions)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory, checkpoint, batch):
+    """What four ranks, and then two of them, have left in a folder; and torchrun's end."""
+    folder = tmp_path_factory.mktemp("ranks")
+    shutil.copytree(checkpoint, folder / "checkpoint")
+    save_file(batch, folder / "batch.safetensors")
+    # So slow that a rank which is left can say that another is gone, before torchrun ends it.
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
+    command += ["--monitor-interval", "3", "--master-port", "0", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", PROGRAM, folder]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    ended.at = time.time()
+    return folder, ended
+
+
+@pytest.fixture(scope="module")
+def answers(started):
+    """What the two ranks found with the miniature."""
+    return [json.loads((started[0] / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_logits_and_new_tokens_of_a_padded_batch_are_those_of_one_process(
+    started, model, batch, count
+):
+    with torch.no_grad():
+        expected = model(**batch).logits
+    new = model.generate(**batch, max_new_tokens=6, do_sample=False)
+    for rank in range(count):
+        found = load_file(started[0] / f"{count}-{rank}.safetensors")
+        # Sums of float32 in another order; logits are up to 5, a bias too much moves them by 0.01.
+        torch.testing.assert_close(found["logits"], expected, rtol=0, atol=1e-4)
+        assert torch.equal(found["new"], new)
+
+
+def test_answers_whole_and_streamed_are_those_of_one_process(answers):
+    model, processor = load(CHECKPOINT, dtype=torch.float32)
+    message = {"role": "user", "image": str(EXAMPLES / "five_shapes.png"), "content": QUESTION}
+    answer = generate(model, processor, [message]).text
+    for found in answers:
+        assert found["answer"] == found["streamed"] == answer
+
+
+def test_what_is_drawn_is_the_same_on_every_rank(answers):
+    assert answers[0]["drawn"] == answers[1]["drawn"]
+
+
+def test_one_rank_that_cancels_stops_all_at_the_same_token(answers):
+    assert answers[0]["cancelled"] == answers[1]["cancelled"]
+    assert answers[0]["cancelled"][0] == "cancelled"
+
+
+def test_ranks_that_are_asked_different_things_say_so(answers):
+    for found in answers:
+        assert "asked different things. Expected the same conversation" in found["differ"]
+
+
+def test_a_rank_that_is_killed_ends_all_with_one_line(started):
+    folder, ended = started
+    assert ended.returncode
+    assert ended.at - float((folder / "killed").read_text()) < 30
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, ended.stderr
+    assert "Rank 0 of 2 does not reach the others" in lines[0]
+    assert "One has ended" in lines[0]
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """As torchrun starts rank 0 of so many, who must not be waited for."""
+
+    def environment(count):
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": count}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", "1")
+
+    def reached(*_):
+        raise AssertionError("it met the others, or loaded")
+
+    monkeypatch.setattr(Ranks, "join", reached)
+    monkeypatch.setattr("glm4v_nb.inference.loading.load_rank", reached)
+    return environment
+
+
+def test_three_ranks_are_refused_before_anything_is_loaded(torchrun):
+    torchrun(3)
+    with pytest.raises(
+        ValueError, match=r"^3 ranks cannot share this model: its 4 heads .* Start 1 or 2\.$"
+    ):
+        load(CHECKPOINT, parallel="tensor")
+
+
+def test_the_official_model_goes_into_1_2_4_8_or_16_ranks():
+    config = official_config()
+    for count in (1, 2, 4, 8, 16):
+        check_count(config, count)
+    with pytest.raises(ValueError, match="its 32 heads .* Start 1 or 2 or 4 or 8 or 16"):
+        check_count(config, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"parallel": "pipeline"}, "expected 'tensor', or None"),
+        ({"device_map": "auto"}, "Leave the map out"),
+        ({"max_memory": {0: "20GiB"}}, "Leave the map out"),
+        ({"decoding": "fast"}, "Leave decoding out"),
+    ],
+)
+def test_what_does_not_go_with_tensor_parallel_is_refused(options, advice):
+    with pytest.raises(ValueError, match=advice):
+        load(CHECKPOINT, **({"parallel": "tensor"} | options))
+
+
+def test_a_process_that_torchrun_has_not_started_is_told_how(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="no RANK.*torchrun --nproc-per-node 2"):
+        load(CHECKPOINT, parallel="tensor")
+
+
+class RecordedFile:
+    """A safetensors file that keeps how many numbers were read of each tensor."""
+
+    def __init__(self, file, read):
+        self.file, self.read = file, read
+
+    def __enter__(self):
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.file.__exit__(*error)
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_slice(self, name):
+        return RecordedTensor(self.file.get_slice(name), self.read[name])
+
+
+class RecordedTensor:
+    def __init__(self, tensor, read):
+        self.tensor, self.read, self.get_shape = tensor, read, tensor.get_shape
+
+    def __getitem__(self, where):
+        found = self.tensor[where]
+        self.read.append(found.numel())
+        return found
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_rank_reads_its_part_of_the_files_and_no_more(checkpoint, monkeypatch, model, count):
+    read = defaultdict(list)
+    opened = loading.safe_open
+    record = lambda *args, **kwargs: RecordedFile(opened(*args, **kwargs), read)  # noqa: E731
+    monkeypatch.setattr(loading, "safe_open", record)
+    ranks = Ranks(count - 1, count, exchanges=False)
+    part = load_rank(checkpoint, read_config(checkpoint), ranks, torch.float32)
+    assert sum(map(sum, read.values())) == sum(each.numel() for each in part.parameters())
+    whole = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    for name, tensor in part.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        style = style_of(module)
+        is_whole = style is None or (style == "rowwise" and kind == "bias")
+        parts = 1 if is_whole else count
+        if "k_proj" in module or "v_proj" in module:
+            parts = min(parts, model.config.multi_query_group_num)
+        assert tensor.numel() == whole[name] // parts, name
+
+
+def test_a_part_is_neither_trained_nor_saved(checkpoint, tmp_path):
+    ranks = Ranks(0, 2, exchanges=False)
+    model = load_rank(checkpoint, read_config(checkpoint), ranks, torch.float32)
+    with pytest.raises(ValueError, match="one rank's part"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="one rank's part"):
+        model.resize_token_embeddings(400)
+    model.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="exchange no gradients"):
+        model(input_ids=torch.tensor([[1, 2, 3]]))
