@@ -2,23 +2,29 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
-from glm4v_nb.inference import generate, load
+from glm4v_nb.fit import fit
+from glm4v_nb.inference import generate
+from glm4v_nb.inference import load as load_checkpoint
 from glm4v_nb.miniature import CHECKPOINT, EXAMPLES
 from glm4v_nb.model import official_config
 from glm4v_nb.model.configuration import read_config
 from glm4v_nb.parallel import Ranks, check_count, load_rank, loading
 from glm4v_nb.parallel.plan import style_of
+from glm4v_nb.workload import Workload
+from simgpu.ranks import TensorParallel
 
 PROGRAM = Path(__file__).parents[1] / "support" / "ranks_program.py"
 QUESTION = "How many crosses are there?"
@@ -68,7 +74,7 @@ def test_logits_and_new_tokens_of_a_padded_batch_are_those_of_one_process(
 
 
 def test_answers_whole_and_streamed_are_those_of_one_process(answers):
-    model, processor = load(CHECKPOINT, dtype=torch.float32)
+    model, processor = load_checkpoint(CHECKPOINT, dtype=torch.float32)
     message = {"role": "user", "image": str(EXAMPLES / "five_shapes.png"), "content": QUESTION}
     answer = generate(model, processor, [message]).text
     for found in answers:
@@ -122,7 +128,7 @@ def test_three_ranks_are_refused_before_anything_is_loaded(torchrun):
     with pytest.raises(
         ValueError, match=r"^3 ranks cannot share this model: its 4 heads .* Start 1 or 2\.$"
     ):
-        load(CHECKPOINT, parallel="tensor")
+        load_checkpoint(CHECKPOINT, parallel="tensor")
 
 
 def test_the_official_model_goes_into_1_2_4_8_or_16_ranks():
@@ -144,13 +150,13 @@ def test_the_official_model_goes_into_1_2_4_8_or_16_ranks():
 )
 def test_what_does_not_go_with_tensor_parallel_is_refused(options, advice):
     with pytest.raises(ValueError, match=advice):
-        load(CHECKPOINT, **({"parallel": "tensor"} | options))
+        load_checkpoint(CHECKPOINT, **({"parallel": "tensor"} | options))
 
 
 def test_a_process_that_torchrun_has_not_started_is_told_how(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="no RANK.*torchrun --nproc-per-node 2"):
-        load(CHECKPOINT, parallel="tensor")
+        load_checkpoint(CHECKPOINT, parallel="tensor")
 
 
 class RecordedFile:
@@ -201,6 +207,74 @@ def test_a_rank_reads_its_part_of_the_files_and_no_more(checkpoint, monkeypatch,
         if "k_proj" in module or "v_proj" in module:
             parts = min(parts, model.config.multi_query_group_num)
         assert tensor.numel() == whole[name] // parts, name
+
+
+def test_transformers_own_splitting_is_refused_with_what_to_use(load):
+    with pytest.raises(ValueError, match=r"^tp_plan is given.*parallel=\"tensor\""):
+        load(tp_plan="auto")
+
+
+def small(count: int, **sizes):
+    return fit("L4", count, checkpoint=CHECKPOINT, workload=Workload(new_tokens=4), **sizes)
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    """The miniature, simulated, shared by two ranks."""
+    return small(2, parallel="tensor")
+
+
+def test_simulated_ranks_have_the_weights_that_real_ones_load(two_ranks):
+    for rank, simulated in enumerate(two_ranks.devices):
+        ranks = Ranks(rank, 2, exchanges=False)
+        part = load_rank(CHECKPOINT, read_config(CHECKPOINT), ranks, torch.bfloat16)
+        # Blocks are of 512 bytes; queries, keys and values are parts of one.
+        sizes = Counter()
+        for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+            sizes[re.sub(r"[qkv]_proj", "qkv", name)] += tensor.nbytes
+        assert simulated.index == rank
+        assert simulated.weights_bytes == sum(-(-size // 512) * 512 for size in sizes.values())
+
+
+def test_two_ranks_need_less_than_one_process_and_more_than_half(two_ranks):
+    (whole,) = small(1).devices
+    (alone,) = small(1, parallel="tensor").devices
+    assert alone == whole
+    assert {each.peak_allocated_bytes for each in two_ranks.devices} == {
+        two_ranks.devices[0].peak_allocated_bytes
+    }
+    for each in two_ranks.devices:
+        assert whole.weights_bytes / 2 < each.weights_bytes < 0.6 * whole.weights_bytes
+        assert each.peak_allocated_bytes < whole.peak_allocated_bytes
+
+
+def test_the_answer_of_a_rank_without_room_names_it_and_what_all_need():
+    found = small(2, parallel="tensor", free_gib=[20, 0.02])
+    assert (found.verdict, found.oom.device, found.oom.phase) == ("oom", 1, "load")
+    assert "GPU 1" in found.oom.message
+    assert found.to_dict()["needs_bytes"] == found.needs[1] > 0
+    assert "NCCL" in found.provenance
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"count": 3}, "3 ranks cannot share this model: its 4 heads"),
+        ({"parallel": "data"}, "parallel is 'data'; expected 'tensor'"),
+        ({"device_map": {"": 0}}, "and there is device_map .* Leave one of the two out"),
+        ({"workload": Workload(train=True, new_tokens=0)}, "and there is training"),
+    ],
+)
+def test_a_fit_that_no_ranks_could_run_is_refused(options, message):
+    given = {"count": 2, "parallel": "tensor", "checkpoint": CHECKPOINT} | options
+    with pytest.raises(ValueError, match=message):
+        fit("L4", **given)
+
+
+def test_a_model_without_a_plan_is_refused():
+    config = LlamaConfig(num_hidden_layers=1, hidden_size=64, intermediate_size=64)
+    with pytest.raises(ValueError, match="nothing here says how LlamaForCausalLM is split"):
+        TensorParallel("L4", 2, checkpoint=config).fit()
 
 
 def test_a_part_is_neither_trained_nor_saved(checkpoint, tmp_path):
