@@ -9,8 +9,7 @@ in transformers 5.17 and 5.23:
 - ``ColwiseParallel`` cuts 256 rows of keys into four times 64, which is half a head; four ranks
   need each of the two heads of keys twice.
 - The plan of ``GlmConfig`` gathers gate and up on every rank, because ``GlmMLP`` halves them.
-- 5.23 makes the parameters DTensors, which the kernels of fast decoding do not take; 5.17 has other
-  machinery with other names.
+- The parameters become DTensors, which Triton kernels do not take.
 
 So the files are cut here (``cut``), the model is made of a smaller configuration (``share_of``),
 and transformers' loader brings the one into the other as ever.
