@@ -79,6 +79,7 @@ def test_answers_whole_and_streamed_are_those_of_one_process(answers):
     answer = generate(model, processor, [message]).text
     for found in answers:
         assert found["answer"] == found["streamed"] == answer
+    assert [found["printed"] for found in answers] == [f"{answer}\n", ""]
 
 
 def test_what_is_drawn_is_the_same_on_every_rank(answers):

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from glm4v_nb.parallel import Ranks, load_rank
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 PICTURE = EXAMPLES / "five_shapes.png"
 QUESTION = "How many crosses are there?"
+ASK = ["ask", CHECKPOINT, QUESTION, "--image", PICTURE, "--dtype", "float32"]
 
 
 def tiny():
@@ -72,9 +75,12 @@ os.environ["WORLD_SIZE"] = "2"
 meeting = f"file://{FOLDER}/meeting"  # torchrun's own is for the four
 dist.init_process_group("gloo", init_method=meeting, rank=RANK, world_size=2)
 tiny()
-(FOLDER / f"{RANK}.json").write_text(json.dumps(miniature()))
+found = miniature()
+with redirect_stdout(StringIO()) as printed:
+    assert main(ASK) == 0
+(FOLDER / f"{RANK}.json").write_text(json.dumps(found | {"printed": printed.getvalue()}))
 if RANK == 1:
     time.sleep(2)  # the other is waiting for this one by now
     (FOLDER / "killed").write_text(str(time.time()))
     os.kill(os.getpid(), signal.SIGKILL)
-sys.exit(main(["ask", CHECKPOINT, QUESTION, "--image", PICTURE]))
+sys.exit(main(ASK))
