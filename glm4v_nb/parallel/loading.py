@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from transformers import GenerationConfig
+from transformers.utils import logging
 
 from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration
 from glm4v_nb.model.checkpoint import check_weights
@@ -56,6 +57,9 @@ def load_rank(
     check_weights(directory, GLM4VForConditionalGeneration, config)
     dtype = config.dtype or torch.float32 if dtype == "auto" else dtype
     with ExitStack() as stack:
+        if ranks.rank and logging.is_progress_bar_enabled():  # the first has one
+            logging.disable_progress_bar()
+            stack.callback(logging.enable_progress_bar)
         parts = {}
         for path in _weight_files(directory):
             file = stack.enter_context(safe_open(path, framework="pt"))
