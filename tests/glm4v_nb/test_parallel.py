@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
+from glm4v_nb.cli import main
 from glm4v_nb.fit import fit
 from glm4v_nb.inference import generate
 from glm4v_nb.inference import load as load_checkpoint
@@ -24,6 +25,7 @@ from glm4v_nb.model.configuration import read_config
 from glm4v_nb.parallel import Ranks, check_count, load_rank, loading
 from glm4v_nb.parallel.plan import style_of
 from glm4v_nb.workload import Workload
+from simgpu import advice
 from simgpu.ranks import TensorParallel
 
 PROGRAM = Path(__file__).parents[1] / "support" / "ranks_program.py"
@@ -270,6 +272,22 @@ def test_a_fit_that_no_ranks_could_run_is_refused(options, message):
     given = {"count": 2, "parallel": "tensor", "checkpoint": CHECKPOINT} | options
     with pytest.raises(ValueError, match=message):
         fit("L4", **given)
+
+
+def test_advice_passes_over_numbers_of_ranks_that_cannot_share_the_model(two_ranks, monkeypatch):
+    tried = [{"count": 3}, {"count": 1}]
+    monkeypatch.setattr(advice, "candidates", lambda _: iter(tried))
+    assert advice.what_fits(two_ranks, list) == {"count": 1}
+
+
+def test_the_command_line_shows_every_rank_and_what_is_not_counted(capsys):
+    asked = ["fit", "--model", CHECKPOINT, "--card", "L4", "--count", "2", "--parallel", "tensor"]
+    assert main([*asked, "--new-tokens", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 · L4" in printed and "1 · L4" in printed
+    assert "each rank alone; what NCCL takes beside PyTorch's allocator is not counted" in printed
+    assert main([*asked, "--limits"]) == 2
+    assert "--limits searches among device maps" in capsys.readouterr().err
 
 
 def test_a_model_without_a_plan_is_refused():
