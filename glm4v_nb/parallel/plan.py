@@ -55,7 +55,7 @@ def check_count(config: GLM4VConfig, count: int):
         right = [str(number) for number in range(1, 65) if not _why_not(config, number)]
         raise ValueError(
             f"{count} ranks cannot share this model: {reason}. Expected a number that leaves every"
-            f" rank whole heads and equal widths. Start {' or '.join(right)}."
+            f" rank whole heads and equal widths. Take one of {', '.join(right)}."
         )
 
 
