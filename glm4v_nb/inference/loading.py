@@ -103,8 +103,8 @@ def _check_parallel(parallel: str, device_map, max_memory, decoding: str):
             "parallel is 'tensor', and there is a device_map or max_memory. Expected one of the"
             " two: every rank has its part of each layer on its card. Leave the map out."
         )
-    if decoding not in ("eager", "static"):
+    if decoding == "compiled":
         raise ValueError(
-            f"parallel is 'tensor' and decoding {decoding!r}; expected 'eager' or 'static', as the"
-            " ranks exchange nothing within graphs and fused kernels yet. Leave decoding out."
+            "parallel is 'tensor' and decoding 'compiled'; expected another, as what the ranks"
+            " exchange is not compiled here. Take 'fast', or leave decoding out."
         )

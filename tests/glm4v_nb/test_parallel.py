@@ -48,6 +48,7 @@ def started(tmp_path_factory, checkpoint, batch):
     command += ["--monitor-interval", "3", "--master-port", "0", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", PROGRAM, folder]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment["TRITON_INTERPRET"] = "1"
     ended = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=300, check=False
     )
@@ -73,6 +74,16 @@ def test_logits_and_new_tokens_of_a_padded_batch_are_those_of_one_process(
         # Sums of float32 in another order; logits are up to 5, a bias too much moves them by 0.01.
         torch.testing.assert_close(found["logits"], expected, rtol=0, atol=1e-4)
         assert torch.equal(found["new"], new)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_fused_kernels_of_all_ranks_give_the_tokens_of_one_process(started, model, batch, count):
+    pytest.importorskip("triton", reason="Triton is not installed: no kernels to test")
+    new = model.generate(**batch, max_new_tokens=6, do_sample=False)
+    for rank in range(count):
+        found = load_file(started[0] / f"{count}-{rank}.safetensors")
+        assert found["steps"].item() == 3
+        assert torch.equal(found["fast"], new[:, : found["fast"].shape[1]])
 
 
 def test_answers_whole_and_streamed_are_those_of_one_process(answers):
@@ -148,7 +159,7 @@ def test_the_official_model_goes_into_1_2_4_8_or_16_ranks():
         ({"parallel": "pipeline"}, "expected 'tensor', or None"),
         ({"device_map": "auto"}, "Leave the map out"),
         ({"max_memory": {0: "20GiB"}}, "Leave the map out"),
-        ({"decoding": "fast"}, "Leave decoding out"),
+        ({"decoding": "compiled"}, "Take 'fast', or leave decoding out"),
     ],
 )
 def test_what_does_not_go_with_tensor_parallel_is_refused(options, advice):

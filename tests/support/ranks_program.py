@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from glm4v_nb.cli import main
-from glm4v_nb.inference import Sampling, generate, load, stream
+from glm4v_nb.inference import Sampling, fast, generate, load, stream
 from glm4v_nb.miniature import CHECKPOINT, EXAMPLES
 from glm4v_nb.model.configuration import read_config
 from glm4v_nb.parallel import Ranks, load_rank
@@ -38,7 +39,13 @@ def tiny():
     with torch.no_grad():
         logits = model(**batch).logits
     new = model.generate(**batch, max_new_tokens=6, do_sample=False)
-    save_file({"logits": logits, "new": new}, FOLDER / f"{ranks.count}-{RANK}.safetensors")
+    found = {"logits": logits, "new": new}
+    if find_spec("triton"):
+        decoder = fast.FastDecoder()
+        lengths = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        found["fast"] = model.generate(**batch, **lengths, custom_generate=decoder)
+        found["steps"] = torch.tensor(decoder.steps)
+    save_file(found, FOLDER / f"{ranks.count}-{RANK}.safetensors")
 
 
 def miniature() -> dict:
@@ -67,6 +74,7 @@ def miniature() -> dict:
 
 
 torch.set_num_threads(1)
+fast.CAPACITY_STEP = 64  # each interpreted program costs milliseconds
 tiny()
 dist.destroy_process_group()
 if RANK > 1:
