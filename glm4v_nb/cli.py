@@ -102,6 +102,7 @@ def ask(
     image: option(Path | None, "The picture that it is about.") = None,
     max_new_tokens: option(int, "Tokens of the answer, at most.") = 128,
     dtype: option(str, "bfloat16, float16, float32, or auto for the checkpoint's.") = "bfloat16",
+    decoding: option(str, "eager, static, compiled, fast or lookup.") = "eager",
 ):
     """Ask a checkpoint a question, on this machine's GPUs or its CPU.
 
@@ -114,8 +115,9 @@ def ask(
     if image is not None:
         message["image"] = str(image)
     try:
-        model = load(directory, dtype=dtype, parallel="tensor" if is_shared else None)
-        answer = generate(*model, [message], Sampling(max_new_tokens))
+        parallel = "tensor" if is_shared else None
+        loaded = load(directory, dtype=dtype, decoding=decoding, parallel=parallel)
+        answer = generate(*loaded, [message], Sampling(max_new_tokens))
     except Exception:
         if rank:  # the first says what all run into, and torchrun ends the others meanwhile
             time.sleep(5)
