@@ -30,10 +30,10 @@ def why_not(model) -> str | None:
     layers = model.language_model.layers
     products = [layer.get_submodule(name) for layer in layers for name in _PRODUCTS]
     products += [model.lm_head, model.language_model.embed_tokens]
-    # Those of a model that several processes share have ranks, which the steps add up over.
-    known = [type(one) in (nn.Linear, nn.Embedding) or hasattr(one, "ranks") for one in products]
+    # Those that several processes share have ranks, over which a step adds up.
+    plain = nn.Linear, nn.Embedding
     foreign = next(
-        (one for one, is_known in zip(products, known, strict=True) if not is_known), None
+        (one for one in products if type(one) not in plain and not hasattr(one, "ranks")), None
     )
     if foreign is not None:
         return f"a weight is in a {type(foreign).__name__}, as of quantisation or an adapter"
