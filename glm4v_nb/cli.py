@@ -8,7 +8,9 @@ torch is imported by the commands that need it, so that --help does not wait for
 """
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -91,6 +93,37 @@ def verify(
         found = verification.verify(directory, show)
     print(json.dumps(found.to_dict(), indent=2) if as_json else found.text)
     raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def ask(
+    directory: Annotated[Path, typer.Argument(help="The folder of a checkpoint.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    image: option(Path | None, "The picture that it is about.") = None,
+    max_new_tokens: option(int, "Tokens of the answer, at most.") = 128,
+    dtype: option(str, "bfloat16, float16, float32, or auto for the checkpoint's.") = "bfloat16",
+    decoding: option(str, "eager, static, compiled, fast or lookup.") = "eager",
+):
+    """Ask a checkpoint a question, on this machine's GPUs or its CPU.
+
+    On several cards that share every layer: torchrun --nproc-per-node 2 -m glm4v_nb ask ...
+    """
+    from glm4v_nb.inference import Sampling, generate, load
+
+    is_shared, rank = "WORLD_SIZE" in os.environ, int(os.environ.get("RANK", 0))
+    message = {"role": "user", "content": question}
+    if image is not None:
+        message["image"] = str(image)
+    try:
+        parallel = "tensor" if is_shared else None
+        loaded = load(directory, dtype=dtype, decoding=decoding, parallel=parallel)
+        answer = generate(*loaded, [message], Sampling(max_new_tokens))
+    except Exception:
+        if rank:  # the first says what all run into, and torchrun ends the others meanwhile
+            time.sleep(5)
+        raise
+    if not rank:
+        print(answer.text)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from simgpu import Card, Rig, fitting
 from simgpu.advice import cards_for_weights as cards_for_weights_of
 from simgpu.fitting import DTYPES, FitResult, read_device_map, run_workload
 from simgpu.placement import Place
+from simgpu.ranks import deployment_class
 
 __all__ = [
     "DTYPES",
@@ -42,14 +43,17 @@ def fit(
     workload: fitting.Workload | None = None,
     checkpoint: str | Path = OFFICIAL,
     alloc_conf: str | None = None,
+    parallel: str | None = None,
     **others,
 ) -> FitResult:
-    """Run a workload of a ``Deployment``, whose arguments the others are, on simulated cards.
+    """Run a workload of a ``Deployment``, whose arguments the others are, on simulated cards; with
+    ``parallel="tensor"`` of a ``TensorParallel``, a part of each layer on every card.
 
     Raises:
         ValueError: as ``Deployment.check``; an impossible workload.
     """
-    deployment = Deployment(card, count, dtype, device_map, checkpoint, alloc_conf, **others)
+    kind = deployment_class(parallel)
+    deployment = kind(card, count, dtype, device_map, checkpoint, alloc_conf, **others)
     return deployment.fit(workload)
 
 

@@ -11,6 +11,8 @@ import torch
 from glm4v_nb.model.configuration import GLM4VConfig
 from glm4v_nb.model.official_names import keys_here
 from glm4v_nb.model.splicing import expand_image_positions
+from glm4v_nb.parallel import Ranks, check_count
+from glm4v_nb.parallel.modeling import rank_class
 from simgpu.placement import input_device
 from simgpu.recipes import Recipe
 from simgpu.workload import Workload as AnyWorkload
@@ -51,6 +53,12 @@ class GLM4VRecipe(Recipe):
     def names_here(self, device_map):
         """A device map with official names, as for the original code, under the names here."""
         return keys_here(device_map, parts=False)
+
+    def of_rank(self, rank: int, count: int) -> "GLM4VRecipe":
+        check_count(self.config, count)
+        part = GLM4VRecipe(self.config)
+        part.model_class = rank_class(Ranks(rank, count, exchanges=False))
+        return part
 
     @property
     def image_positions(self) -> int:

@@ -20,8 +20,11 @@ def what_fits(result: FitResult, report: Callable[[str], object] = print) -> Cha
     for changes in candidates(result):
         report(f"trying {', '.join(f'{name} {value}' for name, value in changes.items())}")
         deployment, workload = changed(*result.asked, changes)
-        if deployment.fit(workload).fits:
-            return changes
+        try:
+            if deployment.fit(workload).fits:
+                return changes
+        except ValueError:  # so many ranks cannot share the model
+            continue
     return None
 
 

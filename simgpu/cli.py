@@ -131,6 +131,9 @@ def _fit(
         str, "With --train: everything, decoder (the image tower frozen) or lora."
     ) = "everything",
     optimizer: option(str, "With --train: adamw adds its states and first update.") = "",
+    parallel: option(
+        str | None, "tensor: every card has a part of each layer, and a process."
+    ) = None,
     alloc_conf: AllocConf = None,
     assume: Assume = "count",
     limits: option(
@@ -150,8 +153,13 @@ def _fit(
     """
     chosen = chosen_cards(context.params)
     with progress("loading torch"):
-        from simgpu import fitting
-    deployment = fitting.Deployment(
+        from simgpu import fitting, ranks
+    if parallel and (limits or frontier):
+        given = "--limits" if limits else "--frontier"
+        raise ValueError(
+            f"{given} searches among device maps, which --parallel has none of. Leave one out."
+        )
+    deployment = ranks.deployment_class(parallel)(
         dtype=dtype, device_map=fitting.read_device_map(device_map), checkpoint=model, **chosen
     )
     deployment.rig()

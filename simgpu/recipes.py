@@ -92,6 +92,18 @@ class Recipe:
         """A device map whose names may be those of another code for the same model."""
         return device_map
 
+    def of_rank(self, rank: int, count: int) -> "Recipe":
+        """How one of several processes that share the model asks its part of it.
+
+        Raises:
+            ValueError: so many cannot share it, or nobody has said here how it is split.
+        """
+        raise ValueError(
+            f"parallel is 'tensor', but nothing here says how {self.loader} is split. Expected a"
+            " model whose recipe does, as that of glm4v_nb. Leave parallel out, or run a program"
+            " of your own: simgpu run."
+        )
+
     @property
     def takes_text(self) -> bool:
         return self._main == "input_ids"

@@ -60,6 +60,7 @@ def _rung(model) -> str:
     if reason is None:
         return decoding
     on_card = torch.cuda.is_available() and model.lm_head.weight.is_cuda
-    below = "compiled" if on_card else "eager"
+    # What ranks exchange is not compiled.
+    below = "compiled" if on_card and not hasattr(model, "ranks") else "eager"
     warnings.warn(f"No {decoding} decoding: {reason}; {below} is taken instead.", stacklevel=3)
     return below

@@ -30,7 +30,11 @@ def why_not(model) -> str | None:
     layers = model.language_model.layers
     products = [layer.get_submodule(name) for layer in layers for name in _PRODUCTS]
     products += [model.lm_head, model.language_model.embed_tokens]
-    foreign = next((one for one in products if type(one) not in (nn.Linear, nn.Embedding)), None)
+    # Those that several processes share have ranks, over which a step adds up.
+    plain = nn.Linear, nn.Embedding
+    foreign = next(
+        (one for one in products if type(one) not in plain and not hasattr(one, "ranks")), None
+    )
     if foreign is not None:
         return f"a weight is in a {type(foreign).__name__}, as of quantisation or an adapter"
     weights = [one.weight for one in products]

@@ -119,12 +119,17 @@ class _Generation(StoppingCriteria):
         self.started = self.last_token = time.monotonic()
         self.first_token: float | None = None
         self.new_tokens = 0
+        # Of a model that several processes share; each runs this, and all stop at the same token.
+        self.ranks = getattr(model, "ranks", None)
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
         self.last_token = time.monotonic()
         self.first_token = self.first_token or self.last_token
         self.new_tokens += 1
-        return torch.full((len(input_ids),), self.cancelled.is_set(), device=input_ids.device)
+        stop = self.cancelled.is_set()
+        if self.ranks is not None:
+            stop = any(self.ranks.numbers(int(stop)))
+        return torch.full((len(input_ids),), stop, device=input_ids.device)
 
     def run(self, streamer) -> Answer:
         if is_batch(self.messages):
@@ -144,8 +149,11 @@ class _Generation(StoppingCriteria):
                 f" more, but the model's context is {config.seq_length:,} (seq_length). Lower"
                 " max_new_tokens, shorten the question, or start a new conversation."
             )
-        if self.sampling.seed is not None:
-            torch.manual_seed(self.sampling.seed)
+        seed = self.sampling.seed
+        if self.ranks is not None:
+            seed = self.ranks.agree(seed, (self.sampling, *inputs.values()))
+        if seed is not None:
+            torch.manual_seed(seed)
         output = self.model.generate(
             **inputs.to(input_device(self.model)),
             **self.sampling.arguments(),

@@ -11,6 +11,7 @@ from glm4v_nb.model.chat import IMAGE_TOKENS
 from glm4v_nb.model.checkpoint_files import SMALL_FILES, check_files, local_directory
 from glm4v_nb.model.configuration import read_config
 from glm4v_nb.model.processing import GLM4VProcessor
+from glm4v_nb.parallel import Ranks, check_count, load_rank
 
 
 def load(
@@ -21,8 +22,12 @@ def load(
     device_map: str | dict | None = None,
     max_memory: dict | None = None,
     decoding: str = "eager",
+    parallel: str | None = None,
 ):
     """Load model and processor, ready to answer.
+
+    With ``parallel="tensor"`` every process that torchrun started loads its part of each layer;
+    then all of them ask the same, and each has the answer.
 
     Args:
         checkpoint: a directory in the official layout, or the id of a repository on the Hugging
@@ -33,14 +38,20 @@ def load(
         device_map: as in ``from_pretrained``; by default "auto" where there are GPUs, else the CPU.
         max_memory: as in ``from_pretrained``, bytes or text such as "20GiB" per GPU.
         decoding: how answers are decoded, see ``set_decoding``: "fast" for fused kernels.
+        parallel: "tensor", or None for one process that has all of the model.
 
     Returns:
         (model in evaluation mode, processor)
 
     Raises:
         FileNotFoundError: a directory that does not exist, or without weights.
-        ValueError: a hub id without a pinned revision; a damaged or foreign checkpoint.
+        ValueError: a hub id without a pinned revision; a damaged or foreign checkpoint; processes
+            that cannot share the model, or that torchrun has not started.
+        RankLost: another of the processes does not answer.
     """
+    if parallel is not None:
+        _check_parallel(parallel, device_map, max_memory, decoding)
+        ranks = Ranks.started()
     if not Path(checkpoint).is_dir():
         # A hub id is "owner/name"; anything else was meant as a path.
         if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(checkpoint)):
@@ -62,6 +73,8 @@ def load(
     directory = Path(local_directory(checkpoint, SMALL_FILES, revision=revision))
     check_files(directory)
     config = read_config(directory)
+    if parallel is not None:
+        check_count(config, ranks.count)
     processor = GLM4VProcessor.from_pretrained(directory)
     ids = [config.boi_token_id, config.eoi_token_id]
     named = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[::2])
@@ -71,8 +84,27 @@ def load(
             f" tokenizer_config.json gives the image's tokens the ids {named}. Take all files from"
             " the same checkpoint."
         )
-    model = GLM4VForConditionalGeneration.from_pretrained(
-        checkpoint, revision=revision, dtype=dtype, device_map=device_map, max_memory=max_memory
-    )
+    if parallel is not None:
+        ranks.join()
+        model = load_rank(checkpoint, config, ranks, dtype, revision)
+    else:
+        model = GLM4VForConditionalGeneration.from_pretrained(
+            checkpoint, revision=revision, dtype=dtype, device_map=device_map, max_memory=max_memory
+        )
     set_decoding(model, decoding)
     return model.eval(), processor
+
+
+def _check_parallel(parallel: str, device_map, max_memory, decoding: str):
+    if parallel != "tensor":
+        raise ValueError(f"parallel is {parallel!r}; expected 'tensor', or None for one process.")
+    if device_map is not None or max_memory is not None:
+        raise ValueError(
+            "parallel is 'tensor', and there is a device_map or max_memory. Expected one of the"
+            " two: every rank has its part of each layer on its card. Leave the map out."
+        )
+    if decoding == "compiled":
+        raise ValueError(
+            "parallel is 'tensor' and decoding 'compiled'; expected another, as what the ranks"
+            " exchange is not compiled here. Take 'fast', or leave decoding out."
+        )

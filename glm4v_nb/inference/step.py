@@ -109,10 +109,15 @@ class FixedCache:
 
 
 class _Part:
-    """The consecutive layers that one card has, with their buffers for a step of so many rows."""
+    """The consecutive layers that one card has, with their buffers for a step of so many rows.
 
-    def __init__(self, config, layers, caches, rows: int, sequences: int, capacity: int):
+    Where ``ranks`` share the layers, products by columns are added up, and one of them adds what is
+    added once.
+    """
+
+    def __init__(self, config, layers, caches, rows: int, sequences: int, capacity: int, ranks):
         self.config, self.layers, self.caches, self.capacity = config, layers, caches, capacity
+        self.ranks, self.is_first = ranks, ranks is None or ranks.rank == 0
         self.device, self.dtype = layers[0].device, layers[0].out.dtype
         self.rows = rows
         self.splits = min(MOST_SPLITS, 1 << (-(-capacity // BLOCK) - 1).bit_length())
@@ -173,8 +178,10 @@ class _Part:
             kernels.combine[(self.rows * heads,)](
                 *split, self.attended, D=depth, SPLITS=self.splits, num_warps=4, **self.early
             )
-            for name in ("out", "gate_up", "down"):
+            for name, sums in (("out", self.middle), ("gate_up", None), ("down", self.x)):
                 self._product(name, layer, cache)
+                if sums is not None and self.ranks is not None:
+                    self.ranks.add_up(sums)
         self.state[:2] += 1
 
     def _product(self, name: str, layer: LayerWeights, cache, tile: Tile | None = None):
@@ -193,9 +200,11 @@ class _Part:
             sizes = {"OUTPUTS": config.intermediate_size, "K": config.hidden_size}
             self._launch(kernels.project_gated, len(layer.gate_up), tile, *operands, **sizes)
         elif name == "out":
-            self.project(self.attended, None, layer.out, self.x, self.middle, tile)
+            residual = self.x if self.is_first else None
+            self.project(self.attended, None, layer.out, residual, self.middle, tile)
         else:
-            self.project(self.hidden, None, layer.down, self.middle, self.x, tile)
+            residual = self.middle if self.is_first else None
+            self.project(self.hidden, None, layer.down, residual, self.x, tile)
 
     def project(self, x, gain, weight, residual, y, tile: Tile):
         """y = weight x, of the normalised x if there is a gain, plus a residual if there is one."""
@@ -232,6 +241,7 @@ class Step:
     def __init__(self, model, weights: list[LayerWeights], cache: FixedCache, rows: int):
         decoder, config = model.language_model, model.config.text_config
         self.rows, self.cache = rows, cache
+        self.ranks, self.embed = getattr(model, "ranks", None), decoder.embed_tokens
         self.embedding, self.head = decoder.embed_tokens.weight, model.lm_head.weight
         self.gain = decoder.norm.weight
         self.parts = []
@@ -240,7 +250,7 @@ class Step:
             if end == len(weights) or weights[end].device != weights[begin].device:
                 layers, caches = weights[begin:end], cache.layers[begin:end]
                 self.parts.append(
-                    _Part(config, layers, caches, rows, cache.sequences, cache.capacity)
+                    _Part(config, layers, caches, rows, cache.sequences, cache.capacity, self.ranks)
                 )
                 begin = end
         for part in self.parts:
@@ -251,12 +261,15 @@ class Step:
         self.next = torch.zeros(rows, dtype=torch.long, device=self.head.device)
         shape = (rows, len(self.head))
         self.logits = torch.empty(shape, dtype=self.head.dtype, device=self.head.device)
+        self._products = self.logits  # of this rank's part of the vocabulary
+        if self.ranks is not None:
+            self.logits = self.logits.repeat(1, self.ranks.count)
         self.slot = 0  # the furthest of the next step, counted here
         last = self.parts[-1]
         key = f"head {'x'.join(map(str, self.head.shape))}, {self.head.dtype}, {row_count(rows)}"
 
         def head(tile):
-            last.project(last.x, self.gain, self.head, None, self.logits, tile)
+            last.project(last.x, self.gain, self.head, None, self._products, tile)
 
         self._head_tile = best_tile(key, rows == 1, 1, self.head.device, head)
         self._work = [self._run_part(index) for index in range(len(self.parts))]
@@ -270,11 +283,15 @@ class Step:
         part = self.parts[index]
 
         def run():
-            if index == 0:
+            if index == 0 and self.ranks is None:
                 torch.index_select(self.embedding, 0, self.tokens, out=part.x)
+            elif index == 0:
+                part.x.copy_(self.embed(self.tokens))
             part.run()
             if part is self.parts[-1]:
-                part.project(part.x, self.gain, self.head, None, self.logits, self._head_tile)
+                part.project(part.x, self.gain, self.head, None, self._products, self._head_tile)
+                if self.ranks is not None:
+                    self.logits.copy_(self.ranks.join_features(self._products))
                 torch.argmax(self.logits, -1, out=self.next)
 
         return run

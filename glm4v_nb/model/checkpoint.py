@@ -85,6 +85,13 @@ def _check_options(options: dict):
     attention = options.get("attn_implementation") or configured
     if isinstance(attention, str) and ("/" in attention or attention.startswith("flash_")):
         refuse_attention(attention)
+    for name in ("distributed_config", "tp_plan", "tp_size", "device_mesh"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{name} is given, but transformers' own splitting would cut the fused projections"
+                " of the official layout in the wrong places. Expected one process. Under torchrun"
+                ' use glm4v_nb.inference.load(checkpoint, parallel="tensor").'
+            )
     for name in ("variant", "gguf_file", "transformers_weights"):
         if options.get(name) is not None:
             raise ValueError(
