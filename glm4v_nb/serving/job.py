@@ -5,12 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TextStreamer,
-    TopPLogitsWarper,
-)
+from tokenizers.decoders import DecodeStream
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from glm4v_nb.inference import Sampling
 
@@ -95,36 +91,42 @@ class Job:
         self.position += 1
         self.slot += 1
         if token not in end_ids:
-            self.text.put(torch.tensor([token]))
-        finish = "length" if self.new_tokens == self.sampling.max_new_tokens else None
-        finish = "stop" if token in end_ids or self.text.stopped else finish
-        if finish is None:
+            self.text.add(token)
+        ended = token in end_ids or self.text.stopped
+        if not ended and self.new_tokens < self.sampling.max_new_tokens:
             return None
         self.text.end()
-        # Words that were held back may have had the text that ends it.
-        return Done("stop" if self.text.stopped else finish, self.new_tokens)
+        return Done("stop" if ended else "length", self.new_tokens)
 
 
-class _AnswerText(TextStreamer):
-    """Tells whole words, and nothing from a stop text on, however the tokens cut it."""
+class _AnswerText:
+    """Tells text that will not change, and nothing from a stop text on, however tokens cut it."""
 
     def __init__(self, tokenizer, stop: tuple[str, ...], tell: Callable[[str], None]):
-        super().__init__(tokenizer, skip_special_tokens=True)
         self.stop, self.tell = stop, tell
         self.stopped = self.began = False
+        self._decoding, self._tokenizer = (
+            DecodeStream(skip_special_tokens=True),
+            tokenizer.backend_tokenizer,
+        )
         self._held, self._longest = "", max(map(len, stop), default=1)
 
-    def on_finalized_text(self, text: str, stream_end: bool = False):
-        if self.stopped:
-            return
-        text = self._held + text
+    def add(self, token: int):
+        # None while a character's bytes are not all there.
+        text = self._held + (self._decoding.step(self._tokenizer, token) or "")
         if not self.began:
             text = text.lstrip()  # answers begin with a line break
         found = [at for each in self.stop if (at := text.find(each)) >= 0]
-        kept = len(text) if stream_end else max(0, len(text) - self._longest + 1)
-        if found:
-            self.stopped, kept = True, min(found)
-        text, self._held = text[:kept], text[kept:]
-        if text:
+        self.stopped = bool(found)
+        # What may be the begin of a stop text is held back.
+        self._tell(text, min(found) if found else max(0, len(text) - self._longest + 1))
+
+    def end(self):
+        """Tell what was held back."""
+        self._tell(self._held, 0 if self.stopped else len(self._held))
+
+    def _tell(self, text: str, until: int):
+        self._held = text[until:]
+        if text[:until]:
             self.began = True
-            self.tell(text)
+            self.tell(text[:until])

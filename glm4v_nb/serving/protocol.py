@@ -8,7 +8,14 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 MOST_STOPS = 4  # as OpenAI's
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
@@ -66,6 +73,10 @@ class _StreamOptions(_Part):
     include_obfuscation: bool | None = None  # no padding is sent
 
 
+def _listed(stop):
+    return [stop] if isinstance(stop, str) else [] if stop is None else stop
+
+
 class ChatRequest(BaseModel):
     """The body of a request; ``max_tokens`` None: what is left of the room for one request."""
 
@@ -78,13 +89,9 @@ class ChatRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
+    stop: Annotated[list[Text], Field(max_length=MOST_STOPS), BeforeValidator(_listed)] = []
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 # Values of other fields that ask for nothing; None asks for nothing in any. The first are notes.

@@ -59,7 +59,7 @@ class Service:
         most = self._answer_room(positions, request.max_completion_tokens or request.max_tokens)
         sampling = Sampling(most, **given)
         tokenizer = self.processor.tokenizer
-        return request, Job(dict(inputs), positions, sampling, request.stops, tokenizer, tell)
+        return request, Job(dict(inputs), positions, sampling, tuple(request.stop), tokenizer, tell)
 
     def _refuse_endless(self, request: ChatRequest, context: int):
         parts = [part for one in request.messages
