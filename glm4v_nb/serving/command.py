@@ -17,7 +17,7 @@ try:
 
     from glm4v_nb.serving.app import build_app
 except ImportError as error:
-    raise ValueError(
+    raise RuntimeError(
         f"serving needs packages that are not installed ({error.name}). Install them with: pip"
         " install '.[serve]'"
     ) from None
@@ -73,6 +73,8 @@ class Options:
             if getattr(self, name) < smallest:
                 option = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{option} is {getattr(self, name)}; expected {smallest} or more")
+        if self.port > 65535:
+            raise ValueError(f"--port is {self.port}; expected 0 (a free one) to 65535")
         if self.decoding == "fast" and self.rows > MOST_ROWS:
             expected = f"fast decoding takes 1 to {MOST_ROWS}; or use --decoding eager"
             raise ValueError(f"--rows is {self.rows}; {expected}")
@@ -115,16 +117,19 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         OSError: the address is taken, or not this machine's.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    found = socket.socket(family, kind, protocol)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found = None
     try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
     except OSError as error:
-        found.close()
+        if found is not None:
+            found.close()
         raise OSError(
-            f"cannot listen at {host} port {port}: {error.strerror}. Choose another --port, or end"
-            " what has this one."
+            f"cannot listen at --host {host} --port {port}: {error.strerror}."
+            " Choose another port, or end what has this one; the host is an address of this"
+            " machine."
         ) from None
     return found
 
@@ -195,8 +200,10 @@ def serve(options: Options, say: Callable[[str], None]):
     service = start(options, model, processor, key)
     server = Server(service, options.grace_seconds)
     say(welcome(service, options, listening.getsockname()[1]))
-    server.run(sockets=[listening])
-    service.engine.stop()
+    try:
+        server.run(sockets=[listening])
+    finally:
+        service.engine.stop()
     if not service.engine.alive:
         raise RuntimeError("a card has failed; start the service again (systemd does by itself)")
 

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 MOST_STOPS = 4  # as OpenAI's
+MOST_PARTS = 10_000  # more than any context takes, and soon counted
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 
@@ -65,7 +66,13 @@ class _Image(_Part):
 
 class _Message(_Part):
     role: Literal["system", "user", "assistant"]
-    content: str | list[Annotated[_Text | _Image, Field(discriminator="type")]]
+    content: (
+        str
+        | Annotated[
+            list[Annotated[_Text | _Image, Field(discriminator="type")]],
+            Field(max_length=MOST_PARTS),
+        ]
+    )
 
 
 class _StreamOptions(_Part):
@@ -83,7 +90,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str
-    messages: list[_Message] = Field(min_length=1)
+    messages: list[_Message] = Field(min_length=1, max_length=MOST_PARTS)
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     temperature: float | None = Field(None, ge=0, le=2)

@@ -62,18 +62,17 @@ class Service:
         return request, Job(dict(inputs), positions, sampling, tuple(request.stop), tokenizer, tell)
 
     def _refuse_endless(self, request: ChatRequest, context: int):
-        parts = [part for one in request.messages
-                 for part in ([one] if isinstance(one.content, str) else one.content)]  # fmt: skip
-        texts = [getattr(part, "content", None) or getattr(part, "text", "") for part in parts]
+        contents = [message.content for message in request.messages]
+        texts = [part if isinstance(part, str) else getattr(part, "text", "")
+                 for content in contents
+                 for part in ([content] if isinstance(content, str) else content)]  # fmt: skip
         characters = sum(map(len, texts))
-        if max(len(request.messages), len(parts)) > context or (
-            characters > context * self._longest_token
-        ):
+        if characters > context * self._longest_token:
             raise Refusal(
                 400,
                 "context_length_exceeded",
-                f"The messages have {characters:,} characters in {len(parts):,} texts; the model's"
-                f" context is {context:,} tokens. Send a part of the text.",
+                f"The messages have {characters:,} characters, more than the model's context of"
+                f" {context:,} tokens can be. Send a part of the text.",
                 "messages",
             )
 

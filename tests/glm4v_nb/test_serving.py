@@ -17,10 +17,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from PIL import Image
 
+from glm4v_nb.cli import main
 from glm4v_nb.fit import load as load_without_weights
 from glm4v_nb.inference import Sampling, fast, generate, load
 from glm4v_nb.miniature import CHECKPOINT, sample_pictures
@@ -29,7 +31,6 @@ from glm4v_nb.serving.command import Options, Server, bind, read_key, start, wel
 from glm4v_nb.serving.protocol import Refusal
 from simgpu import Rig
 
-openai = pytest.importorskip("openai")
 ROWS, QUEUE, POSITIONS = 4, 40, 2000
 QUESTIONS = (
     "How many crosses are there?",
@@ -332,10 +333,9 @@ def test_more_than_the_model_s_context_is_a_wrong_request(ask):
 
 def test_an_endless_prompt_is_refused_before_it_is_tokenised(ask, service, monkeypatch):
     monkeypatch.setattr(service, "processor", None)
-    for messages in ([message("a b" * 100_000)], [message("a")] * 9000):
-        with pytest.raises(openai.BadRequestError) as refused:
-            ask(*messages)
-        assert refused.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="300,000 characters") as refused:
+        ask(message("a b" * 100_000))
+    assert refused.value.code == "context_length_exceeded"
 
 
 def out_of_memory(*arguments, **more):
@@ -456,6 +456,7 @@ def test_two_pictures_are_refused_in_words(ask, url):
         ({"stop": ""}, 400, "at least 1 character"),
         ({"stream_options": {"include_usage": True}}, 400, "Set stream"),
         ({"messages": []}, 400, "at least 1"),
+        ({"messages": [message("a")] * 10_001}, 400, "at most 10000"),
         ({"messages": [{"role": "wizard", "content": "Hello"}]}, 400, "'system', 'user'"),
         ({"messages": [{"role": "user", "content": ""}]}, 400, "The conversation is empty"),
         ({"messages": [{"role": "user", "image": "/etc/passwd", "content": "a"}]}, 400, "image"),
@@ -594,14 +595,25 @@ def test_impossible_options_are_refused_before_anything_is_loaded():
         ({"decoding": "warp"}, "eager, fast"),
         ({"rows": 9, "decoding": "fast"}, "1 to 8"),
         ({"dtype": "int3"}, "--dtype"),
+        ({"port": 70_000}, "--port is 70000"),
     ):
         with pytest.raises(ValueError, match=says):
             Options("x", **given).check()
 
 
 def test_a_port_that_is_taken_is_known_at_once(served):
-    with pytest.raises(OSError, match="another --port"):
-        bind("127.0.0.1", int(served[1].rpartition(":")[2]))
+    taken = int(served[1].rpartition(":")[2])
+    for host, port in (("127.0.0.1", taken), ("192.0.2.1", 8000)):
+        with pytest.raises(OSError, match="Choose another port"):
+            bind(host, port)
+
+
+def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "glm4v_nb.serving.command")
+    monkeypatch.delattr("glm4v_nb.serving.command")
+    assert main(["serve", "x"]) == 1
+    assert "pip install '.[serve]'" in capfd.readouterr().err
 
 
 def test_the_line_to_copy_names_the_key_and_never_has_it(service, options, monkeypatch):
