@@ -601,7 +601,7 @@ def test_impossible_options_are_refused_before_anything_is_loaded():
             Options("x", **given).check()
 
 
-def test_a_port_that_is_taken_is_known_at_once(served):
+def test_a_port_that_is_taken_is_known_at_once(served, client):
     taken = int(served[1].rpartition(":")[2])
     for host, port in (("127.0.0.1", taken), ("192.0.2.1", 8000)):
         with pytest.raises(OSError, match="Choose another port"):
