@@ -7,8 +7,10 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,6 +181,37 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or not self.engine.alive
 
 
+@contextmanager
+def running(options: Options, model, processor) -> Iterator[tuple[Service, str]]:
+    """The service of a loaded model in a thread of this process: it, and its address for a client.
+
+    Raises:
+        ValueError, OSError, torch.OutOfMemoryError: as ``serve``.
+    """
+    key = read_key(options)
+    listening = bind(options.host, options.port)
+    service = start(options, model, processor, key)
+    server = Server(service, options.grace_seconds)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        yield service, address_of(options, listening)
+    finally:
+        service.engine.drain()
+        server.should_exit = True
+        thread.join()
+        service.engine.stop()
+
+
+def address_of(options: Options, listening: socket.socket) -> str:
+    """As a client on this machine writes it."""
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    return f"http://{host}:{listening.getsockname()[1]}/v1"
+
+
 def serve(options: Options, say: Callable[[str], None]):
     """Load the checkpoint and answer until SIGTERM (which ends with exit code 0) or Ctrl-C.
 
@@ -199,7 +232,7 @@ def serve(options: Options, say: Callable[[str], None]):
     )
     service = start(options, model, processor, key)
     server = Server(service, options.grace_seconds)
-    say(welcome(service, options, listening.getsockname()[1]))
+    say(welcome(service, options, address_of(options, listening)))
     try:
         server.run(sockets=[listening])
     finally:
@@ -208,19 +241,17 @@ def serve(options: Options, say: Callable[[str], None]):
         raise RuntimeError("a card has failed; start the service again (systemd does by itself)")
 
 
-def welcome(service: Service, options: Options, port: int) -> str:
+def welcome(service: Service, options: Options, address: str) -> str:
     """Where it listens, what it takes, and a line to copy."""
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     cache = service.engine.cache
     key = "" if service.key is None else f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
     messages = [{"role": "user", "content": "Hello"}]
     question = shlex.quote(json.dumps({"model": service.name, "messages": messages}))
     return (
-        f"{service.name} at http://{host}:{port}/v1: {cache.sequences} requests at a time,"
+        f"{service.name} at {address}: {cache.sequences} requests at a time,"
         f" {options.queue} may wait.\nA request has at most {cache.capacity:,} positions, prompt"
         f" and answer: {service.why}.\nTry:\n"
-        f"curl http://{host}:{port}/v1/chat/completions -H 'Content-Type: application/json'{key}"
+        f"curl {address}/chat/completions -H 'Content-Type: application/json'{key}"
         f" -d {question}\n"
         "Next: docs/serving.md asks with a picture and the openai client. Ctrl-C ends it."
     )

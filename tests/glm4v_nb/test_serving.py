@@ -12,7 +12,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +26,7 @@ from glm4v_nb.fit import load as load_without_weights
 from glm4v_nb.inference import Sampling, fast, generate, load
 from glm4v_nb.miniature import CHECKPOINT, sample_pictures
 from glm4v_nb.serving import capacity
-from glm4v_nb.serving.command import Options, Server, bind, read_key, start, welcome
+from glm4v_nb.serving.command import Options, bind, read_key, running, welcome
 from glm4v_nb.serving.protocol import Refusal
 from simgpu import Rig
 
@@ -77,16 +76,9 @@ def options():
 
 @pytest.fixture(scope="module")
 def served(loaded, options):
-    """(service, its address)"""
-    service = start(options, *loaded)
-    listening = bind(options.host, options.port)
-    server = Server(service, 1)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    yield service, f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    service.engine.stop()
+    """(service, http://…)"""
+    with running(options, *loaded) as (service, address):
+        yield service, address.removesuffix("/v1")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +89,6 @@ def service(served):
 @pytest.fixture(scope="module")
 def client(served):
     with openai.OpenAI(base_url=served[1] + "/v1", api_key="none", max_retries=0) as one:
-        one.models.list()  # until it listens
         yield one
 
 
@@ -618,7 +609,7 @@ def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capfd):
 
 def test_the_line_to_copy_names_the_key_and_never_has_it(service, options, monkeypatch):
     monkeypatch.setattr(service, "key", "k" * 20)
-    text = welcome(service, options, 80)
+    text = welcome(service, options, "http://127.0.0.1:80/v1")
     assert "$GLM4V_NB_API_KEY" in text and "kkk" not in text
 
 
