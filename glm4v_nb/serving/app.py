@@ -32,7 +32,7 @@ def build_app(service: Service) -> FastAPI:
     engine, metrics = service.engine, service.metrics
     preparing = anyio.CapacityLimiter(_AT_A_TIME)
 
-    def check(request: Request):
+    async def check(request: Request):
         _check_caller(request, service.key)
 
     checked = [Depends(check)]
@@ -77,7 +77,7 @@ def build_app(service: Service) -> FastAPI:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            body = await _read(request, service.most_body_bytes)
+            body = await read_body(request, service.most_body_bytes)
             asked, job = await anyio.to_thread.run_sync(
                 service.prepare, body, tell, limiter=preparing
             )
@@ -92,20 +92,27 @@ def build_app(service: Service) -> FastAPI:
             first = await events.get()
             if isinstance(first, Failure):
                 raise Refusal(first.status, first.code, first.message)
-            completion = Completion(service.name, job.prompt_positions)
-            answer = _Answer(events, first, completion)
+            answer = _Answer(events, first, Completion(service.name, job.prompt_positions))
             if not asked.stream:
                 return await answer.whole()
-            options = asked.stream_options
-            stream = answer.stream(bool(options and options.include_usage), watcher, engine, job)
-            return StreamingResponse(stream, media_type="text/event-stream",
-                                     headers={"Cache-Control": "no-store"})  # fmt: skip
         except BaseException:
             engine.cancel(job)
             raise
         finally:
             if not asked.stream:
                 watcher.cancel()
+
+        async def stream():
+            try:
+                async for chunk in answer.chunks(asked.with_usage):
+                    yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+                yield "data: [DONE]\n\n"
+            finally:
+                engine.cancel(job)
+                watcher.cancel()
+
+        headers = {"Cache-Control": "no-store"}
+        return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
 
     return app
 
@@ -134,28 +141,18 @@ class _Answer:
                 return JSONResponse(self.completion.whole(text, event.finish, event.new_tokens))
             texts.append(event.text)
 
-    async def stream(self, with_usage: bool, watcher: asyncio.Task, engine, job: Job):
+    async def chunks(self, with_usage: bool):
         completion = self.completion
-        try:
-            yield _event(completion.chunk({"role": "assistant", "content": ""}))
-            async for event in self._each():
-                if isinstance(event, Failure):
-                    yield _event(Refusal(event.status, event.code, event.message).body)
-                elif isinstance(event, Done):
-                    yield _event(completion.chunk({}, event.finish))
-                    if with_usage:
-                        usage = completion.usage(event.new_tokens)
-                        yield _event(completion.chunk(None, usage=usage))
-                else:
-                    yield _event(completion.chunk({"content": event.text}))
-            yield "data: [DONE]\n\n"
-        finally:
-            engine.cancel(job)
-            watcher.cancel()
-
-
-def _event(body: dict) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+        yield completion.chunk({"role": "assistant", "content": ""})
+        async for event in self._each():
+            if isinstance(event, Failure):
+                yield Refusal(event.status, event.code, event.message).body
+            elif isinstance(event, Done):
+                yield completion.chunk({}, event.finish)
+                if with_usage:
+                    yield completion.chunk(None, usage=completion.usage(event.new_tokens))
+            else:
+                yield completion.chunk({"content": event.text})
 
 
 async def _cancel_when_gone(request: Request, engine, job: Job):
@@ -183,7 +180,7 @@ def _check_caller(request: Request, key: str | None):
         raise Refusal(401, "invalid_api_key", message)
 
 
-async def _read(request: Request, most: int) -> bytes:
+async def read_body(request: Request, most: int) -> bytes:
     """The body.
 
     Raises:

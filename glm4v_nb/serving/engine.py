@@ -113,6 +113,15 @@ class Engine:
         self._thread.join()
 
     def _work(self):
+        try:
+            self._run()
+        except Exception as error:  # one of the engine itself: better to start anew than to hang
+            log.critical("the engine has failed at %s: %s", _where(error), type(error).__name__)
+            self.alive = False
+        for job in self._all():
+            self._leave(job, Failure(503, *_ENDING))
+
+    def _run(self):
         while not self._stopped and self.alive:
             with self._changed:
                 # Wakes by itself as a signal handler, which drains, must not take the lock.
@@ -123,8 +132,6 @@ class Engine:
                 self._join()
             if self._running:
                 self._step()
-        for job in self._all():
-            self._leave(job, Failure(503, *_ENDING))
 
     def _all(self) -> list[Job]:
         with self._changed:
@@ -176,7 +183,12 @@ class Engine:
 
     def _add(self, job: Job, token: int):
         self.metrics.new_tokens.inc()
-        if done := job.add(token, self._end_ids):
+        try:
+            done = job.add(token, self._end_ids)
+        except Exception as error:
+            self._fail([job], error)
+            return
+        if done:
             self._leave(job, done)
 
     def _fail(self, jobs: list[Job], error: Exception):

@@ -100,6 +100,10 @@ class ChatRequest(BaseModel):
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
 
 # Values of other fields that ask for nothing; None asks for nothing in any. The first are notes.
 _ANY = ("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier")

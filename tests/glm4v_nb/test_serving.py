@@ -4,15 +4,18 @@ One server for all tests, in a thread of this process, with the miniature in flo
 or many is made so by the engine's own limits, so that no test takes long.
 """
 
+import asyncio
 import base64
 import io
 import logging
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,8 +29,14 @@ from glm4v_nb.fit import load as load_without_weights
 from glm4v_nb.inference import Sampling, fast, generate, load
 from glm4v_nb.miniature import CHECKPOINT, sample_pictures
 from glm4v_nb.serving import capacity
-from glm4v_nb.serving.command import Options, bind, read_key, running, welcome
+from glm4v_nb.serving.app import read_body
+from glm4v_nb.serving.cache import STEPS, RowCache, prefill
+from glm4v_nb.serving.command import Options, Server, bind, read_key, running, welcome
+from glm4v_nb.serving.engine import Engine
+from glm4v_nb.serving.job import Failure, Job
+from glm4v_nb.serving.metrics import Metrics
 from glm4v_nb.serving.protocol import Refusal
+from glm4v_nb.serving.service import Service
 from simgpu import Rig
 
 ROWS, QUEUE, POSITIONS = 4, 40, 2000
@@ -230,8 +239,6 @@ def test_max_tokens_ends_the_answer_and_says_so(ask, endless):
 def test_fused_kernels_in_a_batch_give_the_same_answers(loaded, alone, picture, monkeypatch):
     """By Triton's interpreter, which takes a second a step: the first tokens."""
     pytest.importorskip("triton")
-    from glm4v_nb.serving.cache import STEPS, RowCache, prefill
-
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     if fast.why_not(loaded[0]):
         pytest.skip(fast.why_not(loaded[0]))
@@ -384,6 +391,44 @@ def test_another_error_of_the_model_is_told_to_who_asked_and_the_log_has_no_prom
     assert ask(message("Hello")).choices
 
 
+def test_an_error_beside_the_model_is_told_to_who_asked_and_the_next_is_answered(ask, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "add", lambda *given: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="the log says how"):
+            ask(message("Hello"))
+    assert ask(message("Hello")).choices
+
+
+@pytest.mark.parametrize("broken", ["card", "engine"])
+def test_what_only_a_new_process_mends_ends_the_service_and_nobody_waits(
+    broken, loaded, monkeypatch
+):
+    def fail(*arguments, **more):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    model, processor = loaded
+    engine = Engine(model, RowCache(model, 1, 64), "eager", 1, Metrics())
+    if broken == "card":
+        monkeypatch.setattr(engine, "_steps", fail)
+    else:
+        monkeypatch.setattr(engine, "_step", fail)
+    told = queue.Queue()
+    inputs = processor.apply_chat_template([message("Hello")], add_generation_prompt=True)
+    ids = inputs["input_ids"].shape[1]
+    engine.reserve()
+    engine.submit(Job(inputs, ids, Sampling(20), (), processor.tokenizer, told.put))
+    engine.start()
+    while not isinstance(ended := told.get(timeout=10), Failure):
+        pass
+    assert ended.status in (500, 503)
+    engine.stop()
+    assert not engine.alive
+    with pytest.raises(Refusal):
+        engine.reserve()
+    server = Server(Service("x", processor, engine, Metrics(), 1), 1)
+    assert asyncio.run(server.on_tick(0)), "and so the process ends, to be started again"
+
+
 # --- bodies and pictures
 
 
@@ -398,6 +443,22 @@ def test_a_body_of_50_megabytes_is_refused_in_words_whether_its_size_is_said_or_
         assert got.status_code == 413
         assert got.json()["error"]["code"] == "body_too_large"
         assert "8,388,608 bytes" in got.json()["error"]["message"]
+
+
+def test_a_body_that_is_too_large_is_not_kept():
+    class Sent:
+        headers = {"content-type": "application/json"}
+
+        async def stream(self):
+            for _ in range(50):
+                yield bytes(2**20)
+
+    tracemalloc.start()
+    with pytest.raises(Refusal, match="larger than 8,388,608 bytes"):
+        asyncio.run(read_body(Sent(), 8 * 2**20))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 25 * 2**20, "8 MiB, while a larger buffer takes its place, and a chunk"
 
 
 @pytest.mark.parametrize(
