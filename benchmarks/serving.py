@@ -28,7 +28,8 @@ from glm4v_nb.miniature import CHECKPOINT
 from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration, official_config
 from glm4v_nb.model.image_processing import GLM4VImageProcessor
 from glm4v_nb.model.processing import GLM4VProcessor
-from glm4v_nb.serving.command import Options, running
+from glm4v_nb.serving.command import running
+from glm4v_nb.serving.options import Options
 from simgpu.fitting import DTYPES
 
 

@@ -124,7 +124,8 @@ def serve(
         import torch
 
         from glm4v_nb.serving import command
-    options = command.Options(
+        from glm4v_nb.serving.options import Options
+    options = Options(
         checkpoint, revision, name, host, port, api_key_file, dtype, decoding, rows, queue,
         positions, body_mib, grace_seconds,
     )  # fmt: skip

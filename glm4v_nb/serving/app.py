@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import logging
 import re
 import time
 from contextlib import suppress
@@ -13,9 +14,12 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from glm4v_nb.serving.engine import where
 from glm4v_nb.serving.job import Done, Failure, Job
 from glm4v_nb.serving.protocol import Completion, Refusal
 from glm4v_nb.serving.service import Service
+
+log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _BODY_SECONDS = 60
@@ -81,9 +85,14 @@ def build_app(service: Service) -> FastAPI:
             asked, job = await anyio.to_thread.run_sync(
                 service.prepare, body, tell, limiter=preparing
             )
-        except BaseException:
+        except BaseException as error:
             engine.release()
-            raise
+            if isinstance(error, (Refusal, asyncio.CancelledError)):
+                raise
+            # Never the message, which may hold what was asked.
+            log.error("a request failed at %s: %s", where(error), type(error).__name__)
+            message = "The request could not be prepared; the log of the service says where."
+            raise Refusal(500, "internal_error", message) from None
         del body
         engine.submit(job)
         watcher = asyncio.create_task(_cancel_when_gone(request, engine, job))

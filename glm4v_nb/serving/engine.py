@@ -56,7 +56,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []  # the one that joined first is first
         self._free = list(range(cache.sequences))
-        self._stopped = False
+        self._stopped, self._deadline = False, float("inf")
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         metrics.waiting.set_function(lambda: len(self._waiting))
@@ -101,8 +101,9 @@ class Engine:
             job.cancelled = True
             self._changed.notify()
 
-    def drain(self):
-        """Let in nothing more, and end what waits; what runs goes on. Safe in a signal handler."""
+    def drain(self, grace_seconds: float = float("inf")):
+        """Let in nothing more, and end what waits; what runs has so long. For signal handlers."""
+        self._deadline = time.monotonic() + grace_seconds
         self.draining = True
 
     def stop(self):
@@ -116,7 +117,7 @@ class Engine:
         try:
             self._run()
         except Exception as error:  # one of the engine itself: better to start anew than to hang
-            log.critical("the engine has failed at %s: %s", _where(error), type(error).__name__)
+            log.critical("the engine has failed at %s: %s", where(error), type(error).__name__)
             self.alive = False
         for job in self._all():
             self._leave(job, Failure(503, *_ENDING))
@@ -142,7 +143,7 @@ class Engine:
         for job in self._all():
             if job.cancelled:
                 self._leave(job, _GONE)
-            elif self.draining and job.row is None:
+            elif self.draining and (job.row is None or time.monotonic() > self._deadline):
                 self._leave(job, Failure(503, *_ENDING))
 
     def _join(self):
@@ -196,7 +197,7 @@ class Engine:
         self.alive = not isinstance(error, torch.AcceleratorError)
         # The message may hold what was asked; that of an out-of-memory error has figures only.
         said = str(error) if out_of_memory else type(error).__name__
-        log.error("%d request(s) failed at %s: %s", len(jobs), _where(error), said)
+        log.error("%d request(s) failed at %s: %s", len(jobs), where(error), said)
         clear_frames(error)  # which hold tensors
         for job in jobs:
             self._leave(job, _OUT_OF_MEMORY if out_of_memory else _BROKEN)
@@ -215,7 +216,7 @@ class Engine:
         job.tell(end)
 
 
-def _where(error: BaseException) -> str:
+def where(error: BaseException) -> str:
     """File and line of the innermost frame."""
     trace = error.__traceback__
     while trace.tb_next:

@@ -31,10 +31,11 @@ from glm4v_nb.miniature import CHECKPOINT, sample_pictures
 from glm4v_nb.serving import capacity
 from glm4v_nb.serving.app import read_body
 from glm4v_nb.serving.cache import STEPS, RowCache, prefill
-from glm4v_nb.serving.command import Options, Server, bind, read_key, running, welcome
+from glm4v_nb.serving.command import Server, running, welcome
 from glm4v_nb.serving.engine import Engine
 from glm4v_nb.serving.job import Failure, Job
 from glm4v_nb.serving.metrics import Metrics
+from glm4v_nb.serving.options import Options, bind, read_key
 from glm4v_nb.serving.protocol import Refusal
 from glm4v_nb.serving.service import Service
 from simgpu import Rig
@@ -391,6 +392,20 @@ def test_another_error_of_the_model_is_told_to_who_asked_and_the_log_has_no_prom
     assert ask(message("Hello")).choices
 
 
+def test_an_error_before_the_model_is_told_so_and_the_log_has_no_prompt(
+    ask, service, monkeypatch, caplog
+):
+    def fail(*arguments, **more):
+        raise KeyError("a secret question")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.DEBUG):
+        patch.setattr(service.processor, "apply_chat_template", fail)
+        with pytest.raises(openai.InternalServerError, match="could not be prepared"):
+            ask(message("a secret question"))
+    assert "KeyError" in caplog.text and "secret" not in caplog.text
+    assert idle(service)
+
+
 def test_an_error_beside_the_model_is_told_to_who_asked_and_the_next_is_answered(ask, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Job, "add", lambda *given: 1 / 0)
@@ -421,10 +436,9 @@ def test_what_only_a_new_process_mends_ends_the_service_and_nobody_waits(
     while not isinstance(ended := told.get(timeout=10), Failure):
         pass
     assert ended.status in (500, 503)
-    engine.stop()
-    assert not engine.alive
     with pytest.raises(Refusal):
         engine.reserve()
+    engine.stop()
     server = Server(Service("x", processor, engine, Metrics(), 1), 1)
     assert asyncio.run(server.on_tick(0)), "and so the process ends, to be started again"
 
@@ -608,6 +622,19 @@ def test_the_metrics_count_tokens_refusals_and_seconds(ask, url, http, served, a
     assert figure(http, served, refused) >= 1
 
 
+def test_what_runs_longer_than_the_grace_is_told_that_the_service_ends(ask, service, endless):
+    with ask(message("Hello"), stream=True, max_tokens=1900) as running:
+        pieces = iter(running)
+        next(pieces)
+        try:
+            service.engine.drain(0.1)
+            with pytest.raises(openai.APIError, match="when it is back"):
+                list(pieces)
+        finally:
+            service.engine.draining = False
+    assert idle(service)
+
+
 def test_while_it_ends_it_is_not_healthy_and_lets_nobody_in(ask, service, http, served, endless):
     with ask(message("Hello"), stream=True, max_tokens=100) as running:
         pieces = iter(running)
@@ -651,6 +678,20 @@ def test_impossible_options_are_refused_before_anything_is_loaded():
     ):
         with pytest.raises(ValueError, match=says):
             Options("x", **given).check()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(torch.OutOfMemoryError("CUDA out of memory."), 3), (KeyboardInterrupt(), 130)],
+)
+def test_no_room_and_an_interrupt_have_their_exit_codes(error, code, monkeypatch, capfd):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("glm4v_nb.serving.command.serve", fail)
+    assert main(["serve", str(CHECKPOINT)]) == code
+    captured = capfd.readouterr()
+    assert captured.out == "" and ("fewer --rows" in captured.err) == (code == 3)
 
 
 def test_a_port_that_is_taken_is_known_at_once(served, client):

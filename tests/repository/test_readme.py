@@ -14,7 +14,8 @@ import pytest
 
 from glm4v_nb.cli import main
 from glm4v_nb.inference import load
-from glm4v_nb.serving.command import Options, running, welcome
+from glm4v_nb.serving.command import running, welcome
+from glm4v_nb.serving.options import Options
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh-CN.md")
