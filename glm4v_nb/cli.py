@@ -118,7 +118,8 @@ def serve(
     """Answer over HTTP as OpenAI's chat completions do, text and pictures, whole or streamed.
 
     Requests join and leave a running batch. How long they may be is tried at the start, so that
-    what is let in fits. Exit codes: 0 ended by SIGTERM, 3 no room, 130 Ctrl-C.
+    what is let in fits. Exit codes: 0 ended by SIGTERM, 1 failed, 2 wrong use, 3 no room, 130
+    Ctrl-C.
     """
     with progress("loading torch"):
         import torch

@@ -16,12 +16,12 @@ from starlette.requests import ClientDisconnect
 
 from glm4v_nb.serving.engine import where
 from glm4v_nb.serving.job import Done, Failure, Job
+from glm4v_nb.serving.options import is_loopback
 from glm4v_nb.serving.protocol import Completion, Refusal
 from glm4v_nb.serving.service import Service
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _BODY_SECONDS = 60
 _AT_A_TIME = 2  # requests that are prepared: a picture may take half a gigabyte meanwhile
 # A body that is too large is read to its end and dropped, as a client that still sends hears
@@ -179,7 +179,7 @@ def _check_caller(request: Request, key: str | None):
     """
     if key is None:
         host = re.sub(r":\d+$", "", request.headers.get("host", ""))
-        if host not in LOOPBACK:
+        if not is_loopback(host):
             message = "Without a key only this machine may ask, at http://127.0.0.1 or localhost."
             raise Refusal(403, "foreign_host", message)
         return

@@ -140,7 +140,11 @@ def serve(options: Options, say: Callable[[str], None]):
 def welcome(service: Service, options: Options, address: str) -> str:
     """Where it listens, what it takes, and a line to copy."""
     cache = service.engine.cache
-    key = "" if service.key is None else f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
+    # Read by the shell, so that no list of processes and no terminal shows it.
+    key = f"${KEY_VARIABLE}"
+    if options.key_file is not None:
+        key = f"$(cat {shlex.quote(str(options.key_file))})"
+    key = "" if service.key is None else f' -H "Authorization: Bearer {key}"'
     messages = [{"role": "user", "content": "Hello"}]
     question = shlex.quote(json.dumps({"model": service.name, "messages": messages}))
     return (

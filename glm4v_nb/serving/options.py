@@ -77,7 +77,7 @@ def read_key(options: Options) -> str | None:
             f"the key in {where} has {len(key)} characters; expected {LEAST_KEY} or more, of"
             f" printable ASCII. {advice}"
         )
-    if key is None and not _is_loopback(options.host):
+    if key is None and not is_loopback(options.host):
         raise ValueError(
             f"--host is {options.host}, where other machines can ask, and there is no key. Put one"
             f" into {KEY_VARIABLE} or into a file for --api-key-file. {advice}"
@@ -85,9 +85,10 @@ def read_key(options: Options) -> str | None:
     return key
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address, as in a URL, is this machine's for itself."""
     with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     return host == "localhost"
 
 

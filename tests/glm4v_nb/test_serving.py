@@ -6,6 +6,7 @@ or many is made so by the engine's own limits, so that no test takes long.
 
 import asyncio
 import base64
+import dataclasses
 import io
 import logging
 import os
@@ -555,8 +556,12 @@ def test_a_page_of_another_site_cannot_ask(http, served):
     where, good = served[1] + "/v1/chat/completions", b'{"model": "miniature"}'
     plain = http.post(where, content=good, headers={"Content-Type": "text/plain"})
     assert plain.status_code == 415
-    foreign = http.get(served[1] + "/v1/models", headers={"Host": "evil.example:80"})
-    assert foreign.json()["error"]["code"] == "foreign_host"
+    for host in ("evil.example:80", "127.0.0.1.evil.example", "192.0.2.1", ""):
+        foreign = http.get(served[1] + "/v1/models", headers={"Host": host})
+        assert foreign.status_code in (400, 403), host
+    for host in ("localhost:80", "127.0.0.2", "[::1]:80", "[::1]"):
+        own = http.get(served[1] + "/v1/models", headers={"Host": host})
+        assert own.status_code == 200, host
 
 
 def test_a_wrong_place_says_what_there_is(http, served):
@@ -711,8 +716,10 @@ def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capfd):
 
 def test_the_line_to_copy_names_the_key_and_never_has_it(service, options, monkeypatch):
     monkeypatch.setattr(service, "key", "k" * 20)
-    text = welcome(service, options, "http://127.0.0.1:80/v1")
-    assert "$GLM4V_NB_API_KEY" in text and "kkk" not in text
+    for file, shown in ((None, "Bearer $GLM4V_NB_API_KEY"), ("a key", "Bearer $(cat 'a key')")):
+        given = dataclasses.replace(options, key_file=file)
+        text = welcome(service, given, "http://127.0.0.1:80/v1")
+        assert shown in text and "kkk" not in text
 
 
 def test_a_service_that_is_killed_starts_again_and_one_that_is_ended_finishes_what_runs(tmp_path):
