@@ -33,6 +33,7 @@ LONGEST = (
     "tests/nbsweep/test_dask_hosts.py",
     "tests/glm4v_nb/test_cli.py",
     "tests/glm4v_nb/test_training.py",
+    "tests/glm4v_nb/test_serving.py",
 )
 
 

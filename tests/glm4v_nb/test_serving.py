@@ -13,6 +13,7 @@ import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -474,6 +475,20 @@ def test_a_body_that_is_too_large_is_not_kept():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 25 * 2**20, "8 MiB, while a larger buffer takes its place, and a chunk"
+
+
+def test_a_body_that_does_not_end_gives_its_place_back(served, monkeypatch):
+    service, address = served
+    monkeypatch.setattr("glm4v_nb.serving.app._BODY_SECONDS", 0.3)
+    host, port = address.removeprefix("http://").split(":")
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+    for hang_up in (True, False):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())
+            assert within(2, lambda: service.engine._inside == 1)
+            if not hang_up:
+                assert b" 408 " in connection.recv(1000).splitlines()[0]
+        assert within(2, lambda: idle(service))
 
 
 @pytest.mark.parametrize(
