@@ -483,7 +483,7 @@ def test_a_body_that_does_not_end_gives_its_place_back(served, monkeypatch):
     host, port = address.removeprefix("http://").split(":")
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
     for hang_up in (True, False):
-        with socket.create_connection((host, int(port))) as connection:
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
             connection.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())
             assert within(2, lambda: service.engine._inside == 1)
             if not hang_up:
