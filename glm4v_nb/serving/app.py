@@ -87,7 +87,7 @@ def build_app(service: Service) -> FastAPI:
             )
         except BaseException as error:
             engine.release()
-            if isinstance(error, (Refusal, asyncio.CancelledError)):
+            if isinstance(error, Refusal) or not isinstance(error, Exception):
                 raise
             # Never the message, which may hold what was asked.
             log.error("a request failed at %s: %s", where(error), type(error).__name__)

@@ -56,7 +56,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []  # the one that joined first is first
         self._free = list(range(cache.sequences))
-        self._stopped, self._deadline = False, float("inf")
+        self._stopped, self._ended, self._deadline = False, False, float("inf")
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         metrics.waiting.set_function(lambda: len(self._waiting))
@@ -90,8 +90,15 @@ class Engine:
             self._inside -= 1
 
     def submit(self, job: Job):
-        """Put a job into the queue; its place is given back when it ends."""
+        """Put a job into the queue; its place is given back when it ends.
+
+        Raises:
+            Refusal: the engine has ended since the place was taken.
+        """
         with self._changed:
+            if self._ended:
+                self._inside -= 1
+                raise Refusal(503, *_ENDING)
             self._waiting.append(job)
             self._changed.notify()
 
@@ -119,6 +126,8 @@ class Engine:
         except Exception as error:  # one of the engine itself: better to start anew than to hang
             log.critical("the engine has failed at %s: %s", where(error), type(error).__name__)
             self.alive = False
+        with self._changed:
+            self._ended = True
         for job in self._all():
             self._leave(job, Failure(503, *_ENDING))
 

@@ -433,7 +433,10 @@ def test_what_only_a_new_process_mends_ends_the_service_and_nobody_waits(
     inputs = processor.apply_chat_template([message("Hello")], add_generation_prompt=True)
     ids = inputs["input_ids"].shape[1]
     engine.reserve()
-    engine.submit(Job(inputs, ids, Sampling(20), (), processor.tokenizer, told.put))
+    job, late = (
+        Job(inputs, ids, Sampling(20), (), processor.tokenizer, told.put) for _ in range(2)
+    )
+    engine.submit(job)
     engine.start()
     while not isinstance(ended := told.get(timeout=10), Failure):
         pass
@@ -441,6 +444,8 @@ def test_what_only_a_new_process_mends_ends_the_service_and_nobody_waits(
     with pytest.raises(Refusal):
         engine.reserve()
     engine.stop()
+    with pytest.raises(Refusal):  # whose body was still read when it happened
+        engine.submit(late)
     server = Server(Service("x", processor, engine, Metrics(), 1), 1)
     assert asyncio.run(server.on_tick(0)), "and so the process ends, to be started again"
 
