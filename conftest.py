@@ -31,6 +31,7 @@ LONGEST = (
     "tests/glm4v_nb/test_advice.py",
     "tests/notebooks/test_on_gpus.py",
     "tests/nbsweep/test_dask_hosts.py",
+    "tests/glm4v_nb/test_serving.py",
 )
 
 

@@ -127,6 +127,52 @@ def ask(
 
 
 @app.command()
+def serve(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, or a hub id with --revision.")],
+    revision: option(str | None, "Commit of the hub repository, 40 digits.") = None,
+    name: option(str | None, "What clients call the model; else the folder's name.") = None,
+    host: option(
+        str, "Address to listen at; other than this machine's own needs a key."
+    ) = "127.0.0.1",
+    port: option(int, "Port to listen at.") = 8000,
+    api_key_file: option(
+        Path | None, "A file with the API key, instead of the variable GLM4V_NB_API_KEY."
+    ) = None,
+    dtype: option(str, "bfloat16, float16 or float32.") = "bfloat16",
+    decoding: option(str, "eager, or fast for fused kernels (at most 8 rows).") = "eager",
+    rows: option(int, "Requests that are answered at a time.") = 8,
+    queue: option(int, "Requests that may wait besides; more are told to come back (429).") = 64,
+    positions: option(
+        int | None, "Most of one request, prompt and answer; else what the cards have room for."
+    ) = None,
+    body_mib: option(int, "Largest body of a request, in MiB.") = 20,
+    grace_seconds: option(int, "For what runs, once SIGTERM has come.") = 30,
+):
+    """Answer over HTTP as OpenAI's chat completions do, text and pictures, whole or streamed.
+
+    Requests join and leave a running batch. How long they may be is tried at the start, so that
+    what is let in fits. Exit codes: 0 ended by SIGTERM, 1 failed, 2 wrong use, 3 no room, 130
+    Ctrl-C.
+    """
+    with progress("loading torch"):
+        import torch
+
+        from glm4v_nb.serving import command
+        from glm4v_nb.serving.options import Options
+    options = Options(
+        checkpoint, revision, name, host, port, api_key_file, dtype, decoding, rows, queue,
+        positions, body_mib, grace_seconds,
+    )  # fmt: skip
+    try:
+        command.serve(options, lambda text: print(text, flush=True))
+    except torch.OutOfMemoryError as error:
+        print(f"error: It does not fit; fewer --rows need less. {error}", file=sys.stderr)
+        raise typer.Exit(3) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
 def diagnose():
     """Which known failure is the error message on stdin? `glm4v-nb diagnose < log.txt`; exit code 1
     where it is none."""

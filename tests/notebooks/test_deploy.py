@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from glm4v_nb.cli import main
 from glm4v_nb.miniature import CHECKPOINT
 
 ROOT = Path(__file__).parents[2]
@@ -74,14 +75,16 @@ def test_a_picture_that_is_not_there_is_wrong_use(deploy):
     assert deploy(CHECKPOINT, "--image", "no.png")[0] == 2
 
 
-def test_systemd_finds_no_fault_with_the_unit():
+@pytest.mark.parametrize("unit", ["glm4v.service", "glm4v-serve.service"])
+def test_systemd_finds_no_fault_with_the_unit(unit):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
-    command = ["systemd-analyze", "verify", DEPLOY / "glm4v.service"]
+    command = ["systemd-analyze", "verify", DEPLOY / unit]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = (done.stdout + done.stderr).splitlines()
     # The environment, which does not exist here, is the one thing it may miss.
-    assert [line for line in lines if "venv/bin/python is not executable" not in line] == []
+    missing = re.compile(r"venv/bin/[\w-]+ is not executable")
+    assert [line for line in lines if not missing.search(line)] == []
 
 
 def test_the_unit_gives_the_script_options_that_it_knows(deploy):
@@ -91,6 +94,18 @@ def test_the_unit_gives_the_script_options_that_it_knows(deploy):
     assert words[1:3] == ["deploy.py", "glm-4v-9b"]
     known = set(re.findall(r"--[a-z-]+", deploy("--help")[1]))
     assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_the_unit_and_the_container_give_the_service_options_that_it_knows(capsys):
+    unit, image = ((DEPLOY / name).read_text() for name in ("glm4v-serve.service", "Dockerfile"))
+    (line,) = re.findall("^ExecStart=(.*)$", unit.replace("\\\n", " "), re.MULTILINE)
+    (served,) = re.findall(r"--entrypoint glm4v-nb glm4v (serve .*)$", image, re.MULTILINE)
+    assert main(["serve", "--help"]) == 0
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    for words in (shlex.split(line)[1:], shlex.split(served)):
+        assert words[:2] == ["serve", "glm-4v-9b"]
+        assert {word for word in words if word.startswith("--")} <= known
+        assert "--host" in words, "with a key, which is read from a file or from the environment"
 
 
 def test_the_image_is_given_files_that_make_a_package(tmp_path):

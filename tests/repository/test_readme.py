@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from glm4v_nb.cli import main
+from glm4v_nb.inference import load
+from glm4v_nb.serving.command import running, welcome
+from glm4v_nb.serving.options import Options
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh-CN.md")
@@ -92,6 +95,7 @@ def test_every_command_of_the_documents_is_tested_here():
         "run",
         "sweep",
         "report",
+        "serve",
         "verify",
     }
 
@@ -158,10 +162,35 @@ def test_the_dask_commands_of_the_documents_have_options_and_settings_that_dask_
         assert dask.config.get(name.lower().replace("__", "."), "unknown") != "unknown", name
 
 
+HERE = "http://127.0.0.1:8000/v1"  # where the service listens that docs/serving.md starts
+
+
+@pytest.fixture(scope="module")
+def served():
+    """That service in this process: it, its options, its address."""
+    (command,) = [shlex.split(each) for each in COMMANDS if shlex.split(each)[1] == "serve"]
+    options = Options(command[2], port=0)
+    with running(options, *load(ROOT / command[2])) as (service, address):
+        yield service, options, address
+
+
+def test_the_curl_line_of_the_service_s_page_is_the_one_it_prints_and_gets_an_answer(served):
+    service, options, address = served
+    (line,) = re.findall(r"^curl .*$", TEXTS["docs/serving.md"], flags=re.MULTILINE)
+    assert line in welcome(service, options, HERE).splitlines()
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    words = shlex.split(line.replace(HERE, address))
+    done = subprocess.run([*words, "--silent"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+
+
 @pytest.mark.parametrize(
     ("name", "code"), PYTHON, ids=[f"{name}-{number}" for number, (name, _) in enumerate(PYTHON)]
 )
-def test_the_python_of_the_documents_prints_what_they_say(name, code, capsys):
+def test_the_python_of_the_documents_prints_what_they_say(name, code, capsys, request):
+    if "OpenAI(" in code:
+        code = code.replace(HERE, request.getfixturevalue("served")[2])
     if name == "README.md":
         lines = run(["python", "-c", code]).stdout.splitlines()
     else:  # here torch is loaded already
@@ -169,6 +198,8 @@ def test_the_python_of_the_documents_prints_what_they_say(name, code, capsys):
         lines = capsys.readouterr().out.splitlines()
     if "stream(" in code:
         assert lines == ["4"], "the crosses"
+    elif "OpenAI(" in code:
+        assert lines == ["2"], "objects"
     elif "memory_allocated(index)" in code or "card.allocated_bytes" in code:
         if "rig.provenance" in code:
             assert "simulated" in lines.pop(0) or "NVIDIA" in lines[0]
