@@ -6,7 +6,7 @@ driver's virtual memory functions.
 """
 
 import bisect
-import itertools
+from collections import defaultdict
 
 from simgpu.allocator import (
     BLOCK_ROUNDING,
@@ -15,6 +15,7 @@ from simgpu.allocator import (
     UNLIMITED,
     Allocator,
     Block,
+    Owner,
     round_up,
     segment_bytes,
 )
@@ -35,11 +36,11 @@ class ExpandableAllocator(Allocator):
             )
         self._next_address = 0
         # Addresses without memory behind them, by pool, lowest first.
-        self._unmapped: dict[bool, list[tuple[int, Block]]] = {True: [], False: []}
+        self._unmapped: dict[tuple[Owner, bool], list[tuple[int, Block]]] = defaultdict(list)
 
     def empty_cache(self):
         """Give the memory behind free blocks back to the driver, in whole mapping units."""
-        for *_, block in itertools.chain(*map(tuple, self._pools.values())):
+        for block in self._releasable():
             self._unmap(block)
 
     def _splits(self, size: int, rest: int, small: bool) -> bool:
@@ -55,12 +56,12 @@ class ExpandableAllocator(Allocator):
             place += 1
         return place
 
-    def _new(self, size: int, small: bool) -> Block | None:
+    def _new(self, size: int, pool: tuple[Owner, bool]) -> Block | None:
         """A free block of an expandable segment, with memory mapped where it had only addresses."""
         # PyTorch checks the cap with what a new segment would take, and only then looks.
         if self.reserved + segment_bytes(size) > self.allowed_bytes:
             return None
-        block = self._run_of(size, small)
+        block = self._run_of(size, pool)
         if not block.mapped and not self._map(block, min(block.size, size)):
             return None
         while block.size < size:
@@ -71,9 +72,9 @@ class ExpandableAllocator(Allocator):
         self._remove(block)
         return block
 
-    def _run_of(self, size: int, small: bool) -> Block:
+    def _run_of(self, size: int, pool: tuple[Owner, bool]) -> Block:
         """The lowest run of free and unmapped blocks with ``size`` addresses, or a new segment."""
-        for _, block in self._unmapped[small]:
+        for _, block in self._unmapped[pool]:
             if block.before is not None and block.before.free:
                 block = block.before
             room, following = 0, block
@@ -82,7 +83,8 @@ class ExpandableAllocator(Allocator):
             if room >= size:
                 return block
         # As many addresses as the card could ever need; they cost nothing.
-        block = Block(self._next_address, ADDRESS_GAP, small)
+        owner, small = pool
+        block = Block(self._next_address, ADDRESS_GAP, small, owner)
         self._next_address += 2 * ADDRESS_GAP
         self._insert_unmapped(block)
         return block
@@ -127,8 +129,8 @@ class ExpandableAllocator(Allocator):
 
     def _insert_unmapped(self, block: Block):
         block.free, block.mapped = True, False
-        bisect.insort(self._unmapped[block.small], (block.address, block))
+        bisect.insort(self._unmapped[block.owner, block.small], (block.address, block))
 
     def _take_from_unmapped(self, block: Block):
-        unmapped = self._unmapped[block.small]
+        unmapped = self._unmapped[block.owner, block.small]
         del unmapped[bisect.bisect_left(unmapped, (block.address,))]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from simgpu.kernels import launching
+
 if TYPE_CHECKING:  # needs Triton, and so is imported when the first answer is prepared
     from glm4v_nb.inference.step import FixedCache, Step
 
@@ -23,9 +25,8 @@ LONGEST_NGRAM = 3
 
 def why_not(model) -> str | None:
     """Why the kernels cannot run this model where it is, in a few words; None if they can."""
-    try:
-        import triton
-    except ImportError:
+    launched = launching(model.lm_head.weight)
+    if not launched:
         return "Triton is not installed, which comes with PyTorch for CUDA on Linux"
     layers = model.language_model.layers
     products = [layer.get_submodule(name) for layer in layers for name in _PRODUCTS]
@@ -39,7 +40,7 @@ def why_not(model) -> str | None:
         return f"the weights are of several types ({', '.join(sorted(map(str, dtypes)))})"
     if any(one.type == "meta" for one in devices):
         return "weights are offloaded"
-    config, interpreted = model.config.text_config, triton.knobs.runtime.interpret
+    config, interpreted = model.config.text_config, launched == "interpreted"
     if interpreted and torch.bfloat16 in dtypes:
         return "Triton's interpreter multiplies no bfloat16 (load in float32 or float16)"
     if not interpreted and any(one.type != "cuda" for one in devices):
@@ -69,7 +70,7 @@ class FastDecoder:
         self.lookup = lookup
         self.steps = self.tokens = 0
         self._steps: dict[int, Step] = {}
-        self._built_of: tuple | None = None
+        self._built_of: list[int] | None = None
 
     def prepare(self, model, sequences: int, length: int, rows: tuple[int, ...] = ()) -> FixedCache:
         """Cache, buffers and graphs for prompts with answers of so many positions together.
@@ -89,13 +90,14 @@ class FastDecoder:
                 f"Prompt and answer may take {length:,} positions together, but the model's context"
                 f" is {context:,} (seq_length). Lower max_new_tokens, or shorten the prompt."
             )
-        from glm4v_nb.inference.step import FixedCache, LayerWeights, Step
+        from glm4v_nb.inference.step import FixedCache, LayerWeights, Step, storage_of
 
         # A step is launched before the token of the last is looked at, and verified rows may be
         # wrong: both can reach beyond the answer's end.
         capacity = -(-(length + MOST_ROWS) // CAPACITY_STEP) * CAPACITY_STEP
         weights = [LayerWeights.of(layer) for layer in model.language_model.layers]
-        built_of = tuple(one.heads.data_ptr() for one in weights), model.lm_head.weight.data_ptr()
+        built_of = [storage_of(each) for one in weights for each in (one.heads, one.out)]
+        built_of.append(storage_of(model.lm_head.weight))
         cache = next((step.cache for step in self._steps.values()), None)
         if (
             cache is None
