@@ -62,6 +62,10 @@ class Stream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        with self:
+            return torch.cuda.is_current_stream_capturing()
+
     def synchronize(self):
         pass
 

@@ -75,6 +75,9 @@ class FastDecoder:
     def prepare(self, model, sequences: int, length: int, rows: tuple[int, ...] = ()) -> FixedCache:
         """Cache, buffers and graphs for prompts with answers of so many positions together.
 
+        ``rows`` are those of each step; by default as many as sequences, and with ``lookup`` for
+        one sequence also those of a step that verifies.
+
         Raises:
             ValueError: more prompts than 8, or longer than the model's context.
             torch.OutOfMemoryError: no room; nothing is kept then.
@@ -109,13 +112,45 @@ class FastDecoder:
             cache = FixedCache(model.config.text_config, weights, sequences, capacity)
             self._built_of = built_of
         try:
-            for count in rows or (sequences,):
+            looks = self.lookup and sequences == 1
+            for count in rows or ((1, MOST_ROWS) if looks else (sequences,)):
                 if count not in self._steps:
                     self._steps[count] = Step(model, weights, cache, count)
         except BaseException:
             self.release()
             raise
         return cache
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on all cards: of the cache, of the steps' buffers, and reserved for their graphs
+        and for the streams that these were captured on."""
+        steps = list(self._steps.values())
+        segments = torch.cuda.memory_snapshot()
+        return {
+            "fixed cache": sum(each.nbytes for pair in steps[0].cache.layers for each in pair),
+            "buffers": sum(each.nbytes for step in steps for each in step.buffers()),
+            "pools of graphs": sum(
+                each["total_size"]
+                for each in segments
+                if each["stream"] or any(each["segment_pool_id"])
+            ),
+        }
+
+    @torch.no_grad()
+    def rehearse(self, logits: torch.Tensor, prompt: int, new_tokens: int):
+        """The steps of an answer after a prompt of so many positions, looking at no token.
+
+        ``logits`` (batch, vocabulary) are the prefill's.
+        """
+        batch, chosen = len(logits), logits.argmax(-1)
+        step = self._steps[MOST_ROWS if self.lookup and batch == 1 else batch]
+        places = [prompt + row // batch for row in range(step.rows)]
+        step.place(places, places, [0] * step.rows, [row % batch for row in range(step.rows)])
+        for _ in range(new_tokens - 1):
+            step.tokens[:batch].copy_(chosen, non_blocking=True)
+            step()
+            chosen = step.next[:batch]
+            _Reading(chosen)
 
     def release(self):
         """Give the cache, buffers and graphs back; the next answer makes them anew."""
@@ -147,7 +182,7 @@ class FastDecoder:
         sampled = generation_config.do_sample
         guesses = self.lookup and batch == 1 and not sampled and not len(logits_processor)
         end = generation_config.max_length
-        cache = self.prepare(model, batch, end, (1, MOST_ROWS) if guesses else ())
+        cache = self.prepare(model, batch, end, () if guesses else (batch,))
         starts = _left_padding(inputs.get("attention_mask"), batch)
         names = ("attention_mask", "position_ids", "image_mask", "pixel_values")
         given = {name: inputs[name] for name in names if inputs.get(name) is not None}

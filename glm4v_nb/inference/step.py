@@ -271,6 +271,12 @@ class Step:
                 for work, part in zip(self._work, self.parts, strict=True)
             ]
 
+    def buffers(self) -> list[torch.Tensor]:
+        """What it keeps on the cards beside cache and weights."""
+        own = [self.tokens, self.next, self.logits]
+        parts = (each for part in self.parts for each in vars(part).values())
+        return own + [each for each in parts if isinstance(each, torch.Tensor)]
+
     def _run_part(self, index: int):
         part = self.parts[index]
 
