@@ -131,7 +131,9 @@ class FitResult:
         answer |= {"versions": versions()} | {name: getattr(self, name) for name in names}
         answer["not_measured"] = not_measured(self.asked[0].cards)
         if self.asked[0].decoding != "eager":
-            answer["decoding"] = {"method": self.asked[0].decoding} | self.decoding_bytes
+            sizes = self.decoding_bytes.items()
+            taken = {f"{name.replace(' ', '_')}_bytes": size for name, size in sizes}
+            answer["decoding"] = {"method": self.asked[0].decoding} | taken
         return answer | ({"needs_bytes": self.needs[self.oom.device]} if self.oom else {})
 
 
