@@ -19,7 +19,8 @@ from simgpu.device import current, on_card
 from simgpu.numbers import Known, is_small
 from simgpu.streams import stream_now
 
-# Before, every graph has the card's own generator, whose seed and offset the first one puts there.
+# Before, every graph has the card's own generator, whose seed and offset the first one puts there;
+# so 2.11, and 2.12 is taken to.
 SEEDS_WHEN_DRAWN = Version("2.13")
 _ATEN = torch.ops.aten
 _WAITING = {

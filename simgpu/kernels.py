@@ -62,12 +62,11 @@ def replacements(rig) -> list[tuple[object, str, object]]:
         tensors = [each for each in (*args, *options.values()) if isinstance(each, torch.Tensor)]
         if not any(map(on_card, tensors)):
             return original(kernel, *args, grid=grid, warmup=warmup, **options)
-        foreign = next((each for each in tensors if not on_card(each)), None)
-        if foreign is not None:
+        places = {str(each.device): None for each in tensors}
+        if len(places) > 1:
             raise ValueError(
-                f"Pointer argument cannot be accessed from Triton (a tensor on {foreign.device}"
-                f" beside those on simulated cards, in a launch of {kernel.__name__}). Expected all"
-                " on one card: move it there."
+                f"Pointer argument cannot be accessed from Triton: {kernel.__name__} is launched on"
+                f" tensors on {' and '.join(places)}. Expected all on one card: move them there."
             )
         if not warmup:
             rig.numbers.lose(tensors)  # any of them may be written

@@ -40,6 +40,12 @@ def why_not(model) -> str | None:
         return f"the weights are of several types ({', '.join(sorted(map(str, dtypes)))})"
     if any(one.type == "meta" for one in devices):
         return "weights are offloaded"
+    decoder, last = model.language_model, layers[-1].mlp.down_proj
+    beside = (layers[0].mlp.down_proj, decoder.embed_tokens), (last, decoder.norm)
+    if any(
+        one.weight.device != other.weight.device for one, other in [*beside, (last, model.lm_head)]
+    ):
+        return "embedding, norm or head is on another card than the layer beside it"
     config, interpreted = model.config.text_config, launched == "interpreted"
     if interpreted and torch.bfloat16 in dtypes:
         return "Triton's interpreter multiplies no bfloat16 (load in float32 or float16)"
