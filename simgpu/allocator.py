@@ -16,7 +16,7 @@ block is used on other streams (``record_stream``) is not followed: it is free o
 
 import bisect
 import itertools
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -59,22 +59,28 @@ def segment_bytes(size_bytes: int) -> int:
     return round_up(size_bytes, SEGMENT_ROUNDING)
 
 
-# A pool, 0 or of a graph, and a stream, 0 or one that the program made.
-Owner = tuple[int, int]
+class Pool(list):
+    """Free blocks, as best fit looks at them: (size, address, block).
+
+    They serve small requests or large ones, of a graph (0 for none) on a stream (0 by default).
+    """
+
+    def __init__(self, graph: int, stream: int, small: bool):
+        super().__init__()
+        self.graph, self.stream, self.small = graph, stream, small
 
 
 @dataclass(slots=True, eq=False)
 class Block:
     """A piece of a segment. ``before`` and ``after`` are its neighbours in the same segment.
 
-    ``mapped`` is False where an expandable segment has addresses but no memory. ``owner`` is whom
-    it may serve.
+    ``mapped`` is False where an expandable segment has addresses but no memory. ``pool`` is where
+    it lies among others when it is free.
     """
 
     address: int
     size: int
-    small: bool
-    owner: Owner
+    pool: "Pool"
     mapped: bool = True
     before: "Block | None" = None
     after: "Block | None" = None
@@ -136,9 +142,7 @@ class Allocator:
         self.trace: Callable[[int, str, int, int], None] | None = None
         self.captures: dict[int, int] = {}
         self._graphs: Counter[int] = Counter()  # of each pool that a graph has
-        # Free blocks of an owner, large or small (True), as best fit looks at them: by size, then
-        # address.
-        self._pools: dict[tuple[Owner, bool], list[tuple[int, int, Block]]] = defaultdict(list)
+        self._pools: dict[tuple[int, int, bool], Pool] = {}
 
     @property
     def allowed_bytes(self) -> int:
@@ -170,8 +174,7 @@ class Allocator:
             listener(self, False)
         size = block_bytes(size_bytes)
         small = size <= SMALL_REQUEST
-        stream = self.stream()
-        pool = (self.captures.get(stream, 0), stream), small
+        pool = self._pool(small)
         block = self._cached(size, pool) or self._new(size, pool)
         if block is None and self._release_oversize(size, pool):
             block = self._new(size, pool)
@@ -198,7 +201,7 @@ class Allocator:
         """Give a block back. It stays reserved, as in PyTorch, until room is needed."""
         for listener in self.listeners:
             listener(self, True)
-        self.blocks.append((block.small, -block.size, -block.requested))
+        self.blocks.append((block.pool.small, -block.size, -block.requested))
         self.allocated -= block.size
         for action in ("free_requested", "free_completed"):
             self._note(action, block.address, block.requested)
@@ -245,24 +248,35 @@ class Allocator:
         if self.trace is not None:
             self.trace(self.index, *event)
 
+    def _pool(self, small: bool) -> Pool:
+        """What a request of now is served from."""
+        stream = self.stream()
+        key = (self.captures.get(stream, 0), stream, small)
+        pool = self._pools.get(key)
+        if pool is None:
+            pool = self._pools[key] = Pool(*key)
+        return pool
+
     def _releasable(self) -> list[Block]:
         """The free blocks of pools that no graph has."""
-        pools = (pool for (owner, _), pool in self._pools.items() if not self._graphs[owner[0]])
+        pools = (pool for pool in self._pools.values() if not self._graphs[pool.graph])
         return [block for *_, block in itertools.chain(*pools)]
 
-    def _insert(self, block: Block):
+    @staticmethod
+    def _insert(block: Block):
         block.free = True
-        bisect.insort(self._pools[block.owner, block.small], (block.size, block.address, block))
+        bisect.insort(block.pool, (block.size, block.address, block))
 
-    def _remove(self, block: Block):
+    @staticmethod
+    def _remove(block: Block):
         block.free = False
-        pool = self._pools[block.owner, block.small]
+        pool = block.pool
         del pool[bisect.bisect_left(pool, (block.size, block.address))]
 
     @staticmethod
     def _split(block: Block, size: int) -> Block:
         """Cut a block to ``size``; returns the rest, which is in no pool yet."""
-        rest = Block(block.address + size, block.size - size, block.small, block.owner)
+        rest = Block(block.address + size, block.size - size, block.pool)
         rest.before, rest.after = block, block.after
         if block.after is not None:
             block.after.before = rest
@@ -295,13 +309,12 @@ class Allocator:
             return rest >= BLOCK_ROUNDING
         return rest > SMALL_REQUEST and size < self.max_split_bytes
 
-    def _best(self, pool: list[tuple[int, int, Block]], place: int) -> int:
+    def _best(self, pool: Pool, place: int) -> int:
         """Which of the blocks from ``place`` on, all large enough, is taken."""
         return place
 
-    def _cached(self, size: int, pool: tuple[Owner, bool]) -> Block | None:
+    def _cached(self, size: int, pool: Pool) -> Block | None:
         """Best fit: the smallest free block large enough, the lowest address among equals."""
-        pool = self._pools[pool]
         place = bisect.bisect_left(pool, (size,))
         if place == len(pool):
             return None
@@ -315,16 +328,15 @@ class Allocator:
         found.free = False
         return found
 
-    def _new(self, size: int, pool: tuple[Owner, bool]) -> Block | None:
+    def _new(self, size: int, pool: Pool) -> Block | None:
         """A block of memory new to PyTorch, or None when the card or the cap has no room for it."""
         wanted = segment_bytes(size)
         if self.reserved + wanted > self.limit_bytes:
             return None
-        owner, small = pool
-        self._reserve(wanted, small)
+        self._reserve(wanted, pool.small)
         address = self.addresses.take(wanted)
         self._note("segment_alloc", address, wanted)
-        return Block(address, wanted, small, owner)
+        return Block(address, wanted, pool)
 
     def _reserve(self, size: int, small: bool):
         self.segments.append((small, size, 0))
@@ -333,14 +345,14 @@ class Allocator:
 
     def _give_back(self, segment: Block):
         self._remove(segment)
-        self.segments.append((segment.small, -segment.size, 0))
+        self.segments.append((segment.pool.small, -segment.size, 0))
         self.reserved -= segment.size
         self._note("segment_free", segment.address, segment.size)
         self.addresses.give_back(segment.address)
 
-    def _release_oversize(self, size: int, pool: tuple[Owner, bool]) -> bool:
+    def _release_oversize(self, size: int, pool: Pool) -> bool:
         """With max_split_size_mb: give back a cached block large enough, or several large ones."""
-        pool, least = self._pools[pool], max(size, self.max_split_bytes)
+        least = max(size, self.max_split_bytes)
         place = bisect.bisect_left(pool, (least,))
         chosen, released = [], 0
         for entry in pool[place : place + 1] or reversed(pool):
@@ -356,7 +368,7 @@ class Allocator:
     def _message(self, tried_bytes: int) -> str:
         size = as_pytorch_writes
         allowed = "" if self.fraction is None else f"{size(self.allowed_bytes)} allowed; "
-        private = sum(block.size for block in self.cached() if block.owner[0])
+        private = sum(block.size for block in self.cached() if block.pool.graph)
         pools = f"with {size(private)} allocated in private pools (e.g., CUDA Graphs), "
         return (
             f"CUDA out of memory. Tried to allocate {size(tried_bytes)}. GPU {self.index}"

@@ -15,7 +15,7 @@ from simgpu.allocator import (
     UNLIMITED,
     Allocator,
     Block,
-    Owner,
+    Pool,
     round_up,
     segment_bytes,
 )
@@ -36,7 +36,7 @@ class ExpandableAllocator(Allocator):
             )
         self._next_address = 0
         # Addresses without memory behind them, by pool, lowest first.
-        self._unmapped: dict[tuple[Owner, bool], list[tuple[int, Block]]] = defaultdict(list)
+        self._unmapped: dict[int, list[tuple[int, Block]]] = defaultdict(list)  # by id of the pool
 
     def empty_cache(self):
         """Give the memory behind free blocks back to the driver, in whole mapping units."""
@@ -56,7 +56,7 @@ class ExpandableAllocator(Allocator):
             place += 1
         return place
 
-    def _new(self, size: int, pool: tuple[Owner, bool]) -> Block | None:
+    def _new(self, size: int, pool: Pool) -> Block | None:
         """A free block of an expandable segment, with memory mapped where it had only addresses."""
         # PyTorch checks the cap with what a new segment would take, and only then looks.
         if self.reserved + segment_bytes(size) > self.allowed_bytes:
@@ -72,9 +72,9 @@ class ExpandableAllocator(Allocator):
         self._remove(block)
         return block
 
-    def _run_of(self, size: int, pool: tuple[Owner, bool]) -> Block:
+    def _run_of(self, size: int, pool: Pool) -> Block:
         """The lowest run of free and unmapped blocks with ``size`` addresses, or a new segment."""
-        for _, block in self._unmapped[pool]:
+        for _, block in self._unmapped[id(pool)]:
             if block.before is not None and block.before.free:
                 block = block.before
             room, following = 0, block
@@ -83,22 +83,21 @@ class ExpandableAllocator(Allocator):
             if room >= size:
                 return block
         # As many addresses as the card could ever need; they cost nothing.
-        owner, small = pool
-        block = Block(self._next_address, ADDRESS_GAP, small, owner)
+        block = Block(self._next_address, ADDRESS_GAP, pool)
         self._next_address += 2 * ADDRESS_GAP
         self._insert_unmapped(block)
         return block
 
     def _map(self, block: Block, size: int) -> bool:
         """Put memory behind the first ``size`` addresses of a block; False if none is left."""
-        mapped = round_up(size, SMALL_SEGMENT if block.small else LARGE_SEGMENT)
+        mapped = round_up(size, SMALL_SEGMENT if block.pool.small else LARGE_SEGMENT)
         if self.reserved + mapped > self.available_bytes:
             return False
         self._take_from_unmapped(block)
         if block.size > mapped:
             self._insert_unmapped(self._split(block, mapped))
         block.mapped = True
-        self._reserve(mapped, block.small)
+        self._reserve(mapped, block.pool.small)
         self._note("segment_map", block.address, mapped)
         self._merge(block)
         self._insert(block)
@@ -106,7 +105,7 @@ class ExpandableAllocator(Allocator):
 
     def _unmap(self, block: Block):
         """Give the memory of whole mapping units inside a free block back; its addresses stay."""
-        unit = SMALL_SEGMENT if block.small else LARGE_SEGMENT
+        unit = SMALL_SEGMENT if block.pool.small else LARGE_SEGMENT
         begin = round_up(block.address, unit)
         end = (block.address + block.size) // unit * unit
         if end <= begin:
@@ -118,7 +117,7 @@ class ExpandableAllocator(Allocator):
             middle = self._split(block, begin - block.address)
             self._insert(block)
             block = middle
-        self.segments.append((block.small, -block.size, 0))
+        self.segments.append((block.pool.small, -block.size, 0))
         self.reserved -= block.size
         self._note("segment_unmap", block.address, block.size)
         for neighbour in (block.before, block.after):
@@ -129,8 +128,8 @@ class ExpandableAllocator(Allocator):
 
     def _insert_unmapped(self, block: Block):
         block.free, block.mapped = True, False
-        bisect.insort(self._unmapped[block.owner, block.small], (block.address, block))
+        bisect.insort(self._unmapped[id(block.pool)], (block.address, block))
 
     def _take_from_unmapped(self, block: Block):
-        unmapped = self._unmapped[block.owner, block.small]
+        unmapped = self._unmapped[id(block.pool)]
         del unmapped[bisect.bisect_left(unmapped, (block.address,))]
