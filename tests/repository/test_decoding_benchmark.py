@@ -24,6 +24,7 @@ def stored(path: Path) -> list[dict]:
 def benchmark(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("no tiles are known")))
+        patch.syspath_prepend(str(RESULTS.parent))
         yield load_benchmark("decoding")
 
 
