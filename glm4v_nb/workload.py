@@ -70,6 +70,20 @@ class GLM4VRecipe(Recipe):
             )
         return super().decode_by(decoding)
 
+    def check(self, workload):
+        """As of ``Recipe``; also refuses what this way of decoding does not take."""
+        super().check(workload)
+        if workload.train and self.decoding != "eager":
+            raise ValueError(
+                f"decoding is {self.decoding!r}, but a training step decodes nothing. Leave"
+                " decoding out, or train."
+            )
+        if self.is_fast and workload.batch_size > MOST_ROWS:
+            raise ValueError(
+                f"batch_size is {workload.batch_size}; {self.decoding} decoding takes at most"
+                f" {MOST_ROWS} samples at a time. Lower it, or take eager decoding."
+            )
+
     def answer_positions(self, new_tokens: int) -> int:
         """Fast decoding makes room for the last token, too."""
         return new_tokens if self.is_fast else super().answer_positions(new_tokens)

@@ -112,7 +112,8 @@ class Allocator:
             (``num_alloc_retries``, ``num_ooms``).
         blocks, segments: what came and went, for ``memory_stats``.
         listeners: called before every allocation (False) and release (True) with this allocator.
-        trace: called with the card, an action of ``history``, an address and a size in bytes.
+        trace: called with the card, an action of ``history``, an address, a size in bytes and the
+            pool.
         captures: by stream, the pool of the graph that is captured on it.
     """
 
@@ -139,7 +140,7 @@ class Allocator:
         self.blocks = Log("allocation", "allocated_bytes", "requested_bytes")
         self.segments = Log("segment", "reserved_bytes")
         self.listeners: list[Callable[[Allocator, bool], None]] = []
-        self.trace: Callable[[int, str, int, int], None] | None = None
+        self.trace: Callable[[int, str, int, int, Pool], None] | None = None
         self.captures: dict[int, int] = {}
         self._graphs: Counter[int] = Counter()  # of each pool that a graph has
         self._pools: dict[tuple[int, int, bool], Pool] = {}
@@ -184,12 +185,12 @@ class Allocator:
             block = self._new(size, pool)
         if block is None:
             self.errors += 1
-            self._note("oom", self.free_bytes, segment_bytes(size))
+            self._note("oom", self.free_bytes, segment_bytes(size), pool)
             raise torch.OutOfMemoryError(self._message(segment_bytes(size)))
         if self._splits(size, block.size - size, small):
             self._insert(self._split(block, size))
         block.requested = size_bytes
-        self._note("alloc", block.address, size_bytes)
+        self._note("alloc", block.address, size_bytes, pool)
         self.blocks.append((small, block.size, size_bytes))
         if len(self.blocks) >= TOGETHER:
             self.blocks.count()
@@ -204,7 +205,7 @@ class Allocator:
         self.blocks.append((block.pool.small, -block.size, -block.requested))
         self.allocated -= block.size
         for action in ("free_requested", "free_completed"):
-            self._note(action, block.address, block.requested)
+            self._note(action, block.address, block.requested, block.pool)
         block.requested = 0
         self._merge(block)
         self._insert(block)
@@ -335,7 +336,7 @@ class Allocator:
             return None
         self._reserve(wanted, pool.small)
         address = self.addresses.take(wanted)
-        self._note("segment_alloc", address, wanted)
+        self._note("segment_alloc", address, wanted, pool)
         return Block(address, wanted, pool)
 
     def _reserve(self, size: int, small: bool):
@@ -347,7 +348,7 @@ class Allocator:
         self._remove(segment)
         self.segments.append((segment.pool.small, -segment.size, 0))
         self.reserved -= segment.size
-        self._note("segment_free", segment.address, segment.size)
+        self._note("segment_free", segment.address, segment.size, segment.pool)
         self.addresses.give_back(segment.address)
 
     def _release_oversize(self, size: int, pool: Pool) -> bool:

@@ -98,7 +98,7 @@ class ExpandableAllocator(Allocator):
             self._insert_unmapped(self._split(block, mapped))
         block.mapped = True
         self._reserve(mapped, block.pool.small)
-        self._note("segment_map", block.address, mapped)
+        self._note("segment_map", block.address, mapped, block.pool)
         self._merge(block)
         self._insert(block)
         return True
@@ -119,7 +119,7 @@ class ExpandableAllocator(Allocator):
             block = middle
         self.segments.append((block.pool.small, -block.size, 0))
         self.reserved -= block.size
-        self._note("segment_unmap", block.address, block.size)
+        self._note("segment_unmap", block.address, block.size, block.pool)
         for neighbour in (block.before, block.after):
             if neighbour is not None and not neighbour.mapped:
                 self._take_from_unmapped(neighbour)

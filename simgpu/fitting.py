@@ -131,9 +131,9 @@ class FitResult:
         answer |= {"versions": versions()} | {name: getattr(self, name) for name in names}
         answer["not_measured"] = not_measured(self.asked[0].cards)
         if self.asked[0].decoding != "eager":
-            sizes = self.decoding_bytes.items()
-            taken = {f"{name.replace(' ', '_')}_bytes": size for name, size in sizes}
-            answer["decoding"] = {"method": self.asked[0].decoding} | taken
+            answer["decoding"] = {"method": self.asked[0].decoding}
+            for name, size in self.decoding_bytes.items():
+                answer["decoding"][f"{name.replace(' ', '_')}_bytes"] = size
         return answer | ({"needs_bytes": self.needs[self.oom.device]} if self.oom else {})
 
 
@@ -280,19 +280,9 @@ class LoadedModel:
             verdict, oom = "oom", OutOfMemory(card, rig.stages[-1].name, error)
         devices = [self._device_fit(index) for index in range(len(rig.cards))]
         seconds = round(time.perf_counter() - started, 2)
-        return FitResult(
-            verdict,
-            devices,
-            oom,
-            seconds,
-            rig.provenance,
-            rig.host.memory,
-            (self.deployment, workload),
-            rig.exact,
-            rig.unmodelled,
-            rig.assumed,
-            self.deployment.recipe.decoding_bytes,
-        )
+        where = (rig.provenance, rig.host.memory, (self.deployment, workload))
+        known = (rig.exact, rig.unmodelled, rig.assumed, self.deployment.recipe.decoding_bytes)
+        return FitResult(verdict, devices, oom, seconds, *where, *known)
 
     def _device_fit(self, index: int) -> DeviceFit:
         stages, card = [stage.memory[index] for stage in self.rig.stages], self.rig.cards[index]

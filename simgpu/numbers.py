@@ -266,8 +266,6 @@ class Numbers:
             return output
         if func._schema.name in _CHOOSING and not is_known and self.assumptions.token is not None:
             self._choose(func._schema.name, output)
-            if self.captures:
-                self.capture.chooses(func._schema.name)
             return output
         if self.captures:
             self.capture.writes(written)
@@ -296,6 +294,8 @@ class Numbers:
             if isinstance(tensor, FakeTensor) and is_small(tensor):
                 tensor.known = Known(torch.full(tensor.shape, self.assumptions.token))
                 self.note(name)
+                if self.captures:
+                    self.capture.chooses(name)
 
     def _places(self, by_rule, indices):
         """Indices with the places of a mask instead of the mask, where it is known."""

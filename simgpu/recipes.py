@@ -154,16 +154,6 @@ class Recipe:
                 f"new_tokens is {workload.new_tokens}, but {self.loader} generates no tokens. Leave"
                 " new_tokens out."
             )
-        if workload.train and self.decoding != self.decodings[0]:
-            raise ValueError(
-                f"decoding is {self.decoding!r}, but a training step decodes nothing. Leave"
-                " decoding out, or train."
-            )
-        if self.most_samples is not None and workload.batch_size > self.most_samples:
-            raise ValueError(
-                f"batch_size is {workload.batch_size}; {self.decoding} decoding takes at most"
-                f" {self.most_samples} samples at a time. Lower it, or take eager decoding."
-            )
         if not self.takes_text:
             return
         image_positions = workload.images * self.image_positions
@@ -216,9 +206,7 @@ class Recipe:
 
     def prefill(self, model, prompt: dict[str, torch.Tensor], new_tokens: int = 0):
         """Run the whole prompt once; with a KV cache, and the last position's scores, if it can.
-
-        ``new_tokens`` is how many are to follow, for which some ways of decoding make room.
-        """
+        Some ways of decoding make room for the ``new_tokens`` that are to follow."""
         with torch.no_grad():
             return model(**prompt, **self._options())
 

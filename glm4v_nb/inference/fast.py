@@ -13,7 +13,7 @@ from torch import nn
 
 from simgpu.kernels import launching
 
-if TYPE_CHECKING:  # needs Triton, and so is imported when the first answer is prepared
+if TYPE_CHECKING:  # brings Triton, and so is imported when the first answer is prepared
     from glm4v_nb.inference.step import FixedCache, Step
 
 # Rows of a step that verifies several tokens of one sequence; rows of a batch at most.
@@ -40,12 +40,6 @@ def why_not(model) -> str | None:
         return f"the weights are of several types ({', '.join(sorted(map(str, dtypes)))})"
     if any(one.type == "meta" for one in devices):
         return "weights are offloaded"
-    decoder, last = model.language_model, layers[-1].mlp.down_proj
-    beside = (layers[0].mlp.down_proj, decoder.embed_tokens), (last, decoder.norm)
-    if any(
-        one.weight.device != other.weight.device for one, other in [*beside, (last, model.lm_head)]
-    ):
-        return "embedding, norm or head is on another card than the layer beside it"
     config, interpreted = model.config.text_config, launched == "interpreted"
     if interpreted and torch.bfloat16 in dtypes:
         return "Triton's interpreter multiplies no bfloat16 (load in float32 or float16)"
@@ -55,6 +49,10 @@ def why_not(model) -> str | None:
         return "a card is older than Ampere"
     if config.head_dim < 16 or config.head_dim & (config.head_dim - 1):
         return f"head_dim is {config.head_dim}, no power of two from 16"
+    decoder, first, last = model.language_model, layers[0].mlp.down_proj, layers[-1].mlp.down_proj
+    beside = (first, decoder.embed_tokens), (last, decoder.norm), (last, model.lm_head)
+    if any(one.weight.device != other.weight.device for one, other in beside):
+        return "embedding, norm or head is on another card than the layer beside it"
     return None
 
 

@@ -45,6 +45,11 @@ def test_a_stream_takes_no_memory_that_another_has_left(rig):
     assert segments() == [(False, 0, 2), (False, side.stream_id, 2)]
     again = torch.empty(PIECE, device="cuda")
     assert torch.cuda.memory_reserved() == 4 * MIB and kept.is_cuda and again.is_cuda
+    torch.cuda.memory._record_memory_history()
+    with torch.cuda.stream(side):
+        torch.empty(PIECE, device="cuda")
+    (events, _) = torch.cuda.memory._snapshot()["device_traces"]
+    assert {each["stream"] for each in events} == {side.stream_id}
     with side:
         other = torch.empty(PIECE, device="cuda:1")  # a stream is of one card
     assert segments(1) == [(False, 0, 2)] and other.is_cuda
