@@ -56,9 +56,7 @@ def test_two_cards_have_a_graph_each_and_an_end_on_another_card_is_said():
             set_decoding(model, "fast")
             ids = torch.arange(20)[None].to("cuda")
             model.generate(ids, max_new_tokens=4, do_sample=False, **arguments(model, None))
-        graphs = {each["device"] for each in torch.cuda.memory_snapshot() if each["stream"]}
-        # The first card's part takes nothing while it is captured; only the head's argmax does.
-        assert graphs <= {0, 1} and len(model.fast_decoder._steps[1].parts) == 2
+        assert len(model.fast_decoder._steps[1]._work) == 2
         other = load_model(device_map=split_in_two() | {"language_model.embed_tokens": 1})
         with pytest.warns(UserWarning, match="embedding, norm or head is on another card"):
             set_decoding(other, "fast")
