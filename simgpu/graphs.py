@@ -49,12 +49,11 @@ class Capture:
     def check(self, func, args: tuple, kwargs: dict):
         """Refuse what makes the CPU wait for the card, as CUDA and PyTorch do."""
         if func in (_ATEN.copy_.default, _ATEN._to_copy.default):
-            source = args[1] if func is _ATEN.copy_.default else args[0]
-            target = args[0] if func is _ATEN.copy_.default else None
-            goes = target if target is not None else kwargs.get("device", source.device)
-            ends = (on_card(source), on_card(target) if target is not None else goes.type != "cpu")
-            host = target if ends[0] else source
-            if ends[0] != ends[1] and not (host is not None and host.is_pinned()):
+            target, source = args[:2] if func is _ATEN.copy_.default else (None, args[0])
+            place = kwargs.get("device") or (source if target is None else target).device
+            crosses = on_card(source) == (place.type == "cpu")
+            host = target if on_card(source) else source
+            if crosses and (host is None or not host.is_pinned()):
                 raise RuntimeError(
                     "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the"
                     " CPU tensor is pinned. Please use tensor.pin_memory() or allocate the tensor"
