@@ -2,6 +2,8 @@
 
     python benchmarks/decoding.py --output FILE [--parts steps peers two ...] [--checkpoint DIR]
 
+``simulate`` runs the part memory again, on a simulated card.
+
 Everything in one run on one machine, at full size with random weights. A decode step must read all
 weights of decoder and head, and the cache: the limit is these bytes by the bandwidth that a copy
 reaches in the same run (bytes read and written). Rows of "step" time the step alone by the card's
@@ -10,6 +12,7 @@ the computer. Parts: see PARTS.
 """
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
@@ -19,6 +22,7 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from memory import provenance
@@ -30,10 +34,14 @@ from glm4v_nb.inference.decoding import arguments as decoding_arguments
 from glm4v_nb.inference.fast import MOST_ROWS, FastDecoder
 from glm4v_nb.model import GLM4VForConditionalGeneration, official_config
 from glm4v_nb.workload import Workload, make_prompt, prefill
+from simgpu import Rig
 
 SHORT, LONG = 1700, 8000
 NEW_TOKENS = 64
 SIZES = ((1, SHORT), (1, LONG), (4, SHORT))  # batch, context
+# Batch, images, text tokens, new tokens.
+MEMORY_CASES = ((1, 0, SHORT, 8), (1, 0, LONG, 8), (1, 1, 98, 64), (2, 1, 98, 8), (4, 0, SHORT, 8),
+                (8, 0, 500, 64))  # fmt: skip
 
 
 def main():
@@ -217,10 +225,9 @@ def hand_loop(model, results):
     row(results, "hand loop", 1, SHORT, NEW_TOKENS / (time.perf_counter() - begin))
 
 
-def memory(model, results, given):
+def memory(model, results, given, cases=MEMORY_CASES):
     """What an answer takes at its peak, each case from an emptied cache."""
-    cases = [(1, 0, SHORT, 8), (1, 0, LONG, 8), (1, 1, 98, 64), (2, 1, 98, 8), (4, 0, SHORT, 8)]
-    for batch, images, text, new in [*cases, (8, 0, 500, 64)]:
+    for batch, images, text, new in cases:
         set_decoding(model, "fast")
         gc.collect()
         torch.cuda.empty_cache()
@@ -242,6 +249,21 @@ def memory(model, results, given):
         results.setdefault("memory", []).append(case)
         print(json.dumps(case), flush=True)
     set_decoding(model, "eager")
+
+
+def simulate(cases=MEMORY_CASES) -> list[dict]:
+    """The records of ``memory`` on a simulated H100, after what came before it on the real one as
+    far as it left something: cached segments for the weights, workspaces, weights that are one."""
+    results = {}
+    once = mock.patch.dict(globals(), median_seconds=lambda run, **_: (run(), 1.0)[1])
+    with Rig.simulated("H100", 1, ""), once, contextlib.redirect_stdout(None):
+        measure_limit()
+        model = random_model()
+        cache = FastDecoder().prepare(model, 1, SHORT).empty()
+        prefill(model, make_prompt(model, Workload(images=0)), past_key_values=cache)
+        del cache
+        memory(model, results, None, cases)
+    return results["memory"]
 
 
 @torch.no_grad()

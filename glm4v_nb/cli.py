@@ -37,6 +37,7 @@ add_fit(
     option(str, "Another model: a directory with a config.json, or the id of one on the hub."),
     "zai-org/glm-4v-9b",
     "notebooks/01_will_it_fit.ipynb shows where these bytes go.",
+    option(str, "How tokens are decoded: eager, static, fast or lookup."),
 )
 
 

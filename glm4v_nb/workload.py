@@ -7,7 +7,9 @@ at a time) without looking at the values of tokens, which simulated cards do not
 from dataclasses import dataclass
 
 import torch
+from transformers import StaticCache
 
+from glm4v_nb.inference.fast import MOST_ROWS, FastDecoder, why_not
 from glm4v_nb.model.configuration import GLM4VConfig
 from glm4v_nb.model.official_names import keys_here
 from glm4v_nb.model.splicing import expand_image_positions
@@ -38,8 +40,10 @@ class Workload(AnyWorkload):
 
 
 class GLM4VRecipe(Recipe):
-    """How ``fit`` asks this model: as ``make_prompt``, ``prefill`` and ``decode`` do."""
+    """How ``fit`` asks this model: as ``make_prompt``, ``prefill`` and ``decode`` do, or, with
+    another way of decoding, as ``generate`` does."""
 
+    decodings = ("eager", "static", "fast", "lookup")
     loader = "AutoModelForCausalLM"
     import_lines = (
         "from transformers import AutoModelForCausalLM\n\n"
@@ -50,13 +54,49 @@ class GLM4VRecipe(Recipe):
         super().__init__(config)
         self.context = config.seq_length
 
+    @property
+    def is_fast(self) -> bool:
+        return self.decoding in ("fast", "lookup")
+
+    @property
+    def most_samples(self) -> int | None:
+        return MOST_ROWS if self.is_fast else None
+
+    def decode_by(self, decoding: str):
+        """As of ``Recipe``."""
+        if decoding == "compiled":
+            raise ValueError(
+                "decoding is 'compiled', which is not simulated: what torch.compile and its graphs"
+                " keep follows from no rule that is known here. Take 'static' for its cache alone,"
+                " or measure on a real card."
+            )
+        return super().decode_by(decoding)
+
+    def check(self, workload):
+        """As of ``Recipe``; also refuses what this way of decoding does not take."""
+        super().check(workload)
+        if workload.train and self.decoding != "eager":
+            raise ValueError(
+                f"decoding is {self.decoding!r}, but a training step decodes nothing. Leave"
+                " decoding out, or train."
+            )
+        if self.is_fast and workload.batch_size > MOST_ROWS:
+            raise ValueError(
+                f"batch_size is {workload.batch_size}; {self.decoding} decoding takes at most"
+                f" {MOST_ROWS} samples at a time. Lower it, or take eager decoding."
+            )
+
+    def answer_positions(self, new_tokens: int) -> int:
+        """Fast decoding makes room for the last token, too."""
+        return new_tokens if self.is_fast else super().answer_positions(new_tokens)
+
     def names_here(self, device_map):
         """A device map with official names, as for the original code, under the names here."""
         return keys_here(device_map, parts=False)
 
     def of_rank(self, rank: int, count: int) -> "GLM4VRecipe":
         check_count(self.config, count)
-        part = GLM4VRecipe(self.config)
+        part = GLM4VRecipe(self.config).decode_by(self.decoding)
         part.model_class = rank_class(Ranks(rank, count, exchanges=False))
         return part
 
@@ -70,8 +110,40 @@ class GLM4VRecipe(Recipe):
     def prompt(self, model, workload: Workload) -> dict[str, torch.Tensor]:
         return make_prompt(model, workload)
 
+    def prefill(self, model, prompt, new_tokens: int = 0):
+        """As of ``Recipe``; ValueError where cards or model cannot decode so."""
+        self.decoding_bytes = {}
+        if self.decoding == "eager":
+            return prefill(model, prompt)
+        batch, positions = prompt["input_ids"].shape
+        length = positions + new_tokens
+        if not self.is_fast:
+            text = model.config.get_text_config(decoder=True)
+            cache = StaticCache(config=text, max_cache_len=max(positions, length - 1))
+            outputs = prefill(model, prompt, past_key_values=cache)
+            found = [each for layer in cache.layers for each in (layer.keys, layer.values)]
+            self.decoding_bytes = {"static cache": sum(each.nbytes for each in found)}
+            return outputs
+        if reason := why_not(model):
+            raise ValueError(
+                f"decoding is {self.decoding!r}, but {reason}. There generate takes the rung"
+                " below, whose memory is not simulated. Take eager or static decoding."
+            )
+        decoder = FastDecoder(self.decoding == "lookup")
+        cache = decoder.prepare(model, batch, length)
+        self.decoding_bytes = decoder.memory()
+        outputs = prefill(model, prompt, past_key_values=cache.empty())
+        outputs.decoder = decoder
+        return outputs
+
     def decode(self, rig, model, prompt, outputs, new_tokens: int):
-        decode(rig, model, prompt, outputs, new_tokens)
+        """As of ``Recipe``."""
+        if not self.is_fast:
+            decode(rig, model, prompt, outputs, new_tokens)
+        else:
+            outputs.decoder.rehearse(
+                outputs.logits[:, -1], prompt["input_ids"].shape[1], new_tokens
+            )
 
 
 def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:
@@ -107,9 +179,12 @@ def make_prompt(model, workload: Workload) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def prefill(model, prompt: dict[str, torch.Tensor]):
-    """Run the whole prompt once: an output with the last position's logits and the KV cache."""
-    return model(**prompt, use_cache=True, logits_to_keep=1)
+def prefill(model, prompt: dict[str, torch.Tensor], **options):
+    """Run the whole prompt once: an output with the last position's logits and the KV cache.
+
+    ``options`` are others of the model, as ``past_key_values``.
+    """
+    return model(**prompt, use_cache=True, logits_to_keep=1, **options)
 
 
 @torch.no_grad()

@@ -37,8 +37,9 @@ class Allocation:
 class Accounting:
     """Charges storages to the allocators of the cards they are on.
 
-    The first matrix product on a card takes cuBLAS's workspace and loads its kernels; the first of
-    a backward pass, which PyTorch runs in a thread of its own, takes a workspace once more.
+    The first matrix product on a stream of a card takes cuBLAS's workspace, and on a card loads its
+    kernels; the first of a backward pass, which PyTorch runs in a thread of its own, takes a
+    workspace once more.
 
     ``allocators`` are one per card of ``cards``. ``stage`` is written on what is allocated, and
     what ``caller`` gives; ``at_failure`` is what was on each card when memory ran out last,
@@ -56,8 +57,8 @@ class Accounting:
         self._purpose = ACTIVATIONS
         self._live: dict[int, Allocation] = {}  # by address of the storage
         self._references: dict[int, weakref.ref] = {}
-        # (workspace, card, whether in the backward pass)
-        self._workspaces: dict[tuple[str, int, bool], Allocation] = {}
+        # (workspace, card, whether in the backward pass, stream)
+        self._workspaces: dict[tuple[str, int, bool, int], Allocation] = {}
         # Card, and what they are for; of long decodings the sizes of one step.
         self._kernels_loaded: set[tuple[int, str | tuple[int, ...]]] = set()
         self._serials = itertools.count()
@@ -216,7 +217,7 @@ class Accounting:
                 self._note(False, card, size, one.serial)
 
     def _charge_workspace(self, name: str, card: int, size: int):
-        key = (name, card, self._in_backward_pass)
+        key = (name, card, self._in_backward_pass, self._allocator(card).stream())
         if key in self._workspaces:
             return
         self._load_kernels(

@@ -6,12 +6,17 @@ only when all of it is free and the cache is emptied, or when a request finds no
 What fails for want of one piece large enough, with enough free bytes in small pieces, is called
 fragmentation.
 
-Source of the rules and constants: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.11 to 2.13, for
-one stream.
+A block serves the stream that its segment was made for, and no other. What a stream takes while a
+CUDA graph is captured on it comes from a pool of the graph's own, whose segments stay until no
+graph has the pool any more, and then until the cache is emptied.
+
+Source of the rules and constants: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.11 to 2.13. That a
+block is used on other streams (``record_stream``) is not followed: it is free once released.
 """
 
 import bisect
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -54,16 +59,28 @@ def segment_bytes(size_bytes: int) -> int:
     return round_up(size_bytes, SEGMENT_ROUNDING)
 
 
+class Pool(list):
+    """Free blocks, as best fit looks at them: (size, address, block).
+
+    They serve small requests or large ones, of a graph (0 for none) on a stream (0 by default).
+    """
+
+    def __init__(self, graph: int, stream: int, small: bool):
+        super().__init__()
+        self.graph, self.stream, self.small = graph, stream, small
+
+
 @dataclass(slots=True, eq=False)
 class Block:
     """A piece of a segment. ``before`` and ``after`` are its neighbours in the same segment.
 
-    ``mapped`` is False where an expandable segment has addresses but no memory.
+    ``mapped`` is False where an expandable segment has addresses but no memory. ``pool`` is where
+    it lies among others when it is free.
     """
 
     address: int
     size: int
-    small: bool
+    pool: "Pool"
     mapped: bool = True
     before: "Block | None" = None
     after: "Block | None" = None
@@ -86,6 +103,7 @@ class Allocator:
         addresses: those of the process, which all its cards share; by default of this card alone.
             Expandable segments have a range of addresses each and take none of these.
         capped: False gives more than the card has, to see what a run needs.
+        stream: asked for the stream that a request comes on.
 
     Attributes:
         allocated, reserved: bytes in blocks that are handed out, and in segments, now; ``peak_``
@@ -94,7 +112,9 @@ class Allocator:
             (``num_alloc_retries``, ``num_ooms``).
         blocks, segments: what came and went, for ``memory_stats``.
         listeners: called before every allocation (False) and release (True) with this allocator.
-        trace: called with the card, an action of ``history``, an address and a size in bytes.
+        trace: called with the card, an action of ``history``, an address, a size in bytes and the
+            pool.
+        captures: by stream, the pool of the graph that is captured on it.
     """
 
     index: int
@@ -106,6 +126,7 @@ class Allocator:
     max_split_bytes: int = field(default=UNLIMITED, kw_only=True)
     addresses: AddressSpace = field(default_factory=AddressSpace, kw_only=True, repr=False)
     capped: bool = field(default=True, kw_only=True)
+    stream: Callable[[], int] = field(default=lambda: 0, kw_only=True, repr=False)
 
     def __post_init__(self):
         if self.max_split_bytes <= LEAST_MAX_SPLIT:
@@ -119,10 +140,10 @@ class Allocator:
         self.blocks = Log("allocation", "allocated_bytes", "requested_bytes")
         self.segments = Log("segment", "reserved_bytes")
         self.listeners: list[Callable[[Allocator, bool], None]] = []
-        self.trace: Callable[[int, str, int, int], None] | None = None
-        # Free blocks of the large and the small pool (True), as best fit looks at them: by size,
-        # then address.
-        self._pools: dict[bool, list[tuple[int, int, Block]]] = {False: [], True: []}
+        self.trace: Callable[[int, str, int, int, Pool], None] | None = None
+        self.captures: dict[int, int] = {}
+        self._graphs: Counter[int] = Counter()  # of each pool that a graph has
+        self._pools: dict[tuple[int, int, bool], Pool] = {}
 
     @property
     def allowed_bytes(self) -> int:
@@ -154,21 +175,22 @@ class Allocator:
             listener(self, False)
         size = block_bytes(size_bytes)
         small = size <= SMALL_REQUEST
-        block = self._cached(size, small) or self._new(size, small)
-        if block is None and self._release_oversize(size, small):
-            block = self._new(size, small)
-        if block is None:
+        pool = self._pool(small)
+        block = self._cached(size, pool) or self._new(size, pool)
+        if block is None and self._release_oversize(size, pool):
+            block = self._new(size, pool)
+        if block is None and not self.captures:
             self.empty_cache()
             self.retries += 1
-            block = self._new(size, small)
+            block = self._new(size, pool)
         if block is None:
             self.errors += 1
-            self._note("oom", self.free_bytes, segment_bytes(size))
+            self._note("oom", self.free_bytes, segment_bytes(size), pool)
             raise torch.OutOfMemoryError(self._message(segment_bytes(size)))
         if self._splits(size, block.size - size, small):
             self._insert(self._split(block, size))
         block.requested = size_bytes
-        self._note("alloc", block.address, size_bytes)
+        self._note("alloc", block.address, size_bytes, pool)
         self.blocks.append((small, block.size, size_bytes))
         if len(self.blocks) >= TOGETHER:
             self.blocks.count()
@@ -180,19 +202,32 @@ class Allocator:
         """Give a block back. It stays reserved, as in PyTorch, until room is needed."""
         for listener in self.listeners:
             listener(self, True)
-        self.blocks.append((block.small, -block.size, -block.requested))
+        self.blocks.append((block.pool.small, -block.size, -block.requested))
         self.allocated -= block.size
         for action in ("free_requested", "free_completed"):
-            self._note(action, block.address, block.requested)
+            self._note(action, block.address, block.requested, block.pool)
         block.requested = 0
         self._merge(block)
         self._insert(block)
 
     def empty_cache(self):
-        """Give every segment without a block in use back to the driver."""
-        for *_, block in itertools.chain(*map(tuple, self._pools.values())):
+        """Give every segment without a block in use, and in no graph's pool, back to the driver."""
+        for block in self._releasable():
             if block.before is None and block.after is None:
                 self._give_back(block)
+
+    def begin_capture(self, pool: int):
+        """What the present stream takes from now on comes from a graph's pool."""
+        self._graphs[pool] += 1
+        self.captures[self.stream()] = pool
+
+    def end_capture(self):
+        """What the present stream takes from now on comes from no graph's pool."""
+        del self.captures[self.stream()]
+
+    def release_pool(self, pool: int):
+        """A graph that had the pool is gone."""
+        self._graphs[pool] -= 1
 
     def reset_peaks(self):
         """Start new peaks at the present values."""
@@ -214,19 +249,35 @@ class Allocator:
         if self.trace is not None:
             self.trace(self.index, *event)
 
-    def _insert(self, block: Block):
-        block.free = True
-        bisect.insort(self._pools[block.small], (block.size, block.address, block))
+    def _pool(self, small: bool) -> Pool:
+        """What a request of now is served from."""
+        stream = self.stream()
+        key = (self.captures.get(stream, 0), stream, small)
+        pool = self._pools.get(key)
+        if pool is None:
+            pool = self._pools[key] = Pool(*key)
+        return pool
 
-    def _remove(self, block: Block):
+    def _releasable(self) -> list[Block]:
+        """The free blocks of pools that no graph has."""
+        pools = (pool for pool in self._pools.values() if not self._graphs[pool.graph])
+        return [block for *_, block in itertools.chain(*pools)]
+
+    @staticmethod
+    def _insert(block: Block):
+        block.free = True
+        bisect.insort(block.pool, (block.size, block.address, block))
+
+    @staticmethod
+    def _remove(block: Block):
         block.free = False
-        pool = self._pools[block.small]
+        pool = block.pool
         del pool[bisect.bisect_left(pool, (block.size, block.address))]
 
     @staticmethod
     def _split(block: Block, size: int) -> Block:
         """Cut a block to ``size``; returns the rest, which is in no pool yet."""
-        rest = Block(block.address + size, block.size - size, block.small)
+        rest = Block(block.address + size, block.size - size, block.pool)
         rest.before, rest.after = block, block.after
         if block.after is not None:
             block.after.before = rest
@@ -259,13 +310,12 @@ class Allocator:
             return rest >= BLOCK_ROUNDING
         return rest > SMALL_REQUEST and size < self.max_split_bytes
 
-    def _best(self, pool: list[tuple[int, int, Block]], place: int) -> int:
+    def _best(self, pool: Pool, place: int) -> int:
         """Which of the blocks from ``place`` on, all large enough, is taken."""
         return place
 
-    def _cached(self, size: int, small: bool) -> Block | None:
+    def _cached(self, size: int, pool: Pool) -> Block | None:
         """Best fit: the smallest free block large enough, the lowest address among equals."""
-        pool = self._pools[small]
         place = bisect.bisect_left(pool, (size,))
         if place == len(pool):
             return None
@@ -279,15 +329,15 @@ class Allocator:
         found.free = False
         return found
 
-    def _new(self, size: int, small: bool) -> Block | None:
+    def _new(self, size: int, pool: Pool) -> Block | None:
         """A block of memory new to PyTorch, or None when the card or the cap has no room for it."""
         wanted = segment_bytes(size)
         if self.reserved + wanted > self.limit_bytes:
             return None
-        self._reserve(wanted, small)
+        self._reserve(wanted, pool.small)
         address = self.addresses.take(wanted)
-        self._note("segment_alloc", address, wanted)
-        return Block(address, wanted, small)
+        self._note("segment_alloc", address, wanted, pool)
+        return Block(address, wanted, pool)
 
     def _reserve(self, size: int, small: bool):
         self.segments.append((small, size, 0))
@@ -296,14 +346,14 @@ class Allocator:
 
     def _give_back(self, segment: Block):
         self._remove(segment)
-        self.segments.append((segment.small, -segment.size, 0))
+        self.segments.append((segment.pool.small, -segment.size, 0))
         self.reserved -= segment.size
-        self._note("segment_free", segment.address, segment.size)
+        self._note("segment_free", segment.address, segment.size, segment.pool)
         self.addresses.give_back(segment.address)
 
-    def _release_oversize(self, size: int, small: bool) -> bool:
+    def _release_oversize(self, size: int, pool: Pool) -> bool:
         """With max_split_size_mb: give back a cached block large enough, or several large ones."""
-        pool, least = self._pools[small], max(size, self.max_split_bytes)
+        least = max(size, self.max_split_bytes)
         place = bisect.bisect_left(pool, (least,))
         chosen, released = [], 0
         for entry in pool[place : place + 1] or reversed(pool):
@@ -319,13 +369,16 @@ class Allocator:
     def _message(self, tried_bytes: int) -> str:
         size = as_pytorch_writes
         allowed = "" if self.fraction is None else f"{size(self.allowed_bytes)} allowed; "
+        private = sum(block.size for block in self.cached() if block.pool.graph)
+        pools = f"with {size(private)} allocated in private pools (e.g., CUDA Graphs), "
         return (
             f"CUDA out of memory. Tried to allocate {size(tried_bytes)}. GPU {self.index}"
             f" has a total capacity of {size(self.total_bytes)} of which"
             f" {size(self.free_bytes)} is free. Including non-PyTorch memory, this process"
             f" has {size(self.reserved + self.context_bytes)} memory in use. {allowed}Of the"
-            f" allocated memory {size(self.allocated)} is allocated by PyTorch, and"
-            f" {size(self.reserved - self.allocated)} is reserved by PyTorch but"
+            f" allocated memory {size(self.allocated + private)} is allocated by PyTorch,"
+            f" {pools if private else ''}and"
+            f" {size(self.reserved - self.allocated - private)} is reserved by PyTorch but"
             " unallocated. If reserved but unallocated memory is large try setting"
             " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See"
             f" documentation for Memory Management  ({DOCUMENTATION}) [simulated"

@@ -82,13 +82,14 @@ def chosen_cards(options: dict) -> dict:
     return {"card": card, "free_gib": free} | {name: options[name] for name in names}
 
 
-def add_fit(to: typer.Typer, model, default, when_it_fits: str):
+def add_fit(to: typer.Typer, model, default, when_it_fits: str, decoding=None):
     """Add the command ``fit`` to a command line.
 
     Args:
         model: the annotation of the parameter that names the model.
         default: its default; ``inspect.Parameter.empty`` if it must be given.
         when_it_fits: what is said to be next where nothing is to be changed; by default --limits.
+        decoding: the annotation of --decoding, where models can be asked in several ways.
     """
 
     def fit(**options):
@@ -97,6 +98,9 @@ def add_fit(to: typer.Typer, model, default, when_it_fits: str):
     given = dict(inspect.signature(_fit).parameters)
     del given["when_it_fits"]
     given["model"] = given["model"].replace(default=default, annotation=model)
+    given["decoding"] = given["decoding"].replace(annotation=decoding)
+    if decoding is None:
+        del given["decoding"]
     parameters = given.values()
     fit.__doc__, fit.__signature__ = _fit.__doc__, inspect.Signature(parameters)
     fit.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -136,6 +140,7 @@ def _fit(
     ) = None,
     alloc_conf: AllocConf = None,
     assume: Assume = "count",
+    decoding: str = "eager",
     limits: option(
         bool, "Also the largest batch, the longest context and the best device map.", "--limits"
     ) = False,
@@ -160,7 +165,11 @@ def _fit(
             f"{given} searches among device maps, which --parallel has none of. Leave one out."
         )
     deployment = ranks.deployment_class(parallel)(
-        dtype=dtype, device_map=fitting.read_device_map(device_map), checkpoint=model, **chosen
+        dtype=dtype,
+        device_map=fitting.read_device_map(device_map),
+        checkpoint=model,
+        decoding=decoding,
+        **chosen,
     )
     deployment.rig()
     names = [*fitting.Workload.__annotations__]

@@ -6,7 +6,7 @@ driver's virtual memory functions.
 """
 
 import bisect
-import itertools
+from collections import defaultdict
 
 from simgpu.allocator import (
     BLOCK_ROUNDING,
@@ -15,6 +15,7 @@ from simgpu.allocator import (
     UNLIMITED,
     Allocator,
     Block,
+    Pool,
     round_up,
     segment_bytes,
 )
@@ -35,11 +36,11 @@ class ExpandableAllocator(Allocator):
             )
         self._next_address = 0
         # Addresses without memory behind them, by pool, lowest first.
-        self._unmapped: dict[bool, list[tuple[int, Block]]] = {True: [], False: []}
+        self._unmapped: dict[int, list[tuple[int, Block]]] = defaultdict(list)  # by id of the pool
 
     def empty_cache(self):
         """Give the memory behind free blocks back to the driver, in whole mapping units."""
-        for *_, block in itertools.chain(*map(tuple, self._pools.values())):
+        for block in self._releasable():
             self._unmap(block)
 
     def _splits(self, size: int, rest: int, small: bool) -> bool:
@@ -55,12 +56,12 @@ class ExpandableAllocator(Allocator):
             place += 1
         return place
 
-    def _new(self, size: int, small: bool) -> Block | None:
+    def _new(self, size: int, pool: Pool) -> Block | None:
         """A free block of an expandable segment, with memory mapped where it had only addresses."""
         # PyTorch checks the cap with what a new segment would take, and only then looks.
         if self.reserved + segment_bytes(size) > self.allowed_bytes:
             return None
-        block = self._run_of(size, small)
+        block = self._run_of(size, pool)
         if not block.mapped and not self._map(block, min(block.size, size)):
             return None
         while block.size < size:
@@ -71,9 +72,9 @@ class ExpandableAllocator(Allocator):
         self._remove(block)
         return block
 
-    def _run_of(self, size: int, small: bool) -> Block:
+    def _run_of(self, size: int, pool: Pool) -> Block:
         """The lowest run of free and unmapped blocks with ``size`` addresses, or a new segment."""
-        for _, block in self._unmapped[small]:
+        for _, block in self._unmapped[id(pool)]:
             if block.before is not None and block.before.free:
                 block = block.before
             room, following = 0, block
@@ -82,29 +83,29 @@ class ExpandableAllocator(Allocator):
             if room >= size:
                 return block
         # As many addresses as the card could ever need; they cost nothing.
-        block = Block(self._next_address, ADDRESS_GAP, small)
+        block = Block(self._next_address, ADDRESS_GAP, pool)
         self._next_address += 2 * ADDRESS_GAP
         self._insert_unmapped(block)
         return block
 
     def _map(self, block: Block, size: int) -> bool:
         """Put memory behind the first ``size`` addresses of a block; False if none is left."""
-        mapped = round_up(size, SMALL_SEGMENT if block.small else LARGE_SEGMENT)
+        mapped = round_up(size, SMALL_SEGMENT if block.pool.small else LARGE_SEGMENT)
         if self.reserved + mapped > self.available_bytes:
             return False
         self._take_from_unmapped(block)
         if block.size > mapped:
             self._insert_unmapped(self._split(block, mapped))
         block.mapped = True
-        self._reserve(mapped, block.small)
-        self._note("segment_map", block.address, mapped)
+        self._reserve(mapped, block.pool.small)
+        self._note("segment_map", block.address, mapped, block.pool)
         self._merge(block)
         self._insert(block)
         return True
 
     def _unmap(self, block: Block):
         """Give the memory of whole mapping units inside a free block back; its addresses stay."""
-        unit = SMALL_SEGMENT if block.small else LARGE_SEGMENT
+        unit = SMALL_SEGMENT if block.pool.small else LARGE_SEGMENT
         begin = round_up(block.address, unit)
         end = (block.address + block.size) // unit * unit
         if end <= begin:
@@ -116,9 +117,9 @@ class ExpandableAllocator(Allocator):
             middle = self._split(block, begin - block.address)
             self._insert(block)
             block = middle
-        self.segments.append((block.small, -block.size, 0))
+        self.segments.append((block.pool.small, -block.size, 0))
         self.reserved -= block.size
-        self._note("segment_unmap", block.address, block.size)
+        self._note("segment_unmap", block.address, block.size, block.pool)
         for neighbour in (block.before, block.after):
             if neighbour is not None and not neighbour.mapped:
                 self._take_from_unmapped(neighbour)
@@ -127,8 +128,8 @@ class ExpandableAllocator(Allocator):
 
     def _insert_unmapped(self, block: Block):
         block.free, block.mapped = True, False
-        bisect.insort(self._unmapped[block.small], (block.address, block))
+        bisect.insort(self._unmapped[id(block.pool)], (block.address, block))
 
     def _take_from_unmapped(self, block: Block):
-        unmapped = self._unmapped[block.small]
+        unmapped = self._unmapped[id(block.pool)]
         del unmapped[bisect.bisect_left(unmapped, (block.address,))]

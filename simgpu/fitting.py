@@ -66,8 +66,8 @@ class OutOfMemory:
 class FitResult:
     """The answer to ``asked``, a deployment and a workload. ``host`` is the host memory that
     loading takes; None where the cards did not hold the weights. ``exact``, ``unmodelled`` and
-    ``assumed`` are as of ``estimation.Estimate``, ``by_purpose`` is each card's peak (of ``fit``
-    alone)."""
+    ``assumed`` are as of ``estimation.Estimate``, ``decoding_bytes`` as of ``Recipe``,
+    ``by_purpose`` is each card's peak (of ``fit`` alone)."""
 
     verdict: str
     devices: list[DeviceFit]
@@ -79,6 +79,7 @@ class FitResult:
     exact: bool = True
     unmodelled: dict[str, int | None] = field(default_factory=dict)
     assumed: dict[str, int] = field(default_factory=dict)
+    decoding_bytes: dict[str, int] = field(default_factory=dict)
     by_purpose: list[dict[str, int]] | None = field(default=None, repr=False)
 
     @property
@@ -129,6 +130,10 @@ class FitResult:
         names = ("exact", "unmodelled", "assumed")
         answer |= {"versions": versions()} | {name: getattr(self, name) for name in names}
         answer["not_measured"] = not_measured(self.asked[0].cards)
+        if self.asked[0].decoding != "eager":
+            answer["decoding"] = {"method": self.asked[0].decoding}
+            for name, size in self.decoding_bytes.items():
+                answer["decoding"][f"{name.replace(' ', '_')}_bytes"] = size
         return answer | ({"needs_bytes": self.needs[self.oom.device]} if self.oom else {})
 
 
@@ -144,6 +149,7 @@ class Deployment:
             or one registered with ``checkpoints``. Only the configuration is read and, if there is
             one, the index of the weights' files; never the weights. Or a configuration itself.
         alloc_conf: PyTorch's ``PYTORCH_CUDA_ALLOC_CONF``, as of ``Rig.simulated``.
+        decoding: how tokens are decoded, of the ways that the model's recipe knows.
     """
 
     card: str | Card | Sequence[str | Card] = "L4"
@@ -154,6 +160,7 @@ class Deployment:
     alloc_conf: str | None = None
     free_gib: float | Sequence[float] | None = None
     assume: str = ASSUME[1]
+    decoding: str = "eager"
 
     @functools.cached_property
     def cards(self) -> list[Card]:
@@ -163,7 +170,7 @@ class Deployment:
     @functools.cached_property
     def recipe(self) -> Recipe:
         """How the checkpoint's model is asked."""
-        return read_recipe(read_config(self.checkpoint))
+        return read_recipe(read_config(self.checkpoint)).decode_by(self.decoding)
 
     @functools.cached_property
     def meta_model(self) -> PreTrainedModel:
@@ -274,18 +281,9 @@ class LoadedModel:
             verdict, oom = "oom", OutOfMemory(card, rig.stages[-1].name, error)
         devices = [self._device_fit(index) for index in range(len(rig.cards))]
         seconds = round(time.perf_counter() - started, 2)
-        return FitResult(
-            verdict,
-            devices,
-            oom,
-            seconds,
-            rig.provenance,
-            rig.host.memory,
-            (self.deployment, workload),
-            rig.exact,
-            rig.unmodelled,
-            rig.assumed,
-        )
+        where = (rig.provenance, rig.host.memory, (self.deployment, workload))
+        known = (rig.exact, rig.unmodelled, rig.assumed, self.deployment.recipe.decoding_bytes)
+        return FitResult(verdict, devices, oom, seconds, *where, *known)
 
     def _device_fit(self, index: int) -> DeviceFit:
         stages, card = [stage.memory[index] for stage in self.rig.stages], self.rig.cards[index]
@@ -353,7 +351,7 @@ def run_workload(rig: Rig, model, workload: Workload, recipe: Recipe | None = No
             if workload.train:
                 parameters = recipe.trained_parameters(model, workload.trained)
             else:
-                outputs = recipe.prefill(model, prompt)
+                outputs = recipe.prefill(model, prompt, workload.new_tokens)
         if workload.train:
             with rig.stage("backward"):
                 recipe.train_step(model, prompt, workload.gradient_checkpointing)

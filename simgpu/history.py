@@ -48,11 +48,12 @@ class History:
         for allocator in self._allocators:
             allocator.trace = self._note if enabled else None
 
-    def _note(self, card: int, action: str, address: int, size: int):
+    def _note(self, card: int, action: str, address: int, size: int, pool):
         frames = self._stack() if self._with_frames else []
         key = "device_free" if action == "oom" else "addr"
-        event = {"action": action, key: address, "size": size, "stream": 0, "frames": frames}
-        event |= {"pool_id": (0, 0), "time_us": time.time_ns() // 1000}
+        event = {"action": action, key: address, "size": size, "frames": frames}
+        event |= {"stream": pool.stream, "pool_id": (pool.graph, 0)}
+        event["time_us"] = time.time_ns() // 1000
         self.events[card].append(event)
         if action == "alloc":
             self.frames[card, address] = frames

@@ -12,7 +12,7 @@ from torch.optim import optimizer
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from simgpu import autocast, legacy, readout, streams
+from simgpu import autocast, kernels, legacy, readout, streams
 from simgpu.attention import attention
 from simgpu.composites import linear, rms_norm
 from simgpu.device import as_card, cuda_taken_over, current, fake_mode, on_card, prepare_backward
@@ -50,10 +50,8 @@ _NOT_SIMULATED = [
     *((torch.cuda, name, _SENSOR) for name in ("utilization", "temperature", "power_draw")),
     *((torch.cuda, name, _SENSOR) for name in ("clock_rate", "memory_usage")),
     (torch.cuda, "list_gpu_processes", "there are no others; leave it out here."),
-    *(
-        (torch.cuda, name, "its memory has a pool of its own; run the function without it.")
-        for name in ("CUDAGraph", "MemPool")
-    ),
+    (torch.cuda, "MemPool", "its memory is the program's own; run the function without it."),
+    (torch.cuda, "make_graphed_callables", f"capture a graph yourself; or {_OUTSIDE}"),
 ]
 _PINNABLE = ("empty", "zeros", "ones", "full", "empty_like")
 _MAKE_FROM_DATA = ("tensor", "as_tensor", "asarray")
@@ -76,9 +74,13 @@ def simulated_torch(rig):
                 stack.enter_context(mock.patch.dict(table, {id(value): builtin}))
 
         replace(current, "index", 0)
+        replace(current, "streams", {})
+        replace(torch.cuda.graph, "default_capture_stream", None)
 
         for name, function in runtime.functions().items():
             replace(torch._C, name, function, create=True)
+        asked = torch._C._cuda_isCurrentStreamCapturing
+        replace(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", asked)
         for name, value in runtime.names().items():
             replace(torch.cuda, name, value, create=True)
         for name in streams.NAMES:
@@ -102,7 +104,7 @@ def simulated_torch(rig):
         replace(torch.Tensor, "new_tensor", of_tensor)
         replace(torch.Tensor, "pin_memory", streams.pin_memory)
         replace(torch.Tensor, "is_pinned", streams.is_pinned)
-        for owner, name, value in readout.replacements():
+        for owner, name, value in [*readout.replacements(), *kernels.replacements(rig)]:
             replace(owner, name, value, create=True)
         for name, (route, original) in _ROUTES.items():
             replace(functional, name, instead_of(original, partial(route, rig)))

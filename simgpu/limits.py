@@ -33,7 +33,8 @@ _WORTH_BYTES = GIB // 4
 
 @dataclass(frozen=True)
 class Edge:
-    """The largest size that fits, 0 if none. ``limited_by``: "memory", "model" or "search"."""
+    """The largest size that fits, 0 if none. ``limited_by``: "memory", "model", "decoding" or
+    "search"."""
 
     size: int
     limited_by: str
@@ -156,6 +157,8 @@ def limits(trials: Trials, workload: Workload) -> Limits:
 
 def largest_batch(trials: Trials, workload: Workload, most: int = MOST_SAMPLES) -> Edge:
     """The largest batch of these samples that fits, up to ``most``, whatever their number is."""
+    allowed = trials.deployment.recipe.most_samples
+    end, most = ("search", most) if allowed is None else ("decoding", min(most, allowed))
     # As many as fit if each needed what the first one does beyond the weights.
     first, guess = trials.run(replace(workload, batch_size=1, new_tokens=0)), 1
     if first.fits:
@@ -164,7 +167,7 @@ def largest_batch(trials: Trials, workload: Workload, most: int = MOST_SAMPLES) 
         rooms = [1 + device.free_at_peak_bytes // size for size, device in used if size > 0]
         guess = min(rooms, default=1)
     size = _largest_that_fits(trials, workload, "batch_size", most, guess)
-    return Edge(size, "memory" if size < most else "search")
+    return Edge(size, "memory" if size < most else end)
 
 
 def longest_context(trials: Trials, workload: Workload) -> Edge:
@@ -193,7 +196,8 @@ def frontier(trials: Trials, workload: Workload, token_counts: list[int] = ()) -
     most = MOST_SAMPLES
     for tokens in sorted(token_counts or frontier_tokens(workload, recipe)):
         sized = replace(workload, text_tokens=tokens)
-        if not workload.train and 4 * workload.new_tokens <= tokens + image_positions:
+        is_short = 4 * workload.new_tokens <= tokens + image_positions
+        if not workload.train and recipe.decoding == "eager" and is_short:
             sized = replace(sized, new_tokens=0)
         most = found[tokens] = largest_batch(trials, sized, most).size if most else 0
         trials.report()
@@ -309,7 +313,7 @@ def _balanced(trials: Trials, workload: Workload, free: dict[int, int]) -> Recom
 
 
 def _most_text_tokens(recipe: Recipe, workload: Workload) -> int:
-    answer = 0 if workload.train else max(0, workload.new_tokens - 1)
+    answer = 0 if workload.train else recipe.answer_positions(workload.new_tokens)
     images = workload.images and workload.images * recipe.image_positions
     return max(0, recipe.context - images - answer)
 

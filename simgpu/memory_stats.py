@@ -1,8 +1,8 @@
 """What an allocator has done, as ``torch.cuda.memory_stats`` and PyTorch's memory viewer have it.
 
 Names and meanings: c10/cuda/CUDACachingAllocator.h and torch/cuda/memory.py of PyTorch 2.11 to
-2.13, for one stream: what is released is free at once, so "active" is what is allocated. Of free
-pieces of segments (``inactive_split``) only the present number is known; it stands for the peak.
+2.13; what is released is free at once, so "active" is what is allocated. Of free pieces of segments
+(``inactive_split``) only the present number is known; it stands for the peak.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def memory_stats(allocator) -> dict:
             found.setdefault(name, {})[pool] = asdict(tally)
     parts = [block for block in allocator.cached() if block.before or block.after]
     for pool, which in POOLS.items():
-        sizes = [block.size for block in parts if pool == "all" or block.small == which]
+        sizes = [block.size for block in parts if pool == "all" or block.pool.small == which]
         for name, value in (("inactive_split", len(sizes)), ("inactive_split_bytes", sum(sizes))):
             found.setdefault(name, {})[pool] = asdict(Tally(value, value, value, 0))
     found["active"], found["active_bytes"] = found["allocation"], found["allocated_bytes"]
@@ -141,9 +141,9 @@ def _segment(device: int, block, frames: dict) -> dict:
         "allocated_size": used,
         "active_size": used,
         "requested_size": sum(each["requested_size"] for each in blocks),
-        "stream": 0,
-        "segment_type": "small" if start.small else "large",
-        "segment_pool_id": (0, 0),
+        "stream": start.pool.stream,
+        "segment_type": "small" if start.pool.small else "large",
+        "segment_pool_id": (start.pool.graph, 0),
         "is_expandable": False,
         "frames": [],
         "blocks": blocks,

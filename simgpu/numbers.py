@@ -122,6 +122,17 @@ def _written(func) -> tuple[list[int], list[str]]:
     return places, [arguments[place].name for place in places]
 
 
+def done_on_host(func, args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """The result of writing what is known into a tensor on the CPU that has numbers; None for any
+    other operator."""
+    if not func._schema.is_mutable or not args or type(args[0]) is not torch.Tensor:
+        return None
+    tensors = [each for each in _leaves(args, kwargs) if isinstance(each, torch.Tensor)]
+    if any(numbers_of(each) is None for each in tensors):
+        return None
+    return _compute(func, args, kwargs)
+
+
 def refuse_lost(func, args: tuple, kwargs: dict):
     """Refuse to write what has no numbers into a tensor that has some, and to copy from nothing."""
     if func is _ATEN.copy_.default or func is _ATEN._to_copy.default:
@@ -163,22 +174,33 @@ class Assumptions:
 
 
 class Numbers:
-    """Carries numbers through operators; ``dispatch`` is a fake mode's, by the shape rule."""
+    """Carries numbers through operators; ``dispatch`` is a fake mode's, by the shape rule.
+
+    ``capture`` is of the CUDA graph that is captured at the moment, or None.
+    """
 
     def __init__(self, assume: str = "refuse"):
         if assume not in ("refuse", "count"):
             raise ValueError(f'assume is {assume!r}; expected "refuse" or "count".')
         self.assume, self.assumptions = assume, Assumptions()
+        self.capture = None
+
+    @property
+    def captures(self) -> bool:
+        """Whether what this thread does is captured, and not done."""
+        return self.capture is not None and self.capture.is_here
 
     def dispatch(self, by_rule, func, types, args: tuple, kwargs: dict):
         """An operator's result, with its numbers if they are known."""
         name = func._schema.name
+        if self.captures:
+            self.capture.check(func, args, kwargs)
         if func is _ITEM:
             known = numbers_of(args[0])
             if known is not None:
                 return known.item()
             if self.assume == "count":
-                self._note("item")
+                self.note("item")
                 return _ASSUMED[args[0].dtype] if args[0].dtype in _ASSUMED else 1
         if name == "aten::index" and any(map(_is_mask, args[1])):
             args = (args[0], self._places(by_rule, args[1]), *args[2:])
@@ -192,31 +214,40 @@ class Numbers:
             return _compute(func, args, kwargs)
         if self.assume == "count":
             if func in _COMPARING:
-                self._note(name)
+                self.note(name)
                 return False
             if name in _AT_MOST and isinstance(args[0], FakeTensor):
-                self._note(name)
+                self.note(name)
                 return _AT_MOST[name](by_rule, *args)
             if name in _SAME and not is_known and _asks_whether_finite(*args):
                 output = by_rule(func, types, args, kwargs)
-                self._note("isfinite")
+                self.note("isfinite")
                 return self._answer(output, _SAME[name] == (args[1] is args[0]))
         if func._schema.is_mutable:
             return self._write(by_rule, func, types, args, kwargs)
         output = by_rule(func, types, args, kwargs)
         if name in _TRACKING:
             _forget(args[3:5])
+        if self.captures:
+            is_known = False
         if is_known:
             keep(func, args, kwargs, output)
-        elif name in _LIKE:
+        elif name in _LIKE and not self.captures:
             number = args[-1] if _LIKE[name] is None else _LIKE[name]
             keep(_ATEN.full.default, (output.shape, number), {"dtype": output.dtype}, output)
         elif name in _CHOOSING and self.assumptions.token is not None:
             self._choose(name, output)
         return output
 
-    def _note(self, name: str):
+    def note(self, name: str):
+        """Count an assumption."""
         self.assumptions.made[name.removeprefix("aten::")] += 1
+
+    def lose(self, tensors: list):
+        """Nothing is known of these any more: what nobody looks into may write them."""
+        if self.captures:
+            self.capture.writes(tensors)
+        _forget(tensors)
 
     def _write(self, by_rule, func, types, args, kwargs):
         """An operator that writes into tensors: their numbers are what it writes, or unknown."""
@@ -231,7 +262,13 @@ class Numbers:
         is_known = all(numbers_of(each) is not None for each in tensors)
         output = by_rule(func, types, args, kwargs)
         if func._schema.name in _FINITE:  # it writes only what it finds, and finds nothing
-            self.assumptions.made[func._schema.name.removeprefix("aten::")] += 1
+            self.note(func._schema.name)
+            return output
+        if func._schema.name in _CHOOSING and not is_known and self.assumptions.token is not None:
+            self._choose(func._schema.name, output)
+            return output
+        if self.captures:
+            self.capture.writes(written)
             return output
         for target in written:
             known = target.known
@@ -256,7 +293,9 @@ class Numbers:
         for tensor in _leaves(output):
             if isinstance(tensor, FakeTensor) and is_small(tensor):
                 tensor.known = Known(torch.full(tensor.shape, self.assumptions.token))
-                self._note(name)
+                self.note(name)
+                if self.captures:
+                    self.capture.chooses(name)
 
     def _places(self, by_rule, indices):
         """Indices with the places of a mask instead of the mask, where it is known."""
@@ -269,7 +308,7 @@ class Numbers:
                 found.append(index)
                 continue
             if numbers_of(index) is None:
-                self._note("index")
+                self.note("index")
                 where = _all_places(by_rule, index)
             else:
                 where = self._shaped_by_numbers(by_rule, _ATEN.nonzero.default, (index,), {})

@@ -36,6 +36,8 @@ def print_fit(result, next_step: str):
     if result.provenance != "simulated":
         console.print(f"The cards are {escape(result.provenance)}.", soft_wrap=True)
     console.print(fit_verdict(result), soft_wrap=True)
+    if result.decoding_bytes:
+        console.print(_decoding(result), soft_wrap=True)
     if result.host is not None:
         console.print(_host_memory(result), soft_wrap=True)
     if result.unmodelled or result.assumed:
@@ -70,6 +72,12 @@ def _gib(size_bytes: int) -> str:
     return f"{size_bytes / GIB:.2f}"
 
 
+def _decoding(result) -> str:
+    """What another way of decoding took, in a sentence."""
+    taken = (f"{name} {bytes_in_words(size)}" for name, size in result.decoding_bytes.items())
+    return f"For {result.asked[0].decoding} decoding (simulated), in these: {', '.join(taken)}."
+
+
 def _host_memory(result) -> str:
     """What loading takes of the host's memory, in a sentence."""
     host = result.host
@@ -93,6 +101,7 @@ def print_limits(found):
     reasons = {
         "memory": "one more does not fit",
         "model": "the model's context ends there",
+        "decoding": "this way of decoding ends there",
         "search": "the search ends there",
     }
     batch, context, best = found.largest_batch, found.longest_context, found.recommendation

@@ -6,6 +6,7 @@ beside that allocator and not counted.
 """
 
 import functools
+from collections import Counter
 from dataclasses import dataclass, field
 
 from simgpu.fitting import Deployment, DeviceFit, FitResult
@@ -65,19 +66,23 @@ class TensorParallel(Deployment):
         same = {name: getattr(self, name) for name in Deployment.__dataclass_fields__}
         ranks = [Rank(**same, rank=rank).fit(workload) for rank in range(len(self.cards))]
         full = next((one for one in ranks if not one.fits), ranks[0])
+        taken: Counter[str] = Counter()
+        for one in ranks:
+            taken.update(one.decoding_bytes)
         return ParallelFit(
             full.verdict,
             [one.devices[rank] for rank, one in enumerate(ranks)],
             full.oom,
             round(sum(one.seconds for one in ranks), 2),
             f"{full.provenance}, {_REMARK}",
-            None,
-            (self, workload),
-            all(one.exact for one in ranks),
-            functools.reduce(dict.__or__, (one.unmodelled for one in ranks)),
-            functools.reduce(dict.__or__, (one.assumed for one in ranks)),
-            [one.by_purpose[rank] for rank, one in enumerate(ranks)],
-            ranks,
+            host=None,
+            asked=(self, workload),
+            exact=all(one.exact for one in ranks),
+            unmodelled=functools.reduce(dict.__or__, (one.unmodelled for one in ranks)),
+            assumed=functools.reduce(dict.__or__, (one.assumed for one in ranks)),
+            decoding_bytes=dict(taken),
+            by_purpose=[one.by_purpose[rank] for rank, one in enumerate(ranks)],
+            ranks=ranks,
         )
 
 

@@ -66,10 +66,19 @@ class Recipe:
         model_class: what is loaded; ``import_lines`` are the lines of Python that bring its name.
         context: most positions of prompt and answer together.
         generates: whether it makes new tokens, one after the other.
+        decodings: how it can be told to make them; ``decoding`` is the way taken.
+        decoding_bytes: after a run, what that way took beside the usual, by name; empty of the
+            usual one, which is the first.
+        most_samples: most at a time that this way takes; None where memory alone limits them.
     """
+
+    decodings: tuple[str, ...] = ("eager",)
+    decoding = "eager"
+    most_samples: int | None = None
 
     def __init__(self, config: PreTrainedConfig):
         self.config, self.model_class = config, model_class(config)
+        self.decoding_bytes: dict[str, int] = {}
         self._takes = set(inspect.signature(self.model_class.forward).parameters)
         self._text = config.get_text_config(decoder=True)
         self._main = getattr(self.model_class, "main_input_name", "input_ids")
@@ -87,6 +96,20 @@ class Recipe:
     @property
     def import_lines(self) -> str:
         return f"from transformers import {self.loader}"
+
+    def decode_by(self, decoding: str) -> "Recipe":
+        """This recipe, with another way of decoding; ValueError for one that is not simulated."""
+        if decoding not in self.decodings:
+            raise ValueError(
+                f"decoding is {decoding!r}; simulated of {self.loader} is"
+                f" {' or '.join(map(repr, self.decodings))}. Take one of these."
+            )
+        self.decoding = decoding
+        return self
+
+    def answer_positions(self, new_tokens: int) -> int:
+        """Positions of the context that an answer takes: its last token is never read."""
+        return max(0, new_tokens - 1)
 
     def names_here(self, device_map):
         """A device map whose names may be those of another code for the same model."""
@@ -193,8 +216,9 @@ class Recipe:
             name: _of_batch(tensor, batch, device, model.dtype) for name, tensor in inputs.items()
         }
 
-    def prefill(self, model, prompt: dict[str, torch.Tensor]):
-        """Run the whole prompt once; with a KV cache, and the last position's scores, if it can."""
+    def prefill(self, model, prompt: dict[str, torch.Tensor], new_tokens: int = 0):
+        """Run the whole prompt once; with a KV cache, and the last position's scores, if it can.
+        Some ways of decoding make room for the ``new_tokens`` that are to follow."""
         with torch.no_grad():
             return model(**prompt, **self._options())
 

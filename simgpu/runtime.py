@@ -10,7 +10,7 @@ import torch
 from simgpu.catalog import Card
 from simgpu.device import check_ordinal, current
 from simgpu.memory_stats import memory_stats
-from simgpu.streams import current_stream
+from simgpu.streams import Stream, set_stream, stream_data, stream_now
 
 CUDA_VERSION = 13000  # of the PyTorch whose memory was measured
 
@@ -37,8 +37,11 @@ class Runtime:
             "synchronize": _nothing,
             "canDeviceAccessPeer": lambda device, peer: True,
             "hasPrimaryContext": lambda device: True,
-            "isCurrentStreamCapturing": lambda: False,
-            "getCurrentRawStream": lambda device: 0,
+            "isCurrentStreamCapturing": lambda: self._rig.is_capturing(current.index),
+            "setStream": set_stream,
+            "getCurrentStream": lambda device: stream_data(stream_now(device), device),
+            "getDefaultStream": lambda device: stream_data(0, device),
+            "getCurrentRawStream": stream_now,
             "getCompiledVersion": lambda: CUDA_VERSION,
             "getArchFlags": self._architectures,
             "ipc_collect": _nothing,
@@ -67,8 +70,8 @@ class Runtime:
             "setDeviceIndex": self._exchange_device,
             "exchangeDevice": self._exchange_device,
             "maybeExchangeDevice": self._exchange_device,
-            "getStream": current_stream,
-            "setStream": _nothing,
+            "getStream": lambda device: Stream(device, stream_id=stream_now(device)),
+            "setStream": lambda stream: set_stream(stream.stream_id, stream.device_index),
             "synchronizeDevice": _nothing,
             "isAllocatorInitialized": lambda: True,
             "emptyCache": self._empty_cache,
@@ -83,6 +86,7 @@ class Runtime:
             "_broadcast_coalesced": _broadcast_coalesced,
             "_scatter": _scatter,
             "_gather": _gather,
+            "_host_emptyCache": _nothing,
         }
         return (
             {f"_cuda_{name}": function for name, function in cuda.items()}
@@ -106,7 +110,7 @@ class Runtime:
             "is_bf16_supported": self._is_bf16_supported,
             "default_generators": tuple(torch.Generator() for _ in self._rig.cards),
             "mem_get_info": self._mem_get_info,
-        }
+        } | self._rig.graphs
 
     def _allocator(self, device: int):
         check_ordinal(device, len(self._rig.allocators))

@@ -5,10 +5,12 @@ import os
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import torch
 
+from simgpu import graphs
 from simgpu.accounting import Accounting, Allocation
 from simgpu.addresses import AddressSpace
 from simgpu.allocator import Allocator
@@ -22,6 +24,7 @@ from simgpu.loading import simulated_loading
 from simgpu.numbers import LENGTHS, Numbers
 from simgpu.purposes import GRADIENTS, WEIGHTS, all_modules, gradients_of, registration, weights_of
 from simgpu.rig import ASSUME, CardMemory, Rig, Stage, cards_of
+from simgpu.streams import stream_now
 from simgpu.units import MIB
 
 # PyTorch 2.9 gave the variable a name without CUDA and reads both.
@@ -101,6 +104,7 @@ class SimulatedRig(Rig):
                 each.total_bytes,
                 each.context_bytes,
                 system_bytes=each.system_bytes,
+                stream=partial(stream_now, index),
                 **options,
             )
             for index, each in enumerate(self.cards)
@@ -108,6 +112,7 @@ class SimulatedRig(Rig):
         self._accounting = Accounting(self.allocators, self.cards)
         self.host = Host()
         self.numbers = Numbers(assume)
+        self.graphs = graphs.names(self)
         # Whose parameters a backward pass makes gradients of. Not the parameters themselves: torch
         # cannot move a module whose parameters are weakly referred to.
         self.modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -222,6 +227,10 @@ class SimulatedRig(Rig):
         survived have the shapes of the second step: do not go on decoding from them.
         """
         self._accounting.repeat(step, count)
+
+    def is_capturing(self, card: int) -> bool:
+        """Whether a CUDA graph is captured on this thread's present stream of a card."""
+        return stream_now(card) in self.allocators[card].captures
 
     def note_unmodelled(self, operator: str, bound_bytes: int | None):
         """Count an operator that takes memory by no known rule, at most so much."""

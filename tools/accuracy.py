@@ -41,6 +41,16 @@ def measured_files(kind: str) -> list[Path]:
     return sorted(RESULTS.glob(f"{kind}_*.json"))
 
 
+def measured_decodings() -> dict[Path, list[Path]]:
+    """The stored measurements of fast decoding's memory, and those that gave the same figures."""
+    found = {}
+    for path in measured_files("decoding"):
+        if memory_found := read(path).get("memory"):
+            same = next((each for each in found if read(each)["memory"] == memory_found), None)
+            found.setdefault(path if same is None else same, []).append(path)
+    return {first: others[1:] for first, others in found.items()}
+
+
 def versions() -> dict[str, str]:
     """What decides simulated figures besides this repository."""
     names = ("torch", "transformers", "accelerate")
@@ -65,6 +75,10 @@ def simulate():
         store(path, {"provenance": origin, "figures": figures})
     for path in measured_files("models"):
         store(path, {"provenance": origin, "cases": models.simulate(read(path))})
+    import decoding  # which needs torch
+
+    for path in measured_decodings():
+        store(path, {"provenance": origin, "memory": decoding.simulate()})
     figures = [figure for path in measured_files("memory") for figure in compared(path)[0]]
     origins = [read(path)["provenance"] for path in measured_files("memory")]
     memory.plot(figures, origins, str(PICTURE))
@@ -236,7 +250,31 @@ def beside_peers() -> str:
     return peers.table(read(peers.OUTPUT))
 
 
-SECTIONS = {"summary": summary, "runs": runs, "host": host, "miniature": miniature}
+def fast() -> str:
+    """Fast decoding: every answer whose memory was measured."""
+    parts = []
+    for path, again in measured_decodings().items():
+        measured, simulated = read(path), read(SIMULATED / path.name)
+        origin, versions = measured["provenance"], simulated["provenance"]
+        parts += [
+            f"**{machine(origin)}** ({origin['date']}, torch {origin['torch']}, Triton "
+            f"{origin['triton']}, {origin['weights']} weights; simulated {versions['date']}, torch "
+            f"{versions['torch']})",
+            "",
+            "| prompts x images, text tokens, new tokens | peak allocated | peak reserved "
+            "| kept allocated |",
+            "|---|---|---|---|",
+        ]
+        for real, ours in zip(measured["memory"], simulated["memory"], strict=True):
+            names = ("peak_allocated_bytes", "peak_reserved_bytes", "after_allocated_bytes")
+            cells = [beside(real[name], ours[name], ours[name]) for name in names]
+            case = "{batch} x {images}, {text_tokens:,}, {new_tokens}".format(**real)
+            parts.append(f"| {case} | {' | '.join(cells)} |")
+        parts += ["", *(f"*The same figures again: {each.name}.*" for each in again), ""]
+    return "\n".join(parts).rstrip()
+
+
+SECTIONS = {"summary": summary, "runs": runs, "host": host, "miniature": miniature, "fast": fast}
 SECTIONS |= {"others": others, "peers": beside_peers}
 
 

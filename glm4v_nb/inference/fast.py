@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-if TYPE_CHECKING:  # needs Triton, and so is imported when the first answer is prepared
+from simgpu.kernels import launching
+
+if TYPE_CHECKING:  # brings Triton, and so is imported when the first answer is prepared
     from glm4v_nb.inference.step import FixedCache, Step
 
 # Rows of a step that verifies several tokens of one sequence; rows of a batch at most.
@@ -23,9 +25,8 @@ LONGEST_NGRAM = 3
 
 def why_not(model) -> str | None:
     """Why the kernels cannot run this model where it is, in a few words; None if they can."""
-    try:
-        import triton
-    except ImportError:
+    launched = launching(model.lm_head.weight)
+    if not launched:
         return "Triton is not installed, which comes with PyTorch for CUDA on Linux"
     layers = model.language_model.layers
     products = [layer.get_submodule(name) for layer in layers for name in _PRODUCTS]
@@ -43,7 +44,7 @@ def why_not(model) -> str | None:
         return f"the weights are of several types ({', '.join(sorted(map(str, dtypes)))})"
     if any(one.type == "meta" for one in devices):
         return "weights are offloaded"
-    config, interpreted = model.config.text_config, triton.knobs.runtime.interpret
+    config, interpreted = model.config.text_config, launched == "interpreted"
     if interpreted and torch.bfloat16 in dtypes:
         return "Triton's interpreter multiplies no bfloat16 (load in float32 or float16)"
     if not interpreted and any(one.type != "cuda" for one in devices):
@@ -52,6 +53,10 @@ def why_not(model) -> str | None:
         return "a card is older than Ampere"
     if config.head_dim < 16 or config.head_dim & (config.head_dim - 1):
         return f"head_dim is {config.head_dim}, no power of two from 16"
+    decoder, first, last = model.language_model, layers[0].mlp.down_proj, layers[-1].mlp.down_proj
+    beside = (first, decoder.embed_tokens), (last, decoder.norm), (last, model.lm_head)
+    if any(one.weight.device != other.weight.device for one, other in beside):
+        return "embedding, norm or head is on another card than the layer beside it"
     return None
 
 
@@ -73,10 +78,13 @@ class FastDecoder:
         self.lookup = lookup
         self.steps = self.tokens = 0
         self._steps: dict[int, Step] = {}
-        self._built_of: tuple | None = None
+        self._built_of: list[int] | None = None
 
     def prepare(self, model, sequences: int, length: int, rows: tuple[int, ...] = ()) -> FixedCache:
         """Cache, buffers and graphs for prompts with answers of so many positions together.
+
+        ``rows`` are those of each step; by default as many as sequences, and with ``lookup`` for
+        one sequence also those of a step that verifies.
 
         Raises:
             ValueError: more prompts than 8, or longer than the model's context.
@@ -93,13 +101,14 @@ class FastDecoder:
                 f"Prompt and answer may take {length:,} positions together, but the model's context"
                 f" is {context:,} (seq_length). Lower max_new_tokens, or shorten the prompt."
             )
-        from glm4v_nb.inference.step import FixedCache, LayerWeights, Step
+        from glm4v_nb.inference.step import FixedCache, LayerWeights, Step, storage_of
 
         # A step is launched before the token of the last is looked at, and verified rows may be
         # wrong: both can reach beyond the answer's end.
         capacity = -(-(length + MOST_ROWS) // CAPACITY_STEP) * CAPACITY_STEP
         weights = [LayerWeights.of(layer) for layer in model.language_model.layers]
-        built_of = tuple(one.heads.data_ptr() for one in weights), model.lm_head.weight.data_ptr()
+        built_of = [storage_of(each) for one in weights for each in (one.heads, one.out)]
+        built_of.append(storage_of(model.lm_head.weight))
         cache = next((step.cache for step in self._steps.values()), None)
         if (
             cache is None
@@ -111,13 +120,45 @@ class FastDecoder:
             cache = FixedCache(model.config.text_config, weights, sequences, capacity)
             self._built_of = built_of
         try:
-            for count in rows or (sequences,):
+            looks = self.lookup and sequences == 1
+            for count in rows or ((1, MOST_ROWS) if looks else (sequences,)):
                 if count not in self._steps:
                     self._steps[count] = Step(model, weights, cache, count)
         except BaseException:
             self.release()
             raise
         return cache
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on all cards: of the cache, of the steps' buffers, and reserved for their graphs
+        and for the streams that these were captured on."""
+        steps = list(self._steps.values())
+        segments = torch.cuda.memory_snapshot()
+        return {
+            "fixed cache": sum(each.nbytes for pair in steps[0].cache.layers for each in pair),
+            "buffers": sum(each.nbytes for step in steps for each in step.buffers()),
+            "pools of graphs": sum(
+                each["total_size"]
+                for each in segments
+                if each["stream"] or any(each["segment_pool_id"])
+            ),
+        }
+
+    @torch.no_grad()
+    def rehearse(self, logits: torch.Tensor, prompt: int, new_tokens: int):
+        """The steps of an answer after a prompt of so many positions, looking at no token.
+
+        ``logits`` (batch, vocabulary) are the prefill's.
+        """
+        batch, chosen = len(logits), logits.argmax(-1)
+        step = self._steps[MOST_ROWS if self.lookup and batch == 1 else batch]
+        places = [prompt + row // batch for row in range(step.rows)]
+        step.place(places, places, [0] * step.rows, [row % batch for row in range(step.rows)])
+        for _ in range(new_tokens - 1):
+            step.tokens[:batch].copy_(chosen, non_blocking=True)
+            step()
+            chosen = step.next[:batch]
+            _Reading(chosen)
 
     def release(self):
         """Give the cache, buffers and graphs back; the next answer makes them anew."""
@@ -149,7 +190,7 @@ class FastDecoder:
         sampled = generation_config.do_sample
         guesses = self.lookup and batch == 1 and not sampled and not len(logits_processor)
         end = generation_config.max_length
-        cache = self.prepare(model, batch, end, (1, MOST_ROWS) if guesses else ())
+        cache = self.prepare(model, batch, end, () if guesses else (batch,))
         starts = _left_padding(inputs.get("attention_mask"), batch)
         names = ("attention_mask", "position_ids", "image_mask", "pixel_values")
         given = {name: inputs[name] for name in names if inputs.get(name) is not None}

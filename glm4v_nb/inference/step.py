@@ -48,6 +48,11 @@ class LayerWeights:
         )
 
 
+def storage_of(tensor: torch.Tensor) -> int:
+    """What is the same of tensors that share memory; simulated cards have no addresses."""
+    return tensor.untyped_storage()._cdata
+
+
 def _fused(attention: nn.Module, name: str) -> torch.Tensor:
     """Three parameters as one tensor: the loader leaves them as parts of one, else they become it.
 
@@ -55,11 +60,11 @@ def _fused(attention: nn.Module, name: str) -> torch.Tensor:
         torch.OutOfMemoryError: no room for one layer's three, where they are not yet one.
     """
     parts = [getattr(getattr(attention, f"{one}_proj"), name) for one in "qkv"]
-    starts = [part.data_ptr() for part in parts]
     rows = [len(part) for part in parts]
     shape = (sum(rows), *parts[0].shape[1:])
-    ends = [part.data_ptr() + part.nbytes for part in parts]
-    alone = {part.untyped_storage().data_ptr() for part in parts}
+    starts = [part.storage_offset() for part in parts]
+    ends = [part.storage_offset() + part.numel() for part in parts]
+    alone = {storage_of(part) for part in parts}
     if starts[1:] == ends[:-1] and len(alone) == 1:
         return torch.as_strided(parts[0].detach(), shape, parts[0].stride())
     whole = torch.cat([part.detach() for part in parts])
@@ -278,6 +283,12 @@ class Step:
                 captured(work, part.device).replay
                 for work, part in zip(self._work, self.parts, strict=True)
             ]
+
+    def buffers(self) -> list[torch.Tensor]:
+        """What it keeps on the cards beside cache and weights."""
+        own = [self.tokens, self.next, self.logits]
+        parts = (each for part in self.parts for each in vars(part).values())
+        return own + [each for each in parts if isinstance(each, torch.Tensor)]
 
     def _run_part(self, index: int):
         part = self.parts[index]

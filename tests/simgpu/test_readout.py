@@ -75,7 +75,7 @@ ASKING = {
     "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], device="cuda"),
     "torch.export": lambda: torch.export.export(nn.Linear(2, 2).cuda(), (unknown(),)),
     "torch.jit.trace": lambda: torch.jit.trace(nn.ReLU(), unknown()),
-    "a graph": lambda: torch.cuda.graph(torch.cuda.CUDAGraph()),
+    "a pool of memory": lambda: torch.cuda.MemPool(),
     "a function for each number": lambda: unknown().cpu().apply_(lambda number: number + 1),
     "a sensor": lambda: torch.cuda.utilization(),
 }
