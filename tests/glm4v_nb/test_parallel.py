@@ -285,6 +285,16 @@ def test_a_fit_that_no_ranks_could_run_is_refused(options, message):
         fit("L4", **given)
 
 
+def test_fast_decoding_of_ranks_takes_half_of_the_cache_on_each(two_ranks):
+    one, two = small(1, decoding="fast"), small(2, parallel="tensor", decoding="fast")
+    cache = one.decoding_bytes["fixed cache"]
+    assert two.decoding_bytes["fixed cache"] == cache > 0
+    for device, plain, purposes in zip(two.devices, two_ranks.devices, two.by_purpose, strict=True):
+        assert device.weights_bytes == plain.weights_bytes == purposes["parameters"]
+        assert device.peak_allocated_bytes > plain.peak_allocated_bytes
+    assert two.to_dict()["decoding"]["fixed_cache_bytes"] == cache
+
+
 def test_advice_passes_over_numbers_of_ranks_that_cannot_share_the_model(two_ranks, monkeypatch):
     tried = [{"count": 3}, {"count": 1}]
     monkeypatch.setattr(advice, "candidates", lambda _: iter(tried))
