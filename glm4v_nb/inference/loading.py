@@ -1,6 +1,7 @@
 """``load``: model and processor of a checkpoint, from safetensors files of one pinned revision."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from glm4v_nb.model.chat import IMAGE_TOKENS
 from glm4v_nb.model.checkpoint_files import SMALL_FILES, check_files, local_directory
 from glm4v_nb.model.configuration import read_config
 from glm4v_nb.model.processing import GLM4VProcessor
+from glm4v_nb.model.quantising import KEEP, quantiser_for
 
 
 def load(
@@ -21,6 +23,8 @@ def load(
     device_map: str | dict | None = None,
     max_memory: dict | None = None,
     decoding: str = "eager",
+    weights: str | None = None,
+    keep: Sequence[str] = KEEP,
 ):
     """Load model and processor, ready to answer.
 
@@ -33,13 +37,17 @@ def load(
         device_map: as in ``from_pretrained``; by default "auto" where there are GPUs, else the CPU.
         max_memory: as in ``from_pretrained``, bytes or text such as "20GiB" per GPU.
         decoding: how answers are decoded, see ``set_decoding``: "fast" for fused kernels.
+        weights: "int8", "int4" or "nf4" quantises while loading (docs/quantising.md); a checkpoint
+            that was saved quantised needs no word.
+        keep: modules that are then left in ``dtype``, by their names here or the official ones.
 
     Returns:
         (model in evaluation mode, processor)
 
     Raises:
         FileNotFoundError: a directory that does not exist, or without weights.
-        ValueError: a hub id without a pinned revision; a damaged or foreign checkpoint.
+        ValueError: a hub id without a pinned revision; a damaged or foreign checkpoint; weights
+            that cannot be had here.
     """
     if not Path(checkpoint).is_dir():
         # A hub id is "owner/name"; anything else was meant as a path.
@@ -71,8 +79,9 @@ def load(
             f" tokenizer_config.json gives the image's tokens the ids {named}. Take all files from"
             " the same checkpoint."
         )
-    model = GLM4VForConditionalGeneration.from_pretrained(
-        checkpoint, revision=revision, dtype=dtype, device_map=device_map, max_memory=max_memory
-    )
+    options = {"dtype": dtype, "device_map": device_map, "max_memory": max_memory}
+    if weights is not None:
+        options["quantization_config"] = quantiser_for(weights, config, dtype, keep)
+    model = GLM4VForConditionalGeneration.from_pretrained(checkpoint, revision=revision, **options)
     set_decoding(model, decoding)
     return model.eval(), processor
