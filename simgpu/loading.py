@@ -35,6 +35,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
+import simgpu.quantised  # noqa: F401  (what transformers asks of bitsandbytes)
 from simgpu.adapters import base_of, simulated_adapters
 from simgpu.checkpoints import known_config, read_json, weight_map
 from simgpu.device import DEVICE_TYPE, fake_mode, machine_device, on_card
