@@ -10,6 +10,7 @@ import torch
 
 from glm4v_nb.model.configuration import GLM4VConfig
 from glm4v_nb.model.official_names import keys_here
+from glm4v_nb.model.quantising import quantiser_for
 from glm4v_nb.model.splicing import expand_image_positions
 from simgpu.placement import input_device
 from simgpu.recipes import Recipe
@@ -51,6 +52,9 @@ class GLM4VRecipe(Recipe):
     def names_here(self, device_map):
         """A device map with official names, as for the original code, under the names here."""
         return keys_here(device_map, parts=False)
+
+    def quantiser(self, weights: str, dtype: torch.dtype):
+        return quantiser_for(weights, self.config, dtype)
 
     @property
     def image_positions(self) -> int:

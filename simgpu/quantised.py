@@ -23,10 +23,8 @@ _ATTRIBUTES = ("blocksize", "compress_statistics", "quant_type", "quant_storage"
 
 
 @when_imported("transformers.integrations.bitsandbytes")
-def _prepare(_module):
-    name = "transformers.integrations.bitsandbytes"
-    wrap_function_wrapper(name, "Bnb4bitQuantize.convert", _quantise_4bit)
-    wrap_function_wrapper(name, "Bnb8bitQuantize.convert", _refuse_8bit)
+def _prepare(module):
+    wrap_function_wrapper(module, "Bnb4bitQuantize.convert", _quantise_4bit)
 
 
 def _quantise_4bit(wrapped, _, args, kwargs):
@@ -59,14 +57,14 @@ def _quantise_4bit(wrapped, _, args, kwargs):
     return made
 
 
-def _refuse_8bit(wrapped, _, args, kwargs):
-    first = next(iter(args[0].values()))
-    if on_card(first[0] if isinstance(first, list) else first):
+def check_quantiser(config):
+    """ValueError for a ``quantization_config`` that cannot be loaded on simulated cards."""
+    given = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    if given.get("load_in_8bit") or given.get("_load_in_8bit"):
         raise ValueError(
             "bitsandbytes' 8 bits look among the numbers of every input for large ones, and tensors"
             " on simulated cards have no numbers. Use its 4 bits, or 8 bits of torchao."
         )
-    return wrapped(*args, **kwargs)
 
 
 def _rows(a) -> int:

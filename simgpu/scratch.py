@@ -62,8 +62,10 @@ def bound_bytes(operator, args: tuple, kwargs: dict, results: list) -> int | Non
     """The most that an unmodelled operator takes, where there is a bound; 0 if it is exact."""
     if _name(operator) == _GEMM_4BIT:
         arguments = _by_name(operator, args, kwargs)
-        return 0 if quantised.unpacks(arguments) is not None else sum(
-            quantised.whole_weights(arguments)
+        return (
+            0
+            if quantised.unpacks(arguments) is not None
+            else sum(quantised.whole_weights(arguments))
         )
     if _name(operator) == "convolution":
         return convolution.bound_bytes(_by_name(operator, args, kwargs), results[0])

@@ -4,6 +4,7 @@ A quantiser takes a list of modules to leave alone. A name in it that stands for
 that its groups do not divide, it passes over in silence; here both are said.
 """
 
+import importlib
 import importlib.util
 from copy import deepcopy
 
@@ -49,11 +50,13 @@ def quantiser_for(weights: str, config, dtype: torch.dtype | str, keep=KEEP):
     library, keep = WEIGHTS[weights], modules_here([keep] if isinstance(keep, str) else keep)
     check_dtype({"dtype": dtype})
     dtype = config.dtype if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
-    if importlib.util.find_spec(library) is None:
+    try:
+        importlib.import_module(library)  # now, and not within a simulation
+    except ImportError as error:
         raise ValueError(
-            f"weights={weights!r} needs {library}, which is not installed. Run: pip install"
-            " 'glm4v-nb[quantise]', or in a clone: .venv/bin/python -m pip install -e '.[quantise]'"
-        )
+            f"weights={weights!r} needs {library}, which is not installed or cannot be imported"
+            f" ({error}). In a clone run: .venv/bin/python -m pip install -e '.[quantise]'"
+        ) from error
     if weights == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,

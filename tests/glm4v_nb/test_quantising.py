@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import shutil
+import sys
 from unittest import mock
 
 import pytest
@@ -150,7 +151,7 @@ def test_what_cannot_be_had_is_said_before_anything_is_loaded(monkeypatch):
         load(CHECKPOINT, weights="fp8")
     with pytest.raises(ValueError, match="dtype is 'bf'"):
         load(CHECKPOINT, weights="nf4", dtype="bf")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match="needs bitsandbytes, which is not installed"):
         load(CHECKPOINT, weights="nf4")
 
