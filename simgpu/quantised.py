@@ -22,11 +22,6 @@ _LARGE = 4 * 2**20  # numbers of a matrix
 _ATTRIBUTES = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
 
 
-@when_imported("transformers.integrations.bitsandbytes")
-def _prepare(module):
-    wrap_function_wrapper(module, "Bnb4bitQuantize.convert", _quantise_4bit)
-
-
 def _quantise_4bit(wrapped, _, args, kwargs):
     """As transformers does while it loads; the full weight lasts until its caller lets it go."""
     weights, model = args[0], kwargs["model"]
@@ -84,3 +79,8 @@ def whole_weights(a) -> list[int]:
     """What is taken then, in order: scales in two steps if they are packed as well, the weights."""
     scales = 4 * a["absmax_8bit"].numel() if a["absmax_8bit"] is not None else 0
     return [*([scales, scales] if scales else []), math.prod(a["shapeB"]) * a["A"].itemsize]
+
+
+@when_imported("transformers.integrations.bitsandbytes")
+def _prepare(module):
+    wrap_function_wrapper(module, "Bnb4bitQuantize.convert", _quantise_4bit)

@@ -18,13 +18,7 @@ from glm4v_nb.model.checkpoint_files import (
 )
 from glm4v_nb.model.configuration import check_dtype, read_config, refuse_attention
 from glm4v_nb.model.official_names import keys_here, names_here
-from glm4v_nb.model.quantising import (
-    check_int4_card,
-    check_quantiser,
-    is_int4,
-    packed_shapes,
-    weight_of,
-)
+from glm4v_nb.model.quantising import check_quantiser, check_stored, packed_shapes, weight_of
 from simgpu.checkpoints import INDEX, read_json, weight_map
 
 _FLOATING = {"F64", "F32", "F16", "BF16"}
@@ -64,8 +58,10 @@ def load_checked(model_class, from_pretrained, name_or_path, *args, **kwargs):
     if quantizer is not None:
         with torch.device("meta"):
             check_quantiser(quantizer, kwargs.get("dtype"), model_class(deepcopy(config)))
-    elif is_int4(getattr(config, "quantization_config", None)):
-        check_int4_card()
+    elif source and getattr(config, "quantization_config", None) is not None:
+        written = read_json(directory / "config.json")  # what config has may have been overridden
+        own = written.get("dtype") or written.get("torch_dtype")
+        check_stored(written.get("quantization_config"), kwargs.get("dtype"), own)
     try:
         model, info = from_pretrained(source, *args, **kwargs)
     except RuntimeError as error:

@@ -49,7 +49,7 @@ def quantiser_for(weights: str, config, dtype: torch.dtype | str, keep=KEEP):
         )
     library, keep = WEIGHTS[weights], modules_here([keep] if isinstance(keep, str) else keep)
     check_dtype({"dtype": dtype})
-    dtype = config.dtype if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
+    dtype = _dtype(dtype, config.dtype)
     try:
         importlib.import_module(library)  # now, and not within a simulation
     except ImportError as error:
@@ -68,6 +68,7 @@ def quantiser_for(weights: str, config, dtype: torch.dtype | str, keep=KEEP):
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
     if weights == "int8":
+        _check_int8(dtype)
         return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=keep)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(deepcopy(config))
@@ -78,13 +79,49 @@ def quantiser_for(weights: str, config, dtype: torch.dtype | str, keep=KEEP):
     return TorchAoConfig(int4, modules_to_not_convert=keep)
 
 
+def _dtype(given, own) -> torch.dtype:
+    """What ``dtype`` of ``from_pretrained`` stands for; the checkpoint's own where it is "auto"."""
+    given = own or torch.float32 if given in (None, "auto") else given
+    return getattr(torch, str(given).removeprefix("torch."))
+
+
+def _check_int8(dtype: torch.dtype):
+    if dtype == torch.float16:
+        raise ValueError(
+            "dtype is float16, but torchao's int8 sums whole numbers up to 127 before it scales"
+            " them, and the sums pass float16's largest number, 65,504: answers would be wrong"
+            " without a word. Give dtype=torch.bfloat16, or use nf4."
+        )
+
+
+def check_stored(stored, dtype, own):
+    """Refuse to load a checkpoint that was saved quantised where, or as, it cannot answer.
+
+    ``stored`` is the ``quantization_config`` in its config.json, ``own`` the data type there.
+
+    Raises:
+        ValueError: int4 without its card; int8 in float16; of bitsandbytes in another data type.
+    """
+    kind, dtype, own = str(stored), _dtype(dtype, own), _dtype(None, own)
+    if "Int4WeightOnlyConfig" in kind:
+        check_int4_card()
+    elif "Int8WeightOnlyConfig" in kind:
+        _check_int8(dtype)
+    elif "bitsandbytes" in kind and dtype != own:
+        # Its reader casts biases alone, so that the next product has two types.
+        raise ValueError(
+            f"dtype is {dtype}, but the checkpoint was quantised and saved in {own}, and what is"
+            f" left of that cannot change. Give dtype={own}, or quantise the original in {dtype}."
+        )
+
+
 def check_quantiser(config, dtype, meta_model: nn.Module):
     """Put names that the model's modules have in the skip list of a quantiser's configuration, an
     object of transformers or a dictionary, and refuse what it would pass over or fail at.
 
     Raises:
         ValueError: a name that no module has; rows that int4's groups do not divide; int4 without
-            a GPU that has its kernels, or in another data type than theirs.
+            a GPU that has its kernels, or in another data type than theirs; int8 in float16.
     """
     fields = config if isinstance(config, dict) else vars(config)
     skipped = None
@@ -99,7 +136,9 @@ def check_quantiser(config, dtype, meta_model: nn.Module):
                         " would be quantised all the same. Name it as here (lm_head, vision_tower,"
                         " language_model.layers.0) or officially (output_layer, vision)."
                     )
-    int4 = fields.get("quant_type")
+    int4, dtype = fields.get("quant_type"), _dtype(dtype, meta_model.config.dtype)
+    if type(int4).__name__ == "Int8WeightOnlyConfig":
+        _check_int8(dtype)
     if type(int4).__name__ != "Int4WeightOnlyConfig":
         return
     check_int4_card()
@@ -109,10 +148,10 @@ def check_quantiser(config, dtype, meta_model: nn.Module):
                 f"int4_packing_format {int4.int4_packing_format.value!r} needs the library mslk,"
                 ' which is not installed. Give Int4WeightOnlyConfig "tile_packed_to_4d".'
             )
-    elif dtype not in (torch.bfloat16, "bfloat16"):
+    elif dtype != torch.bfloat16:
         raise ValueError(
             f"dtype is {dtype}, but the kernels of int4 multiply bfloat16 only. Give"
-            " dtype=torch.bfloat16, or use nf4 or int8, which take any."
+            " dtype=torch.bfloat16, or use nf4."
         )
     skipped = ["lm_head"] if skipped is None else skipped  # transformers' own default
     left = [name for name, one in _taken(meta_model, skipped) if one.in_features % int4.group_size]
@@ -123,11 +162,6 @@ def check_quantiser(config, dtype, meta_model: nn.Module):
             f" Give a smaller one of {', '.join(map(str, _GROUPS))}, or name them in"
             " modules_to_not_convert."
         )
-
-
-def is_int4(stored) -> bool:
-    """Whether a checkpoint's ``quantization_config`` is torchao's of four bits."""
-    return "Int4WeightOnlyConfig" in str(stored)
 
 
 def check_int4_card():

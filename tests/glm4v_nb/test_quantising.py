@@ -17,7 +17,9 @@ from transformers.core_model_loading import ConversionOps
 
 from glm4v_nb.inference import fast, load
 from glm4v_nb.miniature import CHECKPOINT
+from glm4v_nb.miniature.evaluate import evaluate
 from glm4v_nb.model.official_names import FUSED, PARTS, FusedConverter, SplitQueryKeyValue
+from glm4v_nb.verify import verify
 from glm4v_nb.workload import Workload, make_prompt, prefill
 from simgpu import Rig
 
@@ -73,6 +75,11 @@ def test_every_matrix_is_quantised_after_it_was_cut_but_the_head(plain, quantise
             assert 1e-4 < relative < tolerance, name
 
 
+@pytest.mark.parametrize("weights", FORMATS)
+def test_the_miniature_answers_when_it_is_quantised(weights):
+    assert evaluate(count=20, weights=weights)["accuracy"] == 1
+
+
 class TakesOne(ConversionOps):
     """As torchao's: of several tensors it sees the first."""
 
@@ -108,6 +115,8 @@ def test_what_is_saved_loads_again_with_the_same_answers(quantised, weights, tmp
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(CHECKPOINT / name, tmp_path)
     assert torch.equal(logits(load(tmp_path)[0]), logits(model))
+    with pytest.raises(RuntimeError, match="was saved quantised, and verify compares"):
+        verify(tmp_path)
     with pytest.raises(ValueError, match="quantised already"):
         load(tmp_path, weights=weights)
 
@@ -164,6 +173,29 @@ def test_int4_is_refused_without_a_card_that_has_its_kernels():
         load(CHECKPOINT, weights="int4")
     with Rig.simulated("L4"), pytest.raises(ValueError, match="multiply bfloat16 only"):
         load(CHECKPOINT, weights="int4", dtype=torch.float16)
+
+
+@needs("torchao")
+def test_int8_is_refused_in_float16_whose_range_its_sums_leave(quantised, tmp_path):
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    with pytest.raises(ValueError, match="pass float16's largest number"):
+        load(CHECKPOINT, weights="int8", dtype="float16")
+    options = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    with pytest.raises(ValueError, match="pass float16's largest number"):
+        AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float16, **options)
+    quantised("int8").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pass float16's largest number"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+
+
+@needs("bitsandbytes")
+def test_what_was_saved_in_4_bits_keeps_its_data_type(quantised, tmp_path):
+    quantised("nf4").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="saved in torch.bfloat16.*Give dtype=torch.bfloat16"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float16")
+    AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
 
 
 @needs("torchao")
