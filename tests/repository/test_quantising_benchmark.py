@@ -1,4 +1,5 @@
-"""The program that measures quantised weights on a GPU, on simulated cards with the miniature."""
+"""The program that measures quantised weights on a GPU, on simulated cards with the miniature; and
+the page of what was measured on the CPU."""
 
 import copy
 import importlib.util
@@ -10,10 +11,6 @@ from benchmark_program import ROOT, load_benchmark
 from glm4v_nb.miniature import CHECKPOINT
 from simgpu import Rig
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
-)
-
 
 @pytest.fixture(scope="module")
 def benchmark():
@@ -22,6 +19,7 @@ def benchmark():
         return load_benchmark("quantising")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 def test_a_difference_of_more_than_is_promised_is_named(benchmark, capsys):
     runs = (benchmark.Run("text, 4 new", images=0, text_tokens=40, new_tokens=4),)
     records = json.loads(
@@ -36,3 +34,17 @@ def test_a_difference_of_more_than_is_promised_is_named(benchmark, capsys):
     assert found.startswith("int8, text, 4 new, decode")
     del other[1]
     assert len(benchmark.compare("int8", other, records)) == 2
+
+
+def test_the_page_says_what_was_measured():
+    stored = ROOT / "benchmarks" / "results" / "miniature_quantised.json"
+    found = json.loads(stored.read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "quantising.md").read_text(encoding="utf-8")
+    assert f"{found['questions']} held-out questions" in page
+    for name, version in found["versions"].items():
+        assert f"{name} {version}" in " ".join(page.split())
+    rows = {**found["formats"], **found["parts"]}
+    assert len(rows) == len(found["formats"]) + len(found["parts"]) == 25
+    for name, row in rows.items():
+        figures = (row[key] for key in ("right", "as_bfloat16", "logits_off"))
+        assert f"| {name} | {' | '.join(f'{each:.2%}' for each in figures)} |" in page

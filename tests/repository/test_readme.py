@@ -40,7 +40,14 @@ COMMANDS = list(
 # By code, so that what two documents share runs once.
 PYTHON = {block: name for name, language, block in reversed(BLOCKS) if language == "python"}
 PYTHON = [(name, block) for block, name in reversed(PYTHON.items())]
+QUANTISES = r"weights[= ]\"?(int8|int4|nf4)"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+def skip_without_libraries(text: str):
+    """Of quantised weights, which are no part of the lock."""
+    if re.search(QUANTISES, text):
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess:
@@ -100,6 +107,7 @@ FITS = [command for command in COMMANDS if " fit " in command or "/simgpu run " 
 
 @pytest.mark.parametrize("command", FITS)
 def test_a_fit_command_of_the_documents_fits(command, capfd):
+    skip_without_libraries(command)
     program, *words = shlex.split(command)
     if command == FITS[0] or Path(program).name != "glm4v-nb":
         assert "fits" in run([program, *words]).stdout
@@ -156,6 +164,7 @@ def test_the_dask_commands_of_the_documents_have_options_and_settings_that_dask_
     ("name", "code"), PYTHON, ids=[f"{name}-{number}" for number, (name, _) in enumerate(PYTHON)]
 )
 def test_the_python_of_the_documents_prints_what_they_say(name, code, capsys):
+    skip_without_libraries(code)
     if name == "README.md":
         lines = run(["python", "-c", code]).stdout.splitlines()
     else:  # here torch is loaded already
