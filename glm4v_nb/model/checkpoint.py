@@ -18,7 +18,13 @@ from glm4v_nb.model.checkpoint_files import (
 )
 from glm4v_nb.model.configuration import check_dtype, read_config, refuse_attention
 from glm4v_nb.model.official_names import keys_here, names_here
-from glm4v_nb.model.quantising import check_quantiser, check_stored, packed_shapes, weight_of
+from glm4v_nb.model.quantising import (
+    check_described,
+    check_quantiser,
+    check_stored,
+    packed_shapes,
+    weight_of,
+)
 from simgpu.checkpoints import INDEX, read_json, weight_map
 
 _FLOATING = {"F64", "F32", "F16", "BF16"}
@@ -232,7 +238,10 @@ def _header(path: Path) -> dict[str, tuple[list[int], str]]:
         # Opening compares the header with the size of the file, so a truncated file fails here.
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
-            return {name: (one.get_shape(), one.get_dtype()) for name, one in slices.items()}
+            found = {name: (one.get_shape(), one.get_dtype()) for name, one in slices.items()}
+            shapes = {name: shape for name, (shape, _) in found.items()}
+            check_described(path, file.metadata(), shapes)
+            return found
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is damaged ({path.stat().st_size:,} bytes; {error}). Expected a complete"

@@ -7,8 +7,11 @@ that its groups do not divide, it passes over in silence; here both are said.
 import importlib
 import importlib.util
 from copy import deepcopy
+from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import BaseModel, Field
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -233,6 +236,41 @@ def weight_of(stored: str) -> str:
     """The weight whose numbers a stored tensor of torchao has; other names are kept."""
     module, _, name = stored.rpartition(".")
     return f"{module}.weight" if name == "_weight_qdata" else stored
+
+
+class _Described(BaseModel):
+    """What torchao wrote of one weight into the file's metadata, and makes of it again."""
+
+    kind: Literal["Int8Tensor", "Int4TilePackedTo4dTensor"] = Field(alias="_type")
+    data: dict = Field(alias="_data")
+
+
+def check_described(path: Path, metadata: dict[str, str] | None, shapes: dict[str, list[int]]):
+    """Compare what a file says of torchao's weights with their numbers, and scales in the file.
+
+    Raises:
+        ValueError: another class than these two, or groups that are not those of the scales.
+    """
+    for name in (name for name in shapes if weight_of(name) != name):
+        try:
+            found = _Described.model_validate_json((metadata or {}).get(weight_of(name), ""))
+            _, group = found.data["block_size"]
+            if found.kind == "Int8Tensor":
+                scale, expected = name.replace("_qdata", "_scale"), [shapes[name][0], 1]
+                right = group == shapes[name][1]
+            else:
+                rows, columns = 8 * shapes[name][0], 128 * shapes[name][1]
+                scale, expected = name.replace("_qdata", "_scale_and_zero"), [columns // group]
+                expected, right = [*expected, rows, 2], group in (*_GROUPS, 256)
+            others = [found.data.get("act_quant_kwargs"), found.data.get("reduce_range") or None]
+            # Another shard may have the scales.
+            if not right or shapes.get(scale, expected) != expected or others != [None, None]:
+                raise ValueError("groups or scales are others")
+        except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"{path}: what it says of {weight_of(name)!r} is not what torchao writes of int8"
+                " and int4 weights. Quantise the original again, by load(..., weights=...)."
+            ) from error
 
 
 def packed_shapes(shape: list[int]) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Quantised weights on simulated cards: the same calls, and the bytes that the libraries hold."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from glm4v_nb.fit import Deployment
 from glm4v_nb.inference import load
 from glm4v_nb.miniature import CHECKPOINT
-from glm4v_nb.model.quantising import parts_of
+from glm4v_nb.model.quantising import check_described, packed_shapes, parts_of
 from glm4v_nb.workload import Workload
 from simgpu import Rig, fitting
 from simgpu.limits import Trials, limits
@@ -42,7 +43,13 @@ def test_cards_hold_what_the_libraries_make_of_the_weights(weights):
     # Beside them there are buffers, and bitsandbytes keeps a table for all.
     assert 0 <= card.allocated_bytes - in_blocks(held) < 4096
     if weights == "int4":  # which no CPU has
-        assert {type(one).__name__ for one in model.parameters()} > {"Int4TilePackedTo4dTensor"}
+        matrix = model.language_model.layers[0].mlp.down_proj.weight
+        assert type(matrix).__name__ == "Int4TilePackedTo4dTensor"
+        described = {"_type": type(matrix).__name__, "_data": {"block_size": matrix.block_size}}
+        shapes = {"a._weight_qdata": [*matrix.qdata.shape]}
+        shapes["a._weight_scale_and_zero"] = [*matrix.scale_and_zero.shape]
+        check_described(None, {"a.weight": json.dumps(described)}, shapes)  # as it would be saved
+        assert shapes["a._weight_qdata"] in packed_shapes([*matrix.shape])
         return
     real, _ = load(CHECKPOINT, weights=weights)
     parts = [part for tensor in real.parameters() for part in parts_of(tensor)]

@@ -106,6 +106,10 @@ def test_a_quantiser_that_takes_one_tensor_is_given_each_part(model):
 @pytest.mark.parametrize("weights", FORMATS)
 def test_what_is_saved_loads_again_with_the_same_answers(quantised, weights, tmp_path):
     model = quantised(weights)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 5
+    in_shards = AutoModelForCausalLM.from_pretrained(tmp_path / "shards").eval()
+    assert torch.equal(logits(in_shards), logits(model))
     model.save_pretrained(tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()
     assert not any(name.startswith("transformer.") for name in names)
@@ -264,8 +268,14 @@ def test_a_strangers_quantiser_is_looked_at(quantised, tmp_path):
     tensors = load_file(file)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
+    weight = "language_model.layers.1.mlp.down_proj.weight"
+    wrong = ("[1]", '{"_type": "Float8Tensor", "_data": {"block_size": [1, 512]}}')
+    for described in (*wrong, metadata[weight].replace("512", "7")):
+        save_file(tensors, file, metadata | {weight: described})
+        with pytest.raises(ValueError, match="is not what torchao writes"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
     packed = "language_model.layers.1.mlp.down_proj._weight_qdata"
     tensors[packed] = tensors[packed][:-1].clone()
     save_file(tensors, file, metadata)
-    with pytest.raises(ValueError, match="layers.1.mlp.down_proj._weight_qdata.*255, 512"):
+    with pytest.raises(ValueError, match="layers.1.mlp.down_proj.weight.*is not what torchao"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
