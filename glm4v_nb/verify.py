@@ -131,6 +131,11 @@ def verify(directory: str | Path, report: Callable[[str], object] = lambda text:
     try:
         check_files(directory)
         config = read_config(directory)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"{directory} was saved quantised, and verify compares data types that it no longer"
+                " has. Verify the checkpoint it was made of."
+            )
         tensors, left = check_weights(directory, GLM4VForConditionalGeneration, config)
         has_tokenizer = (directory / "tokenizer.model").is_file()
         processor = GLM4VProcessor.from_pretrained(directory) if has_tokenizer else None

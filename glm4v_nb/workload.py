@@ -12,6 +12,7 @@ from transformers import StaticCache
 from glm4v_nb.inference.fast import MOST_ROWS, FastDecoder, why_not
 from glm4v_nb.model.configuration import GLM4VConfig
 from glm4v_nb.model.official_names import keys_here
+from glm4v_nb.model.quantising import quantiser_for
 from glm4v_nb.model.splicing import expand_image_positions
 from glm4v_nb.parallel import Ranks, check_count
 from glm4v_nb.parallel.modeling import rank_class
@@ -93,6 +94,9 @@ class GLM4VRecipe(Recipe):
     def names_here(self, device_map):
         """A device map with official names, as for the original code, under the names here."""
         return keys_here(device_map, parts=False)
+
+    def quantiser(self, weights: str, dtype: torch.dtype):
+        return quantiser_for(weights, self.config, dtype)
 
     def of_rank(self, rank: int, count: int) -> "GLM4VRecipe":
         check_count(self.config, count)

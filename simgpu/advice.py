@@ -45,12 +45,22 @@ def cards_for_weights(deployment: Deployment) -> int:
     return math.ceil(weights / (card.total_bytes - card.context_bytes))
 
 
+def _takes_float16(deployment: Deployment) -> bool:
+    """Whether its weights can be quantised, if they are, in that data type."""
+    try:
+        replace(deployment, dtype="float16").quantiser  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
 def candidates(result: FitResult) -> Iterator[Changes]:
     """What to try, least costly for the reader first; for a run that fits only a data type that
     suits the card better."""
     deployment, workload = result.asked
     cards, base = deployment.cards, {}
-    if deployment.dtype == "bfloat16" and not all(card.bf16_supported for card in cards):
+    native = all(card.bf16_supported for card in cards)
+    if deployment.dtype == "bfloat16" and not native and _takes_float16(deployment):
         base = {"dtype": "float16"}
         yield base
     if result.fits:

@@ -121,6 +121,9 @@ def _fit(
     device_map: option(
         str, f"{_STRATEGIES}; or modules and cards as JSON, or a JSON file."
     ) = "auto",
+    weights: option(
+        str | None, "Quantised while loading: int8, int4 or nf4; for models whose package says how."
+    ) = None,
     batch_size: option(int, "Samples at a time.", "--batch-size", "--batch") = 1,
     images: option(int | None, "Images per sample; 1 where the model takes some.") = None,
     text_tokens: option(
@@ -169,6 +172,7 @@ def _fit(
         device_map=fitting.read_device_map(device_map),
         checkpoint=model,
         decoding=decoding,
+        weights=weights,
         **chosen,
     )
     deployment.rig()

@@ -1,8 +1,6 @@
 """Will it fit? A model of transformers on simulated cards runs a workload: every card's peak."""
 
 import functools
-import json
-import os
 import re
 import time
 from collections import Counter
@@ -19,15 +17,24 @@ from simgpu.estimation import versions
 from simgpu.host import HostMemory
 from simgpu.loading import once_for_each, read_config
 from simgpu.oom import parse_out_of_memory
-from simgpu.placement import Place, bytes_by_place, check_device_map, meta_model, plan_device_map
+from simgpu.placement import (
+    DEVICE_MAPS,
+    Place,
+    bytes_by_place,
+    check_device_map,
+    meta_model,
+    plan_device_map,
+    quantised_model,
+    read_device_map,
+)
 from simgpu.recipes import Recipe, read_recipe
 from simgpu.rig import ASSUME, Rig, cards_of
 from simgpu.training import first_update
 from simgpu.units import MIB
 from simgpu.workload import Workload
 
+__all__ = ["Deployment", "FitResult", "LoadedModel", "fit", "load", "read_device_map"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # More memory than any weights need, so that placement depends on the cards alone, or on the map.
 _AMPLE_BYTES = 2**60
 # By how much a card is made larger to see whether a run fits then.
@@ -150,6 +157,7 @@ class Deployment:
             one, the index of the weights' files; never the weights. Or a configuration itself.
         alloc_conf: PyTorch's ``PYTORCH_CUDA_ALLOC_CONF``, as of ``Rig.simulated``.
         decoding: how tokens are decoded, of the ways that the model's recipe knows.
+        weights: how they are quantised while loading, as the recipe names it; None: they are not.
     """
 
     card: str | Card | Sequence[str | Card] = "L4"
@@ -161,6 +169,7 @@ class Deployment:
     free_gib: float | Sequence[float] | None = None
     assume: str = ASSUME[1]
     decoding: str = "eager"
+    weights: str | None = None
 
     @functools.cached_property
     def cards(self) -> list[Card]:
@@ -175,8 +184,17 @@ class Deployment:
     @functools.cached_property
     def meta_model(self) -> PreTrainedModel:
         """The model without memory."""
-        recipe = self.recipe
-        return once_for_each(meta_model, recipe.model_class, recipe.config, DTYPES[self.dtype])
+        recipe, dtype = self.recipe, DTYPES[self.dtype]
+        if self.weights is not None:
+            return quantised_model(
+                meta_model(recipe.model_class, recipe.config, dtype), self.quantiser
+            )
+        return once_for_each(meta_model, recipe.model_class, recipe.config, dtype)
+
+    @property
+    def quantiser(self):
+        """``quantization_config`` of ``from_pretrained``."""
+        return self.weights and self.recipe.quantiser(self.weights, DTYPES[self.dtype])
 
     def rig(self) -> Rig:
         """The cards, with nothing on them."""
@@ -198,6 +216,12 @@ class Deployment:
                 " a dictionary of module names and cards."
             )
         self.recipe.check(workload)
+        if self.weights is not None and workload.train:
+            raise ValueError(
+                "weights is for inference; a training step of quantised weights is not simulated."
+                " Leave weights out."
+            )
+        self.quantiser  # noqa: B018  (refuses what it does not know)
         if isinstance(self.device_map, dict):
             check_device_map(self.placement(), len(self.cards), self.meta_model)
 
@@ -255,6 +279,7 @@ class LoadedModel:
     def __init__(self, deployment: Deployment, rig: Rig | None = None):
         self.deployment, self.rig, self.error = deployment, rig or deployment.rig(), None
         self.device_map = deployment.placement()
+        quantised = {"quantization_config": deployment.quantiser} if deployment.weights else {}
         try:
             self.model = load(
                 self.rig,
@@ -262,6 +287,7 @@ class LoadedModel:
                 deployment.checkpoint,
                 device_map=self.device_map,
                 dtype=DTYPES[deployment.dtype],
+                **quantised,
             )
         except torch.OutOfMemoryError as error:
             self.error = str(error)
@@ -361,33 +387,3 @@ def run_workload(rig: Rig, model, workload: Workload, recipe: Recipe | None = No
         elif workload.new_tokens > 1:
             with rig.stage("decode"):
                 recipe.decode(rig, model, prompt, outputs, workload.new_tokens)
-
-
-def read_device_map(text: str) -> str | dict[str, Place]:
-    """A device map as the command line takes it: a strategy's name, a JSON object, a JSON file;
-    ValueError for anything else."""
-    if text in DEVICE_MAPS:
-        return text
-    is_object = text.lstrip().startswith("{")
-    if not is_object and not os.path.isfile(text):
-        raise ValueError(
-            f"device_map is {text[:200]!r}; expected one of {', '.join(DEVICE_MAPS)}, a JSON object"
-            " such as '{\"\": 0}', or the path of a JSON file. There is no file of that name."
-        )
-    source, expected = "device_map" if is_object else text, 'Expected {"module": card, ...}.'
-    try:
-        text = text if is_object else Path(text).read_text(encoding="utf-8")
-        device_map = json.loads(text, object_pairs_hook=_without_repetition)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not JSON: {error}. {expected}") from None
-    if not isinstance(device_map, dict):
-        raise ValueError(f"{source} holds no JSON object. {expected}")
-    return device_map
-
-
-def _without_repetition(pairs: list[tuple[str, object]]) -> dict:
-    """JSON allows a name twice, and Python would silently take the last."""
-    for name, times in Counter(name for name, _ in pairs).items():
-        if times > 1:
-            raise ValueError(f"{name!r} stands there {times} times; give each module one place")
-    return dict(pairs)

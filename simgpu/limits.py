@@ -143,7 +143,13 @@ class Trials(LoadedModel):
 
 def limits(trials: Trials, workload: Workload) -> Limits:
     """Everything ``fit --limits`` answers, in four steps; ValueError for a workload whose
-    prompt or answer exceeds the model's context."""
+    prompt or answer exceeds the model's context, and for quantised weights."""
+    if trials.deployment.weights is not None:
+        raise ValueError(
+            f"weights is {trials.deployment.weights!r}, and the search for limits, which ends in"
+            " lines to paste, does not write those for quantised weights. Leave --limits out:"
+            " --frontier finds the batches that fit."
+        )
     started = time.perf_counter()
     # The plain answer is that of a fresh load.
     answers = [trials.deployment.fit(workload)]

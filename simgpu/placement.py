@@ -1,14 +1,19 @@
 """Device maps: what transformers plans for given cards, and whether one of your own is whole."""
 
 import difflib
+import json
+import os
 from collections import Counter
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import _get_device_map
+from transformers.quantizers.auto import AutoHfQuantizer
 
 # Where a module runs: a card's index, "cpu" or "disk".
 Place = int | str
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def meta_model(
@@ -24,10 +29,18 @@ def plan_device_map(
 ) -> dict[str, Place]:
     """The map that ``from_pretrained`` would make of a strategy for a ``meta_model``.
 
-    ``strategy`` is "auto", "balanced", "balanced_low_0" or "sequential"; ``max_memory`` bytes per
+    ``strategy`` is one of ``DEVICE_MAPS``; ``max_memory`` bytes per
     card index, and for "cpu".
     """
-    return dict(_get_device_map(model, strategy, max_memory, None))
+    return dict(_get_device_map(model, strategy, max_memory, getattr(model, "hf_quantizer", None)))
+
+
+def quantised_model(model: PreTrainedModel, quantization_config) -> PreTrainedModel:
+    """A ``meta_model`` as the loader has it when it plans for weights that it will quantise."""
+    quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
+    quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None)
+    model.hf_quantizer = quantizer
+    return model
 
 
 def check_device_map(device_map: dict[str, Place], count: int, model: PreTrainedModel):
@@ -76,10 +89,15 @@ def check_device_map(device_map: dict[str, Place], count: int, model: PreTrained
 
 
 def bytes_by_place(model: PreTrainedModel, device_map: dict[str, Place]) -> Counter[Place]:
-    """Bytes of a model's weights in every place of a map."""
+    """Bytes of a model's weights in every place of a map; of a ``quantised_model`` without what
+    belongs to each block of numbers."""
     sizes: Counter[Place] = Counter()
+    quantizer = getattr(model, "hf_quantizer", None)
     for name, weight in model.named_parameters():
-        sizes[place_of(name, device_map)] += weight.nbytes
+        each = weight.itemsize
+        if quantizer is not None:
+            each = quantizer.param_element_size(model, name, weight)
+        sizes[place_of(name, device_map)] += int(weight.numel() * each)
     return sizes
 
 
@@ -102,3 +120,33 @@ def input_device(model: PreTrainedModel) -> torch.device:
         found = getattr(embedding, "weight", None)
         return next(model.parameters()).device if found is None else found.device
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
+def read_device_map(text: str) -> str | dict[str, Place]:
+    """A device map as the command line takes it: a strategy's name, a JSON object, a JSON file;
+    ValueError for anything else."""
+    if text in DEVICE_MAPS:
+        return text
+    is_object = text.lstrip().startswith("{")
+    if not is_object and not os.path.isfile(text):
+        raise ValueError(
+            f"device_map is {text[:200]!r}; expected one of {', '.join(DEVICE_MAPS)}, a JSON object"
+            " such as '{\"\": 0}', or the path of a JSON file. There is no file of that name."
+        )
+    source, expected = "device_map" if is_object else text, 'Expected {"module": card, ...}.'
+    try:
+        text = text if is_object else Path(text).read_text(encoding="utf-8")
+        device_map = json.loads(text, object_pairs_hook=_without_repetition)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not JSON: {error}. {expected}") from None
+    if not isinstance(device_map, dict):
+        raise ValueError(f"{source} holds no JSON object. {expected}")
+    return device_map
+
+
+def _without_repetition(pairs: list[tuple[str, object]]) -> dict:
+    """JSON allows a name twice, and Python would silently take the last."""
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"{name!r} stands there {times} times; give each module one place")
+    return dict(pairs)

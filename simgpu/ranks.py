@@ -48,15 +48,20 @@ class TensorParallel(Deployment):
     """A checkpoint of which every card has a part of each layer, by a process for each card."""
 
     def check(self, workload: Workload):
-        """As ``Deployment.check``; ValueError as well for training, a device map, or cards among
-        which the model cannot be shared."""
+        """As ``Deployment.check``; ValueError as well for training, a device map, quantised
+        weights, or cards among which the model cannot be shared."""
         super().check(workload)
-        if self.device_map != "auto" or workload.train:
-            named = "training" if workload.train else f"device_map {self.device_map!r:.60}"
-            raise ValueError(
-                f"parallel is 'tensor', and there is {named}. Expected inference, with a part of"
-                " each layer on every card. Leave one of the two out."
-            )
+        named = {
+            "training": workload.train,
+            f"device_map {self.device_map!r:.60}": self.device_map != "auto",
+            f"weights {self.weights!r}": self.weights is not None,
+        }
+        for what, is_there in named.items():
+            if is_there:
+                raise ValueError(
+                    f"parallel is 'tensor', and there is {what}. Expected inference, with a part of"
+                    " each layer on every card. Leave one of the two out."
+                )
         self.recipe.of_rank(0, len(self.cards))
 
     def fit(self, workload: Workload | None = None) -> "ParallelFit":

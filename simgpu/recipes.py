@@ -127,6 +127,18 @@ class Recipe:
             " of your own: simgpu run."
         )
 
+    def quantiser(self, weights: str, dtype: torch.dtype):
+        """``quantization_config`` for weights that are quantised while loading.
+
+        Raises:
+            ValueError: nobody has said how this model is.
+        """
+        raise ValueError(
+            f"weights is {weights!r}, and the package of {self.loader} does not say how they are"
+            " quantised. Leave weights out, or give from_pretrained a quantization_config in a"
+            " program of your own: simgpu run."
+        )
+
     @property
     def takes_text(self) -> bool:
         return self._main == "input_ids"

@@ -39,6 +39,9 @@ def why_not(model) -> str | None:
     if foreign is not None:
         return f"a weight is in a {type(foreign).__name__}, as of quantisation or an adapter"
     weights = [one.weight for one in products]
+    packed = next((one for one in weights if type(one) is not nn.Parameter), None)
+    if packed is not None:
+        return f"a weight is of type {type(packed).__name__}, as of quantisation"
     devices, dtypes = {one.device for one in weights}, {one.dtype for one in weights}
     if len(dtypes) > 1:
         return f"the weights are of several types ({', '.join(sorted(map(str, dtypes)))})"

@@ -1,6 +1,7 @@
 """``load``: model and processor of a checkpoint, from safetensors files of one pinned revision."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from glm4v_nb.model.chat import IMAGE_TOKENS
 from glm4v_nb.model.checkpoint_files import SMALL_FILES, check_files, local_directory
 from glm4v_nb.model.configuration import read_config
 from glm4v_nb.model.processing import GLM4VProcessor
+from glm4v_nb.model.quantising import KEEP, quantiser_for
 from glm4v_nb.parallel import Ranks, check_count, load_rank
 
 
@@ -23,6 +25,8 @@ def load(
     max_memory: dict | None = None,
     decoding: str = "eager",
     parallel: str | None = None,
+    weights: str | None = None,
+    keep: Sequence[str] = KEEP,
 ):
     """Load model and processor, ready to answer.
 
@@ -39,18 +43,22 @@ def load(
         max_memory: as in ``from_pretrained``, bytes or text such as "20GiB" per GPU.
         decoding: how answers are decoded, see ``set_decoding``: "fast" for fused kernels.
         parallel: "tensor", or None for one process that has all of the model.
+        weights: "int8", "int4" or "nf4" quantises while loading (docs/quantising.md); a checkpoint
+            that was saved quantised needs no word.
+        keep: modules that are then left in ``dtype``, by their names here or the official ones.
 
     Returns:
         (model in evaluation mode, processor)
 
     Raises:
         FileNotFoundError: a directory that does not exist, or without weights.
-        ValueError: a hub id without a pinned revision; a damaged or foreign checkpoint; processes
-            that cannot share the model, or that torchrun has not started.
+        ValueError: a hub id without a pinned revision; a damaged or foreign checkpoint; weights
+            that cannot be had here; processes that cannot share the model, or that torchrun has not
+            started.
         RankLost: another of the processes does not answer.
     """
     if parallel is not None:
-        _check_parallel(parallel, device_map, max_memory, decoding)
+        _check_parallel(parallel, device_map, max_memory, decoding, weights)
         ranks = Ranks.started()
     if not Path(checkpoint).is_dir():
         # A hub id is "owner/name"; anything else was meant as a path.
@@ -88,20 +96,28 @@ def load(
         ranks.join()
         model = load_rank(checkpoint, config, ranks, dtype, revision)
     else:
+        options = {"dtype": dtype, "device_map": device_map, "max_memory": max_memory}
+        if weights is not None:
+            options["quantization_config"] = quantiser_for(weights, config, dtype, keep)
         model = GLM4VForConditionalGeneration.from_pretrained(
-            checkpoint, revision=revision, dtype=dtype, device_map=device_map, max_memory=max_memory
+            checkpoint, revision=revision, **options
         )
     set_decoding(model, decoding)
     return model.eval(), processor
 
 
-def _check_parallel(parallel: str, device_map, max_memory, decoding: str):
+def _check_parallel(parallel: str, device_map, max_memory, decoding: str, weights: str | None):
     if parallel != "tensor":
         raise ValueError(f"parallel is {parallel!r}; expected 'tensor', or None for one process.")
     if device_map is not None or max_memory is not None:
         raise ValueError(
             "parallel is 'tensor', and there is a device_map or max_memory. Expected one of the"
             " two: every rank has its part of each layer on its card. Leave the map out."
+        )
+    if weights is not None:
+        raise ValueError(
+            f"parallel is 'tensor' and weights {weights!r}; expected one of the two, as a part of a"
+            " quantised weight is not cut here. Leave one out."
         )
     if decoding == "compiled":
         raise ValueError(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor
 
+from glm4v_nb.inference import load
 from glm4v_nb.miniature import CHECKPOINT, EXAMPLES
 
 SIDE = 168  # of a picture in pixels, which is what the miniature sees
@@ -30,9 +30,10 @@ def evaluate(
     count: int = 100,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    weights: str | None = None,
 ) -> dict:
     """Ask ``count`` of the held-out questions, chosen by ``seed``; an answer counts if it is
-    exactly right.
+    exactly right. ``weights`` is as of ``inference.load``.
 
     Returns:
         ``accuracy``, 0 to 1, and ``wrong``: question, expected and given answer of every other.
@@ -47,9 +48,7 @@ def evaluate(
             " `python -m tools.miniature.evaluate`, in a clone, draws as many as you like."
         )
     chosen = [asked[n] for n in sorted(random.Random(seed).sample(range(len(asked)), count))]
-    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=False)
-    model.to(device).eval()
+    model, processor = load(checkpoint, dtype=dtype, device_map=device, weights=weights)
     wrong = []
     for some in (chosen[start : start + 64] for start in range(0, count, 64)):
         given = answer_all(model, processor, [one[:2] for one in some])

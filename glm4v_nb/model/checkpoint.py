@@ -17,7 +17,14 @@ from glm4v_nb.model.checkpoint_files import (
     refuse_adapter,
 )
 from glm4v_nb.model.configuration import check_dtype, read_config, refuse_attention
-from glm4v_nb.model.official_names import keys_here, modules_here, names_here
+from glm4v_nb.model.official_names import keys_here, names_here
+from glm4v_nb.model.quantising import (
+    check_described,
+    check_quantiser,
+    check_stored,
+    packed_shapes,
+    weight_of,
+)
 from simgpu.checkpoints import INDEX, read_json, weight_map
 
 _FLOATING = {"F64", "F32", "F16", "BF16"}
@@ -44,21 +51,33 @@ def load_checked(model_class, from_pretrained, name_or_path, *args, **kwargs):
     _check_options(kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
     kwargs |= {"use_safetensors": True, "output_loading_info": True}
-    source = name_or_path
+    source, config = name_or_path, kwargs.get("config")
     if name_or_path is not None:
         source = local_directory(name_or_path, (*SMALL_FILES, "*.safetensors"), **kwargs)
-        directory, config = Path(source, kwargs.get("subfolder", "")), kwargs.get("config")
+        directory = Path(source, kwargs.get("subfolder", ""))
         check_files(directory)
         if not isinstance(config, PreTrainedConfig):
             config = read_config(directory, **kwargs)
         check_weights(directory, model_class, config, kwargs.get("ignore_mismatched_sizes"))
     kwargs["device_map"] = keys_here(kwargs.get("device_map"))
     quantizer = kwargs.get("quantization_config")
-    fields = quantizer if isinstance(quantizer, dict) else getattr(quantizer, "__dict__", {})
-    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
-        if given := fields.get(field):
-            fields[field] = modules_here(given)
-    model, info = from_pretrained(source, *args, **kwargs)
+    if quantizer is not None:
+        with torch.device("meta"):
+            check_quantiser(quantizer, kwargs.get("dtype"), model_class(deepcopy(config)))
+    elif source and getattr(config, "quantization_config", None) is not None:
+        written = read_json(directory / "config.json")  # what config has may have been overridden
+        own = written.get("dtype") or written.get("torch_dtype")
+        check_stored(written.get("quantization_config"), kwargs.get("dtype"), own)
+    try:
+        model, info = from_pretrained(source, *args, **kwargs)
+    except RuntimeError as error:
+        if "automatic conversion" not in str(error):
+            raise
+        raise ValueError(
+            f"{name_or_path}: {_quantiser_name(quantizer)} failed at some weights; the report above"
+            " names them and why. If it says that a card is out of memory, give a device_map that"
+            " leaves it more room; else load without quantiser, or with load(..., weights=...)."
+        ) from error
     if missing := sorted(info["missing_keys"]):
         if name_or_path is None:
             raise ValueError(
@@ -66,16 +85,18 @@ def load_checked(model_class, from_pretrained, name_or_path, *args, **kwargs):
                 f" {missing[0]!r}. Expected all of them, under their official names or those of"
                 " model.state_dict(). Is it of another model?"
             )
-        loader = "the loader" if quantizer is None else type(quantizer).__name__
         raise ValueError(
-            f"{name_or_path}: {loader} left {len(missing)} tensors without"
-            f" weights, first {missing[0]!r}; the checkpoint itself is not at fault. This quantiser"
-            " does not go with the fused projections of the official layout. Load without it, or"
-            " quantise the loaded model."
+            f"{name_or_path}: {_quantiser_name(quantizer)} left {len(missing)} tensors without"
+            f" weights, first {missing[0]!r}; the checkpoint itself is not at fault. Load without"
+            " this quantiser, or with one of bitsandbytes or torchao (load(..., weights=...))."
         )
     if source != name_or_path:
         model.name_or_path = model.config.name_or_path = str(name_or_path)
     return (model, info) if wants_info else model
+
+
+def _quantiser_name(quantizer) -> str:
+    return "the loader" if quantizer is None else type(quantizer).__name__
 
 
 def _check_options(options: dict):
@@ -127,7 +148,8 @@ def check_weights(
     is_quantized = getattr(config, "quantization_config", None) is not None
     other_sizes, taken, left = [], set(), []
     for name, (shape, dtype) in stored.items():
-        here = names_here(name)
+        weight = weight_of(name) if is_quantized else name
+        here = names_here(weight)
         if taken.intersection(here):
             raise ValueError(
                 f"{directory}: {name!r} is there twice, under its official name and under that of"
@@ -137,6 +159,9 @@ def check_weights(
         taken.update(here if parts else ())
         if not parts:
             left.append(name)
+        expected = [sum(rows for rows, *_ in parts), *parts[0][1:]] if parts else None
+        if weight != name and parts and shape not in packed_shapes(expected):
+            other_sizes.append(f"{name!r}: {tuple(shape)}, packed of {tuple(expected)}")
         if not parts or (is_quantized and dtype not in _FLOATING):
             continue
         if dtype not in _FLOATING:
@@ -144,7 +169,6 @@ def check_weights(
                 f"{directory}: {name!r} is of type {dtype}. Expected weights of a floating type."
                 " Download the weights again."
             )
-        expected = [sum(rows for rows, *_ in parts), *parts[0][1:]]
         if shape != expected:
             other_sizes.append(f"{name!r}: {tuple(shape)}, expected {tuple(expected)}")
     if wanted:
@@ -221,7 +245,10 @@ def _header(path: Path) -> dict[str, tuple[list[int], str]]:
         # Opening compares the header with the size of the file, so a truncated file fails here.
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
-            return {name: (one.get_shape(), one.get_dtype()) for name, one in slices.items()}
+            found = {name: (one.get_shape(), one.get_dtype()) for name, one in slices.items()}
+            shapes = {name: shape for name, (shape, _) in found.items()}
+            check_described(path, file.metadata(), shapes)
+            return found
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is damaged ({path.stat().st_size:,} bytes; {error}). Expected a complete"

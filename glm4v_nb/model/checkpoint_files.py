@@ -52,6 +52,44 @@ class _GenerationFile(BaseModel, extra="allow"):
     __pydantic_extra__: dict[str, Flag | Number | None]
 
 
+class _Named(BaseModel, extra="forbid"):
+    """An enumeration's value or a granularity, as torchao writes them."""
+
+    kind: Literal["Int4PackingFormat", "Int4ChooseQParamsAlgorithm", "PerRow"] = Field(
+        alias="_type"
+    )
+    data: str | dict[str, int] = Field(alias="_data")
+    version: int = Field(1, alias="_version")
+
+
+class _WeightOnly(BaseModel, extra="forbid"):
+    # torchao looks this name up among all that some modules of its own hold, and calls it.
+    kind: Literal["Int8WeightOnlyConfig", "Int4WeightOnlyConfig"] = Field(alias="_type")
+    data: dict[str, _Named | Flag | Size | None] = Field(alias="_data")
+    version: int = Field(1, alias="_version")
+
+
+class _Default(BaseModel, extra="forbid"):
+    default: _WeightOnly
+
+
+class _TorchAo(BaseModel):
+    quant_method: Literal["torchao"]
+    quant_type: _Default
+    include_input_output_embeddings: Flag = False
+    untie_embedding_weights: Flag = False
+
+
+class _BitsAndBytes(BaseModel):
+    quant_method: Literal["bitsandbytes"]
+    load_in_4bit: Flag = False
+    load_in_8bit: Flag = False
+
+
+# Quantisers whose weights are plain safetensors, and that fetch no code from the hub.
+Quantiser = Annotated[_BitsAndBytes | _TorchAo, Field(discriminator="quant_method")]
+
+
 def schema_of(config_class: type) -> type[BaseModel]:
     """The annotated fields of a class, all required, as what ``check_values`` compares with."""
     fields = {name: (kind, ...) for name, kind in config_class.__annotations__.items()}

@@ -21,6 +21,7 @@ from glm4v_nb.model.checkpoint_files import (
     Flag,
     LayerCount,
     Positive,
+    Quantiser,
     Size,
     TokenId,
     check_auto_map,
@@ -109,21 +110,13 @@ _Dtype = Literal["bfloat16", "float16", "float32", "float64"] | InstanceOf[torch
 _DTYPES = ("bfloat16", "float16", "half", "float32", "float", "float64", "double")
 
 
-class _Quantizer(BaseModel):
-    """The one whose weights are plain safetensors, and that fetches no code from the hub."""
-
-    quant_method: Literal["bitsandbytes"]
-    load_in_4bit: Flag = False
-    load_in_8bit: Flag = False
-
-
 class _OtherKeys(BaseModel):
     """What transformers acts on in a config.json, beside the fields."""
 
     vision_config: dict | InstanceOf[PreTrainedConfig]
     dtype: _Dtype = None
     torch_dtype: _Dtype = None
-    quantization_config: _Quantizer | None = None
+    quantization_config: Quantiser | None = None
 
 
 class TextOnlyChatGLM(ValueError):

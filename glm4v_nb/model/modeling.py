@@ -20,6 +20,7 @@ from glm4v_nb.model.chat import refuse_pictures
 from glm4v_nb.model.checkpoint import load_checked
 from glm4v_nb.model.configuration import GLM4VConfig
 from glm4v_nb.model.official_names import state_dict_here, unshare_storage
+from glm4v_nb.model.quantising import parts_of, prepare_saving
 from glm4v_nb.model.splicing import ExpandedPrompt, expand_image_positions, merge_image_features
 from glm4v_nb.model.vision import GLM4VVisionTower
 
@@ -75,9 +76,9 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, *args, **kwargs):
         """As transformers' own, in the official layout; quantised weights, whose projections cannot
-        be fused again, under the names of the modules here."""
-        if getattr(self, "hf_quantizer", None) is not None:
-            kwargs.setdefault("save_original_format", False)
+        be fused again, under the names of the modules here. ValueError, before anything is written,
+        for those that would not load again."""
+        prepare_saving(self, kwargs)
         return super().save_pretrained(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -109,6 +110,12 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for layer in self.language_model.layers if not _LOADING.get() else ():
             unshare_storage(layer.self_attn)
         super()._save_to_state_dict(*args)
+
+    def get_memory_footprint(self, return_buffers=True):
+        """As transformers' own, in bytes; of quantised weights what they hold, and not what tensors
+        of their data type would."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(part.nbytes for tensor in tensors for part in parts_of(tensor))
 
     def load_adapter(self, *args, **kwargs):
         """As transformers' own; ValueError where weights of the adapter find no values."""

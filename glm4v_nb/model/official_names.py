@@ -136,11 +136,30 @@ class JoinQueryKeyValue(Concatenate):
         return SplitQueryKeyValue()
 
 
+class FusedConverter(WeightConverter):
+    """Cuts first, and then lets a quantiser have the parts one by one, under their own names: that
+    of torchao takes one tensor and drops what comes with it."""
+
+    __slots__ = ()
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
+        parts = super().convert(layer_name, model, config, None, loading_info)
+        if hf_quantizer is None or self.quantization_operation is None:
+            return parts
+        quantised = {}
+        for name, part in parts.items():
+            one = WeightRenaming(name, name)
+            one.quantization_operation = self.quantization_operation
+            one.collected_tensors[name].append(part)
+            quantised |= one.convert(name, model, config, hf_quantizer, loading_info)
+        return quantised
+
+
 def register_official_layout(class_name: str):
     """Make transformers load and save the official layout for the model class of this name."""
     renamings = [WeightRenaming(source, target) for source, target in RENAMINGS.items()]
     splits = [
-        WeightConverter(
+        FusedConverter(
             f"{FUSED}{kind}", [f"{part}{kind}" for part in PARTS], operations=[SplitQueryKeyValue()]
         )
         for kind in ("weight", "bias")

@@ -44,7 +44,14 @@ COMMANDS = list(
 # By code, so that what two documents share runs once.
 PYTHON = {block: name for name, language, block in reversed(BLOCKS) if language == "python"}
 PYTHON = [(name, block) for block, name in reversed(PYTHON.items())]
+QUANTISES = r"weights[= ]\"?(int8|int4|nf4)"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+def skip_without_libraries(text: str):
+    """Of quantised weights, which are no part of the lock."""
+    if re.search(QUANTISES, text):
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess:
@@ -105,6 +112,7 @@ FITS = [command for command in COMMANDS if " fit " in command or "/simgpu run " 
 
 @pytest.mark.parametrize("command", FITS)
 def test_a_fit_command_of_the_documents_fits(command, capfd):
+    skip_without_libraries(command)
     program, *words = shlex.split(command)
     if command == FITS[0] or Path(program).name != "glm4v-nb":
         assert "fits" in run([program, *words]).stdout
@@ -189,6 +197,7 @@ def test_the_curl_line_of_the_service_s_page_is_the_one_it_prints_and_gets_an_an
     ("name", "code"), PYTHON, ids=[f"{name}-{number}" for number, (name, _) in enumerate(PYTHON)]
 )
 def test_the_python_of_the_documents_prints_what_they_say(name, code, capsys, request):
+    skip_without_libraries(code)
     if "OpenAI(" in code:
         code = code.replace(HERE, request.getfixturevalue("served")[2])
     if name == "README.md":

@@ -1,0 +1,282 @@
+"""Quantised weights through bitsandbytes and torchao: what is asked for, and what cannot be had.
+
+A quantiser takes a list of modules to leave alone. A name in it that stands for nothing, and rows
+that its groups do not divide, it passes over in silence; here both are said.
+"""
+
+import importlib
+import importlib.util
+from copy import deepcopy
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from glm4v_nb.model.configuration import check_dtype
+from glm4v_nb.model.official_names import modules_here
+
+# What ``weights`` may be, and the library whose kernels it takes.
+WEIGHTS = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes"}
+# Modules that are left as they are unless the caller says otherwise: docs/quantising.md has the
+# measurements. The embedding is no matrix product, and no quantiser takes it unasked.
+KEEP = ("lm_head",)
+_GROUPS = (128, 64, 32)  # of int4, the largest that divides all rows
+_SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert")
+_INT4_CAPABILITY = (8, 0)  # torch's _weight_int4pack_mm is compiled for Ampere and newer
+
+
+def quantiser_for(weights: str, config, dtype: torch.dtype | str, keep=KEEP):
+    """What ``from_pretrained`` takes as ``quantization_config`` for one of ``WEIGHTS``.
+
+    Args:
+        config: of the checkpoint; the rows of its matrices decide the size of int4's groups.
+        dtype: of what is not quantised, and of the arithmetic; "auto" is the checkpoint's.
+        keep: modules that are not quantised, by their names here or the official ones.
+
+    Raises:
+        ValueError: another name; its library is not installed; weights that are quantised already.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(
+            f"weights is {weights!r}; expected one of {', '.join(WEIGHTS)}, or None for the data"
+            " type of dtype."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"weights is {weights!r}, but config.json says that the checkpoint's are quantised"
+            " already. Leave weights out, or give the checkpoint it was made of."
+        )
+    library, keep = WEIGHTS[weights], modules_here([keep] if isinstance(keep, str) else keep)
+    check_dtype({"dtype": dtype})
+    dtype = _dtype(dtype, config.dtype)
+    try:
+        importlib.import_module(library)  # now, and not within a simulation
+    except ImportError as error:
+        raise ValueError(
+            f"weights={weights!r} needs {library}, which is not installed or cannot be imported"
+            f" ({error}). In a clone run: .venv/bin/python -m pip install -e '.[quantise]'"
+        ) from error
+    if weights == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=keep,
+        )
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    if weights == "int8":
+        _check_int8(dtype)
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=keep)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(deepcopy(config))
+    rows = [module.in_features for _, module in _taken(model, keep)]
+    group = next((size for size in _GROUPS if not any(row % size for row in rows)), _GROUPS[0])
+    # The other formats need a library of Meta's besides.
+    int4 = Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d")
+    return TorchAoConfig(int4, modules_to_not_convert=keep)
+
+
+def _dtype(given, own) -> torch.dtype:
+    """What ``dtype`` of ``from_pretrained`` stands for; the checkpoint's own where it is "auto"."""
+    given = own or torch.float32 if given in (None, "auto") else given
+    return getattr(torch, str(given).removeprefix("torch."))
+
+
+def _check_int8(dtype: torch.dtype):
+    if dtype == torch.float16:
+        raise ValueError(
+            "dtype is float16, but torchao's int8 sums whole numbers up to 127 before it scales"
+            " them, and the sums pass float16's largest number, 65,504: answers would be wrong"
+            " without a word. Give dtype=torch.bfloat16, or use nf4."
+        )
+
+
+def check_stored(stored, dtype, own):
+    """Refuse to load a checkpoint that was saved quantised where, or as, it cannot answer.
+
+    ``stored`` is the ``quantization_config`` in its config.json, ``own`` the data type there.
+
+    Raises:
+        ValueError: int4 without its card; int8 in float16; of bitsandbytes in another data type.
+    """
+    kind, dtype, own = str(stored), _dtype(dtype, own), _dtype(None, own)
+    if "Int4WeightOnlyConfig" in kind:
+        check_int4_card()
+    elif "Int8WeightOnlyConfig" in kind:
+        _check_int8(dtype)
+    elif "bitsandbytes" in kind and dtype != own:
+        # Its reader casts biases alone, so that the next product has two types.
+        raise ValueError(
+            f"dtype is {dtype}, but the checkpoint was quantised and saved in {own}, and what is"
+            f" left of that cannot change. Give dtype={own}, or quantise the original in {dtype}."
+        )
+
+
+def check_quantiser(config, dtype, meta_model: nn.Module):
+    """Put names that the model's modules have in the skip list of a quantiser's configuration, an
+    object of transformers or a dictionary, and refuse what it would pass over or fail at.
+
+    Raises:
+        ValueError: a name that no module has; rows that int4's groups do not divide; int4 without
+            a GPU that has its kernels, or in another data type than theirs; int8 in float16.
+    """
+    fields = config if isinstance(config, dict) else vars(config)
+    skipped = None
+    for field in _SKIP_FIELDS:
+        if given := fields.get(field):
+            fields[field] = skipped = modules_here(given)
+            names = [name for name, _ in meta_model.named_modules()]
+            for name in given:
+                if all(should_convert_module(each, modules_here([name])) for each in names):
+                    raise ValueError(
+                        f"{field} names {name!r}, which no module of the model is called, so it"
+                        " would be quantised all the same. Name it as here (lm_head, vision_tower,"
+                        " language_model.layers.0) or officially (output_layer, vision)."
+                    )
+    int4, dtype = fields.get("quant_type"), _dtype(dtype, meta_model.config.dtype)
+    if type(int4).__name__ == "Int8WeightOnlyConfig":
+        _check_int8(dtype)
+    if type(int4).__name__ != "Int4WeightOnlyConfig":
+        return
+    check_int4_card()
+    if int4.int4_packing_format != "tile_packed_to_4d":
+        if importlib.util.find_spec("mslk") is None:
+            raise ValueError(
+                f"int4_packing_format {int4.int4_packing_format.value!r} needs the library mslk,"
+                ' which is not installed. Give Int4WeightOnlyConfig "tile_packed_to_4d".'
+            )
+    elif dtype != torch.bfloat16:
+        raise ValueError(
+            f"dtype is {dtype}, but the kernels of int4 multiply bfloat16 only. Give"
+            " dtype=torch.bfloat16, or use nf4."
+        )
+    skipped = ["lm_head"] if skipped is None else skipped  # transformers' own default
+    left = [name for name, one in _taken(meta_model, skipped) if one.in_features % int4.group_size]
+    if left:
+        raise ValueError(
+            f"group_size is {int4.group_size}, which does not divide the rows of {len(left)}"
+            f" matrices, first {left[0]!r}; torchao would leave them as they are without a word."
+            f" Give a smaller one of {', '.join(map(str, _GROUPS))}, or name them in"
+            " modules_to_not_convert."
+        )
+
+
+def check_int4_card():
+    """ValueError where there is no GPU that has the kernels of int4."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else ()
+    if capability < _INT4_CAPABILITY:
+        raise ValueError(
+            "int4 needs a GPU of compute capability 8.0 (Ampere) or newer, whose kernels torchao"
+            f" calls; here is {'.'.join(map(str, capability)) or 'none'}. Use nf4, which runs"
+            " everywhere, or int8."
+        )
+
+
+def _taken(model: nn.Module, keep: list[str]):
+    """The matrices that a quantiser takes, with their names."""
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and should_convert_module(name, keep):
+            yield name, module
+
+
+def prepare_saving(model, options: dict):
+    """Choose the layout in ``options`` of ``save_pretrained`` for a model that may be quantised.
+
+    Raises:
+        ValueError: its weights would not load again from safetensors.
+    """
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is None:
+        packed = [
+            name for name, one in model.named_parameters() if hasattr(one, "tensor_data_names")
+        ]
+        if packed:
+            raise ValueError(
+                f"{len(packed)} weights were quantised after loading, first {packed[0]!r}: the"
+                " official layout has no room for them. Quantise while loading, by"
+                " load(..., weights=...) or quantization_config=, and save that."
+            )
+        return
+    if options.get("save_original_format"):
+        raise ValueError(
+            "save_original_format=True, but quantised queries, keys and values cannot be fused as"
+            " the official layout has them. Leave it out; the names here are saved and load again."
+        )
+    options["save_original_format"] = False
+    try:
+        quantiser.get_state_dict_and_metadata(model)
+        model.config.from_dict(model.config.to_dict())  # as a reload does
+    except ValueError as error:
+        raise ValueError(
+            f"Nothing was saved: {error} Weights that load again are those of bitsandbytes, and of"
+            " torchao's Int8WeightOnlyConfig and Int4WeightOnlyConfig."
+        ) from error
+
+
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a weight is kept in: itself, or packed numbers and their scales."""
+    names = getattr(tensor, "tensor_data_names", None)  # of torchao
+    if names is not None:
+        names = [*names, *getattr(tensor, "optional_tensor_data_names", ())]
+        return [part for name in names if (part := getattr(tensor, name, None)) is not None]
+    state, others = getattr(tensor, "quant_state", None), [getattr(tensor, "SCB", None)]
+    if state is not None:  # of bitsandbytes, as SCB
+        others += [state.absmax, state.code, state.offset]
+        others += [state.state2.absmax, state.state2.code] if state.nested else []
+    return [tensor, *(part for part in others if isinstance(part, torch.Tensor))]
+
+
+def weight_of(stored: str) -> str:
+    """The weight whose numbers a stored tensor of torchao has; other names are kept."""
+    module, _, name = stored.rpartition(".")
+    return f"{module}.weight" if name == "_weight_qdata" else stored
+
+
+class _Described(BaseModel):
+    """What torchao wrote of one weight into the file's metadata, and makes of it again."""
+
+    kind: Literal["Int8Tensor", "Int4TilePackedTo4dTensor"] = Field(alias="_type")
+    data: dict = Field(alias="_data")
+
+
+def check_described(path: Path, metadata: dict[str, str] | None, shapes: dict[str, list[int]]):
+    """Compare what a file says of torchao's weights with their numbers, and scales in the file.
+
+    Raises:
+        ValueError: another class than these two, or groups that are not those of the scales.
+    """
+    for name in (name for name in shapes if weight_of(name) != name):
+        try:
+            found = _Described.model_validate_json((metadata or {}).get(weight_of(name), ""))
+            _, group = found.data["block_size"]
+            if found.kind == "Int8Tensor":
+                scale, expected = name.replace("_qdata", "_scale"), [shapes[name][0], 1]
+                right = group == shapes[name][1]
+            else:
+                rows, columns = 8 * shapes[name][0], 128 * shapes[name][1]
+                scale, expected = name.replace("_qdata", "_scale_and_zero"), [columns // group]
+                expected, right = [*expected, rows, 2], group in (*_GROUPS, 256)
+            others = [found.data.get("act_quant_kwargs"), found.data.get("reduce_range") or None]
+            # Another shard may have the scales.
+            if not right or shapes.get(scale, expected) != expected or others != [None, None]:
+                raise ValueError("groups or scales are others")
+        except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"{path}: what it says of {weight_of(name)!r} is not what torchao writes of int8"
+                " and int4 weights. Quantise the original again, by load(..., weights=...)."
+            ) from error
+
+
+def packed_shapes(shape: list[int]) -> list[list[int]]:
+    """What torchao's numbers of a matrix may measure: as they are, or in tiles of four bits, eight
+    in an int32, with columns filled up to 1024 (Int4TilePackedTo4dTensor)."""
+    if len(shape) != 2:
+        return []
+    rows, columns = shape
+    return [[rows, columns], [-(-rows // 8), -(-columns // 1024) * 8, 32, 4]]
