@@ -1,6 +1,7 @@
 """What the model's tests share: the recorded original, and a checkpoint that fits the tiny
 tokenizer."""
 
+import importlib
 import resource
 import shutil
 from pathlib import Path
@@ -44,6 +45,18 @@ def golden(checkpoint) -> dict[str, torch.Tensor]:
 def damaged(checkpoint, tmp_path) -> Path:
     """A copy of the checkpoint for a test to damage."""
     return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """Triton's interpreter for the kernels of fast decoding, which it takes a second a step."""
+    pytest.importorskip("triton", reason="Triton is not installed: no kernels to test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        from glm4v_nb.inference import kernels
+
+        importlib.reload(kernels)  # another test may have had them to be compiled
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from glm4v_nb.model.quantising import parts_of
 from simgpu.kernels import launching
 
 if TYPE_CHECKING:  # brings Triton, and so is imported when the first answer is prepared
@@ -39,7 +40,7 @@ def why_not(model) -> str | None:
     if foreign is not None:
         return f"a weight is in a {type(foreign).__name__}, as of quantisation or an adapter"
     weights = [one.weight for one in products]
-    packed = next((one for one in weights if type(one) is not nn.Parameter), None)
+    packed = next((one for one in weights if parts_of(one)[0] is not one), None)
     if packed is not None:
         return f"a weight is of type {type(packed).__name__}, as of quantisation"
     devices, dtypes = {one.device for one in weights}, {one.dtype for one in weights}

@@ -50,12 +50,12 @@ class Panel:
 
     def answer(self, text: str, seconds: float = 150) -> str:
         """Ask and wait: the answer's text."""
-        before, said = self.turns.count(), self.status.inner_text()
+        before = self.turns.count()
         self.ask(text)
-        expect(self.status).not_to_have_text(said)
+        # They are shown while it runs; "Idle" may still be what something before it has left.
+        expect(self.turns).to_have_count(before + 2, timeout=1000 * seconds)
         self.wait_for("Idle", "Error", seconds=seconds)
         assert self.state() == "Idle", self.status.inner_text()
-        expect(self.turns).to_have_count(before + 2)
         return self.turns.last.inner_text().splitlines()[1]
 
     def clear(self):

@@ -5,7 +5,6 @@ cards are measured by benchmarks/decoding.py. A step costs a second or two, so r
 """
 
 import dataclasses
-import importlib
 import warnings
 
 import pytest
@@ -24,13 +23,9 @@ NEW_TOKENS = 4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interpreter():
+def short_caches(interpreter):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
         patch.setattr(fast, "CAPACITY_STEP", 64)  # each program costs milliseconds: few splits
-        from glm4v_nb.inference import kernels
-
-        importlib.reload(kernels)  # another test may have had them to be compiled
         yield
 
 

@@ -239,13 +239,10 @@ def test_max_tokens_ends_the_answer_and_says_so(ask, endless):
     assert (got.choices[0].finish_reason, got.usage.completion_tokens) == ("length", 5)
 
 
-def test_fused_kernels_in_a_batch_give_the_same_answers(loaded, alone, picture, monkeypatch):
-    """By Triton's interpreter, which takes a second a step: the first tokens."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    if fast.why_not(loaded[0]):
-        pytest.skip(fast.why_not(loaded[0]))
+def test_fused_kernels_in_a_batch_give_the_same_answers(loaded, picture, interpreter):
+    """The first tokens."""
     model, processor = loaded
+    assert fast.why_not(model) is None
     found = []
     for decoding in ("eager", "fast"):
         cache = RowCache(model, 3, 128)
