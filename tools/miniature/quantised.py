@@ -106,7 +106,10 @@ def models():
             "formats",
             row,
             lambda config=config: AutoModelForCausalLM.from_pretrained(
-                CHECKPOINT, quantization_config=config, dtype=torch.bfloat16
+                CHECKPOINT,
+                quantization_config=config,
+                dtype=torch.bfloat16,
+                trust_remote_code=False,
             ).eval(),
         )
     for row, pattern in PARTS.items():
