@@ -44,7 +44,7 @@ from simgpu import convolution, rules
 from simgpu.catalog import MAX_CARDS
 from simgpu.engine import IN_PLACE, Guard, explain_real_failures, try_engine
 from simgpu.fake import QuickFakeMode
-from simgpu.numbers import Numbers, done_on_host, keep, may_know, refuse_lost
+from simgpu.numbers import Numbers, keep, may_know, refuse_lost
 
 _BUILT_WITH_CUDA = hasattr(torch._C, "_cuda_getDeviceCount")
 # Without a name of its own it leaves PyTorch's engine to CUDA for as long as can be (``engine``).
@@ -91,9 +91,6 @@ class _ObservedFakeMode(QuickFakeMode):
                 return output
         if self.is_running:  # an operator that a shape rule uses is not the program's own
             return self._by_shape_rule(func, types, args, kwargs)
-        if _numbers is None or not _numbers.captures:
-            if (done := done_on_host(func, args, kwargs)) is not None:
-                return done
         refuse_lost(func, args, kwargs)
         if func is _ATEN.copy_.default and not isinstance(args[1], FakeTensor):
             # The rule remembers its arguments weakly, and torch cannot move a parameter that

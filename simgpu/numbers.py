@@ -122,17 +122,6 @@ def _written(func) -> tuple[list[int], list[str]]:
     return places, [arguments[place].name for place in places]
 
 
-def done_on_host(func, args: tuple, kwargs: dict) -> torch.Tensor | None:
-    """The result of writing what is known into a tensor on the CPU that has numbers; None for any
-    other operator."""
-    if not func._schema.is_mutable or not args or type(args[0]) is not torch.Tensor:
-        return None
-    tensors = [each for each in _leaves(args, kwargs) if isinstance(each, torch.Tensor)]
-    if any(numbers_of(each) is None for each in tensors):
-        return None
-    return _compute(func, args, kwargs)
-
-
 def refuse_lost(func, args: tuple, kwargs: dict):
     """Refuse to write what has no numbers into a tensor that has some, and to copy from nothing."""
     if func is _ATEN.copy_.default or func is _ATEN._to_copy.default:

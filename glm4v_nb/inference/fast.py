@@ -296,7 +296,7 @@ class _Answer:
         self.batch, self.length, self.end = *input_ids.shape, end
         self.criteria, self.streamer = criteria, streamer
         self.ids = torch.zeros(self.batch, end, dtype=torch.long)
-        self.ids[:, : self.length] = input_ids.cpu()
+        self.ids[:, : self.length] = torch.tensor(input_ids.tolist())
         self.unfinished = torch.ones(self.batch, dtype=torch.bool)
         pad = getattr(config, "_pad_token_tensor", None)
         self.pad = 0 if pad is None else int(pad)
@@ -313,7 +313,7 @@ class _Answer:
         if self.streamer is not None:
             self.streamer.put(new)
         ended = self.criteria(self.ids[:, : self.length], None)
-        self.unfinished &= ~torch.as_tensor(ended).cpu()
+        self.unfinished &= ~torch.tensor(torch.as_tensor(ended).tolist())
         return not self.unfinished.any()
 
 
