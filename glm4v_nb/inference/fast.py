@@ -313,6 +313,7 @@ class _Answer:
         if self.streamer is not None:
             self.streamer.put(new)
         ended = self.criteria(self.ids[:, : self.length], None)
+        # As numbers: what comes from a simulated card is written into no tensor of the host.
         self.unfinished &= ~torch.tensor(torch.as_tensor(ended).tolist())
         return not self.unfinished.any()
 

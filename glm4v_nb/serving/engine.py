@@ -159,9 +159,8 @@ class Engine:
         """Run a prompt into a free row; the request's first token comes of it."""
         with self._changed:
             job = self._waiting.popleft()
-            job.row = heapq.heappop(
-                self._free
-            )  # the lowest: a step runs all rows up to the highest
+            # The lowest: a step runs all rows up to the highest.
+            job.row = heapq.heappop(self._free)
             self._running.append(job)
         try:
             logits = prefill(self.model, job.inputs, self.cache, job.row)

@@ -17,7 +17,6 @@ from glm4v_nb.inference.fast import FastDecoder, guess_next, why_not
 from glm4v_nb.miniature import CHECKPOINT, sample_pictures
 from glm4v_nb.model import GLM4VForConditionalGeneration
 
-pytest.importorskip("triton", reason="Triton is not installed: no kernels to test")
 GOLDEN = "tests/golden/checkpoint"
 NEW_TOKENS = 4
 
