@@ -1,0 +1,145 @@
+"""The model's own prefill, with fused kernels between its products.
+
+Everything around the layers (embeddings, the image's place, masks, devices) stays the model's own,
+and so does every product: only the layers' ``forward`` is another while ``fused`` lasts.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.glm.modeling_glm import eager_attention_forward
+
+from glm4v_nb.inference import prefill_kernels as kernels
+from glm4v_nb.inference.step import LayerWeights
+from simgpu.kernels import launching
+
+# What a program takes at a time; interpreted programs cost milliseconds, whatever their size.
+ROWS = {"compiled": 1, "interpreted": 64}
+COLUMNS = 2048
+
+
+@contextmanager
+def fused(model, weights: list[LayerWeights]) -> Iterator[None]:
+    """While it lasts, the model's layers run with fused kernels; for inference alone.
+
+    ``weights`` are the decoder's, in order. Layers of the image tower that are not whole on a card,
+    as offloaded ones, stay as they are.
+    """
+    others = []
+    for layer, own in zip(model.language_model.layers, weights, strict=True):
+        others.append((layer, partial(decoder_layer, layer, own)))
+    for layer in model.vision_tower.layers:
+        if not any(each.is_meta for each in layer.parameters()):
+            others.append((layer, partial(vision_layer, layer)))
+    before = []
+    try:
+        for layer, forward in others:
+            # Hooks of accelerate are around the layer's own, which they keep under this name.
+            name = "_old_forward" if hasattr(layer, "_old_forward") else "forward"
+            before.append((layer, name, vars(layer).get(name)))
+            setattr(layer, name, forward)
+        yield
+    finally:
+        for layer, name, forward in before:
+            delattr(layer, name)
+            if forward is not None:
+                setattr(layer, name, forward)
+
+
+def decoder_layer(
+    layer: nn.Module,
+    weights: LayerWeights,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values=None,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **options,
+) -> torch.Tensor:
+    """As the forward of a ``GlmDecoderLayer``: (batch, positions, hidden) to the same."""
+    attention, mlp = layer.self_attn, layer.mlp
+    depth, shape = attention.head_dim, hidden_states.shape[:-1]
+    _, normed = add_rms_norm(hidden_states, None, layer.input_layernorm)
+    heads = functional.linear(normed, weights.heads, weights.heads_bias)
+    heads = heads.view(*shape, -1, depth)
+    counts = [len(getattr(attention, f"{one}_proj").weight) // depth for one in "qkv"]
+    rotate(heads, counts[0] + counts[1], *position_embeddings)
+    query, *pair = (each.transpose(1, 2) for each in heads.split(counts, dim=2))
+    pair = past_key_values.update(*pair, attention.layer_idx)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention.config._attn_implementation, eager_attention_forward
+    )
+    attended, _ = attend(
+        attention, query, *pair, attention_mask, scaling=attention.scaling, **options
+    )
+    del heads, query, pair, normed
+    attended = attention.o_proj(attended.reshape(*shape, -1))
+    hidden_states, normed = add_rms_norm(hidden_states, attended, layer.post_attention_layernorm)
+    del attended
+    return hidden_states.add_(mlp.down_proj(gate(mlp.gate_up_proj(normed))))
+
+
+def vision_layer(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """As the forward of a ``GLM4VVisionLayer``: (images, patches, hidden) to the same."""
+    attended = layer.attention(hidden_states)
+    hidden_states = layer_norm_add(hidden_states, attended, layer.input_layernorm)
+    del attended
+    return layer_norm_add(hidden_states, layer.mlp(hidden_states), layer.post_attention_layernorm)
+
+
+def add_rms_norm(x: torch.Tensor, delta: torch.Tensor | None, norm: nn.Module):
+    """The sum of both, (..., features), and its norm; x itself and its norm without ``delta``."""
+    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = x if delta is None else torch.empty_like(x)
+    features, rows = x.shape[-1], ROWS[launching(x)]
+    count = x.numel() // features
+    kernels.add_rms_norm[(-(-count // rows),)](
+        x, x if delta is None else delta, norm.weight, total, y, count, K=features, R=rows,
+        BK=power_of_two(features), ADD=delta is not None, EPSILON=norm.variance_epsilon,
+        num_warps=4,
+    )  # fmt: skip
+    return total, y
+
+
+def layer_norm_add(x: torch.Tensor, delta: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    """x plus the normalised ``delta``, both (..., features)."""
+    x, delta = x.contiguous(), delta.contiguous()
+    y, features, rows = torch.empty_like(x), x.shape[-1], ROWS[launching(x)]
+    count = x.numel() // features
+    kernels.layer_norm_add[(-(-count // rows),)](
+        x, delta, norm.weight, norm.bias, y, count, K=features, R=rows,
+        BK=power_of_two(features), EPSILON=norm.eps, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def gate(both: torch.Tensor) -> torch.Tensor:
+    """silu(first half) times second half: (..., 2 features) to (..., features)."""
+    features, rows = both.shape[-1] // 2, ROWS[launching(both)]
+    y = both.new_empty(*both.shape[:-1], features)
+    count = y.numel() // features
+    kernels.gate[(-(-count // rows), -(-features // COLUMNS))](
+        both, y, count, K=features, R=rows, BK=COLUMNS, num_warps=4
+    )
+    return y
+
+
+def rotate(heads: torch.Tensor, turned: int, cosines: torch.Tensor, sines: torch.Tensor):
+    """Turn the first so many of (batch, positions, heads, depth) in place by their positions'
+    angles, each (batch or 1, positions, rotary)."""
+    *shape, count, depth = heads.shape
+    angles = [each.expand(*shape, -1).contiguous() for each in (cosines, sines)]
+    rows, positions = ROWS[launching(heads)], heads.numel() // (count * depth)
+    kernels.rotate[(-(-positions // rows),)](
+        heads, *angles, positions, HEADS=count, D=depth, TURNED=turned,
+        H=power_of_two(turned), ROTARY=angles[0].shape[-1], R=rows, num_warps=4,
+    )  # fmt: skip
+
+
+def power_of_two(number: int) -> int:
+    """The smallest one that is not less."""
+    return 1 << (number - 1).bit_length()
