@@ -60,14 +60,15 @@ def rotate(heads, cosines, sines, rows, HEADS: tl.constexpr, D: tl.constexpr, TU
     """Turn neighbours among the first ROTARY numbers of the first TURNED heads, in place.
 
     heads (rows, HEADS, D); cosines and sines (rows, ROTARY), of which the first half is that of the
-    pairs, as transformers has them. H is TURNED rounded up to a power of two.
+    pairs, as transformers has them. A program takes H heads of R rows.
     """
     row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None, None]
-    head, pair = tl.arange(0, H)[None, :, None], tl.arange(0, ROTARY // 2)[None, None, :]
+    head = (tl.program_id(1) * H + tl.arange(0, H))[None, :, None]
+    number, pair = tl.arange(0, ROTARY)[None, None, :], tl.arange(0, ROTARY // 2)[None, None, :]
     cosine = tl.load(cosines + row * ROTARY + pair, mask=row < rows, other=0.0).to(tl.float32)
     sine = tl.load(sines + row * ROTARY + pair, mask=row < rows, other=0.0).to(tl.float32)
-    at, mask = heads + (row * HEADS + head) * D + 2 * pair, (row < rows) & (head < TURNED)
-    even = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    odd = tl.load(at + 1, mask=mask, other=0.0).to(tl.float32)
-    tl.store(at, even * cosine - odd * sine, mask=mask)
-    tl.store(at + 1, odd * cosine + even * sine, mask=mask)
+    at, mask = heads + (row * HEADS + head) * D + number, (row < rows) & (head < TURNED)
+    both = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(both, [R, H, ROTARY // 2, 2]))
+    both = tl.join(even * cosine - odd * sine, odd * cosine + even * sine)
+    tl.store(at, tl.reshape(both, [R, H, ROTARY]), mask=mask)
