@@ -311,7 +311,8 @@ def accuracy(model, results, given, tokens: int = 8):
 
 @torch.no_grad()
 def prompts(model, results, given):
-    """Prefill of an image and 98 tokens: seconds, and the share of the product rate."""
+    """Prefill of an image and 98 tokens: seconds, and the share of the product rate; the model's
+    own and fast decoding's, by the same operations, those of the model's own."""
     prompt = make_prompt(model, Workload(images=1, text_tokens=98))
     implementation = model.config._attn_implementation
     # The counter does not know grouped queries: it counts what plain attention does.
@@ -320,17 +321,28 @@ def prompts(model, results, given):
         prefill(model, prompt)
     model.set_attn_implementation(implementation)
     operations = counter.get_total_flops()
+    rate = results["limit"]["bfloat16_operations_per_second"]
     seconds = median_seconds(lambda: prefill(model, prompt), times=7)
-    share = operations / seconds / results["limit"]["bfloat16_operations_per_second"]
+    share = operations / seconds / rate
     results["prefill"] = {"seconds": seconds, "operations": operations, "share_of_product": share}
-    # Text of the long context, into the model's own cache and into one of a fixed place.
+    decoder = FastDecoder()
+    cache = decoder.prepare(model, *prompt["input_ids"].shape)
+    seconds = median_seconds(lambda: decoder.prefill(model, cache, **prompt), times=7)
+    share = operations / seconds / rate
+    results["prefill"] |= {"fast_seconds": seconds, "fast_share_of_product": share}
+    decoder.release()
+    # Text of the long context, into the model's own cache and into one of a fixed place, and by
+    # fast decoding.
     long = make_prompt(model, Workload(images=0, text_tokens=LONG))
-    cache = FastDecoder().prepare(model, 1, LONG + 8)
+    cache = decoder.prepare(model, 1, LONG + 8)
     for name, made in (("growing", DynamicCache), ("fixed", cache.empty)):
         given_cache = (dict(past_key_values=made()) for _ in iter(int, 1))
         results["prefill"][f"long_{name}_cache_seconds"] = median_seconds(
             lambda each=given_cache: model(**long, **next(each), logits_to_keep=1), times=3, warm=1
         )
+    results["prefill"]["long_fast_seconds"] = median_seconds(
+        lambda: decoder.prefill(model, cache, **long), times=3, warm=1
+    )
     print(json.dumps(results["prefill"]), flush=True)
 
 

@@ -1,15 +1,21 @@
 """The prefill's fused kernels on the CPU, by Triton's interpreter, beside plain PyTorch."""
 
+import copy
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from rig_fixtures import load as load_on_cards
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.glm.modeling_glm import GlmRMSNorm, apply_rotary_pos_emb
 
 from glm4v_nb.inference import fast
 from glm4v_nb.inference.fast import FastDecoder
 from glm4v_nb.model import GLM4VForConditionalGeneration
+from glm4v_nb.workload import Workload, make_prompt, prefill
+from simgpu import Rig
 
 GOLDEN = "tests/golden/checkpoint"
 
@@ -144,3 +150,43 @@ def test_layers_are_as_before_afterwards(own, golden):
         patch.setattr(prefill, "gate", full)
         decoder.prefill(own, cache, **prompt)
     assert [dict(vars(layer)) for layer in layers] == before
+
+
+def test_in_bfloat16_gelu_is_inside_the_first_product(own):
+    from glm4v_nb.inference.prefill import vision_mlp
+
+    mlp = copy.deepcopy(own.vision_tower.layers[0].mlp)
+    x = torch.randn(1, 37, mlp.fc1.in_features)
+    asked = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.append(func is torch.ops.aten._addmm_activation.default)
+            return func(*args, **(kwargs or {}))
+
+    right = mlp(x)
+    for dtype, is_inside in ((torch.float32, False), (torch.bfloat16, True)):
+        asked.clear()
+        mlp, x = mlp.to(dtype), x.to(dtype)
+        with Noting():
+            found = vision_mlp(mlp, x)
+        assert any(asked) == is_inside
+        torch.testing.assert_close(found.float(), right, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_on_a_simulated_card_it_takes_no_more_than_the_models_own(images):
+    peaks = []
+    for is_fused in (False, True):
+        with Rig.simulated("L4", 1, ""):
+            model = load_on_cards(device_map={"": 0})
+            prompt = make_prompt(model, Workload(images=images, text_tokens=100))
+            decoder = FastDecoder()
+            cache = decoder.prepare(model, *prompt["input_ids"].shape)
+            torch.cuda.reset_peak_memory_stats()
+            if is_fused:
+                decoder.prefill(model, cache, **prompt)
+            else:
+                prefill(model, prompt, past_key_values=cache.empty())
+            peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] <= peaks[0]
