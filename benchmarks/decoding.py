@@ -266,6 +266,15 @@ def simulate(cases=MEMORY_CASES) -> list[dict]:
     return results["memory"]
 
 
+def float32_decoder(model):
+    """The model with decoder and head copied to float32; the rest is the same."""
+    wide = copy.copy(model)
+    wide._modules = dict(model._modules)
+    for name in ("language_model", "lm_head"):
+        wide._modules[name] = copy.deepcopy(model._modules[name]).float()
+    return wide
+
+
 @torch.no_grad()
 def accuracy(model, results, given, tokens: int = 8):
     """How far a step's logits are from float32, in norm: fused kernels and plain bfloat16."""
@@ -275,10 +284,7 @@ def accuracy(model, results, given, tokens: int = 8):
     ids = torch.randint(1000, 100_000, (1, SHORT), device="cuda")
     filled = cache.empty()
     model(input_ids=ids, past_key_values=filled, use_cache=True, logits_to_keep=1)
-    wide = copy.copy(model)
-    wide._modules = dict(model._modules)
-    for name in ("language_model", "lm_head"):
-        wide._modules[name] = copy.deepcopy(model._modules[name]).float()
+    wide = float32_decoder(model)
 
     def plain(chosen, token, dtype):
         pairs = [(key[..., :SHORT, :].to(dtype), value[..., :SHORT, :].to(dtype))
@@ -297,8 +303,8 @@ def accuracy(model, results, given, tokens: int = 8):
         step.place([SHORT], [SHORT], [0], [0])
         step()
         fused = step.logits[0].float()
-        distance = [((one - right).norm() / right.norm()).item() for one in (fused, bfloat16)]
-        found.append((*distance, fused.argmax().item() == right.argmax().item()))
+        same = fused.argmax().item() == right.argmax().item()
+        found.append((distance(fused, right), distance(bfloat16, right), same))
     fused, bfloat16, same = (list(each) for each in zip(*found, strict=True))
     results["accuracy"] = {
         "fused_distance_from_float32": statistics.mean(fused),
@@ -307,6 +313,28 @@ def accuracy(model, results, given, tokens: int = 8):
         "tokens": tokens,
     }
     print(json.dumps(results["accuracy"]), flush=True)
+
+
+def distance(found: torch.Tensor, right: torch.Tensor) -> float:
+    """In norm."""
+    return ((found.float() - right).norm() / right.norm()).item()
+
+
+@torch.no_grad()
+def prefill_accuracy(model, prompt, decoder, cache) -> dict:
+    """How far logits after an image are from float32, in norm: fused kernels, plain bfloat16."""
+    fused = decoder.prefill(model, cache, **prompt).logits[0, -1]
+    bfloat16 = prefill(model, prompt).logits[0, -1]
+    # First the tower, then the decoder: both in float32 beside the model are too much for 80 GB.
+    features = copy.deepcopy(model.vision_tower).float()(prompt["pixel_values"])
+    wide = float32_decoder(model)
+    wide.get_image_features = lambda _: features
+    right = prefill(wide, prompt).logits[0, -1]
+    return {
+        "fused_distance_from_float32": distance(fused, right),
+        "bfloat16_distance_from_float32": distance(bfloat16, right),
+        "same_token_as_float32": fused.argmax().item() == right.argmax().item(),
+    }
 
 
 @torch.no_grad()
@@ -330,6 +358,7 @@ def prompts(model, results, given):
     seconds = median_seconds(lambda: decoder.prefill(model, cache, **prompt), times=7)
     share = operations / seconds / rate
     results["prefill"] |= {"fast_seconds": seconds, "fast_share_of_product": share}
+    results["prefill"] |= prefill_accuracy(model, prompt, decoder, cache)
     decoder.release()
     # Text of the long context, into the model's own cache and into one of a fixed place, and by
     # fast decoding.

@@ -82,7 +82,9 @@ def _prefill(found: dict) -> str:
     said += f" {found['share_of_product']:.1%} of the rate of a large product, eager"
     if "fast_seconds" in found:
         said += f"; {found['fast_seconds'] * 1e3:.0f} ms,"
-        said += f" {found['fast_share_of_product']:.1%}, with fused kernels"
+        said += f" {found['fast_share_of_product']:.1%}, with fused kernels. Their logits are"
+        said += f" {found['fused_distance_from_float32']:.1%} from float32, eager's"
+        said += f" {found['bfloat16_distance_from_float32']:.1%}"
     return said + "."
 
 
