@@ -251,12 +251,12 @@ def memory(model, results, given, cases=MEMORY_CASES):
     set_decoding(model, "eager")
 
 
-def simulate(cases=MEMORY_CASES) -> list[dict]:
-    """The records of ``memory`` on a simulated H100, after what came before it on the real one as
+def simulate(cases=MEMORY_CASES, card: str = "H100") -> list[dict]:
+    """The records of ``memory`` on a simulated card, after what came before it on the real one as
     far as it left something: cached segments for the weights, workspaces, weights that are one."""
     results = {}
     once = mock.patch.dict(globals(), median_seconds=lambda run, **_: (run(), 1.0)[1])
-    with Rig.simulated("H100", 1, ""), once, contextlib.redirect_stdout(None):
+    with Rig.simulated(card, 1, ""), once, contextlib.redirect_stdout(None):
         measure_limit()
         model = random_model()
         cache = FastDecoder().prepare(model, 1, SHORT).empty()
