@@ -251,10 +251,14 @@ def memory(model, results, given, cases=MEMORY_CASES):
     set_decoding(model, "eager")
 
 
-def simulate(cases=MEMORY_CASES, card: str = "H100") -> list[dict]:
-    """The records of ``memory`` on a simulated card, after what came before it on the real one as
-    far as it left something: cached segments for the weights, workspaces, weights that are one."""
+def simulate(measured: dict, numbers=slice(None)) -> list[dict]:
+    """The records of ``memory`` on a simulated card of the kind that was measured, after what came
+    before them on the real one as far as it left something: cached segments for the weights,
+    workspaces, weights that are one. ``numbers`` says which of the cases."""
     results = {}
+    (card,) = measured["provenance"]["cards"]
+    names = ("batch", "images", "text_tokens", "new_tokens")
+    cases = [tuple(each[name] for name in names) for each in measured["memory"][numbers]]
     once = mock.patch.dict(globals(), median_seconds=lambda run, **_: (run(), 1.0)[1])
     with Rig.simulated(card, 1, ""), once, contextlib.redirect_stdout(None):
         measure_limit()

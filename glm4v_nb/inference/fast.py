@@ -246,6 +246,7 @@ class FastDecoder:
 
         length = answer.length
         chosen = choose(logits, logits.argmax(-1), length)
+        step.tokens.copy_(chosen, non_blocking=True)
         reading = _Reading(chosen)
         step.place([at + 1 for at in answer.position], [length] * answer.batch, answer.starts,
                    list(range(answer.batch)))  # fmt: skip
@@ -253,10 +254,11 @@ class FastDecoder:
             length += 1
             ahead = length < answer.end
             if ahead:
-                step.tokens.copy_(chosen, non_blocking=True)
                 step()
                 self.steps += 1
                 chosen = choose(step.logits, step.next, length)
+                # To the embedding first, which may be on another card; the CPU has time.
+                step.tokens.copy_(chosen, non_blocking=True)
                 following = _Reading(chosen)
             if answer.add(reading.tokens()) or not ahead:
                 return
