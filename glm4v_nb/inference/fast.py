@@ -15,7 +15,7 @@ from glm4v_nb.model.quantising import parts_of
 from simgpu.kernels import launching
 
 if TYPE_CHECKING:  # brings Triton, and so is imported when the first answer is prepared
-    from glm4v_nb.inference.step import FixedCache, LayerWeights, Step
+    from glm4v_nb.inference.step import FixedCache, Step
 
 # Rows of a step that verifies several tokens of one sequence; rows of a batch at most.
 MOST_ROWS = 8
@@ -83,7 +83,7 @@ class FastDecoder:
         self.steps = self.tokens = 0
         self._steps: dict[int, Step] = {}
         self._built_of: list[int] | None = None
-        self._weights: list[LayerWeights] = []
+        self._heads: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def prepare(self, model, sequences: int, length: int, rows: tuple[int, ...] = ()) -> FixedCache:
         """Cache, buffers and graphs for prompts with answers of so many positions together.
@@ -132,7 +132,7 @@ class FastDecoder:
         except BaseException:
             self.release()
             raise
-        self._weights = weights
+        self._heads = [(one.heads, one.heads_bias) for one in weights]
         return cache
 
     def prefill(self, model, cache: FixedCache, **prompt):
@@ -142,7 +142,7 @@ class FastDecoder:
         """
         from glm4v_nb.inference.prefill import fused
 
-        with torch.no_grad(), fused(model, self._weights):
+        with torch.no_grad(), fused(model, self._heads):
             return model(**prompt, past_key_values=cache.empty(), use_cache=True, logits_to_keep=1)
 
     def memory(self) -> dict[str, int]:
@@ -180,7 +180,7 @@ class FastDecoder:
         """Give the cache, buffers and graphs back; the next answer makes them anew."""
         self._steps.clear()
         self._built_of = None
-        self._weights = []
+        self._heads = []
 
     def __call__(
         self,

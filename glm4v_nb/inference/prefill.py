@@ -4,7 +4,7 @@ Everything around the layers (embeddings, the image's place, masks, devices) sta
 and so does every product: only the layers' ``forward`` is another while ``fused`` lasts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,7 +15,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm.modeling_glm import eager_attention_forward
 
 from glm4v_nb.inference import prefill_kernels as kernels
-from glm4v_nb.inference.step import LayerWeights
 from glm4v_nb.model.quantising import parts_of
 from simgpu.kernels import launching
 
@@ -23,17 +22,20 @@ from simgpu.kernels import launching
 ROWS = {"compiled": 1, "interpreted": 64}
 COLUMNS, HEADS = 2048, 16
 
+# Weight and bias of the product that gives a layer's queries, keys and values.
+Heads = tuple[torch.Tensor, torch.Tensor]
+
 
 @contextmanager
-def fused(model, weights: list[LayerWeights]) -> Iterator[None]:
+def fused(model, heads: Sequence[Heads | None]) -> Iterator[None]:
     """While it lasts, the model's layers run with fused kernels; for inference alone.
 
-    ``weights`` are the decoder's, in order. Layers of the image tower that are not whole on a card,
-    as offloaded ones, stay as they are.
+    ``heads`` are those of the decoder's layers, in order; without them a layer's own three modules
+    are called. Layers of the image tower that are offloaded stay as they are.
     """
     others = []
-    for layer, own in zip(model.language_model.layers, weights, strict=True):
-        others.append((layer, partial(decoder_layer, layer, own)))
+    for layer, product in zip(model.language_model.layers, heads, strict=True):
+        others.append((layer, partial(decoder_layer, layer, product)))
     for layer in model.vision_tower.layers:
         if not layer.input_layernorm.weight.is_meta:
             others.append((layer, partial(vision_layer, layer)))
@@ -54,7 +56,7 @@ def fused(model, weights: list[LayerWeights]) -> Iterator[None]:
 
 def decoder_layer(
     layer: nn.Module,
-    weights: LayerWeights,
+    product: Heads | None,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     past_key_values=None,
@@ -65,9 +67,13 @@ def decoder_layer(
     attention, mlp = layer.self_attn, layer.mlp
     depth, shape = attention.head_dim, hidden_states.shape[:-1]
     _, normed = add_rms_norm(hidden_states, None, layer.input_layernorm)
-    heads = functional.linear(normed, weights.heads, weights.heads_bias)
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    if product is None:
+        heads = torch.cat([project(normed) for project in projections], dim=-1)
+    else:
+        heads = functional.linear(normed, *product)
     heads = heads.view(*shape, -1, depth)
-    counts = [len(getattr(attention, f"{one}_proj").weight) // depth for one in "qkv"]
+    counts = [project.out_features // depth for project in projections]
     rotate(heads, counts[0] + counts[1], *position_embeddings)
     query, *pair = (each.transpose(1, 2) for each in heads.split(counts, dim=2))
     pair = past_key_values.update(*pair, attention.layer_idx)

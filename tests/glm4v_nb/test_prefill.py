@@ -114,6 +114,16 @@ def test_logits_and_cache_are_the_models_own(load, questions, left_padded, atten
                 )
 
 
+def test_where_three_modules_are_no_single_product_they_are_called(own, golden):
+    from glm4v_nb.inference.prefill import fused
+
+    prompt = {"input_ids": golden["text.input_ids"], "logits_to_keep": 1}
+    cache = FastDecoder().prepare(own, len(prompt["input_ids"]), 60)
+    with fused(own, [None] * len(own.language_model.layers)):
+        found = own(**prompt, past_key_values=cache.empty()).logits
+    torch.testing.assert_close(found, own(**prompt).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_no_further_from_float32_than_the_model_itself_in_float16(golden, load):
     inputs = {"input_ids": golden["image.input_ids"], "pixel_values": golden["vision.pixel_values"]}
     right = load()(**inputs, logits_to_keep=1).logits[:, -1].detach()
