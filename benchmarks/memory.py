@@ -59,6 +59,7 @@ class Load:
     max_memory_gib: tuple[int, ...] | None = None
     cap_bytes: int | None = None
     runs: tuple[Run, ...] = field(default_factory=tuple)
+    weights: str = ""  # quantised while loading: "int8", "int4", "nf4" or "LLM.int8"
 
 
 def edges(of: str, *offsets_mib: int, **workload) -> tuple[Run, ...]:
@@ -268,13 +269,14 @@ def perform(
     caps: dict[str, int] | None = None,
     around=nullcontext,
     goes_on=lambda record: True,
+    after=lambda rig, model, run, record: None,
 ) -> list[dict]:
     """Load and run on a rig, real or simulated, with the functions of ``fit``; one record per run,
     the load's own first.
 
     ``caps``: of runs at an edge, by name, when known from a measurement; otherwise taken from the
     run they name. ``around``: a context for each, given the name of the run. ``goes_on``: given the
-    load's record, whether its runs follow.
+    load's record, whether its runs follow. ``after``: called once a run has ended without an error.
     """
     from glm4v_nb.fit import DTYPES, run_workload
     from glm4v_nb.fit import load as load_model
@@ -291,6 +293,7 @@ def perform(
             checkpoint,
             attn_implementation=load.attention,
             max_memory=max_memory(load),
+            **quantiser(load, checkpoint),
         )
     if record["out_of_memory"] or not goes_on(record):
         return records
@@ -306,7 +309,26 @@ def perform(
             if len(record["stages"]) > 1:  # the first made the inputs, the backward pass has them
                 del record["stages"][0]
             model.zero_grad()
+        if not record["out_of_memory"]:
+            after(rig, model, run, record)
     return records
+
+
+def quantiser(load: Load, checkpoint: str) -> dict:
+    """What ``from_pretrained`` is told besides for weights that are quantised while loading."""
+    from glm4v_nb.fit import DTYPES
+    from glm4v_nb.model.configuration import read_config
+    from glm4v_nb.model.quantising import quantiser_for
+
+    if not load.weights:
+        return {}
+    if load.weights == "LLM.int8":
+        from transformers import BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    else:
+        config = quantiser_for(load.weights, read_config(checkpoint), DTYPES[load.dtype])
+    return {"quantization_config": config}
 
 
 def max_memory(load: Load) -> dict[int, str] | None:

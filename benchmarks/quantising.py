@@ -1,66 +1,91 @@
-"""Quantised weights on a real GPU: peaks of load, prefill and decode, and tokens a second.
+"""Quantised weights on a real GPU: peaks of load, prefill, decode, training; tokens a second.
 
     python benchmarks/memory.py write DIR                      # random weights: 28 GB
     python benchmarks/quantising.py measure DIR --output FILE  # on the first GPU of this machine
-    python benchmarks/quantising.py compare FILE               # the simulator beside it
+    python benchmarks/memory.py compare FILE                   # the simulator beside it
 
-Every format loads in a process of its own; the simulator runs the same cases with the same
-functions. Until a file is stored, nothing here has been measured on a GPU.
+Every load is a process of its own; some run at once, as many as fit on the card together, for what
+one process takes does not depend on the others. Tokens a second are counted while nothing else
+runs.
 """
 
 import argparse
+import fcntl
 import json
+import logging
+import re
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
-from memory import ALLOCATED_BYTES, MIB, OFFICIAL, Run, prepare, provenance, recorded, workload_of
+from memory import GB, Load, Run, perform, provenance, traced
 
-FORMATS = ("bfloat16", "int8", "int4", "nf4")
+FORMATS = ("bfloat16", "int8", "int4", "nf4", "LLM.int8")
+LIBRARIES = ("torchao", "bitsandbytes", "peft")
+CAPS = (None, 24 * GB, 16 * GB, 12 * GB)
+# With and without an image; of few and many rows, for which bitsandbytes has ways of its own.
 RUNS = (
     Run("image", text_tokens=98),
-    Run("text 1700, 64 new", images=0, text_tokens=1700, new_tokens=64),
-    Run("image, 64 new", text_tokens=98, new_tokens=64),
+    Run("text 1700, 32 new", images=0, text_tokens=1700, new_tokens=32),
+    Run("image, 32 new", text_tokens=98, new_tokens=32),
     Run("batch 4, 16 new", batch_size=4, text_tokens=100, new_tokens=16),
+    Run("text 24, 8 new", images=0, text_tokens=24, new_tokens=8),
+    Run("batch 8, text 40, 8 new", batch_size=8, images=0, text_tokens=40, new_tokens=8),
 )
 TIMED = RUNS[1]
+STEPS = tuple(
+    Run(
+        name,
+        images=images,
+        text_tokens=text,
+        batch_size=batch,
+        train="lora",
+        gradient_checkpointing=True,
+        optimizer="AdamW",
+    )
+    for name, images, text, batch in (
+        ("step, text 256", 0, 256, 1),
+        ("step, image, batch 2", 1, 32, 2),
+    )
+)
 
 
-def perform(weights: str, rig, checkpoint=OFFICIAL, runs=RUNS) -> list[dict]:
-    """Load in a format and run on the first card of a rig; one record each, the load's first."""
-    import torch
+def named(weights: str, cap_bytes: int | None, runs: tuple[Run, ...], what: str = "") -> Load:
+    """One process, called by its format, its cap and what is special about it."""
+    cap = f", capped to {cap_bytes // GB} GB" if cap_bytes else ""
+    runs = tuple(Run(**asdict(run) | {"cap_bytes": cap_bytes}) for run in runs)
+    options = {"device_map": {"": 0}, "cap_bytes": cap_bytes, "runs": runs}
+    return Load(
+        f"{weights}{cap}{what}", weights=weights if weights != "bfloat16" else "", **options
+    )
 
-    from glm4v_nb.fit import load, run_workload
-    from glm4v_nb.model.configuration import read_config
-    from glm4v_nb.model.quantising import quantiser_for
 
-    options, records, record = {}, [], {"run": "load"}
-    if weights in FORMATS[1:]:
-        quantiser = quantiser_for(weights, read_config(checkpoint), torch.bfloat16)
-        options = {"quantization_config": quantiser}
-    prepare(rig, None)
-    with recorded(rig, record, records):
-        model = load(rig, {"": 0}, torch.bfloat16, checkpoint, **options)
-    if record["out_of_memory"]:
-        return records
-    for run in runs:
-        prepare(rig, None)
-        record = {"run": run.name}
-        with recorded(rig, record, records):
-            run_workload(rig, model, workload_of(run))
-        if run == TIMED and not rig.provenance.startswith("simulated"):
-            record["tokens_per_second"] = tokens_per_second(rig, model, run)
-    return records
+# The largest first, which then share the card with small ones; what is timed is among the first.
+PLAN = (
+    *(named(weights, None, RUNS) for weights in FORMATS[:4]),
+    named("nf4", None, STEPS, ", QLoRA"),
+    named("LLM.int8", None, RUNS),
+    *(named(weights, cap, RUNS) for cap in CAPS[1:] for weights in FORMATS[:4]),
+    named("LLM.int8", CAPS[1], RUNS),
+    named("LLM.int8", None, STEPS[:1], ", LoRA"),
+)
+# Bytes of the card that a process takes at most, its context included: what runs at once is chosen
+# by them.
+_ROOM = {"bfloat16": 32, "int8": 19, "int4": 13, "nf4": 13, "LLM.int8": 19}
+_CARD = 82  # GB; the smallest card this runs on has 85
 
 
 def tokens_per_second(rig, model, run: Run) -> float:
     """Of the decode steps alone, transformers' own loop, after a run that has warmed up."""
     import torch
 
-    from glm4v_nb.workload import decode, make_prompt, prefill
+    from glm4v_nb.workload import Workload, decode, make_prompt, prefill
 
-    prompt = make_prompt(model, workload_of(run))
+    prompt = make_prompt(model, Workload(run.batch_size, run.images, run.text_tokens))
     outputs = prefill(model, prompt)
     torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -69,74 +94,106 @@ def tokens_per_second(rig, model, run: Run) -> float:
     return (run.new_tokens - 1) / (time.perf_counter() - begin)
 
 
-def figures(records: list[dict]) -> dict[tuple, int]:
-    """Peaks of allocated memory on the first card by run and stage."""
-    return {
-        (record["run"], stage["name"]): stage["memory"][0]["peak_allocated_bytes"]
-        for record in records
-        for stage in record["stages"]
-    }
+@contextmanager
+def locked(path: Path, alone: bool):
+    """Work beside others, or wait until they have ended theirs and keep them from starting more."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
-def compare(weights: str, measured: list[dict], simulated: list[dict]) -> list[str]:
-    """What differs by more than is promised, in words."""
-    real, ours = figures(measured), figures(simulated)
-    wrong = [
-        f"{weights}, {run}, {stage}: {ours[run, stage] / MIB:.1f} MiB simulated,"
-        f" {real[run, stage] / MIB:.1f} measured"
-        for run, stage in real.keys() & ours.keys()
-        if abs(ours[run, stage] - real[run, stage]) > ALLOCATED_BYTES
-    ]
-    wrong += [
-        f"{weights}, {run}, {stage}: in one alone" for run, stage in real.keys() ^ ours.keys()
-    ]
-    return sorted(wrong)
+def measure_one(given: argparse.Namespace):
+    """One load of the plan, in this process; writes one JSON file."""
+    from simgpu import Rig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product
+    load, lock = PLAN[given.number], given.output.with_name("quantising.lock")
+    timed, begin = [], time.perf_counter()
+
+    def after(rig, model, run, record):
+        if run == load.runs[-1] and load.runs[: len(RUNS)] == RUNS:
+            timed.append((rig, model))
+
+    def around(run: str):
+        if f"{load.name}: {run}" not in given.traced:
+            return nullcontext()
+        name = re.sub(r"[^a-zA-Z0-9]+", "_", f"{load.name}_{run}")
+        return traced(str(given.output.with_name(f"trace_{name}.json.gz")), True)
+
+    with locked(lock, alone=False):
+        records = perform(load, Rig.here(), given.checkpoint, around=around, after=after)
+        result = {"load": asdict(load), "seconds": time.perf_counter() - begin, "records": records}
+        result["provenance"] = provenance() | {name: version(name) for name in LIBRARIES}
+        given.output.write_text(json.dumps(result), encoding="utf-8")
+    for rig, model in timed:
+        with locked(lock, alone=True):
+            result["tokens_per_second"] = tokens_per_second(rig, model, TIMED)
+        print(f"  {load.name}: {result['tokens_per_second']:.1f} tokens/s", flush=True)
+    given.output.write_text(json.dumps(result), encoding="utf-8")
+
+
+def room(load: Load) -> int:
+    """GB of the card that are kept for a load."""
+    most = _ROOM[load.weights or "bfloat16"]
+    return min(most, load.cap_bytes // GB + 1) if load.cap_bytes else most
 
 
 def measure(given: argparse.Namespace):
-    """Every format in a process of its own; results are written after each."""
-    from importlib.metadata import version
-
-    names = ("torchao", "bitsandbytes")
-    results = {"provenance": provenance() | {name: version(name) for name in names}, "formats": {}}
-    for weights in given.formats:
-        print(weights, flush=True)
-        part = given.output.with_suffix(f".{weights}.part")
-        command = [sys.executable, __file__, "one", given.checkpoint, "--formats", weights]
-        subprocess.run([*command, "--output", str(part)], check=False)
-        if not part.exists():
-            print(f"error: {weights} ended without a result", file=sys.stderr)
-            continue
-        results["formats"][weights] = json.loads(part.read_text(encoding="utf-8"))
-        part.unlink()
-        given.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    """Every load of the plan in a process of its own; results are written after each."""
+    results = {"provenance": {}, "loads": []}
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    waiting = [number for number, load in enumerate(PLAN) if given.only in load.name]
+    running: dict[int, tuple[subprocess.Popen, Path]] = {}
+    found: dict[int, dict] = {}
+    begin = time.perf_counter()
+    while waiting or running:
+        since = time.perf_counter() - begin
+        for number in [] if since > given.seconds else list(waiting):
+            in_use = sum(room(PLAN[each]) for each in (*running, number))
+            if len(running) == given.at_once or in_use > _CARD:
+                continue
+            part = given.output.with_suffix(f".{number}.part")
+            command = [sys.executable, __file__, "one", given.checkpoint, "--number", str(number)]
+            command += ["--output", str(part), "--traced", *given.traced]
+            running[number] = subprocess.Popen(command), part
+            waiting.remove(number)
+        time.sleep(0.2)
+        for number, (process, part) in list(running.items()):
+            if process.poll() is None and since < given.seconds:
+                continue
+            process.kill()
+            code = process.wait()
+            del running[number]
+            print(f"{since:.0f} s: {PLAN[number].name}, code {code}", flush=True)
+            if part.exists():
+                found[number] = json.loads(part.read_text(encoding="utf-8"))
+                results["provenance"] = found[number].pop("provenance")
+                part.unlink()
+            results["loads"] = [found[each] for each in sorted(found)]
+            given.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if since > given.seconds:
+            print("not run:", *(PLAN[each].name for each in waiting), sep="\n  ")
+            return
 
 
 def main():
-    """Measure on this machine's GPU, or simulate a stored file's cases and compare."""
+    """Measure on this machine's GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=("measure", "one", "compare"))
-    parser.add_argument("checkpoint", help="a folder; of compare, a file of measure")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--formats", nargs="*", default=FORMATS, choices=FORMATS)
+    parser.add_argument("task", choices=("measure", "one"))
+    parser.add_argument("checkpoint", help="a folder")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", default="", help="loads whose name contains this")
+    parser.add_argument("--number", type=int)
+    parser.add_argument("--seconds", type=float, default=3600, help="what then runs is ended")
+    parser.add_argument("--at-once", type=int, default=6, help="as many processes at most")
+    parser.add_argument(
+        "--traced",
+        nargs="*",
+        default=[],
+        help='write every allocation of these, too, as in "nf4: load"',
+    )
     given = parser.parse_args()
-    from simgpu import Rig
-
-    if given.task != "compare" and given.output is None:
-        parser.error("--output FILE is missing")
-    if given.task == "measure":
-        measure(given)
-    elif given.task == "one":
-        records = perform(given.formats[0], Rig.here(), given.checkpoint)
-        given.output.write_text(json.dumps(records), encoding="utf-8")
-    else:
-        stored = json.loads(Path(given.checkpoint).read_text(encoding="utf-8"))
-        (card, *_) = stored["provenance"]["cards"]
-        wrong = []
-        for weights, measured in stored["formats"].items():
-            wrong += compare(weights, measured, perform(weights, Rig.simulated(card)))
-        print("\n".join(wrong) or f"every peak within {ALLOCATED_BYTES // MIB} MiB")
-        sys.exit(1 if wrong else 0)
+    (measure if given.task == "measure" else measure_one)(given)
 
 
 if __name__ == "__main__":
