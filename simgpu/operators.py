@@ -8,7 +8,6 @@ from simgpu.units import MIB
 
 # Operators that call cuBLAS, whose workspace PyTorch keeps, one per device and thread.
 MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"}
-MATRIX_PRODUCTS |= {"bitsandbytes::gemm_4bit"}  # but where its own kernel reads the few bits
 # With a bias it is cublasLt, with a workspace of its own: _parseCUDABlasLtWorkspaceSize().
 WITH_BIAS = {"aten::addmm"}
 CUBLASLT_WORKSPACE_BYTES = 2**20
