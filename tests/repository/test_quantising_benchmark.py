@@ -1,9 +1,10 @@
 """The program that measures quantised weights on a GPU, on simulated cards with the miniature; and
 the page of what was measured on the CPU."""
 
-import copy
+import argparse
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 from benchmark_program import ROOT, load_benchmark
@@ -20,20 +21,65 @@ def benchmark():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-def test_a_difference_of_more_than_is_promised_is_named(benchmark, capsys):
+def test_a_load_of_a_format_is_one_of_memory_py(benchmark):
     runs = (benchmark.Run("text, 4 new", images=0, text_tokens=40, new_tokens=4),)
-    records = json.loads(
-        json.dumps(benchmark.perform("int8", Rig.simulated("L4"), CHECKPOINT, runs))
-    )
-    names = [(record["run"], [stage["name"] for stage in record["stages"]]) for record in records]
-    assert names == [("load", ["load"]), ("text, 4 new", ["prefill", "decode"])]
-    assert benchmark.compare("int8", records, records) == []
-    other = copy.deepcopy(records)
-    other[1]["stages"][1]["memory"][0]["peak_allocated_bytes"] += 5 * 2**20
-    (found,) = benchmark.compare("int8", other, records)
-    assert found.startswith("int8, text, 4 new, decode")
-    del other[1]
-    assert len(benchmark.compare("int8", other, records)) == 2
+    held, after = {}, []
+    for weights in ("bfloat16", "int8"):
+        load = benchmark.named(weights, 24 * benchmark.GB, runs)
+        assert load.name == f"{weights}, capped to 24 GB"
+        records = benchmark.perform(
+            load, Rig.simulated("H100"), CHECKPOINT, after=lambda *given: after.append(given[2])
+        )
+        names = [(one["run"], [stage["name"] for stage in one["stages"]]) for one in records]
+        assert names == [("load", ["load"]), ("text, 4 new", ["prefill", "decode"])]
+        held[weights] = records[0]["stages"][0]["memory"][0]["allocated_bytes"]
+    assert [run.name for run in after] == ["text, 4 new"] * 2
+    assert 4e6 < held["bfloat16"] - held["int8"] < 5e6  # 4,454,400 numbers are quantised
+
+
+def test_the_plan_has_every_format_whole_and_under_every_cap(benchmark):
+    found = {(load.weights or "bfloat16", load.cap_bytes) for load in benchmark.PLAN}
+    formats = benchmark.FORMATS[:4]
+    assert {(weights, cap) for weights in formats for cap in benchmark.CAPS} <= found
+    assert len({load.name for load in benchmark.PLAN}) == len(benchmark.PLAN)
+
+
+def test_processes_that_run_at_once_fit_on_the_card_together(benchmark, monkeypatch, tmp_path):
+    running, most = [], []
+
+    class Process:
+        """Ends when asked for the third time, and has then written its part."""
+
+        def __init__(self, command):
+            self.number = int(command[command.index("--number") + 1])
+            self.part, self.asked = command[command.index("--output") + 1], 0
+            running.append(self.number)
+            most.append(sum(benchmark.room(benchmark.PLAN[number]) for number in running))
+
+        def poll(self):
+            self.asked += 1
+            if self.asked < 3:
+                return None
+            running.remove(self.number)
+            content = {"load": self.number, "provenance": {"cards": {"a card": 1}}}
+            Path(self.part).write_text(json.dumps(content), encoding="utf-8")
+            return 0
+
+        def kill(self):
+            pass
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(benchmark.subprocess, "Popen", Process)
+    monkeypatch.setattr(benchmark.time, "sleep", lambda seconds: None)
+    output = tmp_path / "found.json"
+    options = {"only": "", "at_once": 6, "seconds": 60, "traced": []}
+    benchmark.measure(argparse.Namespace(checkpoint="somewhere", output=output, **options))
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert [one["load"] for one in found["loads"]] == [*range(len(benchmark.PLAN))]
+    assert found["provenance"] == {"cards": {"a card": 1}}
+    assert max(most) <= benchmark._CARD
 
 
 def test_the_page_says_what_was_measured():
