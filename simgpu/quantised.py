@@ -12,7 +12,6 @@ import importlib
 from unittest import mock
 
 import torch
-from torch.nn import functional
 from wrapt import when_imported, wrap_function_wrapper
 
 from simgpu.device import on_card
@@ -109,8 +108,18 @@ def _gemm_4bit(
     if absmax_8bit is not None:
         scales = torch.empty_like(absmax_8bit, dtype=torch.float32)
         absmax = scales + absmax_offset  # noqa: F841  (lasts until the end, as there)
-    weights = A.new_empty(shapeB)
-    return functional.linear(A, weights, bias)
+    return _linear(A, A.new_empty(shapeB), bias)
+
+
+def _linear(input, weight, bias):
+    """What ``functional.linear`` does on CUDA; here PyTorch would not take it apart."""
+    flat = input.reshape(-1, input.shape[-1])
+    if bias is None or not input.is_contiguous():
+        output = torch.mm(flat, weight.t())
+        output = output if bias is None else output.add_(bias)
+    else:
+        output = torch.addmm(bias, flat, weight.t())
+    return output.view(*input.shape[:-1], len(weight))
 
 
 def _int8_vectorwise_quant(A, threshold=0.0):
