@@ -25,6 +25,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import random_checkpoint
+
 MIB, GIB, GB = 2**20, 2**30, 10**9
 CAP = 24 * GB
 OFFICIAL = "zai-org/glm-4v-9b"
@@ -60,6 +62,7 @@ class Load:
     cap_bytes: int | None = None
     runs: tuple[Run, ...] = field(default_factory=tuple)
     weights: str = ""  # quantised while loading: "int8", "int4", "nf4" or "LLM.int8"
+    keep: tuple[str, ...] = ("lm_head",)  # but for these modules
 
 
 def edges(of: str, *offsets_mib: int, **workload) -> tuple[Run, ...]:
@@ -251,15 +254,10 @@ PLANS = {
 
 
 def write_checkpoint(directory: str):
-    """Random bfloat16 weights in the official layout, made on the first GPU."""
-    import torch
+    """Random bfloat16 weights in the official layout."""
+    from glm4v_nb.model import official_config
 
-    from glm4v_nb.model import GLM4VForConditionalGeneration, official_config
-
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = GLM4VForConditionalGeneration(official_config())
-    model.save_pretrained(directory, max_shard_size="2GB")
+    random_checkpoint.write(directory, official_config())
 
 
 def perform(
@@ -325,9 +323,10 @@ def quantiser(load: Load, checkpoint: str) -> dict:
     if load.weights == "LLM.int8":
         from transformers import BitsAndBytesConfig
 
-        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(load.keep))
     else:
-        config = quantiser_for(load.weights, read_config(checkpoint), DTYPES[load.dtype])
+        model = read_config(checkpoint)
+        config = quantiser_for(load.weights, model, DTYPES[load.dtype], load.keep)
     return {"quantization_config": config}
 
 
@@ -391,14 +390,15 @@ def others_bytes(rig) -> list[int]:
     """What other processes use of each card, by NVML; nothing on simulated cards."""
     if rig.provenance.startswith("simulated"):
         return [0 for _ in rig.memory()]
-    import pynvml
+    import torch
 
-    from simgpu.nvml import nvml, processes_on
+    from simgpu.nvml import handle_of, nvml, processes_on
 
     with nvml():
+        cards = map(torch.cuda.get_device_properties, range(len(rig.memory())))
         return [
             sum(size or 0 for pid, size in processes_on(handle) or () if pid != os.getpid())
-            for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(len(rig.memory())))
+            for handle in (handle_of(card.uuid) for card in cards)
         ]
 
 
@@ -655,7 +655,8 @@ def read_load(stored: dict) -> Load:
         Run(**run | {"edge": run["edge"] and tuple(run["edge"])}) for run in stored["runs"]
     )
     limits = stored["max_memory_gib"] and tuple(stored["max_memory_gib"])
-    return Load(**stored | {"runs": runs, "max_memory_gib": limits})
+    keep = {"keep": tuple(stored["keep"])} if "keep" in stored else {}
+    return Load(**stored | {"runs": runs, "max_memory_gib": limits} | keep)
 
 
 def compare(

@@ -24,19 +24,31 @@ from pathlib import Path
 
 from memory import GB, Load, Run, perform, provenance, traced
 
-FORMATS = ("bfloat16", "int8", "int4", "nf4", "LLM.int8")
+FORMATS = ("bfloat16", "int8", "int4", "nf4")
 LIBRARIES = ("torchao", "bitsandbytes", "peft")
 CAPS = (None, 24 * GB, 16 * GB, 12 * GB)
+TIMED = Run("text 1700, 32 new", images=0, text_tokens=1700, new_tokens=32)
 # With and without an image; of few and many rows, for which bitsandbytes has ways of its own.
 RUNS = (
     Run("image", text_tokens=98),
-    Run("text 1700, 32 new", images=0, text_tokens=1700, new_tokens=32),
+    TIMED,
     Run("image, 32 new", text_tokens=98, new_tokens=32),
     Run("batch 4, 16 new", batch_size=4, text_tokens=100, new_tokens=16),
     Run("text 24, 8 new", images=0, text_tokens=24, new_tokens=8),
     Run("batch 8, text 40, 8 new", batch_size=8, images=0, text_tokens=40, new_tokens=8),
 )
-TIMED = RUNS[1]
+# Under a cap: what some of the formats have no room for, too.
+CAPPED = (
+    Run("image, 16 new", text_tokens=98, new_tokens=16),
+    Run("batch 4, 4 new", batch_size=4, text_tokens=100, new_tokens=4),
+    Run("batch 12", batch_size=12, text_tokens=100),
+    Run("text 4000, 4 new", images=0, text_tokens=4000, new_tokens=4),
+)
+SHORT = (
+    Run("image, 8 new", text_tokens=98, new_tokens=8),
+    Run("text 24, 4 new", images=0, text_tokens=24, new_tokens=4),
+    Run("batch 2, text 300, 4 new", batch_size=2, images=0, text_tokens=300, new_tokens=4),
+)
 STEPS = tuple(
     Run(
         name,
@@ -52,31 +64,39 @@ STEPS = tuple(
         ("step, image, batch 2", 1, 32, 2),
     )
 )
+# Each matrix of LLM.int8 goes by way of the host while it is loaded, a tenth of a second: of
+# decoder and tower the first eight layers are quantised.
+REST = (
+    "lm_head",
+    *(f"language_model.layers.{number}" for number in range(8, 40)),
+    *(f"vision_tower.layers.{number}" for number in range(8, 63)),
+)
 
 
-def named(weights: str, cap_bytes: int | None, runs: tuple[Run, ...], what: str = "") -> Load:
+def named(weights: str, runs: tuple[Run, ...], cap_bytes: int | None = None, **others) -> Load:
     """One process, called by its format, its cap and what is special about it."""
+    what = others.pop("what", "")
     cap = f", capped to {cap_bytes // GB} GB" if cap_bytes else ""
     runs = tuple(Run(**asdict(run) | {"cap_bytes": cap_bytes}) for run in runs)
-    options = {"device_map": {"": 0}, "cap_bytes": cap_bytes, "runs": runs}
-    return Load(
-        f"{weights}{cap}{what}", weights=weights if weights != "bfloat16" else "", **options
-    )
+    options = {"device_map": {"": 0}, "cap_bytes": cap_bytes, "runs": runs} | others
+    quantised = weights if weights != "bfloat16" else ""
+    return Load(f"{weights}{cap}{what}", weights=quantised, **options)
 
 
-# The largest first, which then share the card with small ones; what is timed is among the first.
+# Those that are timed first, which are the largest.
 PLAN = (
-    *(named(weights, None, RUNS) for weights in FORMATS[:4]),
-    named("nf4", None, STEPS, ", QLoRA"),
-    named("LLM.int8", None, RUNS),
-    *(named(weights, cap, RUNS) for cap in CAPS[1:] for weights in FORMATS[:4]),
-    named("LLM.int8", CAPS[1], RUNS),
-    named("LLM.int8", None, STEPS[:1], ", LoRA"),
+    *(named(weights, RUNS) for weights in FORMATS),
+    named("nf4", STEPS, what=", QLoRA"),
+    *(named(weights, CAPPED, cap) for weights in FORMATS for cap in CAPS[1:]),
+    named("LLM.int8", SHORT, keep=REST, what=", eight layers"),
+    named("nf4", SHORT, dtype="float16", what=", float16"),
+    named("nf4", SHORT, keep=("lm_head", "vision_tower"), what=", tower in bfloat16"),
+    named("int4", SHORT, keep=(), what=", the head too"),
+    named("int8", STEPS[:1], what=", LoRA"),
 )
-# Bytes of the card that a process takes at most, its context included: what runs at once is chosen
-# by them.
-_ROOM = {"bfloat16": 32, "int8": 19, "int4": 13, "nf4": 13, "LLM.int8": 19}
-_CARD = 82  # GB; the smallest card this runs on has 85
+# GB of the card that a process takes at most, its context included: by them is chosen what runs at
+# once.
+_ROOM = {"bfloat16": 32, "int8": 19, "int4": 14, "nf4": 14, "LLM.int8": 28}
 
 
 def tokens_per_second(rig, model, run: Run) -> float:
@@ -105,13 +125,14 @@ def locked(path: Path, alone: bool):
 def measure_one(given: argparse.Namespace):
     """One load of the plan, in this process; writes one JSON file."""
     from simgpu import Rig
+    from simgpu.oom import parse_out_of_memory
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product
     load, lock = PLAN[given.number], given.output.with_name("quantising.lock")
     timed, begin = [], time.perf_counter()
 
     def after(rig, model, run, record):
-        if run == load.runs[-1] and load.runs[: len(RUNS)] == RUNS:
+        if run == load.runs[-1] and load.runs == RUNS:
             timed.append((rig, model))
 
     def around(run: str):
@@ -122,6 +143,10 @@ def measure_one(given: argparse.Namespace):
 
     with locked(lock, alone=False):
         records = perform(load, Rig.here(), given.checkpoint, around=around, after=after)
+        for record in filter(lambda each: each["out_of_memory"], records):
+            # Of the moment when it ran out, as others come and go.
+            said = parse_out_of_memory(record["out_of_memory"])
+            record["others_bytes"] = [said.capacity_bytes - said.free_bytes - said.process_bytes]
         result = {"load": asdict(load), "seconds": time.perf_counter() - begin, "records": records}
         result["provenance"] = provenance() | {name: version(name) for name in LIBRARIES}
         given.output.write_text(json.dumps(result), encoding="utf-8")
@@ -142,7 +167,11 @@ def measure(given: argparse.Namespace):
     """Every load of the plan in a process of its own; results are written after each."""
     results = {"provenance": {}, "loads": []}
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    waiting = [number for number, load in enumerate(PLAN) if given.only in load.name]
+    waiting = [
+        number
+        for number, load in enumerate(PLAN)
+        if not given.only or any(re.search(each, load.name) for each in given.only)
+    ]
     running: dict[int, tuple[subprocess.Popen, Path]] = {}
     found: dict[int, dict] = {}
     begin = time.perf_counter()
@@ -150,7 +179,7 @@ def measure(given: argparse.Namespace):
         since = time.perf_counter() - begin
         for number in [] if since > given.seconds else list(waiting):
             in_use = sum(room(PLAN[each]) for each in (*running, number))
-            if len(running) == given.at_once or in_use > _CARD:
+            if len(running) == given.at_once or in_use > given.card:
                 continue
             part = given.output.with_suffix(f".{number}.part")
             command = [sys.executable, __file__, "one", given.checkpoint, "--number", str(number)]
@@ -182,9 +211,10 @@ def main():
     parser.add_argument("task", choices=("measure", "one"))
     parser.add_argument("checkpoint", help="a folder")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--only", default="", help="loads whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[], help="loads whose name has one of these")
     parser.add_argument("--number", type=int)
     parser.add_argument("--seconds", type=float, default=3600, help="what then runs is ended")
+    parser.add_argument("--card", type=int, default=82, help="GB of it to be used at once")
     parser.add_argument("--at-once", type=int, default=6, help="as many processes at most")
     parser.add_argument(
         "--traced",
