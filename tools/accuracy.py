@@ -37,7 +37,8 @@ def read(path: Path) -> dict:
 
 
 def measured_files(kind: str) -> list[Path]:
-    """The stored measurements of a kind: "memory" (of cards) or "host_memory"."""
+    """The stored measurements of a kind: "memory" (of cards), "quantised" (the same, of quantised
+    weights) or "host_memory"."""
     return sorted(RESULTS.glob(f"{kind}_*.json"))
 
 
@@ -61,7 +62,7 @@ def simulate():
     """Simulate every measured case and store the figures; draws the picture, too."""
     SIMULATED.mkdir(exist_ok=True)
     origin = versions() | {"date": time.strftime("%Y-%m-%d")}
-    for path in measured_files("memory"):
+    for path in [*measured_files("memory"), *measured_files("quantised")]:
         loads = [
             {"load": load.name, "records": records}
             for load, _, records in memory.simulate(read(path))
@@ -172,6 +173,38 @@ def runs() -> str:
     return "\n".join(parts).rstrip()
 
 
+def quantised() -> str:
+    """Every run of quantised weights, and how far the peaks of each format are apart."""
+    parts = []
+    for path in measured_files("quantised"):
+        origin, versions = read(path)["provenance"], read(SIMULATED / path.name)["provenance"]
+        libraries = ", ".join(
+            f"{name} {origin[name]}"
+            for name in ("torch", "transformers", "torchao", "bitsandbytes", "peft")
+        )
+        figures, differences, rows = compared(path)
+        peaks = {
+            name: [figure.simulated - figure.measured for figure in figures if figure.name == name]
+            for name in ("peak_allocated_bytes", "peak_reserved_bytes")
+        }
+        allocated, reserved = peaks.values()
+        parts += [
+            f"**{machine(origin)}** ({origin['date']}, driver {origin['driver']}, {libraries};"
+            f" random weights; simulated {versions['date']}, torch {versions['torch']})",
+            "",
+            f"{len(rows) - len(differences)} of {len(rows)} ended as simulated. Of {len(allocated)}"
+            f" allocated peaks {sum(abs(each) <= MIB for each in allocated)} are within 1 MiB, the"
+            f" furthest {furthest(allocated)}; of {len(reserved)} reserved ones {reserved.count(0)}"
+            f" are equal, the furthest {furthest(reserved)}.",
+            "",
+            "| load | run | allocated | reserved | how it ended |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    return "\n".join(parts).rstrip()
+
+
 HOST_FIGURES = (
     "peak_anonymous_bytes",
     "loaded_anonymous_bytes",
@@ -275,7 +308,7 @@ def fast() -> str:
 
 
 SECTIONS = {"summary": summary, "runs": runs, "host": host, "miniature": miniature, "fast": fast}
-SECTIONS |= {"others": others, "peers": beside_peers}
+SECTIONS |= {"quantised": quantised, "others": others, "peers": beside_peers}
 
 
 def page(path: Path = PAGE) -> str:

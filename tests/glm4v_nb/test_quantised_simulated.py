@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from glm4v_nb.cli import main
 from glm4v_nb.fit import Deployment
 from glm4v_nb.inference import load
 from glm4v_nb.miniature import CHECKPOINT
@@ -122,6 +123,19 @@ def test_the_lines_that_the_search_for_limits_ends_in_load_the_same(weights):
         (card,) = rig.memory()
     assert card.allocated_bytes == found.result.devices[0].weights_bytes
     assert len(parts_of(names["model"].vision_tower.layers[0].mlp.fc1.weight)) == 1
+
+
+@needs("bitsandbytes")
+def test_the_command_line_keeps_modules_as_they_are(capfd):
+    options = ["--model", str(CHECKPOINT), "--card", "L4", "--new-tokens", "1", "--json"]
+    found = []
+    for keep in ([], ["--keep", "output_layer,vision"]):
+        assert main(["fit", *options, "--weights", "nf4", *keep]) == 0
+        (device,) = json.loads(capfd.readouterr().out)["devices"]
+        found.append(device["weights_bytes"])
+    assert found[1] > found[0] + MIB  # the tower has 2,179,072 numbers in matrices
+    assert main(["fit", *options, "--keep", "vision"]) == 2
+    assert "no weights are quantised" in capfd.readouterr().err
 
 
 @needs("bitsandbytes")

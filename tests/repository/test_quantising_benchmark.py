@@ -4,6 +4,7 @@ the page of what was measured on the CPU."""
 import argparse
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,44 @@ def test_processes_that_run_at_once_fit_on_the_card_together(benchmark, monkeypa
     assert [one["load"] for one in found["loads"]] == [*range(len(benchmark.PLAN))]
     assert found["provenance"] == {"cards": {"a card": 1}}
     assert max(most) <= 82
+
+
+STORED = sorted((ROOT / "benchmarks" / "results").glob("quantised_*.json"))
+# The rest is simulated again by the weekly workflow.
+EACH_TIME = ("int8, capped to 16 GB", "int4, capped to 12 GB", "nf4", "nf4, QLoRA")
+
+
+@pytest.mark.parametrize(
+    ("path", "number"),
+    [
+        pytest.param(path, number, id=f"{path.stem}-{each['load']['name']}")
+        for path in STORED
+        for number, each in enumerate(json.loads(path.read_text(encoding="utf-8"))["loads"])
+        if each["load"]["name"] in EACH_TIME or os.environ.get("EVERY_MEASUREMENT")
+    ],
+)
+def test_simulated_quantised_weights_take_what_was_measured(path, number):
+    results = json.loads(path.read_text(encoding="utf-8"))
+    results["loads"] = results["loads"][number : number + 1]
+    library = (
+        "torchao" if results["loads"][0]["load"]["weights"].startswith("int") else "bitsandbytes"
+    )
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    memory = load_benchmark("memory")
+    ((load, measured, simulated),) = memory.simulate(results)
+    figures, differences = memory.compare(load, measured, simulated)
+    assert differences == []
+    assert [figure for figure in figures if not figure.right] == []
+    page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8").splitlines()
+    assert [row for row in memory.rows(load, measured, simulated) if row not in page] == []
+
+
+def test_every_format_was_measured_whole_and_under_every_cap(benchmark):
+    (path,) = STORED
+    loads = [each["load"] for each in json.loads(path.read_text(encoding="utf-8"))["loads"]]
+    found = {(load["weights"] or "bfloat16", load["cap_bytes"]) for load in loads}
+    assert {(weights, cap) for weights in benchmark.FORMATS for cap in benchmark.CAPS} <= found
+    assert {load["name"] for load in loads} >= set(EACH_TIME)
 
 
 def test_the_page_says_what_was_measured():
