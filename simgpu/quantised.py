@@ -9,6 +9,7 @@ Source: backends/cuda/ops.py, backends/default/ops.py and functional.py of bitsa
 """
 
 import importlib
+import warnings
 from unittest import mock
 
 import torch
@@ -20,6 +21,8 @@ from simgpu.rules import REWRITTEN
 _OF_4_BITS = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
 _MOST_ROWS = 1536  # from which on the library unpacks weights whatever their shape
 _CUDA_OPERATORS = "bitsandbytes.backends.cuda.ops"
+# It has functions compiled as it is imported, for devices other than CUDA.
+warnings.filterwarnings("ignore", "On simulated cards torch.compile", module=r"bitsandbytes\.")
 
 
 def _made(model, name: str, numbers: torch.Tensor, attributes: dict) -> torch.nn.Parameter:

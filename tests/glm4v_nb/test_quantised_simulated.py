@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -123,6 +125,19 @@ def test_the_lines_that_the_search_for_limits_ends_in_load_the_same(weights):
         (card,) = rig.memory()
     assert card.allocated_bytes == found.result.devices[0].weights_bytes
     assert len(parts_of(names["model"].vision_tower.layers[0].mlp.fc1.weight)) == 1
+
+
+@needs("bitsandbytes")
+def test_nothing_is_written_to_stderr_while_a_model_is_quantised_on_simulated_cards():
+    """bitsandbytes has functions compiled as it is imported, which would be warned of."""
+    program = f"""\
+from simgpu import Rig
+from glm4v_nb.inference import load
+with Rig.simulated("L4"):
+    load({str(CHECKPOINT)!r}, weights="nf4", device_map={{"": 0}})
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @needs("bitsandbytes")
