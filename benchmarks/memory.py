@@ -25,8 +25,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import random_checkpoint
-
 MIB, GIB, GB = 2**20, 2**30, 10**9
 CAP = 24 * GB
 OFFICIAL = "zai-org/glm-4v-9b"
@@ -255,6 +253,8 @@ PLANS = {
 
 def write_checkpoint(directory: str):
     """Random bfloat16 weights in the official layout."""
+    import random_checkpoint
+
     from glm4v_nb.model import official_config
 
     random_checkpoint.write(directory, official_config())
