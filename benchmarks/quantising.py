@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -73,26 +73,37 @@ REST = (
 )
 
 
-def named(weights: str, runs: tuple[Run, ...], cap_bytes: int | None = None, **others) -> Load:
-    """One process, called by its format, its cap and what is special about it."""
-    what = others.pop("what", "")
-    cap = f", capped to {cap_bytes // GB} GB" if cap_bytes else ""
-    runs = tuple(Run(**asdict(run) | {"cap_bytes": cap_bytes}) for run in runs)
-    options = {"device_map": {"": 0}, "cap_bytes": cap_bytes, "runs": runs} | others
+def named(weights: str, runs: tuple[Run, ...], what: str = "", **others) -> Load:
+    """One process, called by its format and what is special about it."""
     quantised = weights if weights != "bfloat16" else ""
-    return Load(f"{weights}{cap}{what}", weights=quantised, **options)
+    options = {"device_map": {"": 0}, "runs": runs} | others
+    return Load(f"{weights}{what}", weights=quantised, **options)
 
 
-# Those that are timed first, which are the largest.
+def capped(weights: str, *caps: int) -> Load:
+    """Loaded under the first cap, in bytes; runs follow under each."""
+    runs = tuple(
+        replace(run, name=f"{run.name}, cap {cap // GB} GB", cap_bytes=cap)
+        for cap in caps
+        for run in CAPPED
+    )
+    return named(weights, runs, f", capped to {caps[0] // GB} GB", cap_bytes=caps[0])
+
+
 PLAN = (
+    # Those that are timed first, which are the largest.
     *(named(weights, RUNS) for weights in FORMATS),
-    named("nf4", STEPS, what=", QLoRA"),
-    *(named(weights, CAPPED, cap) for weights in FORMATS for cap in CAPS[1:]),
-    named("LLM.int8", SHORT, keep=REST, what=", eight layers"),
-    named("nf4", SHORT, dtype="float16", what=", float16"),
-    named("nf4", SHORT, keep=("lm_head", "vision_tower"), what=", tower in bfloat16"),
-    named("int4", SHORT, keep=(), what=", the head too"),
-    named("int8", STEPS[:1], what=", LoRA"),
+    named("nf4", STEPS, ", QLoRA"),
+    capped("int8", 16 * GB, 24 * GB),
+    capped("nf4", 12 * GB, 16 * GB, 24 * GB),
+    capped("int4", 12 * GB, 16 * GB, 24 * GB),
+    named("LLM.int8", SHORT, ", eight layers", keep=REST),
+    *(capped("bfloat16", cap) for cap in CAPS[1:]),
+    capped("int8", 12 * GB),
+    named("nf4", SHORT, ", half precision", dtype="float16"),
+    named("int8", STEPS[:1], ", LoRA"),
+    named("nf4", SHORT, ", tower kept", keep=("lm_head", "vision_tower")),
+    named("int4", SHORT, ", head too", keep=()),
 )
 # GB of the card that a process takes at most, its context included: by them is chosen what runs at
 # once.
@@ -159,8 +170,8 @@ def measure_one(given: argparse.Namespace):
 
 def room(load: Load) -> int:
     """GB of the card that are kept for a load."""
-    most = _ROOM[load.weights or "bfloat16"]
-    return min(most, load.cap_bytes // GB + 1) if load.cap_bytes else most
+    caps = [run.cap_bytes for run in load.runs if run.cap_bytes]
+    return max(caps) // GB + 1 if caps else _ROOM[load.weights or "bfloat16"]
 
 
 def measure(given: argparse.Namespace):
