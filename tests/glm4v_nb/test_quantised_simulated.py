@@ -211,6 +211,24 @@ def test_few_bits_are_made_whole_before_a_product_of_many_rows(card, rows, shape
 
 
 @needs("bitsandbytes")
+@pytest.mark.parametrize(("rows", "workspaces"), [(1, 0), (1634, 33 * MIB)])
+def test_a_bias_is_added_by_cublaslt_where_weights_are_unpacked(rows, workspaces):
+    """On an H100 cuBLAS has a workspace of 32 MiB and 8 KiB, and cublasLt one of 1 MiB."""
+    import bitsandbytes  # noqa: F401  (defines the operator)
+
+    with Rig.simulated("H100"):
+        options = {"dtype": torch.bfloat16, "device": "cuda"}
+        activations, bias = torch.empty(1, rows, 1024, **options), torch.empty(1024, **options)
+        weights = torch.empty(2**19, 1, dtype=torch.uint8, device="cuda")
+        scales, before = torch.empty(2**14, device="cuda"), torch.cuda.memory_allocated()
+        result = torch.ops.bitsandbytes.gemm_4bit(
+            activations, weights, [1024, 1024], scales, 64, "nf4", bias=bias
+        )
+        kept = torch.cuda.memory_allocated() - before - result.nbytes
+    assert workspaces <= kept <= workspaces + MIB
+
+
+@needs("bitsandbytes")
 def test_8_bits_that_look_at_numbers_are_assumed_to_find_none_that_are_large():
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
