@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py write DIR                      # random weights: 28 GB
     python benchmarks/quantising.py measure DIR --output FILE  # on the first GPU of this machine
+    python benchmarks/quantising.py merge FILE --output OTHER  # into what is stored
     python benchmarks/memory.py compare FILE                   # the simulator beside it
 
 Every load is a process of its own; some run at once, as many as fit on the card together, for what
@@ -158,8 +159,14 @@ def measure_one(given: argparse.Namespace):
             # Of the moment when it ran out, as others come and go.
             said = parse_out_of_memory(record["out_of_memory"])
             record["others_bytes"] = [said.capacity_bytes - said.free_bytes - said.process_bytes]
-        result = {"load": asdict(load), "seconds": time.perf_counter() - begin, "records": records}
-        result["provenance"] = provenance() | {name: version(name) for name in LIBRARIES}
+        result = {
+            "load": asdict(load),
+            "seconds": round(time.perf_counter() - begin, 1),
+            "records": records,
+        }
+        result["provenance"] = (
+            provenance() | {"weights": "random"} | {name: version(name) for name in LIBRARIES}
+        )
         given.output.write_text(json.dumps(result), encoding="utf-8")
     for rig, model in timed:
         with locked(lock, alone=True):
@@ -216,11 +223,32 @@ def measure(given: argparse.Namespace):
             return
 
 
+def merge(new: Path, into: Path):
+    """Put the loads of one file into another, in place of those of the same names.
+
+    Raises:
+        ValueError: they are of other cards, drivers or versions.
+    """
+    results = json.loads(new.read_text(encoding="utf-8"))
+    if into.exists():
+        stored = json.loads(into.read_text(encoding="utf-8"))
+        others = [
+            name
+            for name, value in stored["provenance"].items()
+            if name != "date" and results["provenance"].get(name) != value
+        ]
+        if others:
+            raise ValueError(f"{new} and {into} differ in {', '.join(others)}. Give another file.")
+        loads = {each["load"]["name"]: each for each in (*stored["loads"], *results["loads"])}
+        results = stored | {"loads": [*loads.values()]}
+    into.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
 def main():
     """Measure on this machine's GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=("measure", "one"))
-    parser.add_argument("checkpoint", help="a folder")
+    parser.add_argument("task", choices=("measure", "one", "merge"))
+    parser.add_argument("checkpoint", help="a folder; of merge, a file of measure")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=[], help="loads whose name has one of these")
     parser.add_argument("--number", type=int)
@@ -234,7 +262,10 @@ def main():
         help='write every allocation of these, too, as in "nf4: load"',
     )
     given = parser.parse_args()
-    (measure if given.task == "measure" else measure_one)(given)
+    if given.task == "merge":
+        merge(Path(given.checkpoint), given.output)
+    else:
+        (measure if given.task == "measure" else measure_one)(given)
 
 
 if __name__ == "__main__":

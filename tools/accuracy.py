@@ -58,28 +58,35 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name).partition("+")[0] for name in names}
 
 
-def simulate():
-    """Simulate every measured case and store the figures; draws the picture, too."""
+def simulate(only: str = ""):
+    """Simulate every measured case, or those of files with this in their names, and store the
+    figures; draws the picture, too."""
     SIMULATED.mkdir(exist_ok=True)
     origin = versions() | {"date": time.strftime("%Y-%m-%d")}
-    for path in [*measured_files("memory"), *measured_files("quantised")]:
+
+    def chosen(paths):
+        return [path for path in paths if only in path.name]
+
+    for path in chosen([*measured_files("memory"), *measured_files("quantised")]):
         loads = [
             {"load": load.name, "records": records}
             for load, _, records in memory.simulate(read(path))
         ]
         store(path, {"provenance": origin, "loads": loads})
-    for path in measured_files("host_memory"):
+    for path in chosen(measured_files("host_memory")):
         figures = [
             {"case": figure.case, "name": figure.name, "least": figure.least, "most": figure.most}
             for figure in host_memory.compare(read(path))
         ]
         store(path, {"provenance": origin, "figures": figures})
-    for path in measured_files("models"):
+    for path in chosen(measured_files("models")):
         store(path, {"provenance": origin, "cases": models.simulate(read(path))})
     import decoding  # which needs torch
 
-    for path in measured_decodings():
+    for path in chosen(measured_decodings()):
         store(path, {"provenance": origin, "memory": decoding.simulate()})
+    if not chosen(measured_files("memory")):
+        return
     figures = [figure for path in measured_files("memory") for figure in compared(path)[0]]
     origins = [read(path)["provenance"] for path in measured_files("memory")]
     memory.plot(figures, origins, str(PICTURE))
@@ -326,8 +333,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--simulate", action="store_true", help="simulate every case again")
-    if parser.parse_args().simulate:
-        simulate()
+    parser.add_argument("--only", default="", help="of files with this in their names")
+    given = parser.parse_args()
+    if given.simulate:
+        simulate(given.only)
     for path in PAGES:
         path.write_text(page(path), encoding="utf-8")
 

@@ -91,6 +91,22 @@ def test_processes_that_run_at_once_fit_on_the_card_together(benchmark, monkeypa
     assert max(most) <= 82
 
 
+def test_a_file_is_merged_into_one_of_the_same_card_and_versions(benchmark, tmp_path):
+    def write(name, card, *loads):
+        content = {"provenance": {"cards": {card: 1}, "date": name}}
+        content["loads"] = [{"load": {"name": load}, "seconds": name} for load in loads]
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+        return tmp_path / name
+
+    into = write("old", "H200", "nf4", "int8")
+    benchmark.merge(write("new", "H200", "int8", "int4"), into)
+    found = json.loads(into.read_text(encoding="utf-8"))
+    seconds = {each["load"]["name"]: each["seconds"] for each in found["loads"]}
+    assert seconds == {"nf4": "old", "int8": "new", "int4": "new"}
+    with pytest.raises(ValueError, match="differ in cards. Give another file"):
+        benchmark.merge(write("other", "H100", "nf4"), into)
+
+
 STORED = sorted((ROOT / "benchmarks" / "results").glob("quantised_*.json"))
 # The rest is simulated again by the weekly workflow.
 EACH_TIME = ("int8, capped to 16 GB", "int4, capped to 12 GB", "nf4", "nf4, QLoRA")
