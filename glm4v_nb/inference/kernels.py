@@ -13,6 +13,7 @@ one row, whose products are plain sums, or else ROWS rounded up to the 8 or 16 o
 ``BN`` weight rows and ``BK`` columns are a tile.
 """
 
+from glm4v_nb.inference.quantised_kernels import weigh_int4
 from simgpu.kernels import language as tl
 from simgpu.kernels import triton
 
@@ -23,11 +24,30 @@ except ImportError:  # on simulated cards alone, where nobody calls them
 
 
 @triton.jit
-def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-           R: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr, BN: tl.constexpr,
-           BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _weigh(x, gain, weight, scales, outputs, first, count, OUTPUTS: tl.constexpr, K: tl.constexpr,
+           ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr,
+           BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
+           PDL: tl.constexpr):  # fmt: skip
     """The sums over k of weight[outputs, k] x[row, k]: (BN, R); with NORM of x times gain, over
-    the root of x's mean square. x is (ROWS, K), weight (OUTPUTS, K)."""
+    the root of x's mean square. x is (ROWS, K); weight and scales are a ``Weight`` of so many BITS,
+    (OUTPUTS, K); ``first`` and ``count`` are as in ``weigh_int4``."""
+    if BITS == 4:
+        sums = weigh_int4(x, gain, weight, scales, outputs, first, count, OUTPUTS, K, ROWS, R, NORM,
+                          EPSILON, BN, BK, AHEAD, PDL)  # fmt: skip
+    else:
+        sums = _weigh_whole(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, NORM, EPSILON, BN, BK,
+                            AHEAD, PDL)  # fmt: skip
+        if BITS == 8:
+            sums *= tl.load(scales + outputs, mask=outputs < OUTPUTS, other=0.0)[:, None]
+    return sums
+
+
+@triton.jit
+def _weigh_whole(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr,
+                 ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr,
+                 BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    """The same of the weight's numbers alone, (OUTPUTS, K), whatever their type."""
     k, row = tl.arange(0, BK), tl.arange(0, R)
     within = (outputs < OUTPUTS)[:, None]
     at = weight + outputs.to(tl.int64)[:, None] * K + k[None, :]
@@ -65,7 +85,8 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
         if R == 1:
             sums += tile.to(tl.float32) * some[None, :]
         else:
-            sums = tl.dot(tile, tl.trans(some.to(tile.dtype)), sums, input_precision="ieee")
+            some = tl.trans(some.to(x.dtype.element_ty))
+            sums = tl.dot(tile.to(some.dtype), some, sums, input_precision="ieee")
         if AHEAD:
             tile = following
     if PDL:
@@ -87,13 +108,14 @@ def _pairs(sums, BN: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def project(x, gain, weight, residual, y, OUTPUTS: tl.constexpr, K: tl.constexpr,
+def project(x, gain, weight, scales, residual, y, OUTPUTS: tl.constexpr, K: tl.constexpr,
             ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-            EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+            EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
             AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y (ROWS, OUTPUTS) = W x, of the normalised x with NORM, plus residual with RESIDUAL."""
     outputs, row = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, R)
-    sums = _weigh(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, NORM, EPSILON, BN, BK, AHEAD, PDL)
+    sums = _weigh(x, gain, weight, scales, outputs, 0, OUTPUTS, OUTPUTS, K, ROWS, R, NORM, EPSILON,
+                  BITS, BN, BK, AHEAD, PDL)  # fmt: skip
     at = row[None, :] * OUTPUTS + outputs[:, None]
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     if RESIDUAL:
@@ -102,16 +124,18 @@ def project(x, gain, weight, residual, y, OUTPUTS: tl.constexpr, K: tl.constexpr
 
 
 @triton.jit
-def project_gated(x, gain, weight, y, OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-                  R: tl.constexpr, EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def project_gated(x, gain, weight, scales, y, OUTPUTS: tl.constexpr, K: tl.constexpr,
+                  ROWS: tl.constexpr, R: tl.constexpr, EPSILON: tl.constexpr, BITS: tl.constexpr,
+                  BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     """y (ROWS, OUTPUTS) = silu(gate) up of the normalised x; weight holds the rows of all gates,
     then of all ups. A tile takes both rows of an output, so that they meet in one program."""
     half = tl.program_id(0) * (BN // 2)
     row, each = tl.arange(0, R), tl.arange(0, BN)
     # Those past the last output read another output's weights, and are not stored.
     both = half + each // 2 + (each % 2) * OUTPUTS
-    sums = _weigh(x, gain, weight, both, 2 * OUTPUTS, K, ROWS, R, True, EPSILON, BN, BK, AHEAD, PDL)
+    sums = _weigh(x, gain, weight, scales, both, 0, 2 * OUTPUTS, 2 * OUTPUTS, K, ROWS, R, True,
+                  EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
     gate, up = _pairs(sums, BN, R)
     outputs = half + tl.arange(0, BN // 2)
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
@@ -119,11 +143,11 @@ def project_gated(x, gain, weight, y, OUTPUTS: tl.constexpr, K: tl.constexpr, RO
 
 
 @triton.jit
-def project_heads(x, gain, weight, bias, cosines, sines, positions, slots, sequences, queries, keys,
-                  values, capacity, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
-                  ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr,
-                  EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def project_heads(x, gain, weight, scales, bias, cosines, sines, positions, slots, sequences,
+                  queries, keys, values, capacity, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+                  D: tl.constexpr, ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+                  R: tl.constexpr, EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr,
+                  BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Queries, keys and values of the normalised x, with bias, the first two turned; keys and
     values go straight into the cache.
 
@@ -134,7 +158,13 @@ def project_heads(x, gain, weight, bias, cosines, sines, positions, slots, seque
     first = tl.program_id(0) * BN
     OUTPUTS: tl.constexpr = (HEADS + 2 * GROUPS) * D
     outputs, row = first + tl.arange(0, BN), tl.arange(0, R)
-    sums = _weigh(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, True, EPSILON, BN, BK, AHEAD, PDL)
+    # Queries, keys and values are the weight's parts.
+    KEYS: tl.constexpr = HEADS * D
+    VALUES: tl.constexpr = (HEADS + GROUPS) * D
+    part = tl.where(outputs < KEYS, 0, tl.where(outputs < VALUES, KEYS, VALUES))
+    count = tl.where(outputs < KEYS, KEYS, GROUPS * D)
+    sums = _weigh(x, gain, weight, scales, outputs, part, count, OUTPUTS, K, ROWS, R, True, EPSILON,
+                  BITS, BN, BK, AHEAD, PDL)  # fmt: skip
     sums += tl.load(bias + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)[:, None]
     even, odd = _pairs(sums, BN, R)
     output = first + 2 * tl.arange(0, BN // 2)[:, None]

@@ -43,6 +43,11 @@ MORE_ROWS = [
     *(Tile(32, 128, 1, 4, 8), Tile(32, 128, 2, 4, 8), Tile(32, 256, 2, 4, 8)),
     *(Tile(64, 128, 4, 5, 8), Tile(64, 128, 4, 1, 16), Tile(64, 128, 4, 4, 16)),
 ]
+# Of 4 bits, whose rows are in tiles of 8, and whose products all go through tensor cores.
+INT4 = [
+    *(Tile(16, 2048, 4, 1, 8), Tile(16, 4096, 8, 1, 8), Tile(16, 1024, 4, 1, 8)),
+    *(Tile(32, 1024, 4, 1, 8), Tile(32, 2048, 8, 1, 8), Tile(64, 1024, 8, 1, 8)),
+]
 # Interpreted programs cost milliseconds, whatever their size.
 INTERPRETED = {True: Tile(1024, 512, 4), False: Tile(1024, 512, 4, 2, 8)}
 
@@ -54,12 +59,12 @@ def cache_file() -> Path:
 
 
 def best_tile(name: str, one_row: bool, least: int, device: torch.device,
-              run: Callable[[Tile], None]) -> Tile:  # fmt: skip
+              run: Callable[[Tile], None], bits: int = 16) -> Tile:  # fmt: skip
     """The fastest tile of a kernel.
 
     ``name`` has all that decides it besides card and versions: kernel, shape, dtype; ``least`` is
-    how many rows of the weight a program needs. ``run`` launches the kernel for all layers of a
-    card, so that no weight is found in the card's cache.
+    how many rows of the weight a program needs, whose numbers have so many bits. ``run`` launches
+    the kernel for all layers of a card, so that no weight is found in the card's cache.
     """
     if device.type != "cuda":
         return INTERPRETED[one_row]
@@ -68,7 +73,7 @@ def best_tile(name: str, one_row: bool, least: int, device: torch.device,
     known = _read()
     if key in known:
         return Tile(**known[key])
-    candidates = [tile for tile in (ONE_ROW if one_row else MORE_ROWS) if tile.rows >= least]
+    candidates = [tile for tile in _candidates(one_row, bits) if tile.rows >= least]
     try:
         times = {tile: _milliseconds(device, run, tile) for tile in candidates}
     except NoTimeError:  # of a simulated card, which does as well with any
@@ -76,6 +81,12 @@ def best_tile(name: str, one_row: bool, least: int, device: torch.device,
     best = min(times, key=times.get)
     _write({**_read(), key: asdict(best)})
     return best
+
+
+def _candidates(one_row: bool, bits: int) -> list[Tile]:
+    if bits == 4:
+        return INT4
+    return ONE_ROW if one_row else MORE_ROWS
 
 
 def _milliseconds(device: torch.device, run: Callable[[Tile], None], tile: Tile) -> float:
