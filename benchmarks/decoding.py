@@ -267,18 +267,22 @@ def simulate(cases=MEMORY_CASES) -> list[dict]:
 
 
 @torch.no_grad()
-def accuracy(model, results, given, tokens: int = 8):
-    """How far a step's logits are from float32, in norm: fused kernels and plain bfloat16."""
+def accuracy(model, results, given, tokens: int = 8, wide=None):
+    """How far a step's logits are from float32, in norm: fused kernels and plain bfloat16.
+
+    ``wide`` is the model whose decoder and head are in float32, by default made of it.
+    """
     decoder = FastDecoder()
     cache = decoder.prepare(model, 1, SHORT + 100)
     step = decoder._steps[1]
     ids = torch.randint(1000, 100_000, (1, SHORT), device="cuda")
     filled = cache.empty()
     model(input_ids=ids, past_key_values=filled, use_cache=True, logits_to_keep=1)
-    wide = copy.copy(model)
-    wide._modules = dict(model._modules)
-    for name in ("language_model", "lm_head"):
-        wide._modules[name] = copy.deepcopy(model._modules[name]).float()
+    if wide is None:
+        wide = copy.copy(model)
+        wide._modules = dict(model._modules)
+        for name in ("language_model", "lm_head"):
+            wide._modules[name] = copy.deepcopy(model._modules[name]).float()
 
     def plain(chosen, token, dtype):
         pairs = [(key[..., :SHORT, :].to(dtype), value[..., :SHORT, :].to(dtype))

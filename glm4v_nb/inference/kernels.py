@@ -13,7 +13,7 @@ one row, whose products are plain sums, or else ROWS rounded up to the 8 or 16 o
 ``BN`` weight rows and ``BK`` columns are a tile.
 """
 
-from glm4v_nb.inference.quantised_kernels import weigh_int4
+from glm4v_nb.inference.quantised_kernels import output_of, weigh_packed
 from simgpu.kernels import language as tl
 from simgpu.kernels import triton
 
@@ -24,21 +24,25 @@ except ImportError:  # on simulated cards alone, where nobody calls them
 
 
 @triton.jit
-def _weigh(x, gain, weight, scales, outputs, first, count, OUTPUTS: tl.constexpr, K: tl.constexpr,
-           ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr,
-           BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
-           PDL: tl.constexpr):  # fmt: skip
-    """The sums over k of weight[outputs, k] x[row, k]: (BN, R); with NORM of x times gain, over
-    the root of x's mean square. x is (ROWS, K); weight and scales are a ``Weight`` of so many BITS,
-    (OUTPUTS, K); ``first`` and ``count`` are as in ``weigh_int4``."""
-    if BITS == 4:
-        sums = weigh_int4(x, gain, weight, scales, outputs, first, count, OUTPUTS, K, ROWS, R, NORM,
-                          EPSILON, BN, BK, AHEAD, PDL)  # fmt: skip
+def _weigh(x, gain, weight, scales, begin, part, count, APART: tl.constexpr, OUTPUTS: tl.constexpr,
+           K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr,
+           EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+           AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The sums over k of weight[output, k] x[row, k]: (BN, R); with NORM of x times gain, over
+    the root of x's mean square. x is (ROWS, K), weight and scales a ``Weight`` of BITS with OUTPUTS
+    rows. ``begin`` and APART say which outputs, see ``output_of``, RUN being 8 for packed weights
+    and else 1; ``part`` and ``count`` are as in ``weigh_packed``."""
+    PACKED: tl.constexpr = BITS < 16 and R > 1
+    RUN: tl.constexpr = 8 if PACKED else 1
+    outputs = output_of(begin, tl.arange(0, BN), RUN, APART)
+    if PACKED:
+        sums = weigh_packed(x, gain, weight, scales, begin, outputs, part, count, APART, OUTPUTS, K,
+                            ROWS, R, NORM, EPSILON, BITS, BN, BK, PDL)  # fmt: skip
     else:
         sums = _weigh_whole(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, NORM, EPSILON, BN, BK,
                             AHEAD, PDL)  # fmt: skip
-        if BITS == 8:
-            sums *= tl.load(scales + outputs, mask=outputs < OUTPUTS, other=0.0)[:, None]
+    if BITS == 8:
+        sums *= tl.load(scales + outputs, mask=outputs < OUTPUTS, other=0.0)[:, None]
     return sums
 
 
@@ -47,7 +51,7 @@ def _weigh_whole(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexp
                  ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr,
                  BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
-    """The same of the weight's numbers alone, (OUTPUTS, K), whatever their type."""
+    """The same of the weight's numbers alone, (OUTPUTS, K)."""
     k, row = tl.arange(0, BK), tl.arange(0, R)
     within = (outputs < OUTPUTS)[:, None]
     at = weight + outputs.to(tl.int64)[:, None] * K + k[None, :]
@@ -85,8 +89,7 @@ def _weigh_whole(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexp
         if R == 1:
             sums += tile.to(tl.float32) * some[None, :]
         else:
-            some = tl.trans(some.to(x.dtype.element_ty))
-            sums = tl.dot(tile.to(some.dtype), some, sums, input_precision="ieee")
+            sums = tl.dot(tile, tl.trans(some.to(tile.dtype)), sums, input_precision="ieee")
         if AHEAD:
             tile = following
     if PDL:
@@ -102,9 +105,10 @@ def _weigh_whole(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexp
 
 
 @triton.jit
-def _pairs(sums, BN: tl.constexpr, R: tl.constexpr):
-    """The even rows and the odd rows of (BN, R), each (BN / 2, R)."""
-    return tl.split(tl.permute(tl.reshape(sums, [BN // 2, 2, R]), (0, 2, 1)))
+def _pairs(sums, RUN: tl.constexpr, BN: tl.constexpr, R: tl.constexpr):
+    """The even runs and the odd runs of rows of (BN, R), each (BN / 2, R)."""
+    sums = tl.permute(tl.reshape(sums, [BN // (2 * RUN), 2, RUN, R]), (0, 2, 3, 1))
+    return tl.split(tl.reshape(sums, [BN // 2, R, 2]))
 
 
 @triton.jit
@@ -113,8 +117,9 @@ def project(x, gain, weight, scales, residual, y, OUTPUTS: tl.constexpr, K: tl.c
             EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
             AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y (ROWS, OUTPUTS) = W x, of the normalised x with NORM, plus residual with RESIDUAL."""
-    outputs, row = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, R)
-    sums = _weigh(x, gain, weight, scales, outputs, 0, OUTPUTS, OUTPUTS, K, ROWS, R, NORM, EPSILON,
+    begin, row = tl.program_id(0) * BN, tl.arange(0, R)
+    outputs = begin + tl.arange(0, BN)
+    sums = _weigh(x, gain, weight, scales, begin, 0, OUTPUTS, 0, OUTPUTS, K, ROWS, R, NORM, EPSILON,
                   BITS, BN, BK, AHEAD, PDL)  # fmt: skip
     at = row[None, :] * OUTPUTS + outputs[:, None]
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
@@ -131,13 +136,12 @@ def project_gated(x, gain, weight, scales, y, OUTPUTS: tl.constexpr, K: tl.const
     """y (ROWS, OUTPUTS) = silu(gate) up of the normalised x; weight holds the rows of all gates,
     then of all ups. A tile takes both rows of an output, so that they meet in one program."""
     half = tl.program_id(0) * (BN // 2)
-    row, each = tl.arange(0, R), tl.arange(0, BN)
+    outputs, row = half + tl.arange(0, BN // 2), tl.arange(0, R)
     # Those past the last output read another output's weights, and are not stored.
-    both = half + each // 2 + (each % 2) * OUTPUTS
-    sums = _weigh(x, gain, weight, scales, both, 0, 2 * OUTPUTS, 2 * OUTPUTS, K, ROWS, R, True,
-                  EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
-    gate, up = _pairs(sums, BN, R)
-    outputs = half + tl.arange(0, BN // 2)
+    sums = _weigh(x, gain, weight, scales, half, 0, 2 * OUTPUTS, OUTPUTS, 2 * OUTPUTS, K, ROWS, R,
+                  True, EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
+    RUN: tl.constexpr = 8 if BITS < 16 and R > 1 else 1
+    gate, up = _pairs(sums, RUN, BN, R)
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     tl.store(y + row[None, :] * OUTPUTS + outputs[:, None], gate * tl.sigmoid(gate) * up, mask=mask)
 
@@ -163,10 +167,10 @@ def project_heads(x, gain, weight, scales, bias, cosines, sines, positions, slot
     VALUES: tl.constexpr = (HEADS + GROUPS) * D
     part = tl.where(outputs < KEYS, 0, tl.where(outputs < VALUES, KEYS, VALUES))
     count = tl.where(outputs < KEYS, KEYS, GROUPS * D)
-    sums = _weigh(x, gain, weight, scales, outputs, part, count, OUTPUTS, K, ROWS, R, True, EPSILON,
-                  BITS, BN, BK, AHEAD, PDL)  # fmt: skip
+    sums = _weigh(x, gain, weight, scales, first, part, count, 0, OUTPUTS, K, ROWS, R, True,
+                  EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
     sums += tl.load(bias + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)[:, None]
-    even, odd = _pairs(sums, BN, R)
+    even, odd = _pairs(sums, 1, BN, R)
     output = first + 2 * tl.arange(0, BN // 2)[:, None]
     known = (row < ROWS)[None, :] & (output < OUTPUTS)
     position = tl.load(positions + row, mask=row < ROWS, other=0)[None, :]

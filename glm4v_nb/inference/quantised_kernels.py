@@ -1,20 +1,20 @@
-"""Products with weights of four bits, as torchao keeps them for its own kernels, for a few rows.
+"""Products with weights of eight and four bits, as torchao keeps them for its own kernels.
 
-A number n of 0 to 15 stands for (n - 8) scale + zero; scale and zero are of a row's 128 columns.
-Four bits come so fast from memory that arithmetic could be the limit, hence:
+They come so fast from memory that arithmetic could be the limit, hence:
 
-- Or-ed into the bits of 128.0 in bfloat16, whose last bit counts one, n is the number 128 + n: two
-  numbers in a word of 32 bits are made by one shift, one and, one or.
 - Tensor cores multiply, for one row too, whose numbers they are given eight times.
-- Scale and zero are applied to the sums of 128 columns: with s of n's products and t of x alone,
-  the sum is scale (s - 136 t) + zero t.
-- The order of columns is the one in which threads have the numbers, for both operands, so that none
+- A number n of 0 to 15 in four bits stands for (n - 8) scale + zero. Or-ed into the bits of 128.0
+  in bfloat16, whose last bit counts one, n is the number 128 + n: two numbers in a word of 32 bits
+  are made by a shift and one more instruction.
+- Scale and zero belong to a row's 128 columns, and are applied to the sums of these: with s of n's
+  products and t of x alone the sum is scale (s - 136 t) + zero t.
+- The order of columns is the one in which threads get the numbers, for both operands, so that none
   changes hands. Where Triton lays them out otherwise the result is the same, and comes later.
 
-torchao's int32 (rows / 8, groups, 32, 4) is made for 8 rows and 128 columns at a time: the 32 are
-8 rows by 4 pairs of columns, 2 apart; the 4 are 32 columns apart. In a word the low and the high
-half are two neighbours, and bits 0, 4, 8 and 12 of both are 8 columns apart. There are groups for
-columns up to a multiple of 1024.
+torchao's words of four bits, int32 (rows / 8, groups, 32, 4), are made for 8 rows and 128 columns
+at a time: the 32 are 8 rows by 4 pairs of columns, 2 apart; the 4 are 32 columns apart. In a word
+the low and the high half are two neighbours, and bits 0, 4, 8 and 12 of both are 8 columns apart.
+There are groups for columns up to a multiple of 1024.
 """
 
 from simgpu.kernels import language as tl
@@ -27,101 +27,132 @@ except ImportError:  # on simulated cards alone, where nobody calls them
 
 
 @triton.jit
+def output_of(begin, each, RUN: tl.constexpr, APART: tl.constexpr):
+    """The output of each row of a tile: one after another, or with APART those of two halves of the
+    weight, so many rows apart, a RUN of one and a RUN of the other in turn."""
+    if APART > 0:
+        each = each // (2 * RUN) * RUN + each % RUN + each // RUN % 2 * APART
+    return begin + each
+
+
+@triton.jit
 def _neighbours(words, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
     """128 + n for two neighbours of every word: (..., 2)."""
-    both = (words >> SHIFT) & 0x000F000F
     if DTYPE == tl.bfloat16:
-        both = both | 0x43004300
+        # (words >> SHIFT) & 0x000F000F | 0x43004300, which the compiler makes two instructions of.
+        both = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [words >> SHIFT, 0x000F000F, 0x43004300],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
         low = (both & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
         high = (both >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
-        low, high = ((both & 15) + 128).to(DTYPE), ((both >> 16) + 128).to(DTYPE)
+        low = (((words >> SHIFT) & 15) + 128).to(DTYPE)
+        high = (((words >> (SHIFT + 16)) & 15) + 128).to(DTYPE)
     return tl.join(low, high)
 
 
 @triton.jit
-def _numbers(words, DTYPE: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr):
-    """128 + n of words (BN / 8, GROUPS, 8, 16) as a matrix for each group: (GROUPS, BN, 128)."""
-    near = tl.join(_neighbours(words, 0, DTYPE), _neighbours(words, 4, DTYPE))
-    far = tl.join(_neighbours(words, 8, DTYPE), _neighbours(words, 12, DTYPE))
-    # Of columns: 2s, 32s, 1s, 8s, 16s.
-    every = tl.reshape(tl.join(near, far), [BN // 8, GROUPS, 8, 4, 4, 2, 2, 2])
-    return tl.reshape(tl.permute(every, (1, 0, 2, 4, 7, 3, 6, 5)), [GROUPS, BN, 128])
+def _numbers(tile, DTYPE: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr,
+             BN: tl.constexpr):  # fmt: skip
+    """A tile as one matrix for each piece, (PIECES, BN, columns); of four bits 128 + n."""
+    if BITS == 8:
+        # Of columns: 16s, 4s, 1s.
+        every = tl.reshape(tile.to(DTYPE), [BN // 8, PIECES, 8, 4, 4, 4])
+        every = tl.reshape(tl.permute(every, (1, 0, 2, 4, 3, 5)), [PIECES, BN, 64])
+    else:
+        near = tl.join(_neighbours(tile, 0, DTYPE), _neighbours(tile, 4, DTYPE))
+        far = tl.join(_neighbours(tile, 8, DTYPE), _neighbours(tile, 12, DTYPE))
+        # Of columns: 2s, 32s, 1s, 8s, 16s.
+        every = tl.reshape(tl.join(near, far), [BN // 8, PIECES, 8, 4, 4, 2, 2, 2])
+        every = tl.reshape(tl.permute(every, (1, 0, 2, 4, 7, 3, 6, 5)), [PIECES, BN, 128])
+    return every
+
+
+@triton.jit
+def _turned(some, BITS: tl.constexpr, PIECES: tl.constexpr, KNOWN: tl.constexpr,
+            R: tl.constexpr):  # fmt: skip
+    """x (PIECES, KNOWN, columns), its columns as ``_numbers`` has them: (PIECES, columns, R)."""
+    if BITS == 8:
+        COLUMNS: tl.constexpr = 64
+        some = tl.permute(tl.reshape(some, [PIECES, KNOWN, 4, 4, 4]), (0, 3, 2, 4, 1))
+    else:
+        COLUMNS: tl.constexpr = 128
+        some = tl.permute(tl.reshape(some, [PIECES, KNOWN, 8, 2, 4, 2]), (0, 2, 4, 3, 5, 1))
+    some = _repeat(tl.reshape(some, [PIECES * COLUMNS, KNOWN]), PIECES * COLUMNS, KNOWN, R)
+    return tl.reshape(some, [PIECES, COLUMNS, R])
 
 
 @triton.jit
 def _repeat(values, N: tl.constexpr, KNOWN: tl.constexpr, R: tl.constexpr):
     """(N, KNOWN) over and over to (N, R)."""
-    if KNOWN == R:
-        return values
-    return tl.reshape(tl.broadcast_to(values[:, None, :], [N, R // KNOWN, KNOWN]), [N, R])
+    if KNOWN < R:
+        values = tl.broadcast_to(values[:, None, :], [N, R // KNOWN, KNOWN])
+        values = tl.reshape(values, [N, R])
+    return values
 
 
 @triton.jit
-def weigh_int4(x, gain, weight, scales, outputs, first, count, OUTPUTS: tl.constexpr,
-               K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr,
-               EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
-               PDL: tl.constexpr):  # fmt: skip
-    """As ``_weigh`` of kernels; of R = 8 the first ROWS are to be used.
+def weigh_packed(x, gain, weight, scales, begin, outputs, part, count, APART: tl.constexpr,
+                 OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr,
+                 NORM: tl.constexpr, EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr,
+                 BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """As ``_weigh`` of kernels, but for the scales of eight bits; of R = 8 the first ROWS are to be
+    used.
 
-    ``scales`` has scale and zero in an int32, first all groups of the weight's first part, for each
-    its rows, then those of the next part. For an output ``first`` and ``count`` are the part's
-    first row and its rows.
+    Of four bits ``scales`` has scale and zero in an int32, first all groups of the weight's first
+    part, for each its rows, then those of the next part; for each output ``part`` is its part's
+    first row, and ``count`` its rows. A turn takes 8 rows by 8 and columns in pieces.
     """
-    GROUPS: tl.constexpr = BK // 128  # a turn
-    ALL: tl.constexpr = K // 128
-    KEPT: tl.constexpr = (K + 1023) // 1024 * 8
+    COLUMNS: tl.constexpr = 64 if BITS == 8 else 128  # of a piece
+    PIECES: tl.constexpr = BK // COLUMNS
     KNOWN: tl.constexpr = 1 if ROWS == 1 else (2 if ROWS == 2 else (4 if ROWS <= 4 else 8))
     DTYPE: tl.constexpr = x.dtype.element_ty
-    group, k, row = tl.arange(0, GROUPS), tl.arange(0, 128), tl.arange(0, KNOWN)
-    eights = tl.reshape(outputs, [BN // 8, 8])
-    at = weight + (eights // 8 * (KEPT * 128) + eights % 8 * 16)[:, None, :, None]
-    at += group[None, :, None, None] * 128 + tl.arange(0, 16)[None, None, None, :]
-    inside = (eights < OUTPUTS)[:, None, :, None]
-    pairs = scales + (first * KEPT + outputs - first)[None, :] + group[:, None] * count
-    within = (outputs < OUTPUTS)[None, :]
-    if AHEAD:
-        words = tl.load(at, mask=inside & (group < ALL)[None, :, None, None], other=0,
-                        eviction_policy="evict_first")  # fmt: skip
-        pair = tl.load(pairs, mask=within & (group < ALL)[:, None], other=0)
+    piece, k, row = tl.arange(0, PIECES), tl.arange(0, COLUMNS), tl.arange(0, KNOWN)
+    if BITS == 8:
+        each = tl.arange(0, BN * PIECES)
+        ours = each // 8 % PIECES
+        at = output_of(begin, each // (8 * PIECES) * 8 + each % 8, 8, APART)
+        inside = at < OUTPUTS
+        at = weight + (at.to(tl.int64) * K + ours * COLUMNS)[:, None] + k[None, :]
+        TURN: tl.constexpr = BK
+    else:
+        KEPT: tl.constexpr = (K + 1023) // 1024 * 8
+        each = tl.arange(0, BN // 8 * PIECES)
+        ours, at = each % PIECES, output_of(begin, each // PIECES * 8, 8, APART)
+        inside = at < OUTPUTS
+        at = weight + (at // 8 * (KEPT * 128) + ours * 128)[:, None] + k[None, :]
+        pairs = scales + (part * KEPT + outputs - part)[None, :] + piece[:, None] * count
+        TURN: tl.constexpr = PIECES * 128
     if PDL:
         gdc_wait()
-    sums = tl.zeros([GROUPS, BN, R], tl.float32)
-    squares = tl.zeros([GROUPS, KNOWN, 128], tl.float32)
-    for start in range(0, ALL, GROUPS):
-        this = start + group
-        known = (this < ALL)[:, None]
-        if AHEAD:
-            more = this + GROUPS < ALL
-            next_words = tl.load(at + (start + GROUPS) * 128,
-                                 mask=inside & more[None, :, None, None], other=0,
-                                 eviction_policy="evict_first")  # fmt: skip
-            next_pair = tl.load(pairs + (start + GROUPS) * count, mask=within & more[:, None],
-                                other=0)  # fmt: skip
-        else:
-            words = tl.load(at + start * 128, mask=inside & (this < ALL)[None, :, None, None],
-                            other=0, eviction_policy="evict_first")  # fmt: skip
-            pair = tl.load(pairs + start * count, mask=within & known, other=0)
-        column = this[:, None] * 128 + k[None, :]
+    sums = tl.zeros([PIECES, BN, R], tl.float32)
+    squares = tl.zeros([PIECES, KNOWN, COLUMNS], tl.float32)
+    for turn in range(0, tl.cdiv(K, BK)):
+        start = turn * BK
+        tile = tl.load(at + turn * TURN, mask=(inside & (start + ours * COLUMNS < K))[:, None],
+                       other=0, eviction_policy="evict_first")  # fmt: skip
+        column = start + piece[:, None] * COLUMNS + k[None, :]
         some = tl.load(x + row[None, :, None] * K + column[:, None, :],
-                       mask=(row < ROWS)[None, :, None] & known[:, :, None], other=0.0)  # fmt: skip
+                       mask=(row < ROWS)[None, :, None] & (column < K)[:, None, :],
+                       other=0.0)  # fmt: skip
         if NORM:
             some = some.to(tl.float32)
             squares += some * some
-            scale = tl.load(gain + column, mask=known, other=0.0).to(tl.float32)
+            scale = tl.load(gain + column, mask=column < K, other=0.0).to(tl.float32)
             some = (some * scale[:, None, :]).to(DTYPE)
-        alone = tl.sum(some.to(tl.float32), 2)
-        # 16s, 8s, 2s, 1s, in the order of the numbers.
-        turned = tl.permute(tl.reshape(some, [GROUPS, KNOWN, 8, 2, 4, 2]), (0, 2, 4, 3, 5, 1))
-        turned = tl.reshape(turned, [GROUPS * 128, KNOWN])
-        turned = tl.reshape(_repeat(turned, GROUPS * 128, KNOWN, R), [GROUPS, 128, R])
-        products = tl.dot(_numbers(words, DTYPE, GROUPS, BN), turned, input_precision="ieee")
-        scale = (pair << 16).to(tl.float32, bitcast=True)[:, :, None]
-        zero = (pair & -65536).to(tl.float32, bitcast=True)[:, :, None]
-        alone = _repeat(alone, GROUPS, KNOWN, R)[:, None, :]
-        sums += products * scale + alone * (zero - 136.0 * scale)
-        if AHEAD:
-            words, pair = next_words, next_pair
+        numbers = _numbers(tile, DTYPE, BITS, PIECES, BN)
+        turned = _turned(some, BITS, PIECES, KNOWN, R)
+        if BITS == 8:
+            sums = tl.dot(numbers, turned, sums, input_precision="ieee")
+        else:
+            known = (outputs < OUTPUTS)[None, :] & (start + piece * COLUMNS < K)[:, None]
+            pair = tl.load(pairs + turn * PIECES * count, mask=known, other=0)
+            scale = (pair << 16).to(tl.float32, bitcast=True)
+            zero = (pair & -65536).to(tl.float32, bitcast=True) - 136.0 * scale
+            alone = _repeat(tl.sum(some.to(tl.float32), 2), PIECES, KNOWN, R)[:, None, :]
+            products = tl.dot(numbers, turned, input_precision="ieee")
+            sums += products * scale[:, :, None] + alone * zero[:, :, None]
     if PDL:
         gdc_launch_dependents()
     sums = tl.sum(sums, 0)
