@@ -30,14 +30,13 @@ def _weigh(x, gain, weight, scales, begin, part, count, APART: tl.constexpr, OUT
            AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The sums over k of weight[output, k] x[row, k]: (BN, R); with NORM of x times gain, over
     the root of x's mean square. x is (ROWS, K), weight and scales a ``Weight`` of BITS with OUTPUTS
-    rows. ``begin`` and APART say which outputs, see ``output_of``, RUN being 8 for packed weights
-    and else 1; ``part`` and ``count`` are as in ``weigh_packed``."""
-    PACKED: tl.constexpr = BITS < 16 and R > 1
-    RUN: tl.constexpr = 8 if PACKED else 1
+    rows. ``begin`` and APART say which outputs, see ``output_of``, with a RUN of 8 for less
+    than 16 bits; ``part`` and ``count`` are as in ``weigh_packed``."""
+    RUN: tl.constexpr = 8 if BITS < 16 else 1
     outputs = output_of(begin, tl.arange(0, BN), RUN, APART)
-    if PACKED:
+    if BITS < 16:
         sums = weigh_packed(x, gain, weight, scales, begin, outputs, part, count, APART, OUTPUTS, K,
-                            ROWS, R, NORM, EPSILON, BITS, BN, BK, PDL)  # fmt: skip
+                            ROWS, R, NORM, EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
     else:
         sums = _weigh_whole(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, NORM, EPSILON, BN, BK,
                             AHEAD, PDL)  # fmt: skip
@@ -140,7 +139,7 @@ def project_gated(x, gain, weight, scales, y, OUTPUTS: tl.constexpr, K: tl.const
     # Those past the last output read another output's weights, and are not stored.
     sums = _weigh(x, gain, weight, scales, half, 0, 2 * OUTPUTS, OUTPUTS, 2 * OUTPUTS, K, ROWS, R,
                   True, EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
-    RUN: tl.constexpr = 8 if BITS < 16 and R > 1 else 1
+    RUN: tl.constexpr = 8 if BITS < 16 else 1
     gate, up = _pairs(sums, RUN, BN, R)
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     tl.store(y + row[None, :] * OUTPUTS + outputs[:, None], gate * tl.sigmoid(gate) * up, mask=mask)

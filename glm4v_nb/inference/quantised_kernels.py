@@ -96,13 +96,16 @@ def _repeat(values, N: tl.constexpr, KNOWN: tl.constexpr, R: tl.constexpr):
 def weigh_packed(x, gain, weight, scales, begin, outputs, part, count, APART: tl.constexpr,
                  OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr,
                  NORM: tl.constexpr, EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr,
-                 BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                 BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """As ``_weigh`` of kernels, but for the scales of eight bits; of R = 8 the first ROWS are to be
     used.
 
     Of four bits ``scales`` has scale and zero in an int32, first all groups of the weight's first
     part, for each its rows, then those of the next part; for each output ``part`` is its part's
-    first row, and ``count`` its rows. A turn takes 8 rows by 8 and columns in pieces.
+    first row, and ``count`` its rows. A turn takes 8 rows by 8 and columns in pieces. With AHEAD
+    the first weights are asked for before the kernel in front has ended: of four bits into
+    registers, as is each turn's then in the turn before; of eight bits, which registers would hold
+    one by one, into the card's cache.
     """
     COLUMNS: tl.constexpr = 64 if BITS == 8 else 128  # of a piece
     PIECES: tl.constexpr = BK // COLUMNS
@@ -112,26 +115,46 @@ def weigh_packed(x, gain, weight, scales, begin, outputs, part, count, APART: tl
     if BITS == 8:
         each = tl.arange(0, BN * PIECES)
         ours = each // 8 % PIECES
-        at = output_of(begin, each // (8 * PIECES) * 8 + each % 8, 8, APART)
-        inside = at < OUTPUTS
-        at = weight + (at.to(tl.int64) * K + ours * COLUMNS)[:, None] + k[None, :]
+        output = output_of(begin, each // (8 * PIECES) * 8 + each % 8, 8, APART)
+        first = output.to(tl.int64) * K + ours * COLUMNS
         TURN: tl.constexpr = BK
     else:
         KEPT: tl.constexpr = (K + 1023) // 1024 * 8
         each = tl.arange(0, BN // 8 * PIECES)
-        ours, at = each % PIECES, output_of(begin, each // PIECES * 8, 8, APART)
-        inside = at < OUTPUTS
-        at = weight + (at // 8 * (KEPT * 128) + ours * 128)[:, None] + k[None, :]
-        pairs = scales + (part * KEPT + outputs - part)[None, :] + piece[:, None] * count
+        ours, output = each % PIECES, output_of(begin, each // PIECES * 8, 8, APART)
+        first = output // 8 * (KEPT * 128) + ours * 128
         TURN: tl.constexpr = PIECES * 128
+        pairs = scales + (part * KEPT + outputs - part)[None, :] + piece[:, None] * count
+        within = (outputs < OUTPUTS)[None, :]
+    inside = output < OUTPUTS
+    at = weight + first[:, None] + k[None, :]
+    if AHEAD and BITS == 4:
+        tile = tl.load(at, mask=(inside & (ours * COLUMNS < K))[:, None], other=0,
+                       eviction_policy="evict_first")  # fmt: skip
+        pair = tl.load(pairs, mask=within & (piece * COLUMNS < K)[:, None], other=0)
     if PDL:
+        if AHEAD and BITS == 8:
+            for turn in tl.static_range(2):
+                wanted = inside & (turn * BK + ours * COLUMNS < K)
+                tl.inline_asm_elementwise(
+                    "cp.async.bulk.prefetch.L2.global [$1], 64; mov.u32 $0, 0;", "=r,l",
+                    [weight + tl.where(wanted, first + turn * TURN, 0)],
+                    dtype=tl.int32, is_pure=False, pack=1,
+                )  # fmt: skip
         gdc_wait()
     sums = tl.zeros([PIECES, BN, R], tl.float32)
     squares = tl.zeros([PIECES, KNOWN, COLUMNS], tl.float32)
     for turn in range(0, tl.cdiv(K, BK)):
         start = turn * BK
-        tile = tl.load(at + turn * TURN, mask=(inside & (start + ours * COLUMNS < K))[:, None],
-                       other=0, eviction_policy="evict_first")  # fmt: skip
+        if AHEAD and BITS == 4:
+            more = start + BK + ours * COLUMNS < K
+            next_tile = tl.load(at + (turn + 1) * TURN, mask=(inside & more)[:, None], other=0,
+                                eviction_policy="evict_first")  # fmt: skip
+            more = (start + BK + piece * COLUMNS < K)[:, None]
+            next_pair = tl.load(pairs + (turn + 1) * PIECES * count, mask=within & more, other=0)
+        else:
+            known = (inside & (start + ours * COLUMNS < K))[:, None]
+            tile = tl.load(at + turn * TURN, mask=known, other=0, eviction_policy="evict_first")
         column = start + piece[:, None] * COLUMNS + k[None, :]
         some = tl.load(x + row[None, :, None] * K + column[:, None, :],
                        mask=(row < ROWS)[None, :, None] & (column < K)[:, None, :],
@@ -146,13 +169,16 @@ def weigh_packed(x, gain, weight, scales, begin, outputs, part, count, APART: tl
         if BITS == 8:
             sums = tl.dot(numbers, turned, sums, input_precision="ieee")
         else:
-            known = (outputs < OUTPUTS)[None, :] & (start + piece * COLUMNS < K)[:, None]
-            pair = tl.load(pairs + turn * PIECES * count, mask=known, other=0)
+            if not AHEAD:
+                known = within & (start + piece * COLUMNS < K)[:, None]
+                pair = tl.load(pairs + turn * PIECES * count, mask=known, other=0)
             scale = (pair << 16).to(tl.float32, bitcast=True)
             zero = (pair & -65536).to(tl.float32, bitcast=True) - 136.0 * scale
             alone = _repeat(tl.sum(some.to(tl.float32), 2), PIECES, KNOWN, R)[:, None, :]
             products = tl.dot(numbers, turned, input_precision="ieee")
             sums += products * scale[:, :, None] + alone * zero[:, :, None]
+            if AHEAD:
+                tile, pair = next_tile, next_pair
     if PDL:
         gdc_launch_dependents()
     sums = tl.sum(sums, 0)

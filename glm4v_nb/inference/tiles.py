@@ -23,6 +23,8 @@ class Tile:
         warps: its threads, in 32s.
         stages: turns that loads are ahead, in shared memory; 1: one turn, in registers.
         lanes: 1 for a step of one row; else for how many rows there is room, 8 or 16.
+        ahead: of less than 16 bits, whether the first weights are asked for before the kernel in
+            front has ended; of 16 bits they are where there is one stage.
     """
 
     rows: int
@@ -30,6 +32,7 @@ class Tile:
     warps: int
     stages: int = 1
     lanes: int = 1
+    ahead: bool = False
 
 
 # For one row plain sums; for more tensor cores, which take 16 rows of a weight or more.
@@ -43,10 +46,16 @@ MORE_ROWS = [
     *(Tile(32, 128, 1, 4, 8), Tile(32, 128, 2, 4, 8), Tile(32, 256, 2, 4, 8)),
     *(Tile(64, 128, 4, 5, 8), Tile(64, 128, 4, 1, 16), Tile(64, 128, 4, 4, 16)),
 ]
-# Of 4 bits, whose rows are in tiles of 8, and whose products all go through tensor cores.
+# Of less bits, for any rows: tensor cores.
+INT8 = [
+    *(Tile(16, 256, 2, 2, 8), Tile(32, 128, 1, 3, 8), Tile(32, 256, 2, 2, 8)),
+    *(Tile(16, 256, 2, 2, 8, True), Tile(32, 256, 2, 3, 8, True), Tile(16, 512, 4, 4, 8, True)),
+    *(Tile(16, 512, 4, 4, 8), Tile(16, 512, 2, 4, 8), Tile(32, 512, 4, 3, 8)),
+]
 INT4 = [
-    *(Tile(16, 2048, 4, 1, 8), Tile(16, 4096, 8, 1, 8), Tile(16, 1024, 4, 1, 8)),
-    *(Tile(32, 1024, 4, 1, 8), Tile(32, 2048, 8, 1, 8), Tile(64, 1024, 8, 1, 8)),
+    *(Tile(32, 256, 1, 3, 8, True), Tile(32, 256, 2, 3, 8, True), Tile(32, 512, 4, 3, 8, True)),
+    *(Tile(16, 2048, 4, 3, 8, True), Tile(16, 1024, 4, 3, 8, True), Tile(16, 512, 4, 3, 8, True)),
+    *(Tile(16, 1024, 8, 3, 8, True), Tile(32, 512, 4, 3, 8), Tile(16, 1024, 4, 3, 8)),
 ]
 # Interpreted programs cost milliseconds, whatever their size.
 INTERPRETED = {True: Tile(1024, 512, 4), False: Tile(1024, 512, 4, 2, 8)}
@@ -67,7 +76,7 @@ def best_tile(name: str, one_row: bool, least: int, device: torch.device,
     the kernel for all layers of a card, so that no weight is found in the card's cache.
     """
     if device.type != "cuda":
-        return INTERPRETED[one_row]
+        return INTERPRETED[one_row and bits == 16]
     card = torch.cuda.get_device_name(device)
     key = f"{card}, torch {torch.__version__}, triton {triton.__version__}, {name}"
     known = _read()
@@ -84,8 +93,8 @@ def best_tile(name: str, one_row: bool, least: int, device: torch.device,
 
 
 def _candidates(one_row: bool, bits: int) -> list[Tile]:
-    if bits == 4:
-        return INT4
+    if bits < 16:
+        return INT8 if bits == 8 else INT4
     return ONE_ROW if one_row else MORE_ROWS
 
 

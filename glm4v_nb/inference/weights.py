@@ -100,7 +100,9 @@ def bits_of(weight: torch.Tensor) -> int | None:
     scaled = [getattr(weight, name, None) for name in ("act_pre_scale", "act_quant_kwargs")]
     if whole is None or list(weight.block_size) != [1, whole] or scaled != [None, None]:
         return None
-    return bits if bits == 8 or weight.shape[1] % GROUP == 0 == weight.shape[0] % 16 else None
+    rows, columns = weight.shape
+    # What the kernels take at a time; of gates and ups each 8 rows.
+    return bits if columns % (512 // bits) == 0 == rows % 16 else None
 
 
 def storage_of(tensor: torch.Tensor) -> int:

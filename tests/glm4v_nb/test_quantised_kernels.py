@@ -68,16 +68,16 @@ class Int8Tensor:
 
 
 KINDS = [Int8Tensor, Int4TilePackedTo4dTensor]
-# Rows of a step, of a tile of the weight, columns of it, turns ahead.
-SHAPES = [(1, 16, 256, 1), (1, 32, 512, 3, 8), (2, 16, 256, 3), (3, 16, 256, 3), (8, 32, 256, 3)]
+# Rows of a step, of a tile of the weight, columns of it, whether weights are asked for ahead.
+SHAPES = [(1, 16, 256, True), (1, 32, 512, False), (2, 16, 256, True), (3, 16, 256, False),
+          (8, 32, 256, True)]  # fmt: skip
 
 
 def launch(kernel, weight: Weight, x, gain, *operands, rows, shape, **constants):
-    _, tile, columns, stages, *_ = shape
-    lanes = 8 if weight.bits == 4 or rows > 1 else shape[4] if len(shape) > 4 else 1
+    _, tile, columns, ahead = shape
     kernel[(-(-weight.shape[0] // tile),)](
-        x, gain, weight.numbers, weight.scales, *operands, K=weight.shape[1], ROWS=rows, R=lanes,
-        EPSILON=EPSILON, BITS=weight.bits, BN=tile, BK=columns, AHEAD=stages == 1, PDL=False,
+        x, gain, weight.numbers, weight.scales, *operands, K=weight.shape[1], ROWS=rows, R=8,
+        EPSILON=EPSILON, BITS=weight.bits, BN=tile, BK=columns, AHEAD=ahead, PDL=False,
         **constants,
     )  # fmt: skip
 
