@@ -1,6 +1,6 @@
 """Tokens a second with quantised weights: fused kernels beside the libraries' own, on a real GPU.
 
-    python benchmarks/quantised_decoding.py --output FILE [--formats bfloat16 int8 int4 nf4]
+    python benchmarks/quantised_decoding.py --output FILE [--formats int8 ...] [--parts steps ...]
 
 All in one run on one card, at full size with random weights, which are quantised in place. Each
 format has a limit of its own: the bytes of weights and cache that a token needs, by the bandwidth
@@ -28,7 +28,7 @@ from glm4v_nb.inference.weights import GROUP, LayerWeights, Weight
 from glm4v_nb.model.quantising import parts_of
 
 FORMATS = ("bfloat16", "int8", "int4", "nf4")
-ROWS = (1, 2, 4, 8)
+PARTS = ("steps", "accuracy", "fast", "library", "head")
 SIZES = ((1, SHORT), (4, SHORT))  # batch, context
 
 
@@ -37,6 +37,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True)
     parser.add_argument("--formats", nargs="*", default=FORMATS, choices=FORMATS)
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
+    parser.add_argument("--rows", nargs="*", type=int, default=[1, 2, 4, 8], help="of steps")
     given = parser.parse_args()
     import triton
 
@@ -49,7 +51,7 @@ def main():
     for weights in given.formats:
         begin = time.perf_counter()
         try:
-            measure(weights, results)
+            measure(weights, results, given)
         except Exception:
             results.setdefault("failed", {})[weights] = traceback.format_exc(limit=-3)
             traceback.print_exc(limit=-6)
@@ -59,7 +61,7 @@ def main():
         Path(given.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(weights: str, results: dict):
+def measure(weights: str, results: dict, given):
     """All rows of one format."""
     model = random_model()
     if weights != "bfloat16":
@@ -67,16 +69,19 @@ def measure(weights: str, results: dict):
     results["bytes"] = bytes_of(model)
     print(weights, json.dumps(results["bytes"]), flush=True)
     if why_not(model) is None:
-        steps(model, results, f"step {weights}")
-        fused(model, results, f"fast {weights}")
-        if weights != "bfloat16":
+        if "steps" in given.parts:
+            steps(model, results, f"step {weights}", given.rows)
+        if "accuracy" in given.parts and weights != "bfloat16":
             accuracy(model, results, weights)
-    answers_of(model, results, "eager", {"nf4": "bitsandbytes", "bfloat16": "eager"}.get(
-        weights, "torchao") + f" {weights}", SIZES[:1])  # fmt: skip
-    if weights in ("int8", "int4"):
+        if "fast" in given.parts:
+            answers_of(model, results, "fast", f"fast {weights}", SIZES)
+    if "library" in given.parts:
+        library = {"nf4": "bitsandbytes", "bfloat16": "eager"}.get(weights, "torchao")
+        answers_of(model, results, "eager", f"{library} {weights}", SIZES[:1])
+    if "head" in given.parts and weights in ("int8", "int4"):
         quantise(model, weights, keep=())
         results["bytes"] = bytes_of(model)
-        steps(model, results, f"step {weights}, head too")
+        steps(model, results, f"step {weights}, head too", given.rows)
 
 
 def quantise(model, weights: str, keep: tuple[str, ...]):
@@ -128,10 +133,10 @@ def bytes_of(model) -> dict:
     return found | {"weights": sum(map(needed, [*every, Weight.of(model.lm_head.weight)]))}
 
 
-def steps(model, results, rung: str):
+def steps(model, results, rung: str, rows):
     """The fused step alone."""
     decoder = FastDecoder()
-    for batch in ROWS:
+    for batch in rows:
         begin = time.perf_counter()
         decoder.prepare(model, batch, SHORT + 100)
         prepared = time.perf_counter() - begin
@@ -152,10 +157,6 @@ def answers_of(model, results, decoding_by: str, rung: str, sizes):
     answers(model, results, None, (decoding_by,), sizes)
     for each in results["rows"][before:]:
         each["rung"] = rung
-
-
-def fused(model, results, rung: str):
-    answers_of(model, results, "fast", rung, SIZES)
 
 
 def accuracy(model, results, weights: str):
