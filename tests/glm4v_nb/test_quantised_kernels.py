@@ -68,9 +68,8 @@ class Int8Tensor:
 
 
 KINDS = [Int8Tensor, Int4TilePackedTo4dTensor]
-# Rows of a step, of a tile of the weight, columns of it, whether weights are asked for ahead.
-SHAPES = [(1, 16, 256, True), (1, 32, 512, False), (2, 16, 256, True), (3, 16, 256, False),
-          (8, 32, 256, True)]  # fmt: skip
+# Rows of a step, of a tile of the weight, columns of it, turns for which weights are asked ahead.
+SHAPES = [(1, 16, 256, 1), (1, 32, 512, 0), (2, 16, 256, 1), (3, 16, 256, 0), (8, 32, 256, 1)]
 
 
 def launch(kernel, weight: Weight, x, gain, *operands, rows, shape, **constants):
