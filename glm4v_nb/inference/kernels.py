@@ -36,7 +36,7 @@ def _weigh(x, gain, weight, scales, begin, part, count, APART: tl.constexpr, OUT
     outputs = output_of(begin, tl.arange(0, BN), RUN, APART)
     if BITS < 16:
         sums = weigh_packed(x, gain, weight, scales, begin, outputs, part, count, APART, OUTPUTS, K,
-                            ROWS, R, NORM, EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
+                            ROWS, R, NORM, EPSILON, BITS, BN, BK, PDL)  # fmt: skip
     else:
         sums = _weigh_whole(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, NORM, EPSILON, BN, BK,
                             AHEAD, PDL)  # fmt: skip

@@ -93,34 +93,18 @@ def _repeat(values, N: tl.constexpr, KNOWN: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def _ask_for(pointers, BITS: tl.constexpr):
-    """Have the card's cache read what a piece has of a row, of four bits of 8 rows."""
-    if BITS == 8:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], 64; mov.u32 $0, 0;", "=r,l", [pointers],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0;", "=r,l", [pointers],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def weigh_packed(x, gain, weight, scales, begin, outputs, part, count, APART: tl.constexpr,
                  OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr,
                  NORM: tl.constexpr, EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr,
-                 BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                 BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """As ``_weigh`` of kernels, but for the scales of eight bits; of R = 8 the first ROWS are to be
     used.
 
     Of four bits ``scales`` has scale and zero in an int32, first all groups of the weight's first
     part, for each its rows, then those of the next part; for each output ``part`` is its part's
-    first row, and ``count`` its rows. A turn takes 8 rows by 8 and columns in pieces. The weights
-    of AHEAD turns are asked for before the kernel in front has ended, into the card's cache; but of
-    four bits the first turn's into registers, as is each turn's in the one before. Registers would
-    hold numbers of eight bits one by one.
+    first row, and ``count`` its rows. A turn takes 8 rows by 8 and columns in pieces. Four bits are
+    asked for a turn ahead, into registers, the first before the kernel in front has ended; eight
+    bits, which registers would hold one by one, as the compiler plans it.
     """
     COLUMNS: tl.constexpr = 64 if BITS == 8 else 128  # of a piece
     PIECES: tl.constexpr = BK // COLUMNS
@@ -143,21 +127,17 @@ def weigh_packed(x, gain, weight, scales, begin, outputs, part, count, APART: tl
         within = (outputs < OUTPUTS)[None, :]
     inside = output < OUTPUTS
     at = weight + first[:, None] + k[None, :]
-    if AHEAD > 0 and BITS == 4:
+    if BITS == 4:
         tile = tl.load(at, mask=(inside & (ours * COLUMNS < K))[:, None], other=0,
                        eviction_policy="evict_first")  # fmt: skip
         pair = tl.load(pairs, mask=within & (piece * COLUMNS < K)[:, None], other=0)
     if PDL:
-        for turn in tl.static_range(AHEAD if BITS == 8 else AHEAD - 1):
-            later = turn if BITS == 8 else turn + 1
-            wanted = inside & (later * BK + ours * COLUMNS < K)
-            _ask_for(weight + tl.where(wanted, first + later * TURN, 0), BITS)
         gdc_wait()
     sums = tl.zeros([PIECES, BN, R], tl.float32)
     squares = tl.zeros([PIECES, KNOWN, COLUMNS], tl.float32)
     for turn in range(0, tl.cdiv(K, BK)):
         start = turn * BK
-        if AHEAD > 0 and BITS == 4:
+        if BITS == 4:
             more = start + BK + ours * COLUMNS < K
             next_tile = tl.load(at + (turn + 1) * TURN, mask=(inside & more)[:, None], other=0,
                                 eviction_policy="evict_first")  # fmt: skip
@@ -180,16 +160,12 @@ def weigh_packed(x, gain, weight, scales, begin, outputs, part, count, APART: tl
         if BITS == 8:
             sums = tl.dot(numbers, turned, sums, input_precision="ieee")
         else:
-            if AHEAD == 0:
-                known = within & (start + piece * COLUMNS < K)[:, None]
-                pair = tl.load(pairs + turn * PIECES * count, mask=known, other=0)
             scale = (pair << 16).to(tl.float32, bitcast=True)
             zero = (pair & -65536).to(tl.float32, bitcast=True) - 136.0 * scale
             alone = _repeat(tl.sum(some.to(tl.float32), 2), PIECES, KNOWN, R)[:, None, :]
             products = tl.dot(numbers, turned, input_precision="ieee")
             sums += products * scale[:, :, None] + alone * zero[:, :, None]
-            if AHEAD > 0:
-                tile, pair = next_tile, next_pair
+            tile, pair = next_tile, next_pair
     if PDL:
         gdc_launch_dependents()
     sums = tl.sum(sums, 0)

@@ -173,7 +173,7 @@ class _Part:
         kernel[(-(-weight.shape[0] // tile.rows),)](
             x, gain, weight.numbers, weight.scales, *operands, ROWS=self.rows, R=tile.lanes,
             EPSILON=self.config.rms_norm_eps, BITS=weight.bits, BN=tile.rows, BK=tile.columns,
-            AHEAD=tile.ahead or int(tile.stages == 1), num_warps=tile.warps, num_stages=tile.stages,
+            AHEAD=tile.stages == 1, num_warps=tile.warps, num_stages=tile.stages,
             **self.early, **constants,
         )  # fmt: skip
 

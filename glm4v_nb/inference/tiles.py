@@ -23,8 +23,6 @@ class Tile:
         warps: its threads, in 32s.
         stages: turns that loads are ahead, in shared memory; 1: one turn, in registers.
         lanes: 1 for a step of one row; else for how many rows there is room, 8 or 16.
-        ahead: of less than 16 bits, for how many turns weights are asked for before the kernel in
-            front has ended; of 16 bits for one, where there is one stage.
     """
 
     rows: int
@@ -32,7 +30,6 @@ class Tile:
     warps: int
     stages: int = 1
     lanes: int = 1
-    ahead: int = 0
 
 
 # For one row plain sums; for more tensor cores, which take 16 rows of a weight or more.
@@ -46,16 +43,16 @@ MORE_ROWS = [
     *(Tile(32, 128, 1, 4, 8), Tile(32, 128, 2, 4, 8), Tile(32, 256, 2, 4, 8)),
     *(Tile(64, 128, 4, 5, 8), Tile(64, 128, 4, 1, 16), Tile(64, 128, 4, 4, 16)),
 ]
-# Of less bits, for any rows: tensor cores.
+# Of less bits, for any rows: tensor cores; of 4 bits one turn is ahead in registers besides.
 INT8 = [
-    *(Tile(16, 256, 2, 2, 8), Tile(32, 128, 1, 3, 8), Tile(32, 256, 2, 2, 8)),
-    *(Tile(16, 256, 2, 2, 8, 2), Tile(32, 256, 2, 3, 8, 2), Tile(16, 512, 4, 4, 8, 2)),
-    *(Tile(16, 512, 4, 4, 8), Tile(16, 512, 2, 4, 8), Tile(32, 512, 4, 3, 8)),
+    *(Tile(16, 512, 4, 4, 8), Tile(16, 512, 2, 4, 8), Tile(16, 512, 2, 5, 8)),
+    *(Tile(16, 256, 2, 2, 8), Tile(16, 256, 2, 5, 8), Tile(32, 128, 1, 3, 8)),
+    *(Tile(32, 512, 4, 3, 8), Tile(32, 256, 2, 3, 8), Tile(64, 256, 4, 3, 8)),
 ]
 INT4 = [
-    *(Tile(32, 256, 1, 3, 8, 1), Tile(32, 256, 2, 3, 8, 1), Tile(32, 512, 4, 3, 8, 1)),
-    *(Tile(16, 2048, 4, 3, 8, 1), Tile(16, 1024, 4, 3, 8, 1), Tile(16, 512, 4, 3, 8, 1)),
-    *(Tile(16, 1024, 8, 3, 8, 1), Tile(32, 512, 4, 3, 8), Tile(16, 1024, 4, 3, 8)),
+    *(Tile(16, 512, 4, 3, 8), Tile(16, 1024, 4, 3, 8), Tile(16, 2048, 4, 3, 8)),
+    *(Tile(16, 1024, 8, 3, 8), Tile(32, 256, 1, 3, 8), Tile(32, 256, 2, 3, 8)),
+    *(Tile(32, 512, 4, 3, 8), Tile(64, 256, 2, 3, 8), Tile(64, 512, 4, 3, 8)),
 ]
 # Interpreted programs cost milliseconds, whatever their size.
 INTERPRETED = {True: Tile(1024, 512, 4), False: Tile(1024, 512, 4, 2, 8)}

@@ -10,7 +10,7 @@ import pytest
 # Compute capabilities of Ampere and Hopper; lanes and bits of the weights.
 CARDS = [80, 90]
 KINDS = {"one row": (1, 16), "int8": (8, 8), "int4": (8, 4)}
-SIZES = {"K": 4096, "EPSILON": 1e-5, "BN": 16, "BK": 512, "AHEAD": 2}
+SIZES = {"K": 4096, "EPSILON": 1e-5, "BN": 16, "BK": 512, "AHEAD": False}
 KERNELS = {
     "project": {"OUTPUTS": 4096, "NORM": True, "RESIDUAL": True},
     "project_gated": {"OUTPUTS": 13696},

@@ -68,15 +68,15 @@ class Int8Tensor:
 
 
 KINDS = [Int8Tensor, Int4TilePackedTo4dTensor]
-# Rows of a step, of a tile of the weight, columns of it, turns for which weights are asked ahead.
-SHAPES = [(1, 16, 256, 1), (1, 32, 512, 0), (2, 16, 256, 1), (3, 16, 256, 0), (8, 32, 256, 1)]
+# Rows of a step, of a tile of the weight, columns of it.
+SHAPES = [(1, 16, 256), (1, 32, 512), (2, 16, 256), (3, 16, 256), (8, 32, 256)]
 
 
 def launch(kernel, weight: Weight, x, gain, *operands, rows, shape, **constants):
-    _, tile, columns, ahead = shape
+    _, tile, columns = shape
     kernel[(-(-weight.shape[0] // tile),)](
         x, gain, weight.numbers, weight.scales, *operands, K=weight.shape[1], ROWS=rows, R=8,
-        EPSILON=EPSILON, BITS=weight.bits, BN=tile, BK=columns, AHEAD=ahead, PDL=False,
+        EPSILON=EPSILON, BITS=weight.bits, BN=tile, BK=columns, AHEAD=False, PDL=False,
         **constants,
     )  # fmt: skip
 
