@@ -51,7 +51,7 @@ INT8 = [
 ]
 INT4 = [
     *(Tile(16, 512, 4, 3, 8), Tile(16, 1024, 4, 3, 8), Tile(16, 2048, 4, 3, 8)),
-    *(Tile(16, 1024, 8, 3, 8), Tile(32, 256, 1, 3, 8), Tile(32, 256, 2, 3, 8)),
+    *(Tile(16, 2048, 8, 3, 8), Tile(32, 256, 1, 3, 8), Tile(32, 256, 2, 3, 8)),
     *(Tile(32, 512, 4, 3, 8), Tile(64, 256, 2, 3, 8), Tile(64, 512, 4, 3, 8)),
 ]
 # Interpreted programs cost milliseconds, whatever their size.
