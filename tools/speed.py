@@ -1,11 +1,12 @@
-"""Write docs/speed.md and its picture from what benchmarks/decoding.py measured.
+"""Write docs/speed.md and its picture from what benchmarks/decoding.py and quantised_decoding.py
+measured.
 
 python tools/speed.py
 """
 
 from pathlib import Path
 
-from glm4v_nb.measured import measured_decoding
+from glm4v_nb.measured import RESULTS, measured_decoding
 from glm4v_nb.plots import plot_rungs
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,8 @@ def page() -> str:
         f" {again['load']['share_of_plain_read']:.0%} of its speed; the files had just been"
         " written.",
     ]
+    for file in sorted(RESULTS.glob("quantised_decoding_*.json")):
+        lines += _quantised(measured_decoding(file.stem))
     return "\n".join(lines) + "\n"
 
 
@@ -86,6 +89,44 @@ def _prefill(found: dict) -> str:
         said += f" {found['fused_distance_from_float32']:.1%} from float32, eager's"
         said += f" {found['bfloat16_distance_from_float32']:.1%}"
     return said + "."
+
+
+def _quantised(results: dict) -> list[str]:
+    """Steps and answers of one run beside those of bfloat16 in it."""
+    formats = [row["rung"].split()[1].strip(",") for row in results["rows"]]
+    named = " and ".join(dict.fromkeys(each for each in formats if each != "bfloat16"))
+    speeds = {
+        (row["rung"], row["batch"], row["context"]): row["tokens_per_second"]
+        for row in results["rows"]
+    }
+    lines = [
+        "",
+        f"## Weights in {named}",
+        "",
+        "By `benchmarks/quantised_decoding.py`, with random weights. Each limit is of the format's"
+        " own bytes.",
+        "",
+        f"- {results['measured_on']}: a copy moves {_terabytes(results)} TB/s.",
+        *(
+            f"- {name}: logits of a fused step are {each['fused_distance_from_float32']:.1%} from"
+            " float32 with the same quantised weights, in norm, those of the library's own step"
+            f" {each['bfloat16_distance_from_float32']:.1%}; the likeliest token is float32's in"
+            f" {each['same_token_as_float32']} of {each['tokens']} steps."
+            for name, each in results.get("accuracy_by_format", {}).items()
+        ),
+        "",
+        "| decoding | batch | context | tokens/s | times bfloat16 | of the limit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        step = row["rung"].startswith("step")
+        plain = speeds.get((f"{'step' if step else 'fast'} bfloat16", row["batch"], row["context"]))
+        speed = row["tokens_per_second"]
+        times = "" if plain is None else f"{speed / plain:.2f}"
+        what = row["rung"].replace("step", "a fused step,").replace("fast", "fused kernels,")
+        lines.append(f"| {what} | {row['batch']} | {row['context']:,} | {speed:.1f} | {times} |"
+                     f" {row['share_of_limit']:.1%} |")  # fmt: skip
+    return lines
 
 
 def _ordered(results: dict) -> list[dict]:

@@ -13,6 +13,7 @@ one row, whose products are plain sums, or else ROWS rounded up to the 8 or 16 o
 ``BN`` weight rows and ``BK`` columns are a tile.
 """
 
+from glm4v_nb.inference.quantised_kernels import output_of, weigh_packed
 from simgpu.kernels import language as tl
 from simgpu.kernels import triton
 
@@ -23,11 +24,33 @@ except ImportError:  # on simulated cards alone, where nobody calls them
 
 
 @triton.jit
-def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-           R: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr, BN: tl.constexpr,
-           BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """The sums over k of weight[outputs, k] x[row, k]: (BN, R); with NORM of x times gain, over
-    the root of x's mean square. x is (ROWS, K), weight (OUTPUTS, K)."""
+def _weigh(x, gain, weight, scales, begin, part, count, APART: tl.constexpr, OUTPUTS: tl.constexpr,
+           K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr,
+           EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+           AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The sums over k of weight[output, k] x[row, k]: (BN, R); with NORM of x times gain, over
+    the root of x's mean square. x is (ROWS, K), weight and scales a ``Weight`` of BITS with OUTPUTS
+    rows. ``begin`` and APART say which outputs, see ``output_of``, with a RUN of 8 for less
+    than 16 bits; ``part`` and ``count`` are as in ``weigh_packed``."""
+    RUN: tl.constexpr = 8 if BITS < 16 else 1
+    outputs = output_of(begin, tl.arange(0, BN), RUN, APART)
+    if BITS < 16:
+        sums = weigh_packed(x, gain, weight, scales, begin, outputs, part, count, APART, OUTPUTS, K,
+                            ROWS, R, NORM, EPSILON, BITS, BN, BK, PDL)  # fmt: skip
+    else:
+        sums = _weigh_whole(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, NORM, EPSILON, BN, BK,
+                            AHEAD, PDL)  # fmt: skip
+    if BITS == 8:
+        sums *= tl.load(scales + outputs, mask=outputs < OUTPUTS, other=0.0)[:, None]
+    return sums
+
+
+@triton.jit
+def _weigh_whole(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr,
+                 ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr,
+                 BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    """The same of the weight's numbers alone, (OUTPUTS, K)."""
     k, row = tl.arange(0, BK), tl.arange(0, R)
     within = (outputs < OUTPUTS)[:, None]
     at = weight + outputs.to(tl.int64)[:, None] * K + k[None, :]
@@ -81,19 +104,22 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
 
 
 @triton.jit
-def _pairs(sums, BN: tl.constexpr, R: tl.constexpr):
-    """The even rows and the odd rows of (BN, R), each (BN / 2, R)."""
-    return tl.split(tl.permute(tl.reshape(sums, [BN // 2, 2, R]), (0, 2, 1)))
+def _pairs(sums, RUN: tl.constexpr, BN: tl.constexpr, R: tl.constexpr):
+    """The even runs and the odd runs of rows of (BN, R), each (BN / 2, R)."""
+    sums = tl.permute(tl.reshape(sums, [BN // (2 * RUN), 2, RUN, R]), (0, 2, 3, 1))
+    return tl.split(tl.reshape(sums, [BN // 2, R, 2]))
 
 
 @triton.jit
-def project(x, gain, weight, residual, y, OUTPUTS: tl.constexpr, K: tl.constexpr,
+def project(x, gain, weight, scales, residual, y, OUTPUTS: tl.constexpr, K: tl.constexpr,
             ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-            EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+            EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
             AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y (ROWS, OUTPUTS) = W x, of the normalised x with NORM, plus residual with RESIDUAL."""
-    outputs, row = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, R)
-    sums = _weigh(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, NORM, EPSILON, BN, BK, AHEAD, PDL)
+    begin, row = tl.program_id(0) * BN, tl.arange(0, R)
+    outputs = begin + tl.arange(0, BN)
+    sums = _weigh(x, gain, weight, scales, begin, 0, OUTPUTS, 0, OUTPUTS, K, ROWS, R, NORM, EPSILON,
+                  BITS, BN, BK, AHEAD, PDL)  # fmt: skip
     at = row[None, :] * OUTPUTS + outputs[:, None]
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     if RESIDUAL:
@@ -102,28 +128,29 @@ def project(x, gain, weight, residual, y, OUTPUTS: tl.constexpr, K: tl.constexpr
 
 
 @triton.jit
-def project_gated(x, gain, weight, y, OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-                  R: tl.constexpr, EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def project_gated(x, gain, weight, scales, y, OUTPUTS: tl.constexpr, K: tl.constexpr,
+                  ROWS: tl.constexpr, R: tl.constexpr, EPSILON: tl.constexpr, BITS: tl.constexpr,
+                  BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     """y (ROWS, OUTPUTS) = silu(gate) up of the normalised x; weight holds the rows of all gates,
     then of all ups. A tile takes both rows of an output, so that they meet in one program."""
     half = tl.program_id(0) * (BN // 2)
-    row, each = tl.arange(0, R), tl.arange(0, BN)
+    outputs, row = half + tl.arange(0, BN // 2), tl.arange(0, R)
     # Those past the last output read another output's weights, and are not stored.
-    both = half + each // 2 + (each % 2) * OUTPUTS
-    sums = _weigh(x, gain, weight, both, 2 * OUTPUTS, K, ROWS, R, True, EPSILON, BN, BK, AHEAD, PDL)
-    gate, up = _pairs(sums, BN, R)
-    outputs = half + tl.arange(0, BN // 2)
+    sums = _weigh(x, gain, weight, scales, half, 0, 2 * OUTPUTS, OUTPUTS, 2 * OUTPUTS, K, ROWS, R,
+                  True, EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
+    RUN: tl.constexpr = 8 if BITS < 16 else 1
+    gate, up = _pairs(sums, RUN, BN, R)
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     tl.store(y + row[None, :] * OUTPUTS + outputs[:, None], gate * tl.sigmoid(gate) * up, mask=mask)
 
 
 @triton.jit
-def project_heads(x, gain, weight, bias, cosines, sines, positions, slots, sequences, queries, keys,
-                  values, capacity, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
-                  ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr,
-                  EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def project_heads(x, gain, weight, scales, bias, cosines, sines, positions, slots, sequences,
+                  queries, keys, values, capacity, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+                  D: tl.constexpr, ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+                  R: tl.constexpr, EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr,
+                  BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Queries, keys and values of the normalised x, with bias, the first two turned; keys and
     values go straight into the cache.
 
@@ -134,9 +161,15 @@ def project_heads(x, gain, weight, bias, cosines, sines, positions, slots, seque
     first = tl.program_id(0) * BN
     OUTPUTS: tl.constexpr = (HEADS + 2 * GROUPS) * D
     outputs, row = first + tl.arange(0, BN), tl.arange(0, R)
-    sums = _weigh(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, True, EPSILON, BN, BK, AHEAD, PDL)
+    # Queries, keys and values are the weight's parts.
+    KEYS: tl.constexpr = HEADS * D
+    VALUES: tl.constexpr = (HEADS + GROUPS) * D
+    part = tl.where(outputs < KEYS, 0, tl.where(outputs < VALUES, KEYS, VALUES))
+    count = tl.where(outputs < KEYS, KEYS, GROUPS * D)
+    sums = _weigh(x, gain, weight, scales, first, part, count, 0, OUTPUTS, K, ROWS, R, True,
+                  EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
     sums += tl.load(bias + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)[:, None]
-    even, odd = _pairs(sums, BN, R)
+    even, odd = _pairs(sums, 1, BN, R)
     output = first + 2 * tl.arange(0, BN // 2)[:, None]
     known = (row < ROWS)[None, :] & (output < OUTPUTS)
     position = tl.load(positions + row, mask=row < ROWS, other=0)[None, :]
