@@ -56,6 +56,9 @@ def interpreter():
         from glm4v_nb.inference import kernels
 
         importlib.reload(kernels)  # another test may have had them to be compiled
+        from glm4v_nb.parallel import kernels as shared
+
+        importlib.reload(shared)
         yield
 
 

@@ -163,8 +163,32 @@ def project_heads(x, gain, weight, bias, cosines, sines, positions, slots, seque
 
 
 @triton.jit
-def attend(queries, keys, values, starts, slots, sequences, parts, maxima, totals, capacity,
-           SCALE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, H: tl.constexpr,
+def prefetch(weight, program, BYTES: tl.constexpr, GAP: tl.constexpr, CHUNK: tl.constexpr,
+             LANES: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+    """Ask for a program's share of the first BYTES of weights, into the card's second cache.
+
+    With GAP half of them are from there on."""
+    lane = tl.arange(0, THREADS)
+    index = program * LANES + lane
+    if GAP > 0:
+        offset = index // 2 * CHUNK
+        known = (lane < LANES) & (2 * offset + CHUNK <= BYTES)
+        offset += index % 2 * GAP
+    else:
+        offset = index * CHUNK
+        known = (lane < LANES) & (offset + CHUNK <= BYTES)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0;"
+        " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [weight.to(tl.pointer_type(tl.int8)) + offset, tl.where(known, CHUNK, 0)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend(queries, keys, values, starts, slots, sequences, parts, maxima, totals, capacity, ahead,
+           BYTES: tl.constexpr, GAP: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr,
+           THREADS: tl.constexpr, EARLY: tl.constexpr, SCALE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, H: tl.constexpr,
            D: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A row's attention over one split of its context, for all query heads of one group of keys.
 
@@ -173,9 +197,15 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
     values weighted by exp(score - maximum); maxima and totals (ROWS, HEADS, SPLITS) belong to them.
     """
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PDL and EARLY:
+        gdc_launch_dependents()
+    if BYTES > 0:
+        program = (row * tl.num_programs(1) + group) * tl.num_programs(2) + split
+        prefetch(ahead, program, BYTES, GAP, CHUNK, LANES, THREADS)
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     start, end = tl.load(starts + row), tl.load(slots + row) + 1
     length = tl.cdiv(tl.cdiv(end - start, SPLITS), BT) * BT
     start += split * length
@@ -208,12 +238,16 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
 
 
 @triton.jit
-def combine(parts, maxima, totals, y, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
+def combine(parts, maxima, totals, y, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+            EARLY: tl.constexpr):  # fmt: skip
     """y (ROWS HEADS, D): the splits of one row and head together."""
     at, split, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, D)
+    if PDL and EARLY:
+        gdc_launch_dependents()
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     maximum = tl.load(maxima + at * SPLITS + split)
     share = tl.exp(maximum - tl.max(maximum, 0))
     total = tl.sum(tl.load(totals + at * SPLITS + split) * share, 0)

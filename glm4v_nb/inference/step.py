@@ -14,6 +14,8 @@ from transformers.cache_utils import DynamicLayer
 from glm4v_nb.inference import kernels
 from glm4v_nb.inference.graphs import captured
 from glm4v_nb.inference.tiles import Tile, best_tile
+from glm4v_nb.parallel import kernels as kernels_shared
+from glm4v_nb.parallel.exchange import Exchange
 
 # Keys are read in blocks of so many, and a context is split into at most so many parts.
 BLOCK, MOST_SPLITS = 64, 64
@@ -116,13 +118,17 @@ class FixedCache:
 class _Part:
     """The consecutive layers that one card has, with their buffers for a step of so many rows.
 
-    Where ``ranks`` share the layers, products by columns are added up, and one of them adds what is
-    added once.
+    Where ``ranks`` share the layers, products by columns are added up: by the kernels themselves
+    where there is an ``exchange``; else after them, and one of the ranks adds what is added once.
     """
 
-    def __init__(self, config, layers, caches, rows: int, sequences: int, capacity: int, ranks):
+    AHEAD = {}
+    EARLY = True
+
+    def __init__(self, config, layers, caches, rows: int, capacity: int, ranks, exchange):
         self.config, self.layers, self.caches, self.capacity = config, layers, caches, capacity
         self.ranks, self.is_first = ranks, ranks is None or ranks.rank == 0
+        self.exchange = exchange
         self.device, self.dtype = layers[0].device, layers[0].out.dtype
         self.rows = rows
         self.splits = min(MOST_SPLITS, 1 << (-(-capacity // BLOCK) - 1).bit_length())
@@ -173,21 +179,44 @@ class _Part:
         )
         positions, slots, starts, sequences = self.state
         split = (self.parts, self.maxima, self.totals)
-        for layer, cache in zip(self.layers, self.caches, strict=True):
+        for index, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
             self._product("heads", layer, cache)
+            programs = self.rows * groups * self.splits
             kernels.attend[(self.rows, groups, self.splits)](
                 self.queries, *cache, starts, slots, sequences, *split, self.capacity,
+                *self.ahead("out", layer.out, programs, 4).values(),
                 SCALE=depth**-0.5, HEADS=heads, GROUPS=groups, H=max(16, heads // groups), D=depth,
-                SPLITS=self.splits, BT=BLOCK, num_warps=4, **self.early,
+                SPLITS=self.splits, BT=BLOCK, num_warps=4, EARLY=self.EARLY, **self.early,
             )  # fmt: skip
             kernels.combine[(self.rows * heads,)](
-                *split, self.attended, D=depth, SPLITS=self.splits, num_warps=4, **self.early
+                *split, self.attended, D=depth, SPLITS=self.splits, num_warps=4, EARLY=self.EARLY, **self.early
             )
-            for name, sums in (("out", self.middle), ("gate_up", None), ("down", self.x)):
-                self._product(name, layer, cache)
-                if sums is not None and self.ranks is not None:
-                    self.ranks.add_up(sums)
-        self.state[:2] += 1
+            if self.exchange is None:
+                for name, sums in (("out", self.middle), ("gate_up", None), ("down", self.x)):
+                    self._product(name, layer, cache)
+                    if sums is not None and self.ranks is not None:
+                        self.ranks.add_up(sums)
+            else:
+                self._add_up("out", self.attended, layer.out, self.x, self.middle, 2 * index + 1, "gate_up", layer.gate_up)
+                self._product("gate_up", layer, cache)
+                following = self.layers[index + 1].heads if index + 1 < len(self.layers) else self.head
+                self._add_up("down", self.hidden, layer.down, self.middle, self.x, 2 * index + 2, "heads", following)
+        if self.exchange is None:
+            self.state[:2] += 1
+
+    def ahead(self, name, weight, programs, warps):
+        most = self.AHEAD.get(name, 0)
+        gap = weight.nbytes // 2 if name == "gate_up" else 0
+        lanes = 16
+        chunk = -(-min(most, weight.nbytes) // (programs * lanes * 128)) * 128
+        return dict(ahead=weight, BYTES=most if chunk else 0, GAP=gap, CHUNK=chunk, LANES=lanes, THREADS=32 * warps)
+
+    def _add_up(self, name, x, weight, residual, y, number, next_name, following):
+        tile = self.tiles[name]
+        outputs, columns = weight.shape
+        exchange = self.exchange
+        self._launch(kernels_shared.project_shared, outputs, tile, x, weight, residual, y, exchange.sums_at, exchange.epoch, exchange.lost, exchange.looks, number,
+            OUTPUTS=outputs, K=columns, RANK=exchange.rank, COUNT=exchange.count, **self.ahead(next_name, following, -(-outputs // tile.rows), tile.warps))
 
     def _product(self, name: str, layer: LayerWeights, cache, tile: Tile | None = None):
         config, tile = self.config, tile or self.tiles[name]
@@ -249,13 +278,15 @@ class Step:
         self.ranks, self.embed = getattr(model, "ranks", None), decoder.embed_tokens
         self.embedding, self.head = decoder.embed_tokens.weight, model.lm_head.weight
         self.gain = decoder.norm.weight
+        sizes = len(weights), rows, config.hidden_size, self.head
+        self.exchange = Exchange.of(self.ranks, *sizes)
         self.parts = []
         begin = 0
         for end in range(1, len(weights) + 1):
             if end == len(weights) or weights[end].device != weights[begin].device:
                 layers, caches = weights[begin:end], cache.layers[begin:end]
                 self.parts.append(
-                    _Part(config, layers, caches, rows, cache.sequences, cache.capacity, self.ranks)
+                    _Part(config, layers, caches, rows, cache.capacity, self.ranks, self.exchange)
                 )
                 begin = end
         for part in self.parts:
@@ -264,10 +295,13 @@ class Step:
             part.choose_tiles()
         self.tokens = torch.zeros(rows, dtype=torch.long, device=self.embedding.device)
         self.next = torch.zeros(rows, dtype=torch.long, device=self.head.device)
+        self.parts[-1].head = self.head
         shape = (rows, len(self.head))
         self.logits = torch.empty(shape, dtype=self.head.dtype, device=self.head.device)
         self._products = self.logits  # of this rank's part of the vocabulary
-        if self.ranks is not None:
+        if self.exchange is not None:
+            self.logits = self.exchange.logits
+        elif self.ranks is not None:
             self.logits = self.logits.repeat(1, self.ranks.count)
         self.slot = 0  # the furthest of the next step, counted here
         last = self.parts[-1]
@@ -278,6 +312,8 @@ class Step:
 
         self._head_tile = best_tile(key, rows == 1, 1, self.head.device, head)
         self._work = [self._run_part(index) for index in range(len(self.parts))]
+        if self.exchange is not None:
+            self._meet()
         if self.parts[0].device.type == "cuda":
             self._work = [
                 captured(work, part.device).replay
@@ -294,6 +330,8 @@ class Step:
         part = self.parts[index]
 
         def run():
+            if self.exchange is not None:
+                return self._run_shared()
             if index == 0 and self.ranks is None:
                 torch.index_select(self.embedding, 0, self.tokens, out=part.x)
             elif index == 0:
@@ -306,6 +344,26 @@ class Step:
                 torch.argmax(self.logits, -1, out=self.next)
 
         return run
+
+    def _run_shared(self):
+        (part,), exchange = self.parts, self.exchange
+        exchange.embed(self.tokens, self.embedding, part.x, part.early)
+        part.run()
+        exchange.spread(part._launch, part.x, self.gain, self.head, self._head_tile)
+        exchange.choose(self.next, part.state, part.early)
+
+    def _meet(self):
+        """Compile the kernels while no rank waits for another, which may take seconds longer."""
+        exchange = self.exchange
+        looks, exchange.looks = exchange.looks, 0
+        self._run_shared()
+        if self.ranks.exchanges:
+            self.ranks.numbers(0)
+        exchange.lost.zero_()
+        if self.ranks.exchanges:
+            self.ranks.numbers(0)
+        exchange.looks = looks
+        self.parts[0].state.zero_()
 
     def place(self, positions, slots, starts, sequences):
         """Say where the rows of the next step are; each a list of numbers, one a row."""

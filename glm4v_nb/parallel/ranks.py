@@ -70,7 +70,7 @@ class Ranks:
         if on_card:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            with self._together():
+            with self.together():
                 dist.init_process_group(
                     "nccl" if on_card else "gloo",
                     timeout=PATIENCE,
@@ -80,7 +80,7 @@ class Ranks:
     def add_up(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of the tensors of all ranks, in the place of this one's."""
         if self.exchanges:
-            with self._together():
+            with self.together():
                 dist.all_reduce(part)
         return part
 
@@ -88,7 +88,7 @@ class Ranks:
         """(..., features) of every rank as (..., count x features), in the order of the ranks."""
         whole = part.new_empty(self.count * part.numel())
         if self.exchanges:
-            with self._together():
+            with self.together():
                 _gather(whole, part.flatten())
         return whole.view(self.count, *part.shape).movedim(0, -2).flatten(-2)
 
@@ -115,7 +115,7 @@ class Ranks:
         return self.numbers(random.getrandbits(62) if seed is None else seed)[0]
 
     @contextmanager
-    def _together(self):
+    def together(self):
         try:
             yield
         except torch.OutOfMemoryError:

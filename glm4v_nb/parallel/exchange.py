@@ -1,0 +1,113 @@
+"""Memory of all ranks that each of them writes into, and the kernels of a step that do."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from glm4v_nb.parallel import kernels
+from glm4v_nb.parallel.ranks import Ranks
+
+# How often a program looks for what another rank sends before it takes that one for lost, about a
+# microsecond each time. A multiple of 16, as 0 is: Triton compiles others anew.
+LOOKS = 1 << 24
+_PACKET = 8
+
+
+class Exchange:
+    """What the ranks exchange in a step of so many rows, each on a card in reach of the others'.
+
+    The memory is PyTorch's symmetric memory: each rank allocates as much, and has that of the
+    others among its addresses. It holds packets of sums, packets of the likeliest tokens, and the
+    logits.
+
+    Attributes:
+        logits: (rows, vocabulary), of all ranks, when the step is done.
+        looks: see ``LOOKS``; 0 for a step that waits for nobody and gives nonsense.
+    """
+
+    def __init__(self, ranks: Ranks, layers: int, rows: int, hidden: int, head: torch.Tensor):
+        self.rank, self.count, self.rows, self.hidden = ranks.rank, ranks.count, rows, hidden
+        self.head_rows, self.exchanges = len(head), 2 * layers + 2
+        self.looks, self.device, self.dtype = LOOKS, head.device, head.dtype
+        sums, chosen = 2 * self.count * rows * hidden * _PACKET, self.count * rows * 2 * _PACKET
+        self.starts = 0, sums, sums + chosen
+        self.bytes = sums + chosen + rows * self.count * len(head) * head.itemsize
+        self.epoch = torch.ones(rows, dtype=torch.int32, device=self.device)
+        self.lost = torch.zeros(1, dtype=torch.int32, device=self.device)
+
+    @classmethod
+    def of(cls, ranks: Ranks | None, *sizes) -> "Exchange | None":
+        """One for these ranks; None where there are none, or not all in reach of each other."""
+        if ranks is None or ranks.count == 1 or ranks.device.type != "cuda":
+            return None
+        if not ranks.exchanges:
+            own = cls(ranks, *sizes)
+            own.meet(torch.zeros(own.bytes, dtype=torch.uint8, device=own.device), None)
+            return own
+        if not all(ranks.numbers(int(_in_reach(ranks)))):
+            return None
+        own = cls(ranks, *sizes)
+        # Multicast, which nothing here uses, would be set up as well.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        from torch.distributed import _symmetric_memory as symmetric
+
+        with ranks.together():
+            memory = symmetric.empty(own.bytes, dtype=torch.uint8, device=own.device).zero_()
+            handle = symmetric.rendezvous(memory, dist.group.WORLD)
+        there = [
+            handle.get_buffer(rank, (own.bytes,), torch.uint8).data_ptr()
+            for rank in range(own.count)
+        ]
+        own.meet(memory, there)
+        own.handle = handle
+        return own
+
+    def meet(self, memory: torch.Tensor, addresses: list[int] | None):
+        """Take this rank's memory, of bytes, and where that of all ranks is; None if nowhere."""
+        self.memory, addresses = memory, addresses or [0] * self.count
+        table = [[address + start for address in addresses] for start in self.starts]
+        self.sums_at, self.chosen_at, self.logits_at = torch.tensor(table, device=self.device)
+        self.logits = memory[self.starts[2] :].view(self.dtype).view(self.rows, -1)
+
+    def embed(self, tokens: torch.Tensor, embedding: torch.Tensor, y: torch.Tensor, early: dict):
+        """y (rows, hidden): the tokens' rows of an embedding of which each rank has a part."""
+        block = 512
+        kernels.embed_shared[(self.rows, -(-self.hidden // block))](
+            tokens, embedding, y, self.sums_at, self.epoch, self.lost, self.looks, 0,
+            TOKENS=len(embedding), OUTPUTS=self.hidden, B=block, PDL=early["PDL"], num_warps=4,
+            **self._sizes(),
+        )  # fmt: skip
+
+    def add_up(self, launch, x, weight, residual, y, tile, number: int):
+        """y (rows, hidden) = the sum over the ranks of weight x, plus residual."""
+        outputs, columns = weight.shape
+        operands = x, weight, residual, y, self.sums_at, self.epoch, self.lost
+        launch(kernels.project_shared, outputs, tile, *operands, self.looks, number,
+               OUTPUTS=outputs, K=columns, RANK=self.rank, COUNT=self.count)  # fmt: skip
+
+    def spread(self, launch, x, gain, weight, tile):
+        """The logits, on every rank."""
+        outputs, columns = weight.shape
+        launch(kernels.project_spread, outputs, tile, x, gain, weight, self.logits_at, self.logits,
+               OUTPUTS=outputs, K=columns, RANK=self.rank, COUNT=self.count)  # fmt: skip
+
+    def choose(self, likeliest: torch.Tensor, state: torch.Tensor, early: dict):
+        """The likeliest token of each row into ``likeliest``; then ``state`` is one further."""
+        kernels.choose[(self.rows,)](
+            self.logits, likeliest, self.chosen_at, self.epoch, self.lost, self.looks, state,
+            self.exchanges - 1, OUTPUTS=self.head_rows, EXCHANGES=self.exchanges,
+            B=min(16384, 1 << (self.head_rows - 1).bit_length()), num_warps=16, **self._sizes(),
+            **early,
+        )  # fmt: skip
+
+    def _sizes(self) -> dict:
+        return {"RANK": self.rank, "COUNT": self.count, "ROWS": self.rows}
+
+
+def _in_reach(ranks: Ranks) -> bool:
+    """Whether this rank's card can write into those of all others."""
+    own, others = ranks.device.index, range(ranks.count)
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == ranks.count and all(
+        other == own or torch.cuda.can_device_access_peer(own, other) for other in others
+    )
