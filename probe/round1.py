@@ -66,6 +66,12 @@ try:
     before=torch.cuda.memory_allocated(),torch.cuda.memory_reserved(),torch.cuda.mem_get_info()[0]
     t=time.time(); d=FastDecoder(); cache=d.prepare(model,1,CTX+100); st=d._steps[1]; fill(cache)
     say(f"prepared in {time.time()-t:.1f} s; exchange {st.exchange.bytes} B")
+    now=torch.cuda.memory_allocated(),torch.cuda.memory_reserved(),torch.cuda.mem_get_info()[0]
+    say("memory before and now (allocated, reserved, free)",before,now)
+    t0=torch.cuda.memory_allocated(),torch.cuda.memory_reserved(),torch.cuda.mem_get_info()[0]
+    other=Exchange.of(ranks,40,1,4096,model.lm_head.weight); torch.cuda.synchronize()
+    t1=torch.cuda.memory_allocated(),torch.cuda.memory_reserved(),torch.cuda.mem_get_info()[0]
+    say("an exchange alone takes",[a-b for a,b in zip(t1,t0)]); del other
     found=logits_of(st)
     if first: say("logits against NCCL",((found[0]-first[0]).norm()/first[0].norm()).item(),"next",found[1],first[1],"lost",st.exchange.lost.item())
     sums=found[0].double().sum().item(); say("same logits on all ranks",len(set(ranks.numbers(int(abs(sums)*1e6))))==1)

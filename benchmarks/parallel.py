@@ -1,0 +1,396 @@
+"""Two cards at one layer, beside the same two by layers: speed, parity, memory, loading.
+
+    python benchmarks/parallel.py --output FILE [--parts one ranks ...] [--scratch DIR]
+
+At full size with random weights, written once into DIR (28 GB, and 19 GB for transformers' own
+tensor parallel: /dev/shm holds them in memory). Each part is one or two processes of its own; see
+PARTS. The limit of every row is that of all cards together: what copies on all of them move in a
+second, read and written, over the bytes that a token needs.
+"""
+
+import argparse
+import gc
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import decoding
+import torch
+from memory import provenance
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, GlmForCausalLM, StoppingCriteriaList
+
+from glm4v_nb.fit import fit
+from glm4v_nb.inference import load, set_decoding
+from glm4v_nb.inference.decoding import arguments
+from glm4v_nb.inference.fast import FastDecoder
+from glm4v_nb.miniature import CHECKPOINT
+from glm4v_nb.model import GLM4VForConditionalGeneration, official_config
+from glm4v_nb.parallel import Ranks, load_rank
+from glm4v_nb.workload import Workload, make_prompt
+
+SHORT, LONG, TOKENS = decoding.SHORT, decoding.LONG, 4
+# One image, and an answer: its memory is compared with that of ``fit``, its tokens with one card's.
+ASKED = Workload(images=1, text_tokens=98, new_tokens=64)
+PROGRAM = Path(__file__)
+
+
+def main():
+    """Measure the parts asked for, each in its processes, and put together what they found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--scratch", type=Path, default=Path("/dev/shm/glm4v-parallel"))
+    parser.add_argument("--count", type=int, default=2, help="of ranks")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # in one of its processes
+    given = parser.parse_args()
+    if given.part:
+        PARTS[given.part][0](given)
+        return
+    import triton
+
+    given.scratch.mkdir(parents=True, exist_ok=True)
+    results = {"provenance": {**provenance(), "triton": triton.__version__}, "rows": []}
+    results["provenance"].pop("cap")  # there is none here
+    results["provenance"]["weights"] = "random"
+    for part in given.parts:
+        begin = time.perf_counter()
+        command = [sys.executable, "-u"]
+        if PARTS[part][1]:
+            command += ["-m", "torch.distributed.run", "--nproc-per-node", str(given.count)]
+            command += ["--master-port", os.environ.get("PARALLEL_PORT", "29613")]
+        command += [PROGRAM, "--part", part, "--output", given.output, "--scratch", given.scratch]
+        ended = subprocess.run(map(str, command), capture_output=part == "loss", text=True)
+        seconds = time.perf_counter() - begin
+        print(f"{part}: {seconds:.0f} s, ended with {ended.returncode}", flush=True)
+        if part == "loss":
+            results["loss"] = _what_a_loss_said(given, ended, time.time())
+        for file in sorted(given.scratch.glob(f"{part}*.json")):
+            found = json.loads(file.read_text())
+            results["rows"] += found.pop("rows", [])
+            results |= found
+        given.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def one(given):
+    """One process that has all cards: the weights are written, one card answers and gives the
+    right logits, loads, and shares its layers with the others."""
+    count = torch.cuda.device_count()
+    limits = []
+    for card in range(count):
+        with torch.cuda.device(card):
+            limits.append(decoding.measure_limit()["copy_bytes_per_second"])
+    results = {"limit": {"copy_bytes_per_second": sum(limits), "of_each_card": limits}, "rows": []}
+    print(results["limit"], flush=True)
+    torch.cuda.set_device(0)
+    model = decoding.random_model()
+    results["bytes"] = decoding.bytes_of(model)
+    keep = partial(_keep, given, "one", results)
+    keep()
+    if not list((given.scratch / "whole").glob("*.safetensors")):
+        model.save_pretrained(given.scratch / "whole", max_shard_size="2GB")
+    answered = {"answer": _answer(model, "fast")}
+    answered |= _right_logits(model)
+    save_file(answered, given.scratch / "one.safetensors")
+    results["rows"] = []
+    _by_layers(model, results)
+    keep()
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    begin = time.perf_counter()
+    GLM4VForConditionalGeneration.from_pretrained(
+        given.scratch / "whole", dtype=torch.bfloat16, device_map={"": 0}
+    )
+    torch.cuda.synchronize()
+    results["load_seconds_of_one_card"] = time.perf_counter() - begin
+    keep()
+
+
+def _answer(model, how: str) -> torch.Tensor:
+    """The new tokens for an image, greedily; memory's peaks are of it."""
+    set_decoding(model, how)
+    prompt = make_prompt(model, ASKED)
+    # What an image takes in the prompt is written as padding, and is none.
+    prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    length = prompt["input_ids"].shape[1]
+    options = {"max_new_tokens": ASKED.new_tokens, "do_sample": False}
+    ids = model.generate(**prompt, **options, **arguments(model, None))
+    return ids[0, length:].cpu()
+
+
+def _some_ids() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 100_000, (SHORT + TOKENS,), generator=generator).cuda()
+    return ids[None, :SHORT], ids[SHORT:]
+
+
+@torch.no_grad()
+def _right_logits(model) -> dict[str, torch.Tensor]:
+    """Of some tokens behind one prompt: by float32, and by bfloat16 as the model itself has it."""
+    found = {}
+    ids, tokens = _some_ids()
+    for name in ("bfloat16", "float32"):
+        if name == "float32":
+            for part in (model.language_model, model.lm_head):
+                part.float()
+        cache = DynamicCache()
+        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        logits = []
+        for token in tokens:
+            position = torch.full((1, 1), SHORT, device="cuda")
+            at = {"input_ids": token.view(1, 1), "position_ids": position}
+            logits.append(model(**at, past_key_values=cache).logits[0, -1].float().cpu())
+            cache.crop(SHORT)
+        found[name] = torch.stack(logits)
+    for part in (model.language_model, model.lm_head):
+        part.bfloat16()
+    return found
+
+
+@torch.no_grad()
+def _fused_logits(model) -> torch.Tensor:
+    """Of the same tokens, by fused steps."""
+    decoder = FastDecoder()
+    cache = decoder.prepare(model, 1, SHORT + 100)
+    ids, tokens = _some_ids()
+    model(input_ids=ids, past_key_values=cache.empty(), logits_to_keep=1)
+    (step,), logits = decoder._steps.values(), []
+    for token in tokens:
+        step.tokens.copy_(token[None])
+        step.place([SHORT], [SHORT], [0], [0])
+        step()
+        logits.append(step.logits[0].float().cpu())
+    return torch.stack(logits)
+
+
+def _by_layers(model, results):
+    """The layers in equal parts on all cards."""
+    from accelerate import dispatch_model
+
+    count, layers = torch.cuda.device_count(), len(model.language_model.layers)
+    place = {"vision_tower": 0, "language_model.embed_tokens": 0, "language_model.rotary_emb": 0}
+    for index in range(layers):
+        place[f"language_model.layers.{index}"] = index * count // layers
+    dispatch_model(model, place | {"language_model.norm": count - 1, "lm_head": count - 1})
+    for rung, new_tokens in (("fast", 64), ("eager", 24)):
+        set_decoding(model, rung)
+        decoding.answer_speed(model, 1, SHORT, new_tokens)
+        measured = decoding.answer_speed(model, 1, SHORT, new_tokens)
+        _row(results, f"device_map {rung}", 1, SHORT, **measured)
+    set_decoding(model, "eager")
+
+
+def ranks(given):
+    """A process for each card: loading, memory, answers, speed."""
+    mine = Ranks.started()
+    mine.join()
+    config = official_config()
+    mine.numbers(0)
+    begin = time.perf_counter()
+    model = load_rank(given.scratch / "whole", config, mine, torch.bfloat16)
+    torch.cuda.synchronize()
+    seconds = _seconds_of_all(mine, time.perf_counter() - begin)
+    model.generation_config.eos_token_id = None
+    results = {"load_seconds_of_ranks": seconds, "rows": []}
+    results |= _of_one(given, "limit", "bytes")
+    keep = partial(_keep, given, "ranks", results, mine.rank == 0)
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    free = torch.cuda.mem_get_info()[0]
+    answer = _answer(model, "fast")
+    figures = {
+        "weights_allocated_bytes": before[0],
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "taken_beside_the_allocator_bytes": free
+        - torch.cuda.mem_get_info()[0]
+        - (torch.cuda.memory_reserved() - before[1]),
+    }
+    results["memory_of_ranks"] = [
+        dict(zip(figures, each, strict=True))
+        for each in zip(*(mine.numbers(one) for one in figures.values()), strict=True)
+    ]
+    recorded = load_file(given.scratch / "one.safetensors")
+    same = (answer == recorded["answer"]).int().cumprod(0).sum().item()
+    results["answers"] = {
+        "new_tokens": len(answer),
+        "first_that_are_as_one_cards": mine.numbers(same),
+        "ranks_agree": len(set(mine.numbers(int(answer.sum())))) == 1,
+    }
+    fused, right = _fused_logits(model), recorded["float32"]
+    distances = {
+        name: ((each - right).norm(dim=1) / right.norm(dim=1)).mean().item()
+        for name, each in (("tensor_parallel", fused), ("bfloat16", recorded["bfloat16"]))
+    }
+    same = (fused.argmax(1) == right.argmax(1)).sum().item()
+    results["distance_from_float32"] = distances | {"same_tokens": same, "tokens": TOKENS}
+    keep()
+    decoder = FastDecoder()
+    for batch, context in ((1, SHORT), (1, LONG), (4, SHORT)):
+        decoder.prepare(model, batch, context + 100)
+        step = decoder._steps[batch]
+        step.place([context] * batch, [context] * batch, [0] * batch, list(range(batch)))
+        seconds = max(_seconds_of_all(mine, decoding.median_seconds(step, times=40)))
+        _row(results, "tensor step", batch, context, batch / seconds)
+    tiles = step.parts[0].tiles
+    results["tiles"] = {name: str(tile) for name, tile in tiles.items()}
+    keep()
+    decoder.release()
+    for rung, sizes, new_tokens in (
+        ("fast", ((1, SHORT), (1, LONG), (4, SHORT)), 64),
+        ("eager", ((1, SHORT),), 24),
+    ):
+        set_decoding(model, rung)
+        for batch, context in sizes:
+            decoding.answer_speed(model, batch, context, new_tokens)
+            measured = decoding.answer_speed(model, batch, context, new_tokens)
+            speed = min(mine.numbers(int(1e3 * measured.pop("tokens_per_second")))) / 1e3
+            _row(results, f"tensor {rung}", batch, context, speed, **measured)
+            keep()
+
+
+def small(given):
+    """Questions to the miniature: answers of the ranks beside those of the first card alone."""
+    import numpy as np
+
+    from tools.miniature.evaluate import HELD_OUT_SEED, held_out_question
+
+    model, processor = load(CHECKPOINT, decoding="fast", parallel="tensor")
+    rng = np.random.default_rng([HELD_OUT_SEED, HELD_OUT_SEED])
+    asked = [held_out_question(rng)[:2] for _ in range(100)]
+
+    @torch.inference_mode()
+    def answers(model) -> list[list[int]]:
+        found = []
+        for question in asked:
+            inputs = processor(*([each] for each in question)).to("cuda")
+            options = {"max_new_tokens": 72, "do_sample": False, **arguments(model, None)}
+            found.append(model.generate(**inputs, **options)[0].tolist())
+        return found
+
+    shared = answers(model)
+    if model.ranks.rank == 0:
+        alone = answers(load(CHECKPOINT, decoding="fast", device_map={"": 0})[0])
+        differ = sum(one != other for one, other in zip(shared, alone, strict=True))
+        _keep(given, "small", {"miniature": {"questions": len(asked), "differ": differ}})
+
+
+def peer(given):
+    """transformers' own tensor parallel: the decoder alone, eager, by its plan for such models."""
+    directory = given.scratch / "decoder"
+    mine = Ranks.started()
+    mine.join()
+    if mine.rank == 0 and not list(directory.glob("*.safetensors")):
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda"):
+            whole = GlmForCausalLM(official_config().text_config)
+        torch.set_default_dtype(torch.float32)
+        whole.save_pretrained(directory, max_shard_size="2GB")
+        del whole
+        gc.collect()
+        torch.cuda.empty_cache()
+    mine.numbers(0)
+    model = GlmForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, tp_plan="auto").eval()
+    ids = torch.randint(1000, 100_000, (1, SHORT - 12), generator=torch.Generator().manual_seed(0))
+    speeds = []
+    for _ in range(2):
+        clock = decoding.Clock()
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+        model.generate(
+            ids.cuda(), **options, pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock])
+        )
+        speeds.append(23 / (clock.times[-1] - clock.times[0]))
+    results = {"rows": []} | _of_one(given, "limit", "bytes")
+    speed = min(mine.numbers(int(1e3 * speeds[-1]))) / 1e3
+    _row(results, "tensor transformers", 1, SHORT, speed)
+    _keep(given, "peer", results, mine.rank == 0)
+
+
+def loss(given):
+    """The last rank is killed while the others decode."""
+    model, _ = load(CHECKPOINT, decoding="fast", parallel="tensor")
+    model.generation_config.eos_token_id = None
+    mine, number = model.ranks, 0
+    prompt = make_prompt(model, Workload(images=0, text_tokens=32))
+
+    class Death(decoding.Clock):
+        def __call__(self, *given_tokens, **others):
+            nonlocal number
+            number += 1
+            if number == 50 and mine.rank == mine.count - 1:
+                (given.scratch / "killed").write_text(str(time.time()))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(*given_tokens, **others)
+
+    model.generate(
+        **prompt, max_new_tokens=150, do_sample=False, **arguments(model, None),
+        stopping_criteria=StoppingCriteriaList([Death()]),
+    )  # fmt: skip
+
+
+def _what_a_loss_said(given, ended, now: float) -> dict:
+    lines = [line for line in ended.stderr.splitlines() if re.search(r"RankLost|error:", line)]
+    killed = float((given.scratch / "killed").read_text())
+    return {
+        "seconds_to_the_end": now - killed,
+        "returncode": ended.returncode,
+        "lines": lines[:4],
+        "last_lines": ended.stderr.splitlines()[-20:],
+    }
+
+
+def predict(given):
+    """What ``fit`` says of every rank, on simulated cards of this kind, with these versions."""
+    card = "H200" if "H200" in torch.cuda.get_device_name() else "H100"
+    found = fit(card, given.count, parallel="tensor", workload=ASKED, decoding="fast")
+    figures = ("weights_bytes", "peak_allocated_bytes", "peak_reserved_bytes")
+    predicted = [{name: getattr(each, name) for name in figures} for each in found.devices]
+    _keep(given, "predict", {"predicted_of_ranks": predicted, "verdict": found.verdict})
+
+
+def _seconds_of_all(mine: Ranks, seconds: float) -> list[float]:
+    return [each / 1e9 for each in mine.numbers(int(seconds * 1e9))]
+
+
+def _of_one(given, *names: str) -> dict:
+    found = json.loads((given.scratch / "one.json").read_text())
+    return {name: found[name] for name in names}
+
+
+def _row(results, rung: str, batch: int, context: int, tokens_per_second: float, **more):
+    """Add a row; its limit is of all cards together, also where they take turns."""
+    sizes, limit = results["bytes"], results["limit"]
+    step = sizes["weights"] + batch * context * sizes["cache_per_position"]
+    most = batch * limit["copy_bytes_per_second"] / step
+    row = {"rung": rung, "cards": len(limit["of_each_card"]), "batch": batch, "context": context}
+    row |= {"tokens_per_second": tokens_per_second, "share_of_limit": tokens_per_second / most}
+    results["rows"].append(row | more)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(results["rows"][-1]), flush=True)
+
+
+def _keep(given, part: str, results: dict, wanted: bool = True):
+    if wanted:
+        (given.scratch / f"{part}.json").write_text(json.dumps(results))
+        print(json.dumps({name: each for name, each in results.items() if name != "rows"}))
+
+
+# What is run, and whether it is by torchrun.
+PARTS = {
+    "one": (one, False),
+    "predict": (predict, False),
+    "ranks": (ranks, True),
+    "small": (small, True),
+    "loss": (loss, True),
+    "peer": (peer, True),
+}
+
+if __name__ == "__main__":
+    main()
