@@ -27,15 +27,17 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, GlmForCausalLM, StoppingCriteriaList
 
 from glm4v_nb.fit import fit
-from glm4v_nb.inference import load, set_decoding
+from glm4v_nb.inference import load, set_decoding, step
 from glm4v_nb.inference.decoding import arguments
 from glm4v_nb.inference.fast import FastDecoder
+from glm4v_nb.inference.tiles import FIRST_TILE
 from glm4v_nb.miniature import CHECKPOINT
 from glm4v_nb.model import GLM4VForConditionalGeneration, official_config
 from glm4v_nb.parallel import Ranks, load_rank
 from glm4v_nb.workload import Workload, make_prompt
 
 SHORT, LONG, TOKENS = decoding.SHORT, decoding.LONG, 4
+SIZES = ((1, SHORT), (1, LONG))  # batch, context
 # One image, and an answer: its memory is compared with that of ``fit``, its tokens with one card's.
 ASKED = Workload(images=1, text_tokens=98, new_tokens=64)
 PROGRAM = Path(__file__)
@@ -61,12 +63,17 @@ def main():
     results["provenance"]["weights"] = "random"
     for part in given.parts:
         begin = time.perf_counter()
-        command = [sys.executable, "-u"]
+        command, environment = [sys.executable, "-u"], dict(os.environ)
+        if part == "predict":  # on the CPU
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+            environment["PREDICTED_CARD"] = next(iter(results["provenance"]["cards"])).split()[1]
         if PARTS[part][1]:
             command += ["-m", "torch.distributed.run", "--nproc-per-node", str(given.count)]
             command += ["--master-port", os.environ.get("PARALLEL_PORT", "29613")]
         command += [PROGRAM, "--part", part, "--output", given.output, "--scratch", given.scratch]
-        ended = subprocess.run(map(str, command), capture_output=part == "loss", text=True)
+        ended = subprocess.run(
+            list(map(str, command)), capture_output=part == "loss", text=True, env=environment
+        )
         seconds = time.perf_counter() - begin
         print(f"{part}: {seconds:.0f} s, ended with {ended.returncode}", flush=True)
         if part == "loss":
@@ -78,27 +85,29 @@ def main():
         given.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
+def limit(given):
+    """What all cards copy, one after the other, and what a token needs."""
+    copied = []
+    for card in range(given.count):
+        with torch.cuda.device(card):
+            copied.append(decoding.measure_limit()["copy_bytes_per_second"])
+    with torch.device("meta"):
+        model = GLM4VForConditionalGeneration(official_config()).bfloat16()
+    found = {"copy_bytes_per_second": sum(copied), "of_each_card": copied}
+    _keep(given, "limit", {"limit": found, "bytes": decoding.bytes_of(model)})
+
+
 def one(given):
     """One process that has all cards: the weights are written, one card answers and gives the
     right logits, loads, and shares its layers with the others."""
-    count = torch.cuda.device_count()
-    limits = []
-    for card in range(count):
-        with torch.cuda.device(card):
-            limits.append(decoding.measure_limit()["copy_bytes_per_second"])
-    results = {"limit": {"copy_bytes_per_second": sum(limits), "of_each_card": limits}, "rows": []}
-    print(results["limit"], flush=True)
-    torch.cuda.set_device(0)
+    results = {"rows": []} | _limit(given)
     model = decoding.random_model()
-    results["bytes"] = decoding.bytes_of(model)
     keep = partial(_keep, given, "one", results)
-    keep()
     if not list((given.scratch / "whole").glob("*.safetensors")):
         model.save_pretrained(given.scratch / "whole", max_shard_size="2GB")
     answered = {"answer": _answer(model, "fast")}
     answered |= _right_logits(model)
     save_file(answered, given.scratch / "one.safetensors")
-    results["rows"] = []
     _by_layers(model, results)
     keep()
     del model
@@ -161,12 +170,12 @@ def _fused_logits(model) -> torch.Tensor:
     cache = decoder.prepare(model, 1, SHORT + 100)
     ids, tokens = _some_ids()
     model(input_ids=ids, past_key_values=cache.empty(), logits_to_keep=1)
-    (step,), logits = decoder._steps.values(), []
+    (fused,), logits = decoder._steps.values(), []
     for token in tokens:
-        step.tokens.copy_(token[None])
-        step.place([SHORT], [SHORT], [0], [0])
-        step()
-        logits.append(step.logits[0].float().cpu())
+        fused.tokens.copy_(token[None])
+        fused.place([SHORT], [SHORT], [0], [0])
+        fused()
+        logits.append(fused.logits[0].float().cpu())
     return torch.stack(logits)
 
 
@@ -199,7 +208,7 @@ def ranks(given):
     seconds = _seconds_of_all(mine, time.perf_counter() - begin)
     model.generation_config.eos_token_id = None
     results = {"load_seconds_of_ranks": seconds, "rows": []}
-    results |= _of_one(given, "limit", "bytes")
+    results |= _limit(given)
     keep = partial(_keep, given, "ranks", results, mine.rank == 0)
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
@@ -233,20 +242,17 @@ def ranks(given):
     results["distance_from_float32"] = distances | {"same_tokens": same, "tokens": TOKENS}
     keep()
     decoder = FastDecoder()
-    for batch, context in ((1, SHORT), (1, LONG), (4, SHORT)):
+    for batch, context in SIZES:
         decoder.prepare(model, batch, context + 100)
-        step = decoder._steps[batch]
-        step.place([context] * batch, [context] * batch, [0] * batch, list(range(batch)))
-        seconds = max(_seconds_of_all(mine, decoding.median_seconds(step, times=40)))
+        fused_step = decoder._steps[batch]
+        fused_step.place([context] * batch, [context] * batch, [0] * batch, list(range(batch)))
+        seconds = max(_seconds_of_all(mine, decoding.median_seconds(fused_step, times=40)))
         _row(results, "tensor step", batch, context, batch / seconds)
-    tiles = step.parts[0].tiles
+    tiles = fused_step.parts[0].tiles
     results["tiles"] = {name: str(tile) for name, tile in tiles.items()}
     keep()
     decoder.release()
-    for rung, sizes, new_tokens in (
-        ("fast", ((1, SHORT), (1, LONG), (4, SHORT)), 64),
-        ("eager", ((1, SHORT),), 24),
-    ):
+    for rung, sizes, new_tokens in (("fast", SIZES, 64), ("eager", ((1, SHORT),), 24)):
         set_decoding(model, rung)
         for batch, context in sizes:
             decoding.answer_speed(model, batch, context, new_tokens)
@@ -257,12 +263,14 @@ def ranks(given):
 
 
 def small(given):
-    """Questions to the miniature: answers of the ranks beside those of the first card alone."""
+    """Questions to the miniature: answers of the ranks beside those of the first card alone, with
+    prompt lookup, so that some steps have one row and some have eight."""
     import numpy as np
 
     from tools.miniature.evaluate import HELD_OUT_SEED, held_out_question
 
-    model, processor = load(CHECKPOINT, decoding="fast", parallel="tensor")
+    step.best_tile = _any_tile
+    model, processor = load(CHECKPOINT, decoding="lookup", parallel="tensor")
     rng = np.random.default_rng([HELD_OUT_SEED, HELD_OUT_SEED])
     asked = [held_out_question(rng)[:2] for _ in range(100)]
 
@@ -277,9 +285,14 @@ def small(given):
 
     shared = answers(model)
     if model.ranks.rank == 0:
-        alone = answers(load(CHECKPOINT, decoding="fast", device_map={"": 0})[0])
+        alone = answers(load(CHECKPOINT, decoding="lookup", device_map={"": 0})[0])
         differ = sum(one != other for one, other in zip(shared, alone, strict=True))
         _keep(given, "small", {"miniature": {"questions": len(asked), "differ": differ}})
+
+
+def _any_tile(name, one_row, *_):
+    """Of the miniature, whose speed is not measured."""
+    return FIRST_TILE[one_row]
 
 
 def peer(given):
@@ -307,7 +320,7 @@ def peer(given):
             ids.cuda(), **options, pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock])
         )
         speeds.append(23 / (clock.times[-1] - clock.times[0]))
-    results = {"rows": []} | _of_one(given, "limit", "bytes")
+    results = {"rows": []} | _limit(given)
     speed = min(mine.numbers(int(1e3 * speeds[-1]))) / 1e3
     _row(results, "tensor transformers", 1, SHORT, speed)
     _keep(given, "peer", results, mine.rank == 0)
@@ -315,6 +328,7 @@ def peer(given):
 
 def loss(given):
     """The last rank is killed while the others decode."""
+    step.best_tile = _any_tile
     model, _ = load(CHECKPOINT, decoding="fast", parallel="tensor")
     model.generation_config.eos_token_id = None
     mine, number = model.ranks, 0
@@ -338,6 +352,7 @@ def loss(given):
 def _what_a_loss_said(given, ended, now: float) -> dict:
     lines = [line for line in ended.stderr.splitlines() if re.search(r"RankLost|error:", line)]
     killed = float((given.scratch / "killed").read_text())
+    print(ended.stdout[-2000:], ended.stderr[-6000:], flush=True)
     return {
         "seconds_to_the_end": now - killed,
         "returncode": ended.returncode,
@@ -348,8 +363,13 @@ def _what_a_loss_said(given, ended, now: float) -> dict:
 
 def predict(given):
     """What ``fit`` says of every rank, on simulated cards of this kind, with these versions."""
-    card = "H200" if "H200" in torch.cuda.get_device_name() else "H100"
-    found = fit(card, given.count, parallel="tensor", workload=ASKED, decoding="fast")
+    found = fit(
+        os.environ["PREDICTED_CARD"],
+        given.count,
+        parallel="tensor",
+        workload=ASKED,
+        decoding="fast",
+    )
     figures = ("weights_bytes", "peak_allocated_bytes", "peak_reserved_bytes")
     predicted = [{name: getattr(each, name) for name in figures} for each in found.devices]
     _keep(given, "predict", {"predicted_of_ranks": predicted, "verdict": found.verdict})
@@ -359,17 +379,16 @@ def _seconds_of_all(mine: Ranks, seconds: float) -> list[float]:
     return [each / 1e9 for each in mine.numbers(int(seconds * 1e9))]
 
 
-def _of_one(given, *names: str) -> dict:
-    found = json.loads((given.scratch / "one.json").read_text())
-    return {name: found[name] for name in names}
+def _limit(given) -> dict:
+    return json.loads((given.scratch / "limit.json").read_text())
 
 
 def _row(results, rung: str, batch: int, context: int, tokens_per_second: float, **more):
     """Add a row; its limit is of all cards together, also where they take turns."""
-    sizes, limit = results["bytes"], results["limit"]
-    step = sizes["weights"] + batch * context * sizes["cache_per_position"]
-    most = batch * limit["copy_bytes_per_second"] / step
-    row = {"rung": rung, "cards": len(limit["of_each_card"]), "batch": batch, "context": context}
+    sizes, most = results["bytes"], results["limit"]
+    needed = sizes["weights"] + batch * context * sizes["cache_per_position"]
+    cards, most = len(most["of_each_card"]), batch * most["copy_bytes_per_second"] / needed
+    row = {"rung": rung, "cards": cards, "batch": batch, "context": context}
     row |= {"tokens_per_second": tokens_per_second, "share_of_limit": tokens_per_second / most}
     results["rows"].append(row | more)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -384,6 +403,7 @@ def _keep(given, part: str, results: dict, wanted: bool = True):
 
 # What is run, and whether it is by torchrun.
 PARTS = {
+    "limit": (limit, False),
     "one": (one, False),
     "predict": (predict, False),
     "ranks": (ranks, True),

@@ -13,10 +13,10 @@ head=torch.randn(V*COUNT,H)
 ex=[Exchange(Ranks(r,COUNT,exchanges=False),1,ROWS,H,head[r*V:(r+1)*V]) for r in range(COUNT)]
 mem=[torch.zeros(e.bytes,dtype=torch.uint8) for e in ex]
 for e,m in zip(ex,mem): e.meet(m,[x.data_ptr() for x in mem]); e.looks=0
-early={"PDL":False}
+early={"PDL":0}
 def launch(R):
     def l(kernel,rows,tile,*operands,**c):
-        kernel[(-(-rows//tile.rows),)](*operands,ROWS=ROWS,R=R,EPSILON=1e-6,BN=tile.rows,BK=tile.columns,AHEAD=False,PDL=False,**c)
+        kernel[(-(-rows//tile.rows),)](*operands,ROWS=ROWS,R=R,EPSILON=1e-6,BN=tile.rows,BK=tile.columns,AHEAD=False,PDL=0,**c)
     return l
 xs=torch.randn(COUNT,ROWS,K); w=torch.randn(COUNT,H,K); res=torch.randn(ROWS,H); ys=[torch.zeros(ROWS,H) for _ in ex]
 R=8

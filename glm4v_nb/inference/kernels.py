@@ -28,6 +28,8 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
            BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The sums over k of weight[outputs, k] x[row, k]: (BN, R); with NORM of x times gain, over
     the root of x's mean square. x is (ROWS, K), weight (OUTPUTS, K)."""
+    if PDL == 2:
+        gdc_launch_dependents()
     k, row = tl.arange(0, BK), tl.arange(0, R)
     within = (outputs < OUTPUTS)[:, None]
     at = weight + outputs.to(tl.int64)[:, None] * K + k[None, :]
@@ -35,7 +37,7 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
         # A tile is asked for one turn ahead, into registers; the first, which does not depend on
         # the kernel in front, before that has ended. Else the compiler plans several turns ahead.
         tile = tl.load(at, mask=within & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
-    if PDL:
+    if PDL > 0:
         gdc_wait()
     if R == 1:
         sums, squares = tl.zeros([BN, BK], tl.float32), tl.zeros([BK], tl.float32)
@@ -68,7 +70,7 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
             sums = tl.dot(tile, tl.trans(some.to(tile.dtype)), sums, input_precision="ieee")
         if AHEAD:
             tile = following
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
     if R == 1:
         sums = tl.sum(sums, 1)[:, None]
@@ -163,33 +165,10 @@ def project_heads(x, gain, weight, bias, cosines, sines, positions, slots, seque
 
 
 @triton.jit
-def prefetch(weight, program, BYTES: tl.constexpr, GAP: tl.constexpr, CHUNK: tl.constexpr,
-             LANES: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
-    """Ask for a program's share of the first BYTES of weights, into the card's second cache.
-
-    With GAP half of them are from there on."""
-    lane = tl.arange(0, THREADS)
-    index = program * LANES + lane
-    if GAP > 0:
-        offset = index // 2 * CHUNK
-        known = (lane < LANES) & (2 * offset + CHUNK <= BYTES)
-        offset += index % 2 * GAP
-    else:
-        offset = index * CHUNK
-        known = (lane < LANES) & (offset + CHUNK <= BYTES)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.u32 p, $2, 0;"
-        " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r", [weight.to(tl.pointer_type(tl.int8)) + offset, tl.where(known, CHUNK, 0)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def attend(queries, keys, values, starts, slots, sequences, parts, maxima, totals, capacity, ahead,
-           BYTES: tl.constexpr, GAP: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr,
-           THREADS: tl.constexpr, EARLY: tl.constexpr, SCALE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, H: tl.constexpr,
-           D: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def attend(queries, keys, values, starts, slots, sequences, parts, maxima, totals, capacity,
+           SCALE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, H: tl.constexpr,
+           D: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, ROWS: tl.constexpr,
+           PDL: tl.constexpr):  # fmt: skip
     """A row's attention over one split of its context, for all query heads of one group of keys.
 
     A row sees its sequence's cache from starts to slots, both included. H is the heads of a group
@@ -197,40 +176,50 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
     values weighted by exp(score - maximum); maxima and totals (ROWS, HEADS, SPLITS) belong to them.
     """
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL and EARLY:
+    if PDL == 2:
         gdc_launch_dependents()
-    if BYTES > 0:
-        program = (row * tl.num_programs(1) + group) * tl.num_programs(2) + split
-        prefetch(ahead, program, BYTES, GAP, CHUNK, LANES, THREADS)
-    if PDL:
-        gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
-    start, end = tl.load(starts + row), tl.load(slots + row) + 1
-    length = tl.cdiv(tl.cdiv(end - start, SPLITS), BT) * BT
+    start, slot = tl.load(starts + row), tl.load(slots + row)
+    length = tl.cdiv(tl.cdiv(slot + 1 - start, SPLITS), BT) * BT
     start += split * length
-    end = tl.minimum(start + length, end)
+    end = tl.minimum(start + length, slot + 1)
     head, d, t = tl.arange(0, H), tl.arange(0, D), tl.arange(0, BT)
     EACH: tl.constexpr = HEADS // GROUPS
     at = row * HEADS + group * EACH + head
     known = (head < EACH)[:, None]
-    query = tl.load(queries + at[:, None] * D + d[None, :], mask=known, other=0.0)
     cached = (tl.load(sequences + row) * GROUPS + group).to(tl.int64) * capacity * D
+    place = cached + (start + t)[:, None] * D + d[None, :]
+    # Keys and values are asked for one turn ahead; the first, but for the row's own, before the
+    # kernel in front has ended, which writes that. Of several rows each may see the others' own.
+    if PDL > 0 and ROWS > 1:
+        gdc_wait()
+    last = slot if ROWS == 1 else end
+    there = ((start + t < end) & (start + t < last))[:, None]
+    key = tl.load(keys + place, mask=there, other=0.0)
+    value = tl.load(values + place, mask=there, other=0.0)
+    if PDL > 0 and ROWS == 1:
+        gdc_wait()
+    if PDL == 1:
+        gdc_launch_dependents()
+    query = tl.load(queries + at[:, None] * D + d[None, :], mask=known, other=0.0)
+    if ROWS == 1:
+        own = ((start + t < end) & (start + t == slot))[:, None]
+        key = tl.load(keys + place, mask=own, other=key)
+        value = tl.load(values + place, mask=own, other=value)
     maximum, total = tl.full([H], -1e30, tl.float32), tl.zeros([H], tl.float32)
     sums = tl.zeros([H, D], tl.float32)
     for begin in range(start, end, BT):
-        seen = begin + t < end
-        place = cached + (begin + t)[:, None] * D + d[None, :]
-        key = tl.load(keys + place, mask=seen[:, None], other=0.0)
-        value = tl.load(values + place, mask=seen[:, None], other=0.0)
+        place += BT * D
+        there = (begin + BT + t < end)[:, None]
+        next_key = tl.load(keys + place, mask=there, other=0.0)
+        next_value = tl.load(values + place, mask=there, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * SCALE
-        score = tl.where(seen[None, :], score, -1e30)
+        score = tl.where((begin + t < end)[None, :], score, -1e30)
         higher = tl.maximum(maximum, tl.max(score, 1))
         weight, rescale = tl.exp(score - higher[:, None]), tl.exp(maximum - higher)
         total = total * rescale + tl.sum(weight, 1)
         sums = sums * rescale[:, None]
         sums = tl.dot(weight.to(value.dtype), value, sums, input_precision="ieee")
-        maximum = higher
+        maximum, key, value = higher, next_key, next_value
     at = at * SPLITS + split
     tl.store(parts + at[:, None] * D + d[None, :], sums, mask=known)
     tl.store(maxima + at, maximum, mask=head < EACH)
@@ -238,16 +227,15 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
 
 
 @triton.jit
-def combine(parts, maxima, totals, y, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
-            EARLY: tl.constexpr):  # fmt: skip
+def combine(parts, maxima, totals, y, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
     """y (ROWS HEADS, D): the splits of one row and head together."""
     at, split, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, D)
-    if PDL and EARLY:
+    if PDL == 2:
         gdc_launch_dependents()
-    if PDL:
+    if PDL > 0:
         gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
+    if PDL == 1:
+        gdc_launch_dependents()
     maximum = tl.load(maxima + at * SPLITS + split)
     share = tl.exp(maximum - tl.max(maximum, 0))
     total = tl.sum(tl.load(totals + at * SPLITS + split) * share, 0)

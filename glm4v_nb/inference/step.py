@@ -13,9 +13,9 @@ from transformers.cache_utils import DynamicLayer
 
 from glm4v_nb.inference import kernels
 from glm4v_nb.inference.graphs import captured
-from glm4v_nb.inference.tiles import Tile, best_tile
+from glm4v_nb.inference.tiles import FIRST_TILE, Tile, best_tile
 from glm4v_nb.parallel import kernels as kernels_shared
-from glm4v_nb.parallel.exchange import Exchange
+from glm4v_nb.parallel.exchange import LOOKS, Exchange
 
 # Keys are read in blocks of so many, and a context is split into at most so many parts.
 BLOCK, MOST_SPLITS = 64, 64
@@ -123,7 +123,7 @@ class _Part:
     """
 
     AHEAD = {}
-    EARLY = True
+    LATE_ATTENTION = {}
 
     def __init__(self, config, layers, caches, rows: int, capacity: int, ranks, exchange):
         self.config, self.layers, self.caches, self.capacity = config, layers, caches, capacity
@@ -133,9 +133,9 @@ class _Part:
         self.rows = rows
         self.splits = min(MOST_SPLITS, 1 << (-(-capacity // BLOCK) - 1).bit_length())
         # Dependent launch came with Hopper.
-        self.early = {"PDL": False}
+        self.early = {"PDL": 0}
         if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0):
-            self.early = {"PDL": True, "launch_pdl": True}
+            self.early = {"PDL": 1, "launch_pdl": True}
         heads, depth = config.num_attention_heads, config.head_dim
         self.x, self.middle = self._room(config.hidden_size), self._room(config.hidden_size)
         self.queries, self.attended = self._room(heads * depth), self._room(heads * depth)
@@ -157,13 +157,23 @@ class _Part:
         self.cosines, self.sines = angles.cos(), angles.sin()
 
     def choose_tiles(self):
-        """The best tile of each product, tried on this card or known from before."""
+        """The best tile of each product, tried on this card or known from before.
+
+        It is tried alone; a sum over the ranks within all of their layers, since there it shares
+        the card with the kernels beside it. No rank waits for another meanwhile.
+        """
         first, least = self.layers[0], {"heads": 2, "out": 1, "gate_up": 2, "down": 1}
+        shared = "" if self.exchange is None else f", {self.exchange.count} ranks"
+        self.tiles = dict.fromkeys(least, FIRST_TILE[self.rows == 1])
         for name in least:
             shape = "x".join(map(str, getattr(first, name).shape))
-            key = f"{name} {shape}, {self.dtype}, {row_count(self.rows)}"
+            key = f"{name} {shape}, {self.dtype}, {row_count(self.rows)}{shared}"
 
             def run(tile, name=name):
+                if shared:
+                    self.tiles[name] = tile
+                    self.run()
+                    return
                 for layer, cache in zip(self.layers, self.caches, strict=True):
                     self._product(name, layer, cache, tile)
 
@@ -181,15 +191,15 @@ class _Part:
         split = (self.parts, self.maxima, self.totals)
         for index, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
             self._product("heads", layer, cache)
-            programs = self.rows * groups * self.splits
             kernels.attend[(self.rows, groups, self.splits)](
                 self.queries, *cache, starts, slots, sequences, *split, self.capacity,
-                *self.ahead("out", layer.out, programs, 4).values(),
                 SCALE=depth**-0.5, HEADS=heads, GROUPS=groups, H=max(16, heads // groups), D=depth,
-                SPLITS=self.splits, BT=BLOCK, num_warps=4, EARLY=self.EARLY, **self.early,
+                SPLITS=self.splits, BT=BLOCK, ROWS=self.rows, num_warps=4,
+                **(self.early | self.LATE_ATTENTION),
             )  # fmt: skip
             kernels.combine[(self.rows * heads,)](
-                *split, self.attended, D=depth, SPLITS=self.splits, num_warps=4, EARLY=self.EARLY, **self.early
+                *split, self.attended, D=depth, SPLITS=self.splits, num_warps=4,
+                **(self.early | self.LATE_ATTENTION),
             )
             if self.exchange is None:
                 for name, sums in (("out", self.middle), ("gate_up", None), ("down", self.x)):
@@ -199,7 +209,7 @@ class _Part:
             else:
                 self._add_up("out", self.attended, layer.out, self.x, self.middle, 2 * index + 1, "gate_up", layer.gate_up)
                 self._product("gate_up", layer, cache)
-                following = self.layers[index + 1].heads if index + 1 < len(self.layers) else self.head
+                following = self.layers[min(index + 1, len(self.layers) - 1)].heads
                 self._add_up("down", self.hidden, layer.down, self.middle, self.x, 2 * index + 2, "heads", following)
         if self.exchange is None:
             self.state[:2] += 1
@@ -289,13 +299,14 @@ class Step:
                     _Part(config, layers, caches, rows, cache.capacity, self.ranks, self.exchange)
                 )
                 begin = end
+        if self.exchange is not None:
+            self.exchange.looks = 0
         for part in self.parts:
             part.set_rotation(decoder.rotary_emb.inv_freq)
             part.state.zero_()
             part.choose_tiles()
         self.tokens = torch.zeros(rows, dtype=torch.long, device=self.embedding.device)
         self.next = torch.zeros(rows, dtype=torch.long, device=self.head.device)
-        self.parts[-1].head = self.head
         shape = (rows, len(self.head))
         self.logits = torch.empty(shape, dtype=self.head.dtype, device=self.head.device)
         self._products = self.logits  # of this rank's part of the vocabulary
@@ -355,15 +366,15 @@ class Step:
     def _meet(self):
         """Compile the kernels while no rank waits for another, which may take seconds longer."""
         exchange = self.exchange
-        looks, exchange.looks = exchange.looks, 0
+        exchange.looks = 0
         self._run_shared()
         if self.ranks.exchanges:
             self.ranks.numbers(0)
         exchange.lost.zero_()
+        self.parts[0].state.zero_()
+        exchange.looks = LOOKS
         if self.ranks.exchanges:
             self.ranks.numbers(0)
-        exchange.looks = looks
-        self.parts[0].state.zero_()
 
     def place(self, positions, slots, starts, sequences):
         """Say where the rows of the next step are; each a list of numbers, one a row."""

@@ -35,7 +35,7 @@ class Tile:
 # For one row plain sums; for more tensor cores, which take 16 rows of a weight or more.
 ONE_ROW = [
     *(Tile(1, 4096, 4), Tile(2, 1024, 4), Tile(2, 2048, 4), Tile(4, 1024, 4), Tile(8, 512, 4)),
-    *(Tile(2, 4096, 8), Tile(4, 1024, 8)),
+    *(Tile(4, 512, 4), Tile(2, 4096, 4), Tile(2, 4096, 8), Tile(4, 1024, 8)),
 ]
 MORE_ROWS = [
     *(Tile(16, 256, 1, 4, 8), Tile(16, 256, 1, 6, 8), Tile(16, 128, 1, 6, 8)),
@@ -43,6 +43,8 @@ MORE_ROWS = [
     *(Tile(32, 128, 1, 4, 8), Tile(32, 128, 2, 4, 8), Tile(32, 256, 2, 4, 8)),
     *(Tile(64, 128, 4, 5, 8), Tile(64, 128, 4, 1, 16), Tile(64, 128, 4, 4, 16)),
 ]
+# What the others have while one is tried.
+FIRST_TILE = {True: Tile(4, 1024, 4), False: Tile(16, 256, 1, 4, 8)}
 # Interpreted programs cost milliseconds, whatever their size.
 INTERPRETED = {True: Tile(1024, 512, 4), False: Tile(1024, 512, 4, 2, 8)}
 

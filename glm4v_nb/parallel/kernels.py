@@ -12,7 +12,7 @@ A wait ends after so many looks. Then ``lost`` is set, no program waits any more
 token is -1. ``epoch`` is the first tag of a step, one for each row.
 """
 
-from glm4v_nb.inference.kernels import _weigh, gdc_launch_dependents, gdc_wait, prefetch
+from glm4v_nb.inference.kernels import _weigh, gdc_launch_dependents, gdc_wait
 from simgpu.kernels import language as tl
 from simgpu.kernels import triton
 
@@ -41,6 +41,29 @@ def _receive(peers, offset, tag, mask, lost, looks, RANK: tl.constexpr):
         tried += 1 + looks * tl.load(lost, volatile=True)
     tl.store(lost, 1, mask=missing > 0)
     return packet.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def prefetch(weight, program, BYTES: tl.constexpr, GAP: tl.constexpr, CHUNK: tl.constexpr,
+             LANES: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+    """Ask for a program's share of the first BYTES of weights, into the card's second cache.
+
+    With GAP half of them are from there on."""
+    lane = tl.arange(0, THREADS)
+    index = program * LANES + lane
+    if GAP > 0:
+        offset = index // 2 * CHUNK
+        known = (lane < LANES) & (2 * offset + CHUNK <= BYTES)
+        offset += index % 2 * GAP
+    else:
+        offset = index * CHUNK
+        known = (lane < LANES) & (offset + CHUNK <= BYTES)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0;"
+        " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [weight.to(tl.pointer_type(tl.int8)) + offset, tl.where(known, CHUNK, 0)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -81,7 +104,7 @@ def embed_shared(tokens, embedding, y, peers, epoch, lost, looks, exchange,
     A rank has TOKENS rows of the embedding.
     """
     row, column = tl.program_id(0), tl.program_id(1) * B + tl.arange(0, B)
-    if PDL:
+    if PDL > 0:
         gdc_launch_dependents()
     mask = column < OUTPUTS
     token = tl.maximum(tl.load(tokens + row), 0)  # -1 after a rank was lost
@@ -124,7 +147,7 @@ def choose(logits, likeliest, peers, epoch, lost, looks, state, exchange,
     Then the row is a position further, and the step's EXCHANGES tags are used.
     """
     row = tl.program_id(0)
-    if PDL:
+    if PDL > 0:
         gdc_wait()
     lane = tl.arange(0, B)
     best, where = tl.full([B], float("-inf"), tl.float32), tl.full([B], OUTPUTS, tl.int32)
