@@ -14,8 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from glm4v_nb.inference import kernels
 from glm4v_nb.inference.graphs import captured
 from glm4v_nb.inference.tiles import FIRST_TILE, Tile, best_tile
-from glm4v_nb.parallel import kernels as kernels_shared
-from glm4v_nb.parallel.exchange import LOOKS, Exchange
+from glm4v_nb.parallel.exchange import Exchange
 
 # Keys are read in blocks of so many, and a context is split into at most so many parts.
 BLOCK, MOST_SPLITS = 64, 64
@@ -122,9 +121,6 @@ class _Part:
     where there is an ``exchange``; else after them, and one of the ranks adds what is added once.
     """
 
-    AHEAD = {}
-    LATE_ATTENTION = {}
-
     def __init__(self, config, layers, caches, rows: int, capacity: int, ranks, exchange):
         self.config, self.layers, self.caches, self.capacity = config, layers, caches, capacity
         self.ranks, self.is_first = ranks, ranks is None or ranks.rank == 0
@@ -170,10 +166,9 @@ class _Part:
             key = f"{name} {shape}, {self.dtype}, {row_count(self.rows)}{shared}"
 
             def run(tile, name=name):
-                if shared:
+                if self.exchange is not None:
                     self.tiles[name] = tile
-                    self.run()
-                    return
+                    return self.run()
                 for layer, cache in zip(self.layers, self.caches, strict=True):
                     self._product(name, layer, cache, tile)
 
@@ -189,44 +184,24 @@ class _Part:
         )
         positions, slots, starts, sequences = self.state
         split = (self.parts, self.maxima, self.totals)
-        for index, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
+        if self.exchange is not None:
+            self.exchange.begin()
+        for layer, cache in zip(self.layers, self.caches, strict=True):
             self._product("heads", layer, cache)
             kernels.attend[(self.rows, groups, self.splits)](
                 self.queries, *cache, starts, slots, sequences, *split, self.capacity,
                 SCALE=depth**-0.5, HEADS=heads, GROUPS=groups, H=max(16, heads // groups), D=depth,
-                SPLITS=self.splits, BT=BLOCK, ROWS=self.rows, num_warps=4,
-                **(self.early | self.LATE_ATTENTION),
+                SPLITS=self.splits, BT=BLOCK, ROWS=self.rows, num_warps=4, **self.early,
             )  # fmt: skip
             kernels.combine[(self.rows * heads,)](
-                *split, self.attended, D=depth, SPLITS=self.splits, num_warps=4,
-                **(self.early | self.LATE_ATTENTION),
+                *split, self.attended, D=depth, SPLITS=self.splits, num_warps=4, **self.early
             )
-            if self.exchange is None:
-                for name, sums in (("out", self.middle), ("gate_up", None), ("down", self.x)):
-                    self._product(name, layer, cache)
-                    if sums is not None and self.ranks is not None:
-                        self.ranks.add_up(sums)
-            else:
-                self._add_up("out", self.attended, layer.out, self.x, self.middle, 2 * index + 1, "gate_up", layer.gate_up)
-                self._product("gate_up", layer, cache)
-                following = self.layers[min(index + 1, len(self.layers) - 1)].heads
-                self._add_up("down", self.hidden, layer.down, self.middle, self.x, 2 * index + 2, "heads", following)
+            for name, sums in (("out", self.middle), ("gate_up", None), ("down", self.x)):
+                self._product(name, layer, cache)
+                if sums is not None and self.ranks is not None and self.exchange is None:
+                    self.ranks.add_up(sums)
         if self.exchange is None:
             self.state[:2] += 1
-
-    def ahead(self, name, weight, programs, warps):
-        most = self.AHEAD.get(name, 0)
-        gap = weight.nbytes // 2 if name == "gate_up" else 0
-        lanes = 16
-        chunk = -(-min(most, weight.nbytes) // (programs * lanes * 128)) * 128
-        return dict(ahead=weight, BYTES=most if chunk else 0, GAP=gap, CHUNK=chunk, LANES=lanes, THREADS=32 * warps)
-
-    def _add_up(self, name, x, weight, residual, y, number, next_name, following):
-        tile = self.tiles[name]
-        outputs, columns = weight.shape
-        exchange = self.exchange
-        self._launch(kernels_shared.project_shared, outputs, tile, x, weight, residual, y, exchange.sums_at, exchange.epoch, exchange.lost, exchange.looks, number,
-            OUTPUTS=outputs, K=columns, RANK=exchange.rank, COUNT=exchange.count, **self.ahead(next_name, following, -(-outputs // tile.rows), tile.warps))
 
     def _product(self, name: str, layer: LayerWeights, cache, tile: Tile | None = None):
         config, tile = self.config, tile or self.tiles[name]
@@ -243,6 +218,13 @@ class _Part:
             operands = (self.middle, layer.gain, layer.gate_up, self.hidden)
             sizes = {"OUTPUTS": config.intermediate_size, "K": config.hidden_size}
             self._launch(kernels.project_gated, len(layer.gate_up), tile, *operands, **sizes)
+        elif self.exchange is not None:
+            ahead = layer.gate_up if self.early["PDL"] else None
+            sum_of = {
+                "out": (self.attended, layer.out, self.x, self.middle, tile, ahead),
+                "down": (self.hidden, layer.down, self.middle, self.x, tile),
+            }
+            self.exchange.add_up(self._launch, *sum_of[name])
         elif name == "out":
             residual = self.x if self.is_first else None
             self.project(self.attended, None, layer.out, residual, self.middle, tile)
@@ -299,32 +281,33 @@ class Step:
                     _Part(config, layers, caches, rows, cache.capacity, self.ranks, self.exchange)
                 )
                 begin = end
-        if self.exchange is not None:
-            self.exchange.looks = 0
         for part in self.parts:
             part.set_rotation(decoder.rotary_emb.inv_freq)
             part.state.zero_()
             part.choose_tiles()
         self.tokens = torch.zeros(rows, dtype=torch.long, device=self.embedding.device)
         self.next = torch.zeros(rows, dtype=torch.long, device=self.head.device)
-        shape = (rows, len(self.head))
-        self.logits = torch.empty(shape, dtype=self.head.dtype, device=self.head.device)
-        self._products = self.logits  # of this rank's part of the vocabulary
         if self.exchange is not None:
             self.logits = self.exchange.logits
-        elif self.ranks is not None:
-            self.logits = self.logits.repeat(1, self.ranks.count)
+        else:
+            shape = (rows, len(self.head))
+            self.logits = torch.empty(shape, dtype=self.head.dtype, device=self.head.device)
+            self._products = self.logits  # of this rank's part of the vocabulary
+            if self.ranks is not None:
+                self.logits = self.logits.repeat(1, self.ranks.count)
         self.slot = 0  # the furthest of the next step, counted here
-        last = self.parts[-1]
         key = f"head {'x'.join(map(str, self.head.shape))}, {self.head.dtype}, {row_count(rows)}"
 
         def head(tile):
-            last.project(last.x, self.gain, self.head, None, self._products, tile)
+            self._head_tile = tile
+            self._project_head()
 
         self._head_tile = best_tile(key, rows == 1, 1, self.head.device, head)
         self._work = [self._run_part(index) for index in range(len(self.parts))]
         if self.exchange is not None:
-            self._meet()
+            # Compiles what is not yet, while no rank waits for another: it may take seconds.
+            self._work[0]()
+            self.exchange.join()
         if self.parts[0].device.type == "cuda":
             self._work = [
                 captured(work, part.device).replay
@@ -338,43 +321,33 @@ class Step:
         return own + [each for each in parts if isinstance(each, torch.Tensor)]
 
     def _run_part(self, index: int):
-        part = self.parts[index]
+        part, exchange = self.parts[index], self.exchange
 
         def run():
-            if self.exchange is not None:
-                return self._run_shared()
-            if index == 0 and self.ranks is None:
+            if exchange is not None:
+                exchange.embed(self.tokens, self.embedding, part.x, part.early)
+            elif index == 0 and self.ranks is None:
                 torch.index_select(self.embedding, 0, self.tokens, out=part.x)
             elif index == 0:
                 part.x.copy_(self.embed(self.tokens))
             part.run()
             if part is self.parts[-1]:
-                part.project(part.x, self.gain, self.head, None, self._products, self._head_tile)
+                self._project_head()
+                if exchange is not None:
+                    exchange.choose(self.next, part.state, part.early)
+                    return
                 if self.ranks is not None:
                     self.logits.copy_(self.ranks.join_features(self._products))
                 torch.argmax(self.logits, -1, out=self.next)
 
         return run
 
-    def _run_shared(self):
-        (part,), exchange = self.parts, self.exchange
-        exchange.embed(self.tokens, self.embedding, part.x, part.early)
-        part.run()
-        exchange.spread(part._launch, part.x, self.gain, self.head, self._head_tile)
-        exchange.choose(self.next, part.state, part.early)
-
-    def _meet(self):
-        """Compile the kernels while no rank waits for another, which may take seconds longer."""
-        exchange = self.exchange
-        exchange.looks = 0
-        self._run_shared()
-        if self.ranks.exchanges:
-            self.ranks.numbers(0)
-        exchange.lost.zero_()
-        self.parts[0].state.zero_()
-        exchange.looks = LOOKS
-        if self.ranks.exchanges:
-            self.ranks.numbers(0)
+    def _project_head(self):
+        part, gain, tile = self.parts[-1], self.gain, self._head_tile
+        if self.exchange is not None:
+            self.exchange.spread(part._launch, part.x, gain, self.head, tile)
+        else:
+            part.project(part.x, gain, self.head, None, self._products, tile)
 
     def place(self, positions, slots, starts, sequences):
         """Say where the rows of the next step are; each a list of numbers, one a row."""

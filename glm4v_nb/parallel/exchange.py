@@ -11,7 +11,10 @@ from glm4v_nb.parallel.ranks import Ranks
 # How often a program looks for what another rank sends before it takes that one for lost, about a
 # microsecond each time. A multiple of 16, as 0 is: Triton compiles others anew.
 LOOKS = 1 << 24
-_PACKET = 8
+# So many bytes of the next weights are brought into the card's second cache while sums are on their
+# way: what its memory reads in that time.
+AHEAD = 16 * 2**20
+_PACKET, _LANES = 8, 16
 
 
 class Exchange:
@@ -23,13 +26,15 @@ class Exchange:
 
     Attributes:
         logits: (rows, vocabulary), of all ranks, when the step is done.
-        looks: see ``LOOKS``; 0 for a step that waits for nobody and gives nonsense.
+        looks: see ``LOOKS``; 0 until all have joined: until then a step waits for nobody, gives
+            nonsense and may be launched by one rank alone.
     """
 
     def __init__(self, ranks: Ranks, layers: int, rows: int, hidden: int, head: torch.Tensor):
         self.rank, self.count, self.rows, self.hidden = ranks.rank, ranks.count, rows, hidden
         self.head_rows, self.exchanges = len(head), 2 * layers + 2
-        self.looks, self.device, self.dtype = LOOKS, head.device, head.dtype
+        self.looks, self.device, self.dtype = 0, head.device, head.dtype
+        self.ranks, self.number = ranks, 0
         sums, chosen = 2 * self.count * rows * hidden * _PACKET, self.count * rows * 2 * _PACKET
         self.starts = 0, sums, sums + chosen
         self.bytes = sums + chosen + rows * self.count * len(head) * head.itemsize
@@ -79,12 +84,29 @@ class Exchange:
             **self._sizes(),
         )  # fmt: skip
 
-    def add_up(self, launch, x, weight, residual, y, tile, number: int):
-        """y (rows, hidden) = the sum over the ranks of weight x, plus residual."""
+    def join(self):
+        """From now on all ranks launch the same, and wait for each other."""
+        self.ranks.numbers(0)  # what they have launched before has ended
+        self.lost.zero_()
+        self.looks = LOOKS
+        self.ranks.numbers(0)
+
+    def begin(self):
+        """The sums of the layers follow, from the first."""
+        self.number = 0
+
+    def add_up(self, launch, x, weight, residual, y, tile, ahead=None):
+        """y (rows, hidden) = the sum over the ranks of weight x, plus residual.
+
+        ``ahead`` are weights of gates and ups, of which the card's cache is to have the first when
+        they are asked for.
+        """
+        self.number += 1
         outputs, columns = weight.shape
         operands = x, weight, residual, y, self.sums_at, self.epoch, self.lost
-        launch(kernels.project_shared, outputs, tile, *operands, self.looks, number,
-               OUTPUTS=outputs, K=columns, RANK=self.rank, COUNT=self.count)  # fmt: skip
+        launch(kernels.project_shared, outputs, tile, *operands, self.looks, self.number,
+               weight if ahead is None else ahead, OUTPUTS=outputs, K=columns, RANK=self.rank,
+               COUNT=self.count, **_share(ahead, -(-outputs // tile.rows), tile.warps))  # fmt: skip
 
     def spread(self, launch, x, gain, weight, tile):
         """The logits, on every rank."""
@@ -103,6 +125,14 @@ class Exchange:
 
     def _sizes(self) -> dict:
         return {"RANK": self.rank, "COUNT": self.count, "ROWS": self.rows}
+
+
+def _share(ahead: torch.Tensor | None, programs: int, warps: int) -> dict:
+    """What each program asks for of the weights ahead: so many lanes a piece, in bytes."""
+    most = 0 if ahead is None else min(AHEAD, ahead.nbytes)
+    piece = -(-most // (programs * _LANES * 128)) * 128
+    gap = 0 if ahead is None else ahead.nbytes // 2
+    return {"BYTES": most, "GAP": gap, "CHUNK": piece, "LANES": _LANES, "THREADS": 32 * warps}
 
 
 def _in_reach(ranks: Ranks) -> bool:
