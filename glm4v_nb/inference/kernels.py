@@ -4,8 +4,9 @@ A step reads every weight once and does two operations with it, so the memory's 
 limit, and what counts is that weights stream without a pause. Hence few kernels, with all that is
 small (norm, bias, rotation, cache, SiLU, residual) inside those that stream weights, and weights
 that are asked for before the kernel in front has ended (programmatic dependent launch, where the
-card has it). The norm can be inside since it commutes with the product: with r = 1 / rms(x),
-W (r x g) = r (W (x g)).
+card has it): a program lets the next kernel come as it begins, whose programs take the room that
+this kernel's leave, ask for their weights and wait for its end. The norm can be inside since it
+commutes with the product: with r = 1 / rms(x), W (r x g) = r (W (x g)).
 
 Shapes: a step has ``ROWS`` rows, one token each: of a batch, or of one sequence to verify. Numbers
 in capitals are known when a kernel is compiled. Sums are in float32. ``R`` is 1 for
@@ -28,7 +29,7 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
            BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The sums over k of weight[outputs, k] x[row, k]: (BN, R); with NORM of x times gain, over
     the root of x's mean square. x is (ROWS, K), weight (OUTPUTS, K)."""
-    if PDL == 2:
+    if PDL:
         gdc_launch_dependents()
     k, row = tl.arange(0, BK), tl.arange(0, R)
     within = (outputs < OUTPUTS)[:, None]
@@ -37,7 +38,7 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
         # A tile is asked for one turn ahead, into registers; the first, which does not depend on
         # the kernel in front, before that has ended. Else the compiler plans several turns ahead.
         tile = tl.load(at, mask=within & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
-    if PDL > 0:
+    if PDL:
         gdc_wait()
     if R == 1:
         sums, squares = tl.zeros([BN, BK], tl.float32), tl.zeros([BK], tl.float32)
@@ -70,8 +71,6 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
             sums = tl.dot(tile, tl.trans(some.to(tile.dtype)), sums, input_precision="ieee")
         if AHEAD:
             tile = following
-    if PDL == 1:
-        gdc_launch_dependents()
     if R == 1:
         sums = tl.sum(sums, 1)[:, None]
     if NORM:
@@ -176,7 +175,7 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
     values weighted by exp(score - maximum); maxima and totals (ROWS, HEADS, SPLITS) belong to them.
     """
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL == 2:
+    if PDL:
         gdc_launch_dependents()
     start, slot = tl.load(starts + row), tl.load(slots + row)
     length = tl.cdiv(tl.cdiv(slot + 1 - start, SPLITS), BT) * BT
@@ -190,16 +189,14 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
     place = cached + (start + t)[:, None] * D + d[None, :]
     # Keys and values are asked for one turn ahead; the first, but for the row's own, before the
     # kernel in front has ended, which writes that. Of several rows each may see the others' own.
-    if PDL > 0 and ROWS > 1:
+    if PDL and ROWS > 1:
         gdc_wait()
     last = slot if ROWS == 1 else end
     there = ((start + t < end) & (start + t < last))[:, None]
     key = tl.load(keys + place, mask=there, other=0.0)
     value = tl.load(values + place, mask=there, other=0.0)
-    if PDL > 0 and ROWS == 1:
+    if PDL and ROWS == 1:
         gdc_wait()
-    if PDL == 1:
-        gdc_launch_dependents()
     query = tl.load(queries + at[:, None] * D + d[None, :], mask=known, other=0.0)
     if ROWS == 1:
         own = ((start + t < end) & (start + t == slot))[:, None]
@@ -230,12 +227,10 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
 def combine(parts, maxima, totals, y, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
     """y (ROWS HEADS, D): the splits of one row and head together."""
     at, split, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, D)
-    if PDL == 2:
+    if PDL:
         gdc_launch_dependents()
-    if PDL > 0:
+    if PDL:
         gdc_wait()
-    if PDL == 1:
-        gdc_launch_dependents()
     maximum = tl.load(maxima + at * SPLITS + split)
     share = tl.exp(maximum - tl.max(maximum, 0))
     total = tl.sum(tl.load(totals + at * SPLITS + split) * share, 0)

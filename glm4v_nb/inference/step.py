@@ -129,9 +129,9 @@ class _Part:
         self.rows = rows
         self.splits = min(MOST_SPLITS, 1 << (-(-capacity // BLOCK) - 1).bit_length())
         # Dependent launch came with Hopper.
-        self.early = {"PDL": 0}
+        self.early = {"PDL": False}
         if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0):
-            self.early = {"PDL": 1, "launch_pdl": True}
+            self.early = {"PDL": True, "launch_pdl": True}
         heads, depth = config.num_attention_heads, config.head_dim
         self.x, self.middle = self._room(config.hidden_size), self._room(config.hidden_size)
         self.queries, self.attended = self._room(heads * depth), self._room(heads * depth)

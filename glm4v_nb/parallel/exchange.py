@@ -1,6 +1,7 @@
 """Memory of all ranks that each of them writes into, and the kernels of a step that do."""
 
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ LOOKS = 1 << 24
 # So many bytes of the next weights are brought into the card's second cache while sums are on their
 # way: what its memory reads in that time.
 AHEAD = 16 * 2**20
-_PACKET, _LANES = 8, 16
+_PACKET = 8
 
 
 class Exchange:
@@ -22,7 +23,8 @@ class Exchange:
 
     The memory is PyTorch's symmetric memory: each rank allocates as much, and has that of the
     others among its addresses. It holds packets of sums, packets of the likeliest tokens, and the
-    logits.
+    logits. PyTorch 2.11 takes it beside its allocator, 2 MiB at a time; 2.13 from a pool of the
+    allocator, and so do simulated cards, which count it among the rest.
 
     Attributes:
         logits: (rows, vocabulary), of all ranks, when the step is done.
@@ -53,24 +55,36 @@ class Exchange:
         if not all(ranks.numbers(int(_in_reach(ranks)))):
             return None
         own = cls(ranks, *sizes)
+        if not all(ranks.numbers(int(own._allocate()))):
+            return None
+        there = (
+            own._handle.get_buffer(rank, own._held.shape, own._held.dtype)
+            for rank in range(own.count)
+        )
+        own.meet(own._held, [each.data_ptr() for each in there])
+        return own
+
+    def _allocate(self) -> bool:
+        """Take this rank's memory, zeroed, and a handle that knows the others'; False where the
+        system does not let processes share it."""
         # Multicast, which nothing here uses, would be set up as well.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         from torch.distributed import _symmetric_memory as symmetric
 
-        with ranks.together():
-            memory = symmetric.empty(own.bytes, dtype=torch.uint8, device=own.device).zero_()
-            handle = symmetric.rendezvous(memory, dist.group.WORLD)
-        there = [
-            handle.get_buffer(rank, (own.bytes,), torch.uint8).data_ptr()
-            for rank in range(own.count)
-        ]
-        own.meet(memory, there)
-        own.handle = handle
-        return own
+        try:
+            self._held = symmetric.empty(self.bytes, dtype=torch.uint8, device=self.device).zero_()
+            self._handle = symmetric.rendezvous(self._held, dist.group.WORLD)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(f"The ranks add up by NCCL, which is slower: {reason}", stacklevel=2)
+            return False
+        return True
 
     def meet(self, memory: torch.Tensor, addresses: list[int] | None):
         """Take this rank's memory, of bytes, and where that of all ranks is; None if nowhere."""
-        self.memory, addresses = memory, addresses or [0] * self.count
+        addresses = addresses or [0] * self.count
         table = [[address + start for address in addresses] for start in self.starts]
         self.sums_at, self.chosen_at, self.logits_at = torch.tensor(table, device=self.device)
         self.logits = memory[self.starts[2] :].view(self.dtype).view(self.rows, -1)
@@ -103,10 +117,11 @@ class Exchange:
         """
         self.number += 1
         outputs, columns = weight.shape
-        operands = x, weight, residual, y, self.sums_at, self.epoch, self.lost
-        launch(kernels.project_shared, outputs, tile, *operands, self.looks, self.number,
+        operands = x, weight, residual, y, self.sums_at, self.epoch, self.lost, self.looks
+        pieces = _pieces(ahead, -(-outputs // tile.rows), tile.warps)
+        launch(kernels.project_shared, outputs, tile, *operands, self.number,
                weight if ahead is None else ahead, OUTPUTS=outputs, K=columns, RANK=self.rank,
-               COUNT=self.count, **_share(ahead, -(-outputs // tile.rows), tile.warps))  # fmt: skip
+               COUNT=self.count, **pieces)  # fmt: skip
 
     def spread(self, launch, x, gain, weight, tile):
         """The logits, on every rank."""
@@ -127,12 +142,12 @@ class Exchange:
         return {"RANK": self.rank, "COUNT": self.count, "ROWS": self.rows}
 
 
-def _share(ahead: torch.Tensor | None, programs: int, warps: int) -> dict:
-    """What each program asks for of the weights ahead: so many lanes a piece, in bytes."""
-    most = 0 if ahead is None else min(AHEAD, ahead.nbytes)
-    piece = -(-most // (programs * _LANES * 128)) * 128
-    gap = 0 if ahead is None else ahead.nbytes // 2
-    return {"BYTES": most, "GAP": gap, "CHUNK": piece, "LANES": _LANES, "THREADS": 32 * warps}
+def _pieces(ahead: torch.Tensor | None, programs: int, warps: int) -> dict:
+    """Which pieces each program asks for of the weights ahead."""
+    half = 0 if ahead is None else ahead.nbytes // 2
+    most, pieces = min(AHEAD // 2, half), 16
+    piece = -(-2 * most // (programs * pieces * 128)) * 128
+    return {"HALF": half, "BYTES": most, "PIECE": piece, "PIECES": pieces, "THREADS": 32 * warps}
 
 
 def _in_reach(ranks: Ranks) -> bool:

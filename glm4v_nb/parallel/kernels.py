@@ -2,11 +2,14 @@
 
 A program that has its part of a sum writes it into the memory of all other ranks, and waits for
 theirs of the same outputs: no kernel stands between two products, and a card waits only for what
-it adds. A number travels as a packet of eight bytes, which are written and read at once: itself as
-float32, and a tag that no other packet of the same place has; so there is no flag to wait for, nor
-an order of writes to keep (NCCL's protocol LL does it so). Packets of two exchanges lie in two
-halves in turn: who writes into a half the next time has all packets of the exchange between, whose
-senders have read that half.
+it adds. All write before they wait, and cards begin programs in the order of their numbers, so that
+none waits for one that has no room to begin.
+
+A number travels as a packet of eight bytes, which are written and read at once: itself as float32,
+and a tag that no other packet of the same place has; so there is no flag to wait for, nor an order
+of writes to keep (NCCL's protocol LL does it so). Packets of two exchanges lie in two halves in
+turn: who writes into a half the next time has all packets of the exchange between, whose senders
+have read that half.
 
 A wait ends after so many looks. Then ``lost`` is set, no program waits any more, and the step's
 token is -1. ``epoch`` is the first tag of a step, one for each row.
@@ -44,25 +47,19 @@ def _receive(peers, offset, tag, mask, lost, looks, RANK: tl.constexpr):
 
 
 @triton.jit
-def prefetch(weight, program, BYTES: tl.constexpr, GAP: tl.constexpr, CHUNK: tl.constexpr,
-             LANES: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
-    """Ask for a program's share of the first BYTES of weights, into the card's second cache.
-
-    With GAP half of them are from there on."""
+def _prefetch(weight, HALF: tl.constexpr, BYTES: tl.constexpr, PIECE: tl.constexpr,
+              PIECES: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+    """Ask for this program's pieces of the first BYTES of each of a weight's two halves, into the
+    card's second cache; HALF and PIECE are in bytes, too."""
     lane = tl.arange(0, THREADS)
-    index = program * LANES + lane
-    if GAP > 0:
-        offset = index // 2 * CHUNK
-        known = (lane < LANES) & (2 * offset + CHUNK <= BYTES)
-        offset += index % 2 * GAP
-    else:
-        offset = index * CHUNK
-        known = (lane < LANES) & (offset + CHUNK <= BYTES)
+    index = tl.program_id(0) * PIECES + lane
+    offset = index // 2 * PIECE
+    known = (lane < PIECES) & (offset + PIECE <= BYTES)
+    at = weight.to(tl.pointer_type(tl.int8)) + offset + index % 2 * HALF
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.u32 p, $2, 0;"
         " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r", [weight.to(tl.pointer_type(tl.int8)) + offset, tl.where(known, CHUNK, 0)],
-        dtype=tl.int32, is_pure=False, pack=1,
+        "=r,l,r", [at, tl.where(known, PIECE, 0)], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -70,10 +67,13 @@ def prefetch(weight, program, BYTES: tl.constexpr, GAP: tl.constexpr, CHUNK: tl.
 def project_shared(x, weight, residual, y, peers, epoch, lost, looks, exchange, ahead,
                    OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr,
                    EPSILON: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr,
-                   BYTES: tl.constexpr, GAP: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr,
-                   THREADS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                   AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """y (ROWS, OUTPUTS) = the sum over the ranks of W x, plus residual, the same on every rank."""
+                   HALF: tl.constexpr, BYTES: tl.constexpr, PIECE: tl.constexpr,
+                   PIECES: tl.constexpr, THREADS: tl.constexpr, BN: tl.constexpr,
+                   BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """y (ROWS, OUTPUTS) = the sum over the ranks of W x, plus residual, the same on every rank.
+
+    Meanwhile the card's memory brings the first of the weights ``ahead``.
+    """
     outputs, row = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, R)
     sums = _weigh(x, x, weight, outputs, OUTPUTS, K, ROWS, R, False, EPSILON, BN, BK, AHEAD, PDL)
     at = row[None, :] * OUTPUTS + outputs[:, None]
@@ -82,7 +82,7 @@ def project_shared(x, weight, residual, y, peers, epoch, lost, looks, exchange, 
     half = exchange % 2 * (COUNT * ROWS * OUTPUTS)
     _send(sums, tag, peers, half + RANK * (ROWS * OUTPUTS) + at, mask, RANK, COUNT)
     if BYTES > 0:
-        prefetch(ahead, tl.program_id(0), BYTES, GAP, CHUNK, LANES, THREADS)
+        _prefetch(ahead, HALF, BYTES, PIECE, PIECES, THREADS)
     before = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     total = tl.zeros_like(sums)
     for rank in tl.static_range(COUNT):  # in their order, so that all ranks round alike
@@ -104,7 +104,7 @@ def embed_shared(tokens, embedding, y, peers, epoch, lost, looks, exchange,
     A rank has TOKENS rows of the embedding.
     """
     row, column = tl.program_id(0), tl.program_id(1) * B + tl.arange(0, B)
-    if PDL > 0:
+    if PDL:
         gdc_launch_dependents()
     mask = column < OUTPUTS
     token = tl.maximum(tl.load(tokens + row), 0)  # -1 after a rank was lost
@@ -147,10 +147,10 @@ def choose(logits, likeliest, peers, epoch, lost, looks, state, exchange,
     Then the row is a position further, and the step's EXCHANGES tags are used.
     """
     row = tl.program_id(0)
-    if PDL > 0:
+    if PDL:
         gdc_wait()
     lane = tl.arange(0, B)
-    best, where = tl.full([B], float("-inf"), tl.float32), tl.full([B], OUTPUTS, tl.int32)
+    best, where = tl.full([B], float("-inf"), tl.float32), tl.zeros([B], tl.int32)
     own = logits + row * (COUNT * OUTPUTS) + RANK * OUTPUTS
     for start in range(0, OUTPUTS, B):
         value = tl.load(own + start + lane, mask=start + lane < OUTPUTS, other=float("-inf"))
@@ -159,14 +159,14 @@ def choose(logits, likeliest, peers, epoch, lost, looks, state, exchange,
         best = tl.maximum(best, value)
     most = tl.max(best, 0)
     first = tl.min(tl.where(best == most, where, OUTPUTS), 0) + RANK * OUTPUTS
-    # Other ranks may read the logits that this one has written before they read the packets.
+    # What this rank has written of the logits is there before the packets are.
     tl.atomic_add(lost, 0, sem="acq_rel", scope="sys")
     tag = tl.load(epoch + row) + exchange
     two = tl.arange(0, 2)
     both = tl.where(two == 0, most, first.to(tl.float32, bitcast=True))
     _send(both, tag, peers, (RANK * ROWS + row) * 2 + two, two < 2, RANK, COUNT)
     most = tl.full([], float("-inf"), tl.float32)
-    token = tl.full([], -1, tl.int32)
+    token = tl.full([], 0, tl.int32)  # for logits that are no numbers
     for rank in tl.static_range(COUNT):
         found = both
         if rank != RANK:

@@ -70,7 +70,7 @@ class Ranks:
         if on_card:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            with self.together():
+            with self._together():
                 dist.init_process_group(
                     "nccl" if on_card else "gloo",
                     timeout=PATIENCE,
@@ -80,7 +80,7 @@ class Ranks:
     def add_up(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of the tensors of all ranks, in the place of this one's."""
         if self.exchanges:
-            with self.together():
+            with self._together():
                 dist.all_reduce(part)
         return part
 
@@ -88,7 +88,7 @@ class Ranks:
         """(..., features) of every rank as (..., count x features), in the order of the ranks."""
         whole = part.new_empty(self.count * part.numel())
         if self.exchanges:
-            with self.together():
+            with self._together():
                 _gather(whole, part.flatten())
         return whole.view(self.count, *part.shape).movedim(0, -2).flatten(-2)
 
@@ -115,8 +115,7 @@ class Ranks:
         return self.numbers(random.getrandbits(62) if seed is None else seed)[0]
 
     @contextmanager
-    def together(self):
-        """Where all ranks are needed: what fails there is a RankLost."""
+    def _together(self):
         try:
             yield
         except torch.OutOfMemoryError:
@@ -127,7 +126,7 @@ class Ranks:
     def lost(self, reason: str) -> RankLost:
         """The error to raise where another rank is missed."""
         return RankLost(
-            f"Rank {self.rank} of {self.count} does not reach the others ({reason}). Expected all of"
-            " them to run until the end. One has ended: read its own message, or torchrun's report"
-            " of which and how, then start all again."
+            f"Rank {self.rank} of {self.count} does not reach the others ({reason}). Expected all"
+            " of them to run until the end. One has ended: read its own message, or torchrun's"
+            " report of which and how, then start all again."
         )
