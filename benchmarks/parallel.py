@@ -33,6 +33,7 @@ from glm4v_nb.inference.fast import FastDecoder
 from glm4v_nb.inference.tiles import FIRST_TILE
 from glm4v_nb.miniature import CHECKPOINT
 from glm4v_nb.model import GLM4VForConditionalGeneration, official_config
+from glm4v_nb.model.configuration import OFFICIAL
 from glm4v_nb.parallel import Ranks, load_rank
 from glm4v_nb.workload import Workload, make_prompt
 
@@ -50,8 +51,11 @@ def main():
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm/glm4v-parallel"))
     parser.add_argument("--count", type=int, default=2, help="of ranks")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--layers", type=int, help="so few, and any tiles: to try the program")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # in one of its processes
     given = parser.parse_args()
+    if given.layers:
+        decoding.official_config, step.best_tile = partial(_config, given), _any_tile
     if given.part:
         PARTS[given.part][0](given)
         return
@@ -61,28 +65,46 @@ def main():
     results = {"provenance": {**provenance(), "triton": triton.__version__}, "rows": []}
     results["provenance"].pop("cap")  # there is none here
     results["provenance"]["weights"] = "random"
-    for part in given.parts:
+    cards = next(iter(results["provenance"]["cards"]))
+    begun = {"predict": _begin("predict", given, cards)} if "predict" in given.parts else {}
+    for part in sorted(given.parts, key=list(PARTS).index):
         begin = time.perf_counter()
-        command, environment = [sys.executable, "-u"], dict(os.environ)
-        if part == "predict":  # on the CPU
-            environment["CUDA_VISIBLE_DEVICES"] = ""
-            environment["PREDICTED_CARD"] = next(iter(results["provenance"]["cards"])).split()[1]
-        if PARTS[part][1]:
-            command += ["-m", "torch.distributed.run", "--nproc-per-node", str(given.count)]
-            command += ["--master-port", os.environ.get("PARALLEL_PORT", "29613")]
-        command += [PROGRAM, "--part", part, "--output", given.output, "--scratch", given.scratch]
-        ended = subprocess.run(
-            list(map(str, command)), capture_output=part == "loss", text=True, env=environment
-        )
+        process = begun.get(part) or _begin(part, given, cards)
+        said = process.communicate()[1]
         seconds = time.perf_counter() - begin
-        print(f"{part}: {seconds:.0f} s, ended with {ended.returncode}", flush=True)
+        print(f"{part}: {seconds:.0f} s, ended with {process.returncode}", flush=True)
         if part == "loss":
-            results["loss"] = _what_a_loss_said(given, ended, time.time())
-        for file in sorted(given.scratch.glob(f"{part}*.json")):
+            results["loss"] = _what_a_loss_said(given, process.returncode, said, time.time())
+            print(results["loss"], flush=True)
+        for file in given.scratch.glob(f"{part}.json"):
             found = json.loads(file.read_text())
             results["rows"] += found.pop("rows", [])
             results |= found
         given.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _begin(part: str, given, card: str) -> subprocess.Popen:
+    """The processes of a part; that which needs no card has none."""
+    command, environment = [sys.executable, "-u"], dict(os.environ)
+    if part == "predict":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "PREDICTED_CARD": card.split()[1]}
+    if PARTS[part][1]:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", given.count]
+        command += ["--master-port", os.environ.get("PARALLEL_PORT", "29613")]
+    command += [PROGRAM, "--part", part, "--output", given.output, "--scratch", given.scratch]
+    command += ["--count", given.count]
+    command += ["--layers", given.layers] if given.layers else []
+    said = subprocess.PIPE if part == "loss" else None
+    return subprocess.Popen(list(map(str, command)), stderr=said, text=True, env=environment)
+
+
+def _config(given):
+    config = official_config()
+    if given.layers:
+        sizes = config.to_dict()
+        sizes["num_layers"] = sizes["vision_config"]["num_hidden_layers"] = given.layers
+        config = type(config).from_dict(sizes)
+    return config
 
 
 def limit(given):
@@ -92,7 +114,7 @@ def limit(given):
         with torch.cuda.device(card):
             copied.append(decoding.measure_limit()["copy_bytes_per_second"])
     with torch.device("meta"):
-        model = GLM4VForConditionalGeneration(official_config()).bfloat16()
+        model = GLM4VForConditionalGeneration(_config(given)).bfloat16()
     found = {"copy_bytes_per_second": sum(copied), "of_each_card": copied}
     _keep(given, "limit", {"limit": found, "bytes": decoding.bytes_of(model)})
 
@@ -200,7 +222,7 @@ def ranks(given):
     """A process for each card: loading, memory, answers, speed."""
     mine = Ranks.started()
     mine.join()
-    config = official_config()
+    config = _config(given)
     mine.numbers(0)
     begin = time.perf_counter()
     model = load_rank(given.scratch / "whole", config, mine, torch.bfloat16)
@@ -272,7 +294,7 @@ def small(given):
     step.best_tile = _any_tile
     model, processor = load(CHECKPOINT, decoding="lookup", parallel="tensor")
     rng = np.random.default_rng([HELD_OUT_SEED, HELD_OUT_SEED])
-    asked = [held_out_question(rng)[:2] for _ in range(100)]
+    asked = [held_out_question(rng)[:2] for _ in range(30)]
 
     @torch.inference_mode()
     def answers(model) -> list[list[int]]:
@@ -303,7 +325,7 @@ def peer(given):
     if mine.rank == 0 and not list(directory.glob("*.safetensors")):
         torch.set_default_dtype(torch.bfloat16)
         with torch.device("cuda"):
-            whole = GlmForCausalLM(official_config().text_config)
+            whole = GlmForCausalLM(_config(given).text_config)
         torch.set_default_dtype(torch.float32)
         whole.save_pretrained(directory, max_shard_size="2GB")
         del whole
@@ -349,16 +371,10 @@ def loss(given):
     )  # fmt: skip
 
 
-def _what_a_loss_said(given, ended, now: float) -> dict:
-    lines = [line for line in ended.stderr.splitlines() if re.search(r"RankLost|error:", line)]
+def _what_a_loss_said(given, returncode: int, said: str, now: float) -> dict:
+    lines = [line for line in said.splitlines() if re.search(r"RankLost|error:|failed", line)]
     killed = float((given.scratch / "killed").read_text())
-    print(ended.stdout[-2000:], ended.stderr[-6000:], flush=True)
-    return {
-        "seconds_to_the_end": now - killed,
-        "returncode": ended.returncode,
-        "lines": lines[:4],
-        "last_lines": ended.stderr.splitlines()[-20:],
-    }
+    return {"seconds_to_the_end": now - killed, "returncode": returncode, "lines": lines}
 
 
 def predict(given):
@@ -369,6 +385,7 @@ def predict(given):
         parallel="tensor",
         workload=ASKED,
         decoding="fast",
+        checkpoint=_config(given) if given.layers else OFFICIAL,
     )
     figures = ("weights_bytes", "peak_allocated_bytes", "peak_reserved_bytes")
     predicted = [{name: getattr(each, name) for name in figures} for each in found.devices]
@@ -405,11 +422,11 @@ def _keep(given, part: str, results: dict, wanted: bool = True):
 PARTS = {
     "limit": (limit, False),
     "one": (one, False),
-    "predict": (predict, False),
     "ranks": (ranks, True),
     "small": (small, True),
     "loss": (loss, True),
     "peer": (peer, True),
+    "predict": (predict, False),
 }
 
 if __name__ == "__main__":
