@@ -229,7 +229,6 @@ def combine(parts, maxima, totals, y, D: tl.constexpr, SPLITS: tl.constexpr, PDL
     at, split, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, D)
     if PDL:
         gdc_launch_dependents()
-    if PDL:
         gdc_wait()
     maximum = tl.load(maxima + at * SPLITS + split)
     share = tl.exp(maximum - tl.max(maximum, 0))
