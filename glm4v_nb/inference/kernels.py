@@ -4,14 +4,15 @@ A step reads every weight once and does two operations with it, so the memory's 
 limit, and what counts is that weights stream without a pause. Hence few kernels, with all that is
 small (norm, bias, rotation, cache, SiLU, residual) inside those that stream weights, and weights
 that are asked for before the kernel in front has ended (programmatic dependent launch, where the
-card has it): a program lets the next kernel come as it begins, whose programs take the room that
-this kernel's leave, ask for their weights and wait for its end. The norm can be inside since it
-commutes with the product: with r = 1 / rms(x), W (r x g) = r (W (x g)).
+card has it). The norm can be inside since it commutes with the product: with r = 1 / rms(x),
+W (r x g) = r (W (x g)).
 
 Shapes: a step has ``ROWS`` rows, one token each: of a batch, or of one sequence to verify. Numbers
 in capitals are known when a kernel is compiled. Sums are in float32. ``R`` is 1 for
 one row, whose products are plain sums, or else ROWS rounded up to the 8 or 16 of tensor cores.
-``BN`` weight rows and ``BK`` columns are a tile.
+``BN`` weight rows and ``BK`` columns are a tile. ``PDL`` is 0 where kernels follow each other; else
+the next may come before this one's end, and waits for it: with 1 as a product has read its weights,
+with 2 as it begins, so that the next takes what room there is.
 """
 
 from simgpu.kernels import language as tl
@@ -29,7 +30,7 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
            BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The sums over k of weight[outputs, k] x[row, k]: (BN, R); with NORM of x times gain, over
     the root of x's mean square. x is (ROWS, K), weight (OUTPUTS, K)."""
-    if PDL:
+    if PDL == 2:
         gdc_launch_dependents()
     k, row = tl.arange(0, BK), tl.arange(0, R)
     within = (outputs < OUTPUTS)[:, None]
@@ -71,6 +72,8 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
             sums = tl.dot(tile, tl.trans(some.to(tile.dtype)), sums, input_precision="ieee")
         if AHEAD:
             tile = following
+    if PDL == 1:
+        gdc_launch_dependents()
     if R == 1:
         sums = tl.sum(sums, 1)[:, None]
     if NORM:
@@ -175,7 +178,7 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
     values weighted by exp(score - maximum); maxima and totals (ROWS, HEADS, SPLITS) belong to them.
     """
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
+    if PDL == 2:
         gdc_launch_dependents()
     start, slot = tl.load(starts + row), tl.load(slots + row)
     length = tl.cdiv(tl.cdiv(slot + 1 - start, SPLITS), BT) * BT
@@ -197,6 +200,8 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
     value = tl.load(values + place, mask=there, other=0.0)
     if PDL and ROWS == 1:
         gdc_wait()
+    if PDL == 1:
+        gdc_launch_dependents()
     query = tl.load(queries + at[:, None] * D + d[None, :], mask=known, other=0.0)
     if ROWS == 1:
         own = ((start + t < end) & (start + t == slot))[:, None]
@@ -227,9 +232,12 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
 def combine(parts, maxima, totals, y, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
     """y (ROWS HEADS, D): the splits of one row and head together."""
     at, split, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, D)
-    if PDL:
+    if PDL == 2:
         gdc_launch_dependents()
+    if PDL:
         gdc_wait()
+    if PDL == 1:
+        gdc_launch_dependents()
     maximum = tl.load(maxima + at * SPLITS + split)
     share = tl.exp(maximum - tl.max(maximum, 0))
     total = tl.sum(tl.load(totals + at * SPLITS + split) * share, 0)

@@ -11,7 +11,7 @@ from glm4v_nb.inference import fast
 from glm4v_nb.parallel import RankLost, Ranks
 
 COUNT, ROWS, HIDDEN, COLUMNS, TOKENS = 3, 2, 32, 48, 40  # ranks, and sizes of each
-ALONE = {"PDL": False}
+ALONE = {"PDL": 0}
 
 
 @pytest.fixture
