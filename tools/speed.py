@@ -103,7 +103,8 @@ def _together(results: dict) -> list[str]:
     """What benchmarks/parallel.py measured of cards that have a part of every layer each."""
     rows = sorted(results["rows"], key=lambda row: (list(TOGETHER).index(row["rung"]),
                                                     row["batch"], row["context"]))  # fmt: skip
-    limit, count = results["limit"]["copy_bytes_per_second"] / 1e12, rows[0]["cards"]
+    limit = results["limit"]["copy_bytes_per_second"] / 1e12
+    count = len(results["limit"]["of_each_card"])
     lines = [
         "",
         f"## {count} cards at one layer",
@@ -131,19 +132,20 @@ def _together(results: dict) -> list[str]:
         )
     if answers := results.get("answers"):
         lines.append(
-            f"- An answer to an image: its first {min(answers['first_that_are_as_one_cards'])} of"
+            f"- An answer to an image: its first {answers['first_that_are_as_one_cards']} of"
             f" {answers['new_tokens']} tokens are as on one card (random weights, where the next"
             " token is often a close call)."
         )
-    if seconds := results.get("load_seconds_of_ranks"):
-        alone = results["load_seconds_of_one_card"]
+    alone = results.get("load_seconds_of_one_card")
+    if alone and (seconds := results.get("load_seconds_of_ranks")):
         lines.append(
             f"- Loading takes {max(seconds):.1f} s a rank, {max(seconds) / alone:.0%} of the"
             f" {alone:.1f} s of one card, from files in memory."
         )
-    if measured := results.get("memory_of_ranks"):
+    predicted = results.get("predicted_of_ranks")
+    if predicted and (measured := results.get("memory_of_ranks")):
         name = "peak_{}_bytes".format
-        pairs = list(zip(measured, results["predicted_of_ranks"], strict=True))
+        pairs = list(zip(measured, predicted, strict=True))
         said = (
             f"{kind} {max(real[name(kind)] for real, _ in pairs) / 2**30:.2f} GiB at the peak, of"
             f" which `fit` says {max(ours[name(kind)] for _, ours in pairs) / 2**30:.2f}"
