@@ -73,6 +73,17 @@ def test_a_rank_that_has_sent_nothing_for_this_sum_is_missed(world):
     assert not world[-1].lost
 
 
+def test_what_a_rank_sends_for_the_next_sum_leaves_this_one_in_its_place(world):
+    residual = torch.zeros(ROWS, HIDDEN)
+    part = torch.randn(ROWS, COLUMNS), torch.randn(HIDDEN, COLUMNS)
+    for number in (1, 2):  # the others have all packets of sum 1, and are ahead
+        for exchange in world[:-1]:
+            add_up(exchange, part, residual, number)
+    found = add_up(world[-1], part, residual, 1)
+    assert not world[-1].lost
+    torch.testing.assert_close(found, COUNT * part[0] @ part[1].T, rtol=1e-5, atol=1e-5)
+
+
 def test_each_token_has_its_row_of_the_embedding_from_the_rank_that_has_it(world):
     embedding = torch.randn(COUNT, TOKENS, HIDDEN)
     tokens = torch.tensor([3, 2 * TOKENS + 39])
