@@ -254,7 +254,7 @@ class FastDecoder:
             else:
                 chosen = scores.argmax(-1)
             seen[:, length] = chosen
-            return chosen
+            return torch.where(likeliest < 0, likeliest, chosen)
 
         length = answer.length
         chosen = choose(logits, logits.argmax(-1), length)
@@ -272,7 +272,7 @@ class FastDecoder:
                 # To the embedding first, which may be on another card; the CPU has time.
                 step.tokens.copy_(chosen, non_blocking=True)
                 following = _Reading(chosen)
-            if answer.add(reading.tokens()) or not ahead:
+            if answer.add(_present(step, reading.tokens())) or not ahead:
                 return
             reading = following
 
@@ -294,12 +294,19 @@ class FastDecoder:
                        [0] * step.rows)  # fmt: skip
             step()
             self.steps += 1
-            right = step.next.tolist()
+            right = _present(step, step.next.tolist())
             for token, guessed in zip(right, [*guess, None], strict=False):
                 if answer.add([token]):
                     return
                 if token != guessed:
                     break
+
+
+def _present(step: Step, tokens: list[int]) -> list[int]:
+    """The tokens; RankLost where the step says by them that another rank did not come."""
+    if min(tokens) < 0:
+        raise step.ranks.lost("it waited for their parts of a sum")
+    return tokens
 
 
 def guess_next(ids: list[int], most: int) -> list[int]:

@@ -10,7 +10,9 @@ W (r x g) = r (W (x g)).
 Shapes: a step has ``ROWS`` rows, one token each: of a batch, or of one sequence to verify. Numbers
 in capitals are known when a kernel is compiled. Sums are in float32. ``R`` is 1 for
 one row, whose products are plain sums, or else ROWS rounded up to the 8 or 16 of tensor cores.
-``BN`` weight rows and ``BK`` columns are a tile.
+``BN`` weight rows and ``BK`` columns are a tile. ``PDL`` is 0 where kernels follow each other; else
+the next may come before this one's end, and waits for it: with 1 as a product has read its weights,
+with 2 as it begins, so that the next takes what room there is.
 """
 
 from glm4v_nb.inference.quantised_kernels import output_of, weigh_packed
@@ -51,6 +53,8 @@ def _weigh_whole(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexp
                  BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
     """The same of the weight's numbers alone, (OUTPUTS, K)."""
+    if PDL == 2:
+        gdc_launch_dependents()
     k, row = tl.arange(0, BK), tl.arange(0, R)
     within = (outputs < OUTPUTS)[:, None]
     at = weight + outputs.to(tl.int64)[:, None] * K + k[None, :]
@@ -91,7 +95,7 @@ def _weigh_whole(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexp
             sums = tl.dot(tile, tl.trans(some.to(tile.dtype)), sums, input_precision="ieee")
         if AHEAD:
             tile = following
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
     if R == 1:
         sums = tl.sum(sums, 1)[:, None]
@@ -198,7 +202,8 @@ def project_heads(x, gain, weight, scales, bias, cosines, sines, positions, slot
 @triton.jit
 def attend(queries, keys, values, starts, slots, sequences, parts, maxima, totals, capacity,
            SCALE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, H: tl.constexpr,
-           D: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+           D: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, ROWS: tl.constexpr,
+           PDL: tl.constexpr):  # fmt: skip
     """A row's attention over one split of its context, for all query heads of one group of keys.
 
     A row sees its sequence's cache from starts to slots, both included. H is the heads of a group
@@ -206,34 +211,50 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
     values weighted by exp(score - maximum); maxima and totals (ROWS, HEADS, SPLITS) belong to them.
     """
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
-        gdc_wait()
+    if PDL == 2:
         gdc_launch_dependents()
-    start, end = tl.load(starts + row), tl.load(slots + row) + 1
-    length = tl.cdiv(tl.cdiv(end - start, SPLITS), BT) * BT
+    start, slot = tl.load(starts + row), tl.load(slots + row)
+    length = tl.cdiv(tl.cdiv(slot + 1 - start, SPLITS), BT) * BT
     start += split * length
-    end = tl.minimum(start + length, end)
+    end = tl.minimum(start + length, slot + 1)
     head, d, t = tl.arange(0, H), tl.arange(0, D), tl.arange(0, BT)
     EACH: tl.constexpr = HEADS // GROUPS
     at = row * HEADS + group * EACH + head
     known = (head < EACH)[:, None]
-    query = tl.load(queries + at[:, None] * D + d[None, :], mask=known, other=0.0)
     cached = (tl.load(sequences + row) * GROUPS + group).to(tl.int64) * capacity * D
+    place = cached + (start + t)[:, None] * D + d[None, :]
+    # Keys and values are asked for one turn ahead; the first, but for the row's own, before the
+    # kernel in front has ended, which writes that. Of several rows each may see the others' own.
+    if PDL and ROWS > 1:
+        gdc_wait()
+    last = slot if ROWS == 1 else end
+    there = ((start + t < end) & (start + t < last))[:, None]
+    key = tl.load(keys + place, mask=there, other=0.0)
+    value = tl.load(values + place, mask=there, other=0.0)
+    if PDL and ROWS == 1:
+        gdc_wait()
+    if PDL == 1:
+        gdc_launch_dependents()
+    query = tl.load(queries + at[:, None] * D + d[None, :], mask=known, other=0.0)
+    if ROWS == 1:
+        own = ((start + t < end) & (start + t == slot))[:, None]
+        key = tl.load(keys + place, mask=own, other=key)
+        value = tl.load(values + place, mask=own, other=value)
     maximum, total = tl.full([H], -1e30, tl.float32), tl.zeros([H], tl.float32)
     sums = tl.zeros([H, D], tl.float32)
     for begin in range(start, end, BT):
-        seen = begin + t < end
-        place = cached + (begin + t)[:, None] * D + d[None, :]
-        key = tl.load(keys + place, mask=seen[:, None], other=0.0)
-        value = tl.load(values + place, mask=seen[:, None], other=0.0)
+        place += BT * D
+        there = (begin + BT + t < end)[:, None]
+        next_key = tl.load(keys + place, mask=there, other=0.0)
+        next_value = tl.load(values + place, mask=there, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * SCALE
-        score = tl.where(seen[None, :], score, -1e30)
+        score = tl.where((begin + t < end)[None, :], score, -1e30)
         higher = tl.maximum(maximum, tl.max(score, 1))
         weight, rescale = tl.exp(score - higher[:, None]), tl.exp(maximum - higher)
         total = total * rescale + tl.sum(weight, 1)
         sums = sums * rescale[:, None]
         sums = tl.dot(weight.to(value.dtype), value, sums, input_precision="ieee")
-        maximum = higher
+        maximum, key, value = higher, next_key, next_value
     at = at * SPLITS + split
     tl.store(parts + at[:, None] * D + d[None, :], sums, mask=known)
     tl.store(maxima + at, maximum, mask=head < EACH)
@@ -244,8 +265,11 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
 def combine(parts, maxima, totals, y, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
     """y (ROWS HEADS, D): the splits of one row and head together."""
     at, split, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, D)
+    if PDL == 2:
+        gdc_launch_dependents()
     if PDL:
         gdc_wait()
+    if PDL == 1:
         gdc_launch_dependents()
     maximum = tl.load(maxima + at * SPLITS + split)
     share = tl.exp(maximum - tl.max(maximum, 0))

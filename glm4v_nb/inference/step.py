@@ -10,8 +10,9 @@ from transformers.cache_utils import DynamicLayer
 
 from glm4v_nb.inference import kernels
 from glm4v_nb.inference.graphs import captured
-from glm4v_nb.inference.tiles import Tile, best_tile
+from glm4v_nb.inference.tiles import FIRST_TILE, Tile, best_tile
 from glm4v_nb.inference.weights import LayerWeights, Weight
+from glm4v_nb.parallel.exchange import Exchange
 
 # Keys are read in blocks of so many, and a context is split into at most so many parts.
 BLOCK, MOST_SPLITS = 64, 64
@@ -60,20 +61,22 @@ class FixedCache:
 class _Part:
     """The consecutive layers that one card has, with their buffers for a step of so many rows.
 
-    Where ``ranks`` share the layers, products by columns are added up, and one of them adds what is
-    added once.
+    Where ``ranks`` share the layers, products by columns are added up: by the kernels themselves
+    where there is an ``exchange``; else after them, and one of the ranks adds what is added once.
     """
 
-    def __init__(self, config, layers, caches, rows: int, sequences: int, capacity: int, ranks):
+    def __init__(self, config, layers, caches, rows: int, capacity: int, ranks, exchange):
         self.config, self.layers, self.caches, self.capacity = config, layers, caches, capacity
         self.ranks, self.is_first = ranks, ranks is None or ranks.rank == 0
+        self.exchange = exchange
         self.device, self.dtype = layers[0].device, layers[0].dtype
         self.rows = rows
         self.splits = min(MOST_SPLITS, 1 << (-(-capacity // BLOCK) - 1).bit_length())
-        # Dependent launch came with Hopper.
-        self.early = {"PDL": False}
+        # Dependent launch came with Hopper. Kernels that wait for other cards gained 3 % where the
+        # next begins with them (two H200); on one card that was not tried.
+        self.early = {"PDL": 0}
         if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0):
-            self.early = {"PDL": True, "launch_pdl": True}
+            self.early = {"PDL": 1 if exchange is None else 2, "launch_pdl": True}
         heads, depth = config.num_attention_heads, config.head_dim
         self.x, self.middle = self._room(config.hidden_size), self._room(config.hidden_size)
         self.queries, self.attended = self._room(heads * depth), self._room(heads * depth)
@@ -95,12 +98,20 @@ class _Part:
         self.cosines, self.sines = angles.cos(), angles.sin()
 
     def choose_tiles(self):
-        """The best tile of each product, tried on this card or known from before."""
+        """The best tile of each product, tried on this card or known from before.
+
+        It is tried alone; a sum over the ranks within all of their layers, since there it shares
+        the card with the kernels beside it. No rank waits for another meanwhile.
+        """
         first, least = self.layers[0], {"heads": 2, "out": 1, "gate_up": 2, "down": 1}
+        self.tiles = dict.fromkeys(least, FIRST_TILE[self.rows == 1])
         for name in least:
             weight = getattr(first, name)
 
             def run(tile, name=name):
+                if self.exchange is not None:
+                    self.tiles[name] = tile
+                    return self.run()
                 for layer, cache in zip(self.layers, self.caches, strict=True):
                     self._product(name, layer, cache, tile)
 
@@ -110,7 +121,8 @@ class _Part:
         """As ``tiles.best_tile``, for a product with this weight."""
         shape = "x".join(map(str, weight.shape))
         rows = "one row" if self.rows == 1 else "more rows"  # all of these share a tile
-        key = f"{name} {shape}, {weight.kind}, {rows}"
+        shared = "" if self.exchange is None else f", {self.exchange.count} ranks"
+        key = f"{name} {shape}, {weight.kind}, {rows}{shared}"
         return best_tile(key, self.rows == 1, least, self.device, run, weight.bits)
 
     def run(self):
@@ -123,21 +135,24 @@ class _Part:
         )
         positions, slots, starts, sequences = self.state
         split = (self.parts, self.maxima, self.totals)
+        if self.exchange is not None:
+            self.exchange.begin()
         for layer, cache in zip(self.layers, self.caches, strict=True):
             self._product("heads", layer, cache)
             kernels.attend[(self.rows, groups, self.splits)](
                 self.queries, *cache, starts, slots, sequences, *split, self.capacity,
                 SCALE=depth**-0.5, HEADS=heads, GROUPS=groups, H=max(16, heads // groups), D=depth,
-                SPLITS=self.splits, BT=BLOCK, num_warps=4, **self.early,
+                SPLITS=self.splits, BT=BLOCK, ROWS=self.rows, num_warps=4, **self.early,
             )  # fmt: skip
             kernels.combine[(self.rows * heads,)](
                 *split, self.attended, D=depth, SPLITS=self.splits, num_warps=4, **self.early
             )
             for name, sums in (("out", self.middle), ("gate_up", None), ("down", self.x)):
                 self._product(name, layer, cache)
-                if sums is not None and self.ranks is not None:
+                if sums is not None and self.ranks is not None and self.exchange is None:
                     self.ranks.add_up(sums)
-        self.state[:2] += 1
+        if self.exchange is None:
+            self.state[:2] += 1
 
     def _product(self, name: str, layer: LayerWeights, cache, tile: Tile | None = None):
         config, tile = self.config, tile or self.tiles[name]
@@ -154,6 +169,13 @@ class _Part:
             operands = (self.middle, layer.gain, self.hidden)
             sizes = {"OUTPUTS": config.intermediate_size, "K": config.hidden_size}
             self._launch(kernels.project_gated, layer.gate_up, tile, *operands, **sizes)
+        elif self.exchange is not None:
+            ahead = layer.gate_up if self.early["PDL"] else None
+            sum_of = {
+                "out": (self.attended, layer.out, self.x, self.middle, tile, ahead),
+                "down": (self.hidden, layer.down, self.middle, self.x, tile),
+            }
+            self.exchange.add_up(self._launch, *sum_of[name])
         elif name == "out":
             residual = self.x if self.is_first else None
             self.project(self.attended, None, layer.out, residual, self.middle, tile)
@@ -195,13 +217,15 @@ class Step:
         self.ranks, self.embed = getattr(model, "ranks", None), decoder.embed_tokens
         self.embedding, self.head = decoder.embed_tokens.weight, Weight.of(model.lm_head.weight)
         self.gain = decoder.norm.weight
+        sizes = len(weights), rows, config.hidden_size, self.head.numbers
+        self.exchange = Exchange.of(self.ranks, *sizes)
         self.parts = []
         begin = 0
         for end in range(1, len(weights) + 1):
             if end == len(weights) or weights[end].device != weights[begin].device:
                 layers, caches = weights[begin:end], cache.layers[begin:end]
                 self.parts.append(
-                    _Part(config, layers, caches, rows, cache.sequences, cache.capacity, self.ranks)
+                    _Part(config, layers, caches, rows, cache.capacity, self.ranks, self.exchange)
                 )
                 begin = end
         for part in self.parts:
@@ -211,18 +235,26 @@ class Step:
         self.tokens = torch.zeros(rows, dtype=torch.long, device=self.embedding.device)
         last = self.parts[-1]
         self.next = torch.zeros(rows, dtype=torch.long, device=last.device)
-        shape = (rows, self.head.shape[0])
-        self.logits = torch.empty(shape, dtype=last.dtype, device=last.device)
-        self._products = self.logits  # of this rank's part of the vocabulary
-        if self.ranks is not None:
-            self.logits = self.logits.repeat(1, self.ranks.count)
+        if self.exchange is not None:
+            self.logits = self.exchange.logits
+        else:
+            shape = (rows, self.head.shape[0])
+            self.logits = torch.empty(shape, dtype=last.dtype, device=last.device)
+            self._products = self.logits  # of this rank's part of the vocabulary
+            if self.ranks is not None:
+                self.logits = self.logits.repeat(1, self.ranks.count)
         self.slot = 0  # the furthest of the next step, counted here
 
         def head(tile):
-            last.project(last.x, self.gain, self.head, None, self._products, tile)
+            self._head_tile = tile
+            self._project_head()
 
         self._head_tile = last.best_tile("head", self.head, 1, head)
         self._work = [self._run_part(index) for index in range(len(self.parts))]
+        if self.exchange is not None:
+            # Compiles what is not yet, while no rank waits for another: it may take seconds.
+            self._work[0]()
+            self.exchange.join()
         if self.parts[0].device.type == "cuda":
             self._work = [
                 captured(work, part.device).replay
@@ -236,21 +268,33 @@ class Step:
         return own + [each for each in parts if isinstance(each, torch.Tensor)]
 
     def _run_part(self, index: int):
-        part = self.parts[index]
+        part, exchange = self.parts[index], self.exchange
 
         def run():
-            if index == 0 and self.ranks is None:
+            if exchange is not None:
+                exchange.embed(self.tokens, self.embedding, part.x, part.early)
+            elif index == 0 and self.ranks is None:
                 torch.index_select(self.embedding, 0, self.tokens, out=part.x)
             elif index == 0:
                 part.x.copy_(self.embed(self.tokens))
             part.run()
             if part is self.parts[-1]:
-                part.project(part.x, self.gain, self.head, None, self._products, self._head_tile)
+                self._project_head()
+                if exchange is not None:
+                    exchange.choose(self.next, part.state, part.early)
+                    return
                 if self.ranks is not None:
                     self.logits.copy_(self.ranks.join_features(self._products))
                 torch.argmax(self.logits, -1, out=self.next)
 
         return run
+
+    def _project_head(self):
+        part, gain, tile = self.parts[-1], self.gain, self._head_tile
+        if self.exchange is not None:
+            self.exchange.spread(part._launch, part.x, gain, self.head, tile)
+        else:
+            part.project(part.x, gain, self.head, None, self._products, tile)
 
     def place(self, positions, slots, starts, sequences):
         """Say where the rows of the next step are; each a list of numbers, one a row."""

@@ -54,6 +54,8 @@ INT4 = [
     *(Tile(16, 2048, 8, 3, 8), Tile(32, 256, 1, 3, 8), Tile(32, 256, 2, 3, 8)),
     *(Tile(32, 512, 4, 3, 8), Tile(64, 256, 2, 3, 8), Tile(64, 512, 4, 3, 8)),
 ]
+# What the others have while one is tried.
+FIRST_TILE = {True: Tile(4, 1024, 4), False: Tile(16, 256, 1, 4, 8)}
 # Interpreted programs cost milliseconds, whatever their size.
 INTERPRETED = {True: Tile(1024, 512, 4), False: Tile(1024, 512, 4, 2, 8)}
 
