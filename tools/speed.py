@@ -85,7 +85,7 @@ def page() -> str:
         *(line for file in sorted(RESULTS.glob("decoding_tensor_*.json"))
           for line in _together(measured_decoding(file.stem))),
     ]  # fmt: skip
-    for file in sorted(RESULTS.glob("quantised_decoding_*.json")):
+    for file in sorted(RESULTS.glob("decoding_quantised_*.json")):
         lines += _quantised(measured_decoding(file.stem))
     return "\n".join(lines) + "\n"
 
