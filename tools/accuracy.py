@@ -84,7 +84,7 @@ def simulate(only: str = ""):
     import decoding  # which needs torch
 
     for path in chosen(measured_decodings()):
-        store(path, {"provenance": origin, "memory": decoding.simulate()})
+        store(path, {"provenance": origin, "memory": decoding.simulate(read(path))})
     if not chosen(measured_files("memory")):
         return
     figures = [figure for path in measured_files("memory") for figure in compared(path)[0]]
