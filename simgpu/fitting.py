@@ -221,8 +221,7 @@ class Deployment:
         self.recipe.check(workload)
         if self.weights is None and self.keep is not None:
             raise ValueError(
-                f"keep is {self.keep!r}, but no weights are quantised. Give weights, or leave keep"
-                " out."
+                f"keep is {self.keep!r}, but no weights are quantised. Give weights, too."
             )
         if self.weights is not None and workload.train and workload.trained != "lora":
             raise ValueError(
@@ -231,8 +230,7 @@ class Deployment:
             )
         if self.quantiser and workload.train and not is_trainable(self.quantiser):
             raise ValueError(
-                f"weights is {self.weights!r}, whose products have no derivative: nothing learns"
-                " on them. Take nf4 or int8 for LoRA."
+                f"weights is {self.weights!r}, whose products have no derivative. Take nf4 or int8."
             )
         if isinstance(self.device_map, dict):
             check_device_map(self.placement(), len(self.cards), self.meta_model)

@@ -37,7 +37,7 @@ def read(path: Path) -> dict:
 
 
 def measured_files(kind: str) -> list[Path]:
-    """The stored measurements of a kind: "memory" (of cards), "quantised" (the same, of quantised
+    """The stored measurements of a kind: "memory" (of cards), "quantised_memory" (of quantised
     weights) or "host_memory"."""
     return sorted(RESULTS.glob(f"{kind}_*.json"))
 
@@ -67,7 +67,7 @@ def simulate(only: str = ""):
     def chosen(paths):
         return [path for path in paths if only in path.name]
 
-    for path in chosen([*measured_files("memory"), *measured_files("quantised")]):
+    for path in chosen([*measured_files("memory"), *measured_files("quantised_memory")]):
         loads = [
             {"load": load.name, "records": records}
             for load, _, records in memory.simulate(read(path))
@@ -183,7 +183,7 @@ def runs() -> str:
 def quantised() -> str:
     """Every run of quantised weights, and how far the peaks of each format are apart."""
     parts = []
-    for path in measured_files("quantised"):
+    for path in measured_files("quantised_memory"):
         origin, versions = read(path)["provenance"], read(SIMULATED / path.name)["provenance"]
         libraries = ", ".join(
             f"{name} {origin[name]}"
