@@ -154,6 +154,7 @@ def _quantised(results: dict) -> list[str]:
         what = row["rung"].replace("step", "a fused step,").replace("fast", "fused kernels,")
         lines.append(f"| {what} | {row['batch']} | {row['context']:,} | {speed:.1f} | {times} |"
                      f" {row['share_of_limit']:.1%} |")  # fmt: skip
+    return lines
 
 
 def _together(results: dict) -> list[str]:
