@@ -33,7 +33,7 @@ TOGETHER = {
 }
 
 DIFFERED = (
-    "- Over two cards the answer was another than on one: the prefill's kernels were launched on the"
+    "- Over two cards the answer was not that of one: the prefill's kernels were launched on the"
     " first card for both. That was mended after the run, and not measured again; decoding, whose"
     " rows are here, was not touched by it."
 )
@@ -96,7 +96,33 @@ def page() -> str:
     ]  # fmt: skip
     for file in sorted(RESULTS.glob("decoding_quantised_*.json")):
         lines += _quantised(measured_decoding(file.stem))
+    lines += _service([measured_decoding(file.stem) for file in sorted(RESULTS.glob("serving_*"))])
     return "\n".join(lines) + "\n"
+
+
+def _service(runs: list[dict]) -> list[str]:
+    """What benchmarks/serving.py measured of users at the same time."""
+    new_tokens = {row["tokens"] // row["answers"] for run in runs for row in run["rows"]}
+    lines = [
+        "",
+        "## The service",
+        "",
+        "By `benchmarks/serving.py`: every user asks about a picture at the same time, and has an",
+        f"answer of {' or '.join(map(str, sorted(new_tokens)))} tokens. Random weights,"
+        f" {runs[0]['measured_on']}.",
+        "",
+        "| steps | requests at a time | users | tokens/s, all | seconds to the first token, median"
+        " | longest |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        for row in run["rows"]:
+            cells = [run["decoding"], row["method"].removesuffix(" rows"), row["users"]]
+            cells.append(f"{row['tokens_per_second']:.0f}")
+            for name in ("median", "most"):
+                cells.append(f"{row[f'first_token_seconds_{name}']:.2f}")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def _loading(found: dict) -> str:
