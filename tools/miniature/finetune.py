@@ -191,12 +191,12 @@ def main():
     parser.add_argument(
         "--weights", default="nf4", type=lambda text: text.replace("none", "") or None
     )
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=4e-3, help="of learning, at its highest")
+    parser.add_argument("--rate", type=float, default=3e-3, help="of learning, at its highest")
     parser.add_argument("--count", type=int, default=500, help="held-out questions of each sort")
-    parser.add_argument("--every", type=int, default=40, help="steps from one point to the next")
-    parser.add_argument("--few", type=int, default=250, help="questions of each sort for a point")
+    parser.add_argument("--every", type=int, default=60, help="steps from one point to the next")
+    parser.add_argument("--few", type=int, default=200, help="questions of each sort for a point")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     report = measure(options)

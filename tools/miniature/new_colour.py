@@ -1,7 +1,7 @@
 """Questions about a colour that the miniature has never been told of, drawn as its others are.
 
-"teal" is no word of its vocabulary either: it is spelt in four tokens, " t", "e", "a", "l". Only
-English questions are asked.
+"teal" is no word of its vocabulary either: it is spelt in four tokens, " t", "e", "a", "l". It is
+asked about in English alone; what is asked besides is in English and Chinese.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-from tools.miniature.questions import KINDS, ask
+from tools.miniature.questions import KINDS, ask, sample
 from tools.miniature.scenes import COLOURS, draw, is_wide, random_scene, random_size
 
 NEW = "teal"
@@ -30,20 +30,32 @@ def painted() -> Iterator[None]:
 
 def examples(rng: np.random.Generator, count: int, new: float = 1.0) -> list[Example]:
     """(picture, question, answer, kind), a share ``new`` of them about the new colour: it is named
-    in question or answer. The others show it now and then and do not name it."""
-    with painted():
-        return [_example(rng, rng.random() < new) for _ in range(count)]
+    in question or answer. The others are as the miniature was trained on."""
+    found = []
+    for _ in range(count):
+        if rng.random() < new:
+            with painted():
+                found.append(_about_new(rng))
+        else:
+            found.append(_as_before(rng))
+    return found
 
 
-def _example(rng: np.random.Generator, new: bool) -> Example:
+def _about_new(rng: np.random.Generator) -> Example:
     while True:
         size = random_size(rng)
         scene = random_scene(rng, wide=is_wide(size))
-        shown = any(one.colour == NEW for one in scene.objects)
-        if new and not shown and rng.random() < 0.9:
-            continue  # one in ten asks for it where it is not
+        # One in ten asks for it where it is not.
+        if not any(one.colour == NEW for one in scene.objects) and rng.random() < 0.9:
+            continue
         for _ in range(20):
             kind = str(rng.choice(KINDS))
             asked = ask(scene, kind, "en", rng)
-            if asked is not None and (NEW in asked[0] or NEW in asked[1]) == new:
+            if asked is not None and (NEW in asked[0] or NEW in asked[1]):
                 return draw(scene, size), *asked, kind
+
+
+def _as_before(rng: np.random.Generator) -> Example:
+    size = random_size(rng)
+    scene, question, answer, kind, _ = sample(rng, wide=is_wide(size))
+    return draw(scene, size), question, answer, kind
