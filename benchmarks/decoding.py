@@ -251,12 +251,16 @@ def memory(model, results, given, cases=MEMORY_CASES):
     set_decoding(model, "eager")
 
 
-def simulate(cases=MEMORY_CASES) -> list[dict]:
-    """The records of ``memory`` on a simulated H100, after what came before it on the real one as
-    far as it left something: cached segments for the weights, workspaces, weights that are one."""
+def simulate(measured: dict, numbers=slice(None)) -> list[dict]:
+    """The records of ``memory`` on a simulated card of the kind that was measured, after what came
+    before them on the real one as far as it left something: cached segments for the weights,
+    workspaces, weights that are one. ``numbers`` says which of the cases."""
     results = {}
+    (card,) = measured["provenance"]["cards"]
+    names = ("batch", "images", "text_tokens", "new_tokens")
+    cases = [tuple(each[name] for name in names) for each in measured["memory"][numbers]]
     once = mock.patch.dict(globals(), median_seconds=lambda run, **_: (run(), 1.0)[1])
-    with Rig.simulated("H100", 1, ""), once, contextlib.redirect_stdout(None):
+    with Rig.simulated(card, 1, ""), once, contextlib.redirect_stdout(None):
         measure_limit()
         model = random_model()
         cache = FastDecoder().prepare(model, 1, SHORT).empty()
@@ -264,6 +268,15 @@ def simulate(cases=MEMORY_CASES) -> list[dict]:
         del cache
         memory(model, results, None, cases)
     return results["memory"]
+
+
+def float32_decoder(model):
+    """The model with decoder and head copied to float32; the rest is the same."""
+    wide = copy.copy(model)
+    wide._modules = dict(model._modules)
+    for name in ("language_model", "lm_head"):
+        wide._modules[name] = copy.deepcopy(model._modules[name]).float()
+    return wide
 
 
 @torch.no_grad()
@@ -275,10 +288,7 @@ def accuracy(model, results, given, tokens: int = 8):
     ids = torch.randint(1000, 100_000, (1, SHORT), device="cuda")
     filled = cache.empty()
     model(input_ids=ids, past_key_values=filled, use_cache=True, logits_to_keep=1)
-    wide = copy.copy(model)
-    wide._modules = dict(model._modules)
-    for name in ("language_model", "lm_head"):
-        wide._modules[name] = copy.deepcopy(model._modules[name]).float()
+    wide = float32_decoder(model)
 
     def plain(chosen, token, dtype):
         pairs = [(key[..., :SHORT, :].to(dtype), value[..., :SHORT, :].to(dtype))
@@ -297,8 +307,8 @@ def accuracy(model, results, given, tokens: int = 8):
         step.place([SHORT], [SHORT], [0], [0])
         step()
         fused = step.logits[0].float()
-        distance = [((one - right).norm() / right.norm()).item() for one in (fused, bfloat16)]
-        found.append((*distance, fused.argmax().item() == right.argmax().item()))
+        same = fused.argmax().item() == right.argmax().item()
+        found.append((distance(fused, right), distance(bfloat16, right), same))
     fused, bfloat16, same = (list(each) for each in zip(*found, strict=True))
     results["accuracy"] = {
         "fused_distance_from_float32": statistics.mean(fused),
@@ -309,9 +319,32 @@ def accuracy(model, results, given, tokens: int = 8):
     print(json.dumps(results["accuracy"]), flush=True)
 
 
+def distance(found: torch.Tensor, right: torch.Tensor) -> float:
+    """In norm."""
+    return ((found.float() - right).norm() / right.norm()).item()
+
+
+@torch.no_grad()
+def prefill_accuracy(model, prompt, decoder, cache) -> dict:
+    """How far logits after an image are from float32, in norm: fused kernels, plain bfloat16."""
+    fused = decoder.prefill(model, cache, **prompt).logits[0, -1]
+    bfloat16 = prefill(model, prompt).logits[0, -1]
+    # First the tower, then the decoder: both in float32 beside the model are too much for 80 GB.
+    features = copy.deepcopy(model.vision_tower).float()(prompt["pixel_values"])
+    wide = float32_decoder(model)
+    wide.get_image_features = lambda _: features
+    right = prefill(wide, prompt).logits[0, -1]
+    return {
+        "fused_distance_from_float32": distance(fused, right),
+        "bfloat16_distance_from_float32": distance(bfloat16, right),
+        "same_token_as_float32": fused.argmax().item() == right.argmax().item(),
+    }
+
+
 @torch.no_grad()
 def prompts(model, results, given):
-    """Prefill of an image and 98 tokens: seconds, and the share of the product rate."""
+    """Prefill of an image and 98 tokens: seconds, and the share of the product rate; the model's
+    own and fast decoding's, by the same operations, those of the model's own."""
     prompt = make_prompt(model, Workload(images=1, text_tokens=98))
     implementation = model.config._attn_implementation
     # The counter does not know grouped queries: it counts what plain attention does.
@@ -320,17 +353,29 @@ def prompts(model, results, given):
         prefill(model, prompt)
     model.set_attn_implementation(implementation)
     operations = counter.get_total_flops()
+    rate = results["limit"]["bfloat16_operations_per_second"]
     seconds = median_seconds(lambda: prefill(model, prompt), times=7)
-    share = operations / seconds / results["limit"]["bfloat16_operations_per_second"]
+    share = operations / seconds / rate
     results["prefill"] = {"seconds": seconds, "operations": operations, "share_of_product": share}
-    # Text of the long context, into the model's own cache and into one of a fixed place.
+    decoder = FastDecoder()
+    cache = decoder.prepare(model, *prompt["input_ids"].shape)
+    seconds = median_seconds(lambda: decoder.prefill(model, cache, **prompt), times=7)
+    share = operations / seconds / rate
+    results["prefill"] |= {"fast_seconds": seconds, "fast_share_of_product": share}
+    results["prefill"] |= prefill_accuracy(model, prompt, decoder, cache)
+    decoder.release()
+    # Text of the long context, into the model's own cache and into one of a fixed place, and by
+    # fast decoding.
     long = make_prompt(model, Workload(images=0, text_tokens=LONG))
-    cache = FastDecoder().prepare(model, 1, LONG + 8)
+    cache = decoder.prepare(model, 1, LONG + 8)
     for name, made in (("growing", DynamicCache), ("fixed", cache.empty)):
         given_cache = (dict(past_key_values=made()) for _ in iter(int, 1))
         results["prefill"][f"long_{name}_cache_seconds"] = median_seconds(
             lambda each=given_cache: model(**long, **next(each), logits_to_keep=1), times=3, warm=1
         )
+    results["prefill"]["long_fast_seconds"] = median_seconds(
+        lambda: decoder.prefill(model, cache, **long), times=3, warm=1
+    )
     print(json.dumps(results["prefill"]), flush=True)
 
 

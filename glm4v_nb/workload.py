@@ -136,7 +136,7 @@ class GLM4VRecipe(Recipe):
         decoder = FastDecoder(self.decoding == "lookup")
         cache = decoder.prepare(model, batch, length)
         self.decoding_bytes = decoder.memory()
-        outputs = prefill(model, prompt, past_key_values=cache.empty())
+        outputs = decoder.prefill(model, cache, **prompt)
         outputs.decoder = decoder
         return outputs
 

@@ -53,9 +53,10 @@ def interpreter():
     pytest.importorskip("triton", reason="Triton is not installed: no kernels to test")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        from glm4v_nb.inference import kernels
+        from glm4v_nb.inference import kernels, prefill_kernels
 
-        importlib.reload(kernels)  # another test may have had them to be compiled
+        for each in (kernels, prefill_kernels):
+            importlib.reload(each)  # another test may have had them to be compiled
         yield
 
 

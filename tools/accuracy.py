@@ -78,7 +78,7 @@ def simulate():
     import decoding  # which needs torch
 
     for path in measured_decodings():
-        store(path, {"provenance": origin, "memory": decoding.simulate()})
+        store(path, {"provenance": origin, "memory": decoding.simulate(read(path))})
     figures = [figure for path in measured_files("memory") for figure in compared(path)[0]]
     origins = [read(path)["provenance"] for path in measured_files("memory")]
     memory.plot(figures, origins, str(PICTURE))

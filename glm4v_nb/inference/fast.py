@@ -83,6 +83,7 @@ class FastDecoder:
         self.steps = self.tokens = 0
         self._steps: dict[int, Step] = {}
         self._built_of: list[int] | None = None
+        self._heads: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def prepare(self, model, sequences: int, length: int, rows: tuple[int, ...] = ()) -> FixedCache:
         """Cache, buffers and graphs for prompts with answers of so many positions together.
@@ -131,7 +132,18 @@ class FastDecoder:
         except BaseException:
             self.release()
             raise
+        self._heads = [(one.heads, one.heads_bias) for one in weights]
         return cache
+
+    def prefill(self, model, cache: FixedCache, **prompt):
+        """The model's output for the prompt's last position; the cache, of ``prepare``, is filled.
+
+        ``prompt`` has the model's inputs, unpadded or padded on the left.
+        """
+        from glm4v_nb.inference.prefill import fused
+
+        with torch.no_grad(), fused(model, self._heads):
+            return model(**prompt, past_key_values=cache.empty(), use_cache=True, logits_to_keep=1)
 
     def memory(self) -> dict[str, int]:
         """Bytes on all cards: of the cache, of the steps' buffers, and reserved for their graphs
@@ -168,6 +180,7 @@ class FastDecoder:
         """Give the cache, buffers and graphs back; the next answer makes them anew."""
         self._steps.clear()
         self._built_of = None
+        self._heads = []
 
     def __call__(
         self,
@@ -198,11 +211,10 @@ class FastDecoder:
         starts = _left_padding(inputs.get("attention_mask"), batch)
         names = ("attention_mask", "position_ids", "image_mask", "pixel_values")
         given = {name: inputs[name] for name in names if inputs.get(name) is not None}
-        filled = cache.empty()
-        logits = model(
-            input_ids=input_ids, past_key_values=filled, use_cache=True, logits_to_keep=1, **given
-        ).logits[:, -1]
+        if not any(starts):  # else the model looks at the mask, and waits for the card
+            given.pop("attention_mask", None)
         position = given["position_ids"][:, -1].tolist() if "position_ids" in given else None
+        logits = self.prefill(model, cache, input_ids=input_ids, **given).logits[:, -1]
         answer = _Answer(input_ids, end, stopping_criteria, generation_config, streamer)
         answer.position = [prompt - 1 - start for start in starts] if position is None else position
         answer.starts = starts
@@ -234,6 +246,7 @@ class FastDecoder:
 
         length = answer.length
         chosen = choose(logits, logits.argmax(-1), length)
+        step.tokens.copy_(chosen, non_blocking=True)
         reading = _Reading(chosen)
         step.place([at + 1 for at in answer.position], [length] * answer.batch, answer.starts,
                    list(range(answer.batch)))  # fmt: skip
@@ -241,10 +254,11 @@ class FastDecoder:
             length += 1
             ahead = length < answer.end
             if ahead:
-                step.tokens.copy_(chosen, non_blocking=True)
                 step()
                 self.steps += 1
                 chosen = choose(step.logits, step.next, length)
+                # To the embedding first, which may be on another card; the CPU has time.
+                step.tokens.copy_(chosen, non_blocking=True)
                 following = _Reading(chosen)
             if answer.add(reading.tokens()) or not ahead:
                 return

@@ -34,8 +34,8 @@ class Tile:
 
 # For one row plain sums; for more tensor cores, which take 16 rows of a weight or more.
 ONE_ROW = [
-    *(Tile(1, 4096, 4), Tile(2, 1024, 4), Tile(2, 2048, 4), Tile(4, 1024, 4), Tile(8, 512, 4)),
-    *(Tile(2, 4096, 8), Tile(4, 1024, 8)),
+    *(Tile(2, 1024, 4), Tile(2, 2048, 4), Tile(2, 4096, 4), Tile(4, 512, 4), Tile(4, 1024, 4)),
+    *(Tile(2, 2048, 8), Tile(2, 4096, 8), Tile(4, 1024, 8), Tile(8, 512, 8), Tile(8, 512, 4, 3)),
 ]
 MORE_ROWS = [
     *(Tile(16, 256, 1, 4, 8), Tile(16, 256, 1, 6, 8), Tile(16, 128, 1, 6, 8)),

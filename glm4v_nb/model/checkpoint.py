@@ -185,8 +185,12 @@ def check_weights(
     return len(stored), left
 
 
-def _stored_tensors(directory: Path) -> dict[str, tuple[list[int], str]]:
-    """Shape and type of every tensor in the weights files, each compared with the index."""
+def weight_files(directory: Path) -> dict[str, set[str]]:
+    """The names of the weights files, and the tensors that an index places in each.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_checked``.
+    """
     single_file = "model.safetensors"
     if (directory / INDEX).is_file():
         places = weight_map(directory)
@@ -196,8 +200,8 @@ def _stored_tensors(directory: Path) -> dict[str, tuple[list[int], str]]:
                 ' "metadata": {} or download the file again.'
             )
     if (directory / single_file).is_file():  # which transformers prefers to shards
-        places = {None: single_file}
-    elif not (directory / INDEX).is_file():
+        return {single_file: set()}
+    if not (directory / INDEX).is_file():
         reason = "no weights at all"
         for pickled in [*sorted(directory.glob("*.bin")), *sorted(directory.glob("*.pt*"))][:1]:
             reason = f"only pickled weights ({pickled.name}), which can run any code when loaded"
@@ -214,10 +218,15 @@ def _stored_tensors(directory: Path) -> dict[str, tuple[list[int], str]]:
             f"{directory}: {len(absent)} of {len(tensors_by_shard)} shards named in {INDEX} are"
             f" missing, first {absent[0]}. Download the missing files into this directory."
         )
+    return dict(tensors_by_shard)
+
+
+def _stored_tensors(directory: Path) -> dict[str, tuple[list[int], str]]:
+    """Shape and type of every tensor in the weights files, each compared with the index."""
     stored = {}
-    for shard, expected in tensors_by_shard.items():
+    for shard, expected in weight_files(directory).items():
         found = _header(directory / shard)
-        lacking = sorted(expected - found.keys() - {None})
+        lacking = sorted(expected - found.keys())
         if lacking:
             raise ValueError(
                 f"{directory / shard} lacks {len(lacking)} tensors that the index places in it,"

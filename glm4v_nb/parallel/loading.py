@@ -9,12 +9,11 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration
-from glm4v_nb.model.checkpoint import check_weights
+from glm4v_nb.model.checkpoint import check_weights, weight_files
 from glm4v_nb.model.checkpoint_files import SMALL_FILES, local_directory
 from glm4v_nb.parallel.modeling import GLM4VRank, rank_class
 from glm4v_nb.parallel.plan import cut
 from glm4v_nb.parallel.ranks import Ranks
-from simgpu.checkpoints import INDEX, weight_map
 
 
 class Part:
@@ -61,8 +60,8 @@ def load_rank(
             logging.disable_progress_bar()
             stack.callback(logging.enable_progress_bar)
         parts = {}
-        for path in _weight_files(directory):
-            file = stack.enter_context(safe_open(path, framework="pt"))
+        for shard in sorted(weight_files(directory)):
+            file = stack.enter_context(safe_open(directory / shard, framework="pt"))
             for name in file.keys():
                 tensor = file.get_slice(name)
                 where = cut(name, tensor.get_shape(), config, ranks.rank, ranks.count)
@@ -74,11 +73,3 @@ def load_rank(
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.name_or_path = model.config.name_or_path = str(checkpoint)
     return model.eval().requires_grad_(False)
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """As transformers chooses them: the one file, else the shards of the index."""
-    single = directory / "model.safetensors"
-    if single.is_file() or not (directory / INDEX).is_file():
-        return [single]
-    return [directory / name for name in sorted(set(weight_map(directory).values()))]
