@@ -280,15 +280,18 @@ def float32_decoder(model):
 
 
 @torch.no_grad()
-def accuracy(model, results, given, tokens: int = 8):
-    """How far a step's logits are from float32, in norm: fused kernels and plain bfloat16."""
+def accuracy(model, results, given, tokens: int = 8, wide=None):
+    """How far a step's logits are from float32, in norm: fused kernels and plain bfloat16.
+
+    ``wide`` is the model whose decoder and head are in float32, by default made of it.
+    """
     decoder = FastDecoder()
     cache = decoder.prepare(model, 1, SHORT + 100)
     step = decoder._steps[1]
     ids = torch.randint(1000, 100_000, (1, SHORT), device="cuda")
     filled = cache.empty()
     model(input_ids=ids, past_key_values=filled, use_cache=True, logits_to_keep=1)
-    wide = float32_decoder(model)
+    wide = float32_decoder(model) if wide is None else wide
 
     def plain(chosen, token, dtype):
         pairs = [(key[..., :SHORT, :].to(dtype), value[..., :SHORT, :].to(dtype))

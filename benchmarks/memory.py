@@ -59,6 +59,8 @@ class Load:
     max_memory_gib: tuple[int, ...] | None = None
     cap_bytes: int | None = None
     runs: tuple[Run, ...] = field(default_factory=tuple)
+    weights: str = ""  # quantised while loading: "int8", "int4", "nf4" or "LLM.int8"
+    keep: tuple[str, ...] = ("lm_head",)  # but for these modules
 
 
 def edges(of: str, *offsets_mib: int, **workload) -> tuple[Run, ...]:
@@ -250,15 +252,12 @@ PLANS = {
 
 
 def write_checkpoint(directory: str):
-    """Random bfloat16 weights in the official layout, made on the first GPU."""
-    import torch
+    """Random bfloat16 weights in the official layout."""
+    import random_checkpoint
 
-    from glm4v_nb.model import GLM4VForConditionalGeneration, official_config
+    from glm4v_nb.model import official_config
 
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = GLM4VForConditionalGeneration(official_config())
-    model.save_pretrained(directory, max_shard_size="2GB")
+    random_checkpoint.write(directory, official_config())
 
 
 def perform(
@@ -268,13 +267,14 @@ def perform(
     caps: dict[str, int] | None = None,
     around=nullcontext,
     goes_on=lambda record: True,
+    after=lambda rig, model, run, record: None,
 ) -> list[dict]:
     """Load and run on a rig, real or simulated, with the functions of ``fit``; one record per run,
     the load's own first.
 
     ``caps``: of runs at an edge, by name, when known from a measurement; otherwise taken from the
     run they name. ``around``: a context for each, given the name of the run. ``goes_on``: given the
-    load's record, whether its runs follow.
+    load's record, whether its runs follow. ``after``: called once a run has ended without an error.
     """
     from glm4v_nb.fit import DTYPES, run_workload
     from glm4v_nb.fit import load as load_model
@@ -291,6 +291,7 @@ def perform(
             checkpoint,
             attn_implementation=load.attention,
             max_memory=max_memory(load),
+            **quantiser(load, checkpoint),
         )
     if record["out_of_memory"] or not goes_on(record):
         return records
@@ -306,7 +307,27 @@ def perform(
             if len(record["stages"]) > 1:  # the first made the inputs, the backward pass has them
                 del record["stages"][0]
             model.zero_grad()
+        if not record["out_of_memory"]:
+            after(rig, model, run, record)
     return records
+
+
+def quantiser(load: Load, checkpoint: str) -> dict:
+    """What ``from_pretrained`` is told besides for weights that are quantised while loading."""
+    from glm4v_nb.fit import DTYPES
+    from glm4v_nb.model.configuration import read_config
+    from glm4v_nb.model.quantising import quantiser_for
+
+    if not load.weights:
+        return {}
+    if load.weights == "LLM.int8":
+        from transformers import BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(load.keep))
+    else:
+        model = read_config(checkpoint)
+        config = quantiser_for(load.weights, model, DTYPES[load.dtype], load.keep)
+    return {"quantization_config": config}
 
 
 def max_memory(load: Load) -> dict[int, str] | None:
@@ -369,14 +390,15 @@ def others_bytes(rig) -> list[int]:
     """What other processes use of each card, by NVML; nothing on simulated cards."""
     if rig.provenance.startswith("simulated"):
         return [0 for _ in rig.memory()]
-    import pynvml
+    import torch
 
-    from simgpu.nvml import nvml, processes_on
+    from simgpu.nvml import handle_of, nvml, processes_on
 
     with nvml():
+        cards = map(torch.cuda.get_device_properties, range(len(rig.memory())))
         return [
             sum(size or 0 for pid, size in processes_on(handle) or () if pid != os.getpid())
-            for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(len(rig.memory())))
+            for handle in (handle_of(card.uuid) for card in cards)
         ]
 
 
@@ -574,7 +596,9 @@ def simulate(results: dict) -> list[tuple[Load, list[dict], list[dict]]]:
         caps = {record["run"]: record["cap_bytes"] for record in measured["records"]}
 
         def simulated(goes_on, load=load, caps=caps):
-            rig = Rig.simulated(card, load.cards, "")
+            # bitsandbytes' 8 bits ask every input whether a number in it is large.
+            assume = "count" if load.weights == "LLM.int8" else "refuse"
+            rig = Rig.simulated(card, load.cards, "", assume=assume)
             return perform(load, rig, OFFICIAL, caps, goes_on=goes_on)
 
         def as_measured(record, load=load, real=measured["records"][0]):
@@ -631,7 +655,8 @@ def read_load(stored: dict) -> Load:
         Run(**run | {"edge": run["edge"] and tuple(run["edge"])}) for run in stored["runs"]
     )
     limits = stored["max_memory_gib"] and tuple(stored["max_memory_gib"])
-    return Load(**stored | {"runs": runs, "max_memory_gib": limits})
+    keep = {"keep": tuple(stored["keep"])} if "keep" in stored else {}
+    return Load(**stored | {"runs": runs, "max_memory_gib": limits} | keep)
 
 
 def compare(

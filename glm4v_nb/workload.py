@@ -12,7 +12,7 @@ from transformers import StaticCache
 from glm4v_nb.inference.fast import MOST_ROWS, FastDecoder, why_not
 from glm4v_nb.model.configuration import GLM4VConfig
 from glm4v_nb.model.official_names import keys_here
-from glm4v_nb.model.quantising import quantiser_for
+from glm4v_nb.model.quantising import KEEP, lines_of, quantiser_for
 from glm4v_nb.model.splicing import expand_image_positions
 from glm4v_nb.parallel import Ranks, check_count
 from glm4v_nb.parallel.modeling import rank_class
@@ -95,8 +95,11 @@ class GLM4VRecipe(Recipe):
         """A device map with official names, as for the original code, under the names here."""
         return keys_here(device_map, parts=False)
 
-    def quantiser(self, weights: str, dtype: torch.dtype):
-        return quantiser_for(weights, self.config, dtype)
+    def quantiser(self, weights: str, dtype: torch.dtype, keep=None):
+        return quantiser_for(weights, self.config, dtype, KEEP if keep is None else keep)
+
+    def quantiser_lines(self, quantiser) -> tuple[str, str]:
+        return lines_of(quantiser)
 
     def of_rank(self, rank: int, count: int) -> "GLM4VRecipe":
         check_count(self.config, count)

@@ -124,6 +124,9 @@ def _fit(
     weights: option(
         str | None, "Quantised while loading: int8, int4 or nf4; for models whose package says how."
     ) = None,
+    keep: option(
+        str | None, "With --weights: modules left as they are, separated by commas."
+    ) = None,
     batch_size: option(int, "Samples at a time.", "--batch-size", "--batch") = 1,
     images: option(int | None, "Images per sample; 1 where the model takes some.") = None,
     text_tokens: option(
@@ -173,6 +176,7 @@ def _fit(
         checkpoint=model,
         decoding=decoding,
         weights=weights,
+        keep=keep if keep is None else [name for name in keep.split(",") if name],
         **chosen,
     )
     deployment.rig()

@@ -22,6 +22,7 @@ from simgpu.placement import (
     Place,
     bytes_by_place,
     check_device_map,
+    is_trainable,
     meta_model,
     plan_device_map,
     quantised_model,
@@ -158,6 +159,7 @@ class Deployment:
         alloc_conf: PyTorch's ``PYTORCH_CUDA_ALLOC_CONF``, as of ``Rig.simulated``.
         decoding: how tokens are decoded, of the ways that the model's recipe knows.
         weights: how they are quantised while loading, as the recipe names it; None: they are not.
+        keep: names of modules that are then not quantised; None is what the recipe leaves.
     """
 
     card: str | Card | Sequence[str | Card] = "L4"
@@ -170,6 +172,7 @@ class Deployment:
     assume: str = ASSUME[1]
     decoding: str = "eager"
     weights: str | None = None
+    keep: Sequence[str] | None = None
 
     @functools.cached_property
     def cards(self) -> list[Card]:
@@ -194,7 +197,7 @@ class Deployment:
     @property
     def quantiser(self):
         """``quantization_config`` of ``from_pretrained``."""
-        return self.weights and self.recipe.quantiser(self.weights, DTYPES[self.dtype])
+        return self.weights and self.recipe.quantiser(self.weights, DTYPES[self.dtype], self.keep)
 
     def rig(self) -> Rig:
         """The cards, with nothing on them."""
@@ -216,12 +219,19 @@ class Deployment:
                 " a dictionary of module names and cards."
             )
         self.recipe.check(workload)
-        if self.weights is not None and workload.train:
+        if self.weights is None and self.keep is not None:
             raise ValueError(
-                "weights is for inference; a training step of quantised weights is not simulated."
-                " Leave weights out."
+                f"keep is {self.keep!r}, but no weights are quantised. Give weights, too."
             )
-        self.quantiser  # noqa: B018  (refuses what it does not know)
+        if self.weights is not None and workload.train and workload.trained != "lora":
+            raise ValueError(
+                f"weights is {self.weights!r} and trained {workload.trained!r}; expected"
+                ' trained="lora": packed weights stay as they are, and adapters on them learn.'
+            )
+        if self.quantiser and workload.train and not is_trainable(self.quantiser):
+            raise ValueError(
+                f"weights is {self.weights!r}, whose products have no derivative. Take nf4 or int8."
+            )
         if isinstance(self.device_map, dict):
             check_device_map(self.placement(), len(self.cards), self.meta_model)
 

@@ -36,11 +36,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
+from simgpu import quantised  # noqa: F401  (what it puts in place when a library is imported)
 from simgpu.adapters import base_of, simulated_adapters
 from simgpu.checkpoints import known_config, read_json, weight_map
 from simgpu.device import DEVICE_TYPE, fake_mode, machine_device, on_card
 from simgpu.numbers import numbers_of
-from simgpu.quantised import check_quantiser
 
 # Of this module, as its classes copy what they find here when it is first imported.
 _AUTO_CLASS = modeling_auto._BaseAutoModelClass
@@ -243,7 +243,6 @@ def _from_pretrained(
         model = cls.from_pretrained(base, *args, **kwargs)
         model.load_adapter(name)
         return model
-    check_quantiser(kwargs.get("quantization_config"))
     reader = AutoConfig if issubclass(cls, _AUTO_CLASS) else cls.config_class
     config = read_config(config or name, reader)
     if issubclass(cls, _AUTO_CLASS):

@@ -8,7 +8,6 @@ from simgpu.units import MIB
 
 # Operators that call cuBLAS, whose workspace PyTorch keeps, one per device and thread.
 MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"}
-MATRIX_PRODUCTS |= {"bitsandbytes::gemm_4bit"}  # but where its own kernel reads the few bits
 # With a bias it is cublasLt, with a workspace of its own: _parseCUDABlasLtWorkspaceSize().
 WITH_BIAS = {"aten::addmm"}
 CUBLASLT_WORKSPACE_BYTES = 2**20
@@ -21,11 +20,14 @@ LONG_DECODE, DECODE_SIZES = 16, 3
 
 # Kernels that make their results in another order than they give them: cuDNN's attention first has
 # seed and offset of its random numbers, dropout the mask (aten/src/ATen/native/cuda/Dropout.cu).
-# Those of the memory-efficient kernel are on the host (transformers/cuda/attention.cu).
+# Those of the memory-efficient kernel are on the host (transformers/cuda/attention.cu). Scales come
+# before the numbers (backends/cuda/ops.py of bitsandbytes).
 _ORDERS = {
     "aten::native_dropout": (1, 0),
     "aten::_scaled_dot_product_cudnn_attention": (2, 3, 0, 1),
     "aten::_scaled_dot_product_efficient_attention": (0, 1),
+    "bitsandbytes::quantize_4bit": (1, 0),
+    "bitsandbytes::quantize_blockwise": (1, 0),
 }
 
 

@@ -43,6 +43,11 @@ def quantised_model(model: PreTrainedModel, quantization_config) -> PreTrainedMo
     return model
 
 
+def is_trainable(quantization_config) -> bool:
+    """Whether adapters on weights that are quantised so can be trained, as transformers says."""
+    return AutoHfQuantizer.from_config(quantization_config, pre_quantized=False).is_trainable
+
+
 def check_device_map(device_map: dict[str, Place], count: int, model: PreTrainedModel):
     """Check a map written by hand for ``count`` cards and a model, of which names are enough.
 

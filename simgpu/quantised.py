@@ -1,86 +1,194 @@
-"""bitsandbytes' 4-bit weights on simulated cards, and the memory of its operators on CUDA.
+"""bitsandbytes' weights of 4 and 8 bits on simulated cards, and the memory of its operators.
 
 The library makes a weight of a class of its own out of a tensor, which a tensor without numbers
 cannot become. Here it stays one, with the attributes that the library's layers ask for. (torchao's
-weights hold plain tensors and need no help.) Its operators bring their shape rules.
+weights hold plain tensors and need no help.) Its operators are taken apart into what their CUDA
+kernels allocate.
 
-Source of what they take: backends/cuda/ops.py and functional.py of bitsandbytes 0.50.
+Source: backends/cuda/ops.py, backends/default/ops.py and functional.py of bitsandbytes 0.50.
 """
 
-import math
+import importlib
+import warnings
 from unittest import mock
 
 import torch
 from wrapt import when_imported, wrap_function_wrapper
 
 from simgpu.device import on_card
+from simgpu.rules import REWRITTEN
 
-# Rows of activations up to which the library's own kernel reads the 4 bits, and from which on it
-# unpacks the weights first; between them it decides by card and shape, by tables not repeated here.
-_FEW_ROWS, _MANY_ROWS, _MANY_OF_LARGE = 4, 1536, 512
-_LARGE = 4 * 2**20  # numbers of a matrix
-_ATTRIBUTES = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
+_OF_4_BITS = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
+_MOST_ROWS = 1536  # from which on the library unpacks weights whatever their shape
+_CUDA_OPERATORS = "bitsandbytes.backends.cuda.ops"
+# It has functions compiled as it is imported, for devices other than CUDA.
+warnings.filterwarnings("ignore", "On simulated cards torch.compile", module=r"bitsandbytes\.")
 
 
-def _quantise_4bit(wrapped, _, args, kwargs):
-    """As transformers does while it loads; the full weight lasts until its caller lets it go."""
-    weights, model = args[0], kwargs["model"]
-    first = next(iter(weights.values()))
-    if not on_card(first[0] if isinstance(first, list) else first):
-        return wrapped(*args, **kwargs)
+def _made(model, name: str, numbers: torch.Tensor, attributes: dict) -> torch.nn.Parameter:
+    """A quantised weight, as its layer will ask for it."""
+    parameter = torch.nn.Parameter(numbers, requires_grad=False)
+    vars(parameter).update(attributes)
+    model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+    return parameter
+
+
+def _on_cards(convert):
+    """Replaces the conversion of weights while they are loaded, where they are on a card."""
+
+    def converted(wrapped, _, args, kwargs):
+        first = next(iter(args[0].values()))
+        if not on_card(first[0] if isinstance(first, list) else first):
+            return wrapped(*args, **kwargs)
+        model, made = kwargs["model"], {}
+        for name, weight in args[0].items():
+            weight = weight[0] if isinstance(weight, list) else weight
+            layer = model.get_submodule(name.rpartition(".")[0])
+            made[name] = convert(model, layer, name, weight)
+        return made
+
+    return converted
+
+
+@_on_cards
+def _quantise_4bit(model, layer, name: str, weight: torch.Tensor):
+    """As transformers does; the full weight lasts until its caller lets it go."""
     from bitsandbytes import functional
 
     # A table that the library keeps for good, on the device where it was first wanted.
-    tables, made = vars(model).setdefault("_simulated_tables", {}), {}
-    for name, weight in weights.items():
-        weight = weight[0] if isinstance(weight, list) else weight
-        layer = model.get_submodule(name.rpartition(".")[0])
-        like = vars(layer.weight)
-        with mock.patch.object(functional, "name2qmap", tables):
-            packed, state = functional.quantize_4bit(
-                weight.contiguous(),
-                blocksize=like["blocksize"],
-                compress_statistics=like["compress_statistics"],
-                quant_type=like["quant_type"],
-                quant_storage=like["quant_storage"],
-            )
-        parameter = torch.nn.Parameter(packed, requires_grad=False)
-        vars(parameter).update({each: like[each] for each in _ATTRIBUTES})
-        parameter.quant_state, parameter.bnb_quantized = state, True
-        layer.quant_state, layer._is_hf_initialized = state, True
-        made[name] = parameter
-    return made
+    tables = vars(model).setdefault("_simulated_tables", {})
+    like = {each: vars(layer.weight)[each] for each in _OF_4_BITS}
+    options = {each: like[each] for each in _OF_4_BITS[:-1]}
+    with mock.patch.object(functional, "name2qmap", tables):
+        packed, layer.quant_state = functional.quantize_4bit(weight.contiguous(), **options)
+    return _made(
+        model, name, packed, like | {"quant_state": layer.quant_state, "bnb_quantized": True}
+    )
 
 
-def check_quantiser(config):
-    """ValueError for a ``quantization_config`` that cannot be loaded on simulated cards."""
-    given = config if isinstance(config, dict) else getattr(config, "__dict__", {})
-    if given.get("load_in_8bit") or given.get("_load_in_8bit"):
-        raise ValueError(
-            "bitsandbytes' 8 bits look among the numbers of every input for large ones, and tensors"
-            " on simulated cards have no numbers. Use its 4 bits, or 8 bits of torchao."
-        )
+@_on_cards
+def _quantise_8bit(model, layer, name: str, weight: torch.Tensor):
+    """As transformers does: by way of the host, and in float16."""
+    half = weight.to("cpu").contiguous().to(device=weight.device, dtype=torch.float16)
+    numbers, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(half)
+    kept = {"CB": numbers, "SCB": scales, "has_fp16_weights": layer.weight.has_fp16_weights}
+    return _made(model, name, numbers, kept)
 
 
-def _rows(a) -> int:
-    return a["A"].numel() // a["A"].shape[-1]
-
-
-def unpacks(a) -> bool | None:
-    """Whether ``gemm_4bit`` with these arguments makes the weights whole; None: that depends."""
-    rows, columns, size = _rows(a), a["shapeB"][1], math.prod(a["shapeB"])
-    if rows <= _FEW_ROWS and columns % a["blocksize"] == 0:
+def reads_4_bits(activations: torch.Tensor, shape: list[int], blocksize: int, properties) -> bool:
+    """Whether a kernel of the library's own multiplies by packed weights (rows, columns) as they
+    are, on a card of these ``properties``; otherwise they are unpacked first."""
+    rows = activations.numel() // activations.shape[-1]
+    if rows > _MOST_ROWS or shape[1] % blocksize:
         return False
-    large = size >= _LARGE and rows > _MANY_OF_LARGE
-    return True if rows > _MANY_ROWS or columns % a["blocksize"] or large else None
+    # PyTorch without CUDA lacks a function that is looked up, but not called, on import.
+    missing = "_cuda_getCurrentRawStream"
+    with mock.patch.object(torch._C, missing, getattr(torch._C, missing, None), create=True):
+        library = importlib.import_module(_CUDA_OPERATORS)
+    found = (properties.multi_processor_count, properties.major, properties.minor)
+    with mock.patch.object(library, "_gpu_dispatch_props", lambda index: found):
+        choose = library._gemm_4bit_use_custom_cuda.__wrapped__  # below its cache
+        return choose(0, activations.dtype, rows, *shape)
 
 
-def whole_weights(a) -> list[int]:
-    """What is taken then, in order: scales in two steps if they are packed as well, the weights."""
-    scales = 4 * a["absmax_8bit"].numel() if a["absmax_8bit"] is not None else 0
-    return [*([scales, scales] if scales else []), math.prod(a["shapeB"]) * a["A"].itemsize]
+def _gemm_4bit(
+    A,
+    B,
+    shapeB,
+    absmax,
+    blocksize,
+    quant_type,
+    bias=None,
+    absmax_8bit=None,
+    absmax_code=None,
+    absmax_offset=None,
+):
+    if not on_card(A):
+        return NotImplemented
+    properties = torch.cuda.get_device_properties(A.device)
+    if reads_4_bits(A, shapeB, blocksize, properties):
+        return A.contiguous().new_empty((*A.shape[:-1], shapeB[0]))
+    if absmax_8bit is not None:
+        scales = torch.empty_like(absmax_8bit, dtype=torch.float32)
+        absmax = scales + absmax_offset  # noqa: F841  (lasts until the end, as there)
+    return _linear(A, A.new_empty(shapeB), bias)
+
+
+def _linear(input, weight, bias):
+    """What ``functional.linear`` does on CUDA; here PyTorch would not take it apart."""
+    flat = input.reshape(-1, input.shape[-1])
+    if bias is None or not input.is_contiguous():
+        output = torch.mm(flat, weight.t())
+        output = output if bias is None else output.add_(bias)
+    else:
+        output = torch.addmm(bias, flat, weight.t())
+    return output.view(*input.shape[:-1], len(weight))
+
+
+def _int8_vectorwise_quant(A, threshold=0.0):
+    """Whether a number of the input is large nobody knows here: it is asked, and so an assumption
+    that the rig counts, or refuses to make."""
+    if not on_card(A):
+        return NotImplemented
+    scales = A.new_empty(A.numel() // A.shape[-1], dtype=torch.float32)
+    numbers, columns = A.new_empty(A.shape, dtype=torch.int8), None
+    if threshold > 0:
+        large = A.abs() >= threshold
+        if torch.ops.aten._local_scalar_dense(large.any()):
+            columns = torch.argwhere(large.any(dim=0)).view(-1)
+        else:
+            columns = A.new_empty(0, dtype=torch.int64)
+        if scales.numel() > 1:
+            numbers[:, columns] = 0
+    return numbers, scales, columns
+
+
+def _int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, outlier_cols=None, bias=None):
+    if not on_card(A):
+        return NotImplemented
+    library, weights = torch.ops.bitsandbytes, None
+    if outlier_cols is not None and outlier_cols.numel():
+        large = A[:, outlier_cols].contiguous()
+        columns = CB[:, outlier_cols].contiguous()
+        weights = library.int8_vectorwise_dequant.default(columns, SCB).to(A.dtype).t()
+    else:
+        large = A.new_empty(0)
+    output = library.int8_scaled_mm.default(CA, CB, SCA, SCB, bias=bias, dtype=A.dtype)
+    return (output if weights is None else output.addmm(large, weights)), large
+
+
+def _int8_scaled_mm(A, B, row_stats, col_stats, bias=None, dtype=None):
+    if not on_card(A):
+        return NotImplemented
+    library = torch.ops.bitsandbytes
+    sums = library.int8_linear_matmul.default(A, B)
+    dtype = dtype or torch.float16
+    return library.int8_mm_dequant.default(sums, row_stats, col_stats, dtype=dtype, bias=bias)
+
+
+def _int8_mm_dequant(A, row_stats, col_stats, dtype=None, bias=None):
+    if not on_card(A):
+        return NotImplemented
+    scaled = torch.empty_like(A, dtype=torch.float16)
+    if bias is not None and bias.dtype != torch.float16:
+        scaled.add_(bias)
+    return scaled.to(dtype or torch.float16)
 
 
 @when_imported("transformers.integrations.bitsandbytes")
 def _prepare(module):
     wrap_function_wrapper(module, "Bnb4bitQuantize.convert", _quantise_4bit)
+    wrap_function_wrapper(module, "Bnb8bitQuantize.convert", _quantise_8bit)
+
+
+@when_imported("bitsandbytes")
+def _take_apart(module):
+    for rule in (
+        _gemm_4bit,
+        _int8_vectorwise_quant,
+        _int8_mixed_scaled_mm,
+        _int8_scaled_mm,
+        _int8_mm_dequant,
+    ):
+        operator = getattr(torch.ops.bitsandbytes, rule.__name__.removeprefix("_"))
+        REWRITTEN[operator.default] = rule

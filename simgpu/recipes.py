@@ -7,6 +7,7 @@ package with a model that asks otherwise registers its own with ``checkpoints.re
 
 import inspect
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -127,8 +128,8 @@ class Recipe:
             " of your own: simgpu run."
         )
 
-    def quantiser(self, weights: str, dtype: torch.dtype):
-        """``quantization_config`` for weights that are quantised while loading.
+    def quantiser(self, weights: str, dtype: torch.dtype, keep: Sequence[str] | None = None):
+        """``quantization_config`` for weights that are quantised while loading, all but ``keep``.
 
         Raises:
             ValueError: nobody has said how this model is.
@@ -138,6 +139,11 @@ class Recipe:
             " quantised. Leave weights out, or give from_pretrained a quantization_config in a"
             " program of your own: simgpu run."
         )
+
+    def quantiser_lines(self, quantiser) -> tuple[str, str]:
+        """Lines of Python that import what a ``quantiser`` is made of, and the one that makes it;
+        what has no ``quantiser`` needs none."""
+        raise NotImplementedError
 
     @property
     def takes_text(self) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from simgpu import attention_scratch, convolution, linalg, quantised, sorting
+from simgpu import attention_scratch, convolution, linalg, sorting
 from simgpu.catalog import Card
 from simgpu.reductions import REDUCTIONS, reduction_scratch
 from simgpu.units import as_pytorch_writes
@@ -60,13 +60,6 @@ def early_and_late(sizes: list) -> tuple[list, list]:
 
 def bound_bytes(operator, args: tuple, kwargs: dict, results: list) -> int | None:
     """The most that an unmodelled operator takes, where there is a bound; 0 if it is exact."""
-    if _name(operator) == _GEMM_4BIT:
-        arguments = _by_name(operator, args, kwargs)
-        return (
-            0
-            if quantised.unpacks(arguments) is not None
-            else sum(quantised.whole_weights(arguments))
-        )
     if _name(operator) == "convolution":
         return convolution.bound_bytes(_by_name(operator, args, kwargs), results[0])
     if _name(operator) in linalg.BOUNDED | _BOUNDED:
@@ -260,12 +253,7 @@ def _bag_backward(a, results, card):
     return sorting.embedding_scratch(a["indices"], width, a["num_weights"], freq)
 
 
-_GEMM_4BIT = "bitsandbytes::gemm_4bit"
 _RULES: dict[str, Rule] = {
-    # Where it is not known whether the weights are made whole, they are.
-    _GEMM_4BIT: lambda a, r, card: (
-        [] if quantised.unpacks(a) is False else [Early(quantised.whole_weights(a))]
-    ),
     "sort": lambda a, r, card: sorting.sort_scratch(a["self"], _along(a["dim"], a["self"])),
     "topk": lambda a, r, card: sorting.topk_scratch(
         a["self"], a["k"], _along(a["dim"], a["self"]), a["sorted"], card
@@ -379,7 +367,8 @@ _TAKE_NONE = set(
     unfold_backward unfold_copy uniform unsafe_split unsqueeze_copy
     value_selecting_reduction_backward view_copy where zero _weight_int4pack_mm
     bitsandbytes::quantize_4bit bitsandbytes::quantize_blockwise bitsandbytes::dequantize_4bit
-    bitsandbytes::dequantize_blockwise
+    bitsandbytes::dequantize_blockwise bitsandbytes::int8_linear_matmul
+    bitsandbytes::int8_vectorwise_dequant
     """.split()
 )
 # Operators whose memory was traced in few shapes only: at most three times their largest tensor.
@@ -396,4 +385,3 @@ _BOUNDED |= {
 }
 # Charged with what their traces have in common, which is not exact for every shape.
 ESTIMATED = {"aten::convolution", "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_qr"}
-ESTIMATED |= {_GEMM_4BIT}

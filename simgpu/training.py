@@ -23,7 +23,8 @@ def trained_parameters(model, trained: str = "everything") -> list[torch.nn.Para
     """
     if trained not in TRAINED:
         raise ValueError(f"trained is {trained!r}; expected one of {', '.join(TRAINED)}.")
-    model.requires_grad_(True)
+    for parameter in model.parameters():  # packed weights cannot be trained, what is on them can
+        parameter.requires_grad_(parameter.is_floating_point())
     towers = [module for name, module in model.named_modules() if name.split(".")[-1] in _TOWERS]
     if trained == "decoder" and not towers:
         raise ValueError(
@@ -31,7 +32,8 @@ def trained_parameters(model, trained: str = "everything") -> list[torch.nn.Para
             ' is. Use "everything" or "lora".'
         )
     for tower in towers:
-        tower.requires_grad_(trained == "everything")
+        for parameter in tower.parameters():
+            parameter.requires_grad_(trained == "everything" and parameter.is_floating_point())
     if trained == "lora":
         _add_adapters(model)
         for name, parameter in model.named_parameters():

@@ -37,7 +37,8 @@ def read(path: Path) -> dict:
 
 
 def measured_files(kind: str) -> list[Path]:
-    """The stored measurements of a kind: "memory" (of cards) or "host_memory"."""
+    """The stored measurements of a kind: "memory" (of cards), "quantised_memory" (of quantised
+    weights) or "host_memory"."""
     return sorted(RESULTS.glob(f"{kind}_*.json"))
 
 
@@ -57,28 +58,35 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name).partition("+")[0] for name in names}
 
 
-def simulate():
-    """Simulate every measured case and store the figures; draws the picture, too."""
+def simulate(only: str = ""):
+    """Simulate every measured case, or those of files with this in their names, and store the
+    figures; draws the picture, too."""
     SIMULATED.mkdir(exist_ok=True)
     origin = versions() | {"date": time.strftime("%Y-%m-%d")}
-    for path in measured_files("memory"):
+
+    def chosen(paths):
+        return [path for path in paths if only in path.name]
+
+    for path in chosen([*measured_files("memory"), *measured_files("quantised_memory")]):
         loads = [
             {"load": load.name, "records": records}
             for load, _, records in memory.simulate(read(path))
         ]
         store(path, {"provenance": origin, "loads": loads})
-    for path in measured_files("host_memory"):
+    for path in chosen(measured_files("host_memory")):
         figures = [
             {"case": figure.case, "name": figure.name, "least": figure.least, "most": figure.most}
             for figure in host_memory.compare(read(path))
         ]
         store(path, {"provenance": origin, "figures": figures})
-    for path in measured_files("models"):
+    for path in chosen(measured_files("models")):
         store(path, {"provenance": origin, "cases": models.simulate(read(path))})
     import decoding  # which needs torch
 
-    for path in measured_decodings():
+    for path in chosen(measured_decodings()):
         store(path, {"provenance": origin, "memory": decoding.simulate(read(path))})
+    if not chosen(measured_files("memory")):
+        return
     figures = [figure for path in measured_files("memory") for figure in compared(path)[0]]
     origins = [read(path)["provenance"] for path in measured_files("memory")]
     memory.plot(figures, origins, str(PICTURE))
@@ -167,6 +175,38 @@ def runs() -> str:
             "| load | run | allocated | reserved | how it ended |",
             "|---|---|---|---|---|",
             *compared(path)[2],
+            "",
+        ]
+    return "\n".join(parts).rstrip()
+
+
+def quantised() -> str:
+    """Every run of quantised weights, and how far the peaks of each format are apart."""
+    parts = []
+    for path in measured_files("quantised_memory"):
+        origin, versions = read(path)["provenance"], read(SIMULATED / path.name)["provenance"]
+        libraries = ", ".join(
+            f"{name} {origin[name]}"
+            for name in ("torch", "transformers", "torchao", "bitsandbytes", "peft")
+        )
+        figures, differences, rows = compared(path)
+        peaks = {
+            name: [figure.simulated - figure.measured for figure in figures if figure.name == name]
+            for name in ("peak_allocated_bytes", "peak_reserved_bytes")
+        }
+        allocated, reserved = peaks.values()
+        parts += [
+            f"**{machine(origin)}** ({origin['date']}, driver {origin['driver']}, {libraries};"
+            f" random weights; simulated {versions['date']}, torch {versions['torch']})",
+            "",
+            f"{len(rows) - len(differences)} of {len(rows)} ended as simulated. Of {len(allocated)}"
+            f" allocated peaks {sum(abs(each) <= MIB for each in allocated)} are within 1 MiB, the"
+            f" furthest {furthest(allocated)}; of {len(reserved)} reserved ones {reserved.count(0)}"
+            f" are equal, the furthest {furthest(reserved)}.",
+            "",
+            "| load | run | allocated | reserved | how it ended |",
+            "|---|---|---|---|---|",
+            *rows,
             "",
         ]
     return "\n".join(parts).rstrip()
@@ -275,7 +315,7 @@ def fast() -> str:
 
 
 SECTIONS = {"summary": summary, "runs": runs, "host": host, "miniature": miniature, "fast": fast}
-SECTIONS |= {"others": others, "peers": beside_peers}
+SECTIONS |= {"quantised": quantised, "others": others, "peers": beside_peers}
 
 
 def page(path: Path = PAGE) -> str:
@@ -293,8 +333,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--simulate", action="store_true", help="simulate every case again")
-    if parser.parse_args().simulate:
-        simulate()
+    parser.add_argument("--only", default="", help="of files with this in their names")
+    given = parser.parse_args()
+    if given.simulate:
+        simulate(given.only)
     for path in PAGES:
         path.write_text(page(path), encoding="utf-8")
 

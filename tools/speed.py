@@ -1,11 +1,12 @@
-"""Write docs/speed.md and its picture from what benchmarks/decoding.py measured.
+"""Write docs/speed.md and its picture from what benchmarks/decoding.py, quantised_decoding.py and
+parallel.py measured.
 
 python tools/speed.py
 """
 
 from pathlib import Path
 
-from glm4v_nb.measured import measured_decoding
+from glm4v_nb.measured import RESULTS, measured_decoding
 from glm4v_nb.plots import plot_rungs
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +21,15 @@ ABOUT = {
     "hand loop": "that, compiled, in a loop by hand",
     "fast": '`decoding="fast"`: fused kernels',
     "step": "a fused step alone",
+}
+# Of cards together, in files decoding_tensor_*.json.
+TOGETHER = {
+    "device_map eager": "layers on the one, then on the other: transformers' `generate`",
+    "device_map fast": 'the same, `decoding="fast"`',
+    "tensor transformers": "a part of every layer on each: transformers' `tp_plan`, decoder alone",
+    "tensor eager": 'a part of every layer on each: `parallel="tensor"`',
+    "tensor fast": 'the same, `decoding="fast"`',
+    "tensor step": "a fused step of it alone",
 }
 
 
@@ -72,7 +82,11 @@ def page() -> str:
         f" copy {again['load']['plain_read_seconds']:.1f} s:"
         f" {again['load']['share_of_plain_read']:.0%} of its speed; the files had just been"
         " written.",
-    ]
+        *(line for file in sorted(RESULTS.glob("decoding_tensor_*.json"))
+          for line in _together(measured_decoding(file.stem))),
+    ]  # fmt: skip
+    for file in sorted(RESULTS.glob("decoding_quantised_*.json")):
+        lines += _quantised(measured_decoding(file.stem))
     return "\n".join(lines) + "\n"
 
 
@@ -88,13 +102,114 @@ def _prefill(found: dict) -> str:
     return said + "."
 
 
+def _quantised(results: dict) -> list[str]:
+    """Steps and answers of one run beside those of bfloat16 in it."""
+    formats = [row["rung"].split()[1].strip(",") for row in results["rows"]]
+    named = " and ".join(dict.fromkeys(each for each in formats if each != "bfloat16"))
+    speeds = {
+        (row["rung"], row["batch"], row["context"]): row["tokens_per_second"]
+        for row in results["rows"]
+    }
+    lines = [
+        "",
+        f"## Weights in {named}",
+        "",
+        "By `benchmarks/quantised_decoding.py`, with random weights. Each limit is of the format's"
+        " own bytes.",
+        "",
+        f"- {results['measured_on']}: a copy moves {_terabytes(results)} TB/s.",
+        *(
+            f"- {name}: logits of a fused step are {each['fused_distance_from_float32']:.1%} from"
+            " float32 with the same quantised weights, in norm, those of the library's own step"
+            f" {each['bfloat16_distance_from_float32']:.1%}; the likeliest token is float32's in"
+            f" {each['same_token_as_float32']} of {each['tokens']} steps."
+            for name, each in results.get("accuracy_by_format", {}).items()
+        ),
+        "",
+        "| decoding | batch | context | tokens/s | times bfloat16 | of the limit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        step = row["rung"].startswith("step")
+        plain = speeds.get((f"{'step' if step else 'fast'} bfloat16", row["batch"], row["context"]))
+        speed = row["tokens_per_second"]
+        times = "" if plain is None else f"{speed / plain:.2f}"
+        what = row["rung"].replace("step", "a fused step,").replace("fast", "fused kernels,")
+        lines.append(f"| {what} | {row['batch']} | {row['context']:,} | {speed:.1f} | {times} |"
+                     f" {row['share_of_limit']:.1%} |")  # fmt: skip
+
+
+def _together(results: dict) -> list[str]:
+    """What benchmarks/parallel.py measured of cards that have a part of every layer each."""
+    rows = sorted(results["rows"], key=lambda row: (list(TOGETHER).index(row["rung"]),
+                                                    row["batch"], row["context"]))  # fmt: skip
+    limit = results["limit"]["copy_bytes_per_second"] / 1e12
+    count = len(results["limit"]["of_each_card"])
+    lines = [
+        "",
+        f"## {count} cards at one layer",
+        "",
+        f"Written by `benchmarks/parallel.py`, {results['measured_on']}. Copies on all cards move",
+        f"{limit:.2f} TB/s together, and the limit here is that of all of them, also where they",
+        "take turns.",
+        "",
+        "| decoding | batch | context | tokens/s | of the limit of all |",
+        "|---|---|---|---|---|",
+        *(_line(row, about=TOGETHER) for row in rows),
+        "",
+    ]
+    if distance := results.get("distance_from_float32"):
+        lines.append(
+            f"- Logits of a fused step on all cards are {distance['tensor_parallel']:.1%} in norm"
+            f" from one card's in float32, those of one card's plain bfloat16"
+            f" {distance['bfloat16']:.1%} ({distance['tokens']} tokens, random weights;"
+            f" {distance['same_tokens']} times the same likeliest token)."
+        )
+    if small := results.get("miniature"):
+        lines.append(
+            f"- Of {small['questions']} answers of the miniature with prompt lookup"
+            f" {small['differ']} differ from one card's."
+        )
+    if answers := results.get("answers"):
+        lines.append(
+            f"- An answer to an image: its first {answers['first_that_are_as_one_cards']} of"
+            f" {answers['new_tokens']} tokens are as on one card (random weights, where the next"
+            " token is often a close call)."
+        )
+    alone = results.get("load_seconds_of_one_card")
+    if alone and (seconds := results.get("load_seconds_of_ranks")):
+        lines.append(
+            f"- Loading takes {max(seconds):.1f} s a rank, {max(seconds) / alone:.0%} of the"
+            f" {alone:.1f} s of one card, from files in memory."
+        )
+    predicted = results.get("predicted_of_ranks")
+    if predicted and (measured := results.get("memory_of_ranks")):
+        name = "peak_{}_bytes".format
+        pairs = list(zip(measured, predicted, strict=True))
+        said = (
+            f"{kind} {max(real[name(kind)] for real, _ in pairs) / 2**30:.2f} GiB at the peak, of"
+            f" which `fit` says {max(ours[name(kind)] for _, ours in pairs) / 2**30:.2f}"
+            for kind in ("allocated", "reserved")
+        )
+        beside = max(real["taken_beside_the_allocator_bytes"] for real in measured) / 2**20
+        lines.append(
+            f"- A rank has {'; '.join(said)}. Beside the allocator it took {beside:.0f} MiB more"
+            " while it answered (NCCL, graphs, memory that all reach)."
+        )
+    if loss := results.get("loss"):
+        lines.append(
+            f"- {loss['seconds_to_the_end']:.1f} s after a rank was killed, all had ended."
+        )
+    return lines
+
+
 def _ordered(results: dict) -> list[dict]:
     return sorted(results["rows"], key=lambda row: (RUNGS.index(row["rung"]), row["batch"],
                                                     row["context"]))  # fmt: skip
 
 
-def _line(row: dict, cards: str = "", after: str = "") -> str:
-    cells = (ABOUT[row["rung"]], cards, str(row["batch"]), f"{row['context']:,}")
+def _line(row: dict, cards: str = "", after: str = "", about: dict = ABOUT) -> str:
+    cells = (about[row["rung"]], cards, str(row["batch"]), f"{row['context']:,}")
     cells += (f"{row['tokens_per_second']:.1f}", f"{row['share_of_limit']:.1%}", after)
     return f"| {' | '.join(filter(None, cells))} |"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from glm4v_nb.model.quantising import parts_of
+from glm4v_nb.inference.weights import LayerWeights, Weight, bits_of, storage_of
 from simgpu.kernels import launching
 
 if TYPE_CHECKING:  # brings Triton, and so is imported when the first answer is prepared
@@ -40,9 +40,19 @@ def why_not(model) -> str | None:
     if foreign is not None:
         return f"a weight is in a {type(foreign).__name__}, as of quantisation or an adapter"
     weights = [one.weight for one in products]
-    packed = next((one for one in weights if parts_of(one)[0] is not one), None)
+    packed = next((one for one in weights if bits_of(one) is None), None)
     if packed is not None:
-        return f"a weight is of type {type(packed).__name__}, as of quantisation"
+        blocks = f" in blocks of {packed.block_size}" if hasattr(packed, "block_size") else ""
+        return (
+            f"a weight is of type {type(packed).__name__}{blocks}, as of quantisation (there are"
+            " kernels for torchao's int8 with a scale a row, and int4 with one for 128 columns)"
+        )
+    if bits_of(model.language_model.embed_tokens.weight) != 16:
+        return "the embedding is quantised"
+    for name in _PRODUCTS:  # those of one kernel, which has one tile for all
+        bits = sorted({bits_of(layer.get_submodule(name).weight) for layer in layers})
+        if len(bits) > 1:
+            return f"layers have {name} of {' and '.join(map(str, bits))} bits"
     devices, dtypes = {one.device for one in weights}, {one.dtype for one in weights}
     if len(dtypes) > 1:
         return f"the weights are of several types ({', '.join(sorted(map(str, dtypes)))})"
@@ -83,7 +93,7 @@ class FastDecoder:
         self.steps = self.tokens = 0
         self._steps: dict[int, Step] = {}
         self._built_of: list[int] | None = None
-        self._heads: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._heads: list[tuple[torch.Tensor, torch.Tensor] | None] = []
 
     def prepare(self, model, sequences: int, length: int, rows: tuple[int, ...] = ()) -> FixedCache:
         """Cache, buffers and graphs for prompts with answers of so many positions together.
@@ -106,14 +116,14 @@ class FastDecoder:
                 f"Prompt and answer may take {length:,} positions together, but the model's context"
                 f" is {context:,} (seq_length). Lower max_new_tokens, or shorten the prompt."
             )
-        from glm4v_nb.inference.step import FixedCache, LayerWeights, Step, storage_of
+        from glm4v_nb.inference.step import FixedCache, Step
 
         # A step is launched before the token of the last is looked at, and verified rows may be
         # wrong: both can reach beyond the answer's end.
         capacity = -(-(length + MOST_ROWS) // CAPACITY_STEP) * CAPACITY_STEP
         weights = [LayerWeights.of(layer) for layer in model.language_model.layers]
-        built_of = [storage_of(each) for one in weights for each in (one.heads, one.out)]
-        built_of.append(storage_of(model.lm_head.weight))
+        built_of = [storage_of(each.numbers) for one in weights for each in (one.heads, one.out)]
+        built_of.append(storage_of(Weight.of(model.lm_head.weight).numbers))
         cache = next((step.cache for step in self._steps.values()), None)
         if (
             cache is None
@@ -132,7 +142,9 @@ class FastDecoder:
         except BaseException:
             self.release()
             raise
-        self._heads = [(one.heads, one.heads_bias) for one in weights]
+        self._heads = [
+            (one.heads.numbers, one.heads_bias) if one.heads.bits == 16 else None for one in weights
+        ]
         return cache
 
     def prefill(self, model, cache: FixedCache, **prompt):
@@ -242,7 +254,7 @@ class FastDecoder:
             else:
                 chosen = scores.argmax(-1)
             seen[:, length] = chosen
-            return chosen
+            return torch.where(likeliest < 0, likeliest, chosen)
 
         length = answer.length
         chosen = choose(logits, logits.argmax(-1), length)
@@ -260,7 +272,7 @@ class FastDecoder:
                 # To the embedding first, which may be on another card; the CPU has time.
                 step.tokens.copy_(chosen, non_blocking=True)
                 following = _Reading(chosen)
-            if answer.add(reading.tokens()) or not ahead:
+            if answer.add(_present(step, reading.tokens())) or not ahead:
                 return
             reading = following
 
@@ -282,12 +294,19 @@ class FastDecoder:
                        [0] * step.rows)  # fmt: skip
             step()
             self.steps += 1
-            right = step.next.tolist()
+            right = _present(step, step.next.tolist())
             for token, guessed in zip(right, [*guess, None], strict=False):
                 if answer.add([token]):
                     return
                 if token != guessed:
                     break
+
+
+def _present(step: Step, tokens: list[int]) -> list[int]:
+    """The tokens; RankLost where the step says by them that another rank did not come."""
+    if min(tokens) < 0:
+        raise step.ranks.lost("it waited for their parts of a sum")
+    return tokens
 
 
 def guess_next(ids: list[int], most: int) -> list[int]:

@@ -18,6 +18,9 @@ from glm4v_nb.inference import decoding
 from glm4v_nb.model.chat import is_batch
 from glm4v_nb.placement import input_device
 
+# Processes that share a model ask each other so often whether one of them has cancelled.
+TOKENS_BETWEEN_RANKS = 8
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -128,10 +131,13 @@ class _Generation(StoppingCriteria):
         self.new_tokens += 1
         stop = self.cancelled.is_set()
         if self.ranks is not None:
-            stop = any(self.ranks.numbers(int(stop)))
+            # All must know at the same token. To ask waits for the step that is on its way.
+            asks = self.is_streamed and self.new_tokens % TOKENS_BETWEEN_RANKS == 0
+            stop = asks and any(self.ranks.numbers(int(stop)))
         return torch.full((len(input_ids),), stop, device=input_ids.device)
 
     def run(self, streamer) -> Answer:
+        self.is_streamed = streamer is not None  # nothing else is cancelled
         if is_batch(self.messages):
             raise ValueError(
                 "The messages are a list of conversations. Expected one conversation, a list of"

@@ -10,9 +10,12 @@ W (r x g) = r (W (x g)).
 Shapes: a step has ``ROWS`` rows, one token each: of a batch, or of one sequence to verify. Numbers
 in capitals are known when a kernel is compiled. Sums are in float32. ``R`` is 1 for
 one row, whose products are plain sums, or else ROWS rounded up to the 8 or 16 of tensor cores.
-``BN`` weight rows and ``BK`` columns are a tile.
+``BN`` weight rows and ``BK`` columns are a tile. ``PDL`` is 0 where kernels follow each other; else
+the next may come before this one's end, and waits for it: with 1 as a product has read its weights,
+with 2 as it begins, so that the next takes what room there is.
 """
 
+from glm4v_nb.inference.quantised_kernels import output_of, weigh_packed
 from simgpu.kernels import language as tl
 from simgpu.kernels import triton
 
@@ -23,11 +26,35 @@ except ImportError:  # on simulated cards alone, where nobody calls them
 
 
 @triton.jit
-def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-           R: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr, BN: tl.constexpr,
-           BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """The sums over k of weight[outputs, k] x[row, k]: (BN, R); with NORM of x times gain, over
-    the root of x's mean square. x is (ROWS, K), weight (OUTPUTS, K)."""
+def _weigh(x, gain, weight, scales, begin, part, count, APART: tl.constexpr, OUTPUTS: tl.constexpr,
+           K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr,
+           EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+           AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The sums over k of weight[output, k] x[row, k]: (BN, R); with NORM of x times gain, over
+    the root of x's mean square. x is (ROWS, K), weight and scales a ``Weight`` of BITS with OUTPUTS
+    rows. ``begin`` and APART say which outputs, see ``output_of``, with a RUN of 8 for less
+    than 16 bits; ``part`` and ``count`` are as in ``weigh_packed``."""
+    RUN: tl.constexpr = 8 if BITS < 16 else 1
+    outputs = output_of(begin, tl.arange(0, BN), RUN, APART)
+    if BITS < 16:
+        sums = weigh_packed(x, gain, weight, scales, begin, outputs, part, count, APART, OUTPUTS, K,
+                            ROWS, R, NORM, EPSILON, BITS, BN, BK, PDL)  # fmt: skip
+    else:
+        sums = _weigh_whole(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, NORM, EPSILON, BN, BK,
+                            AHEAD, PDL)  # fmt: skip
+    if BITS == 8:
+        sums *= tl.load(scales + outputs, mask=outputs < OUTPUTS, other=0.0)[:, None]
+    return sums
+
+
+@triton.jit
+def _weigh_whole(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr,
+                 ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr,
+                 BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    """The same of the weight's numbers alone, (OUTPUTS, K)."""
+    if PDL == 2:
+        gdc_launch_dependents()
     k, row = tl.arange(0, BK), tl.arange(0, R)
     within = (outputs < OUTPUTS)[:, None]
     at = weight + outputs.to(tl.int64)[:, None] * K + k[None, :]
@@ -68,7 +95,7 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
             sums = tl.dot(tile, tl.trans(some.to(tile.dtype)), sums, input_precision="ieee")
         if AHEAD:
             tile = following
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
     if R == 1:
         sums = tl.sum(sums, 1)[:, None]
@@ -81,19 +108,22 @@ def _weigh(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr, ROW
 
 
 @triton.jit
-def _pairs(sums, BN: tl.constexpr, R: tl.constexpr):
-    """The even rows and the odd rows of (BN, R), each (BN / 2, R)."""
-    return tl.split(tl.permute(tl.reshape(sums, [BN // 2, 2, R]), (0, 2, 1)))
+def _pairs(sums, RUN: tl.constexpr, BN: tl.constexpr, R: tl.constexpr):
+    """The even runs and the odd runs of rows of (BN, R), each (BN / 2, R)."""
+    sums = tl.permute(tl.reshape(sums, [BN // (2 * RUN), 2, RUN, R]), (0, 2, 3, 1))
+    return tl.split(tl.reshape(sums, [BN // 2, R, 2]))
 
 
 @triton.jit
-def project(x, gain, weight, residual, y, OUTPUTS: tl.constexpr, K: tl.constexpr,
+def project(x, gain, weight, scales, residual, y, OUTPUTS: tl.constexpr, K: tl.constexpr,
             ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-            EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+            EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
             AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y (ROWS, OUTPUTS) = W x, of the normalised x with NORM, plus residual with RESIDUAL."""
-    outputs, row = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, R)
-    sums = _weigh(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, NORM, EPSILON, BN, BK, AHEAD, PDL)
+    begin, row = tl.program_id(0) * BN, tl.arange(0, R)
+    outputs = begin + tl.arange(0, BN)
+    sums = _weigh(x, gain, weight, scales, begin, 0, OUTPUTS, 0, OUTPUTS, K, ROWS, R, NORM, EPSILON,
+                  BITS, BN, BK, AHEAD, PDL)  # fmt: skip
     at = row[None, :] * OUTPUTS + outputs[:, None]
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     if RESIDUAL:
@@ -102,28 +132,29 @@ def project(x, gain, weight, residual, y, OUTPUTS: tl.constexpr, K: tl.constexpr
 
 
 @triton.jit
-def project_gated(x, gain, weight, y, OUTPUTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-                  R: tl.constexpr, EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def project_gated(x, gain, weight, scales, y, OUTPUTS: tl.constexpr, K: tl.constexpr,
+                  ROWS: tl.constexpr, R: tl.constexpr, EPSILON: tl.constexpr, BITS: tl.constexpr,
+                  BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     """y (ROWS, OUTPUTS) = silu(gate) up of the normalised x; weight holds the rows of all gates,
     then of all ups. A tile takes both rows of an output, so that they meet in one program."""
     half = tl.program_id(0) * (BN // 2)
-    row, each = tl.arange(0, R), tl.arange(0, BN)
+    outputs, row = half + tl.arange(0, BN // 2), tl.arange(0, R)
     # Those past the last output read another output's weights, and are not stored.
-    both = half + each // 2 + (each % 2) * OUTPUTS
-    sums = _weigh(x, gain, weight, both, 2 * OUTPUTS, K, ROWS, R, True, EPSILON, BN, BK, AHEAD, PDL)
-    gate, up = _pairs(sums, BN, R)
-    outputs = half + tl.arange(0, BN // 2)
+    sums = _weigh(x, gain, weight, scales, half, 0, 2 * OUTPUTS, OUTPUTS, 2 * OUTPUTS, K, ROWS, R,
+                  True, EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
+    RUN: tl.constexpr = 8 if BITS < 16 else 1
+    gate, up = _pairs(sums, RUN, BN, R)
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     tl.store(y + row[None, :] * OUTPUTS + outputs[:, None], gate * tl.sigmoid(gate) * up, mask=mask)
 
 
 @triton.jit
-def project_heads(x, gain, weight, bias, cosines, sines, positions, slots, sequences, queries, keys,
-                  values, capacity, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
-                  ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr,
-                  EPSILON: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def project_heads(x, gain, weight, scales, bias, cosines, sines, positions, slots, sequences,
+                  queries, keys, values, capacity, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+                  D: tl.constexpr, ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+                  R: tl.constexpr, EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr,
+                  BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Queries, keys and values of the normalised x, with bias, the first two turned; keys and
     values go straight into the cache.
 
@@ -134,9 +165,15 @@ def project_heads(x, gain, weight, bias, cosines, sines, positions, slots, seque
     first = tl.program_id(0) * BN
     OUTPUTS: tl.constexpr = (HEADS + 2 * GROUPS) * D
     outputs, row = first + tl.arange(0, BN), tl.arange(0, R)
-    sums = _weigh(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, True, EPSILON, BN, BK, AHEAD, PDL)
+    # Queries, keys and values are the weight's parts.
+    KEYS: tl.constexpr = HEADS * D
+    VALUES: tl.constexpr = (HEADS + GROUPS) * D
+    part = tl.where(outputs < KEYS, 0, tl.where(outputs < VALUES, KEYS, VALUES))
+    count = tl.where(outputs < KEYS, KEYS, GROUPS * D)
+    sums = _weigh(x, gain, weight, scales, first, part, count, 0, OUTPUTS, K, ROWS, R, True,
+                  EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
     sums += tl.load(bias + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)[:, None]
-    even, odd = _pairs(sums, BN, R)
+    even, odd = _pairs(sums, 1, BN, R)
     output = first + 2 * tl.arange(0, BN // 2)[:, None]
     known = (row < ROWS)[None, :] & (output < OUTPUTS)
     position = tl.load(positions + row, mask=row < ROWS, other=0)[None, :]
@@ -165,7 +202,8 @@ def project_heads(x, gain, weight, bias, cosines, sines, positions, slots, seque
 @triton.jit
 def attend(queries, keys, values, starts, slots, sequences, parts, maxima, totals, capacity,
            SCALE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, H: tl.constexpr,
-           D: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+           D: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, ROWS: tl.constexpr,
+           PDL: tl.constexpr):  # fmt: skip
     """A row's attention over one split of its context, for all query heads of one group of keys.
 
     A row sees its sequence's cache from starts to slots, both included. H is the heads of a group
@@ -173,34 +211,50 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
     values weighted by exp(score - maximum); maxima and totals (ROWS, HEADS, SPLITS) belong to them.
     """
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
-        gdc_wait()
+    if PDL == 2:
         gdc_launch_dependents()
-    start, end = tl.load(starts + row), tl.load(slots + row) + 1
-    length = tl.cdiv(tl.cdiv(end - start, SPLITS), BT) * BT
+    start, slot = tl.load(starts + row), tl.load(slots + row)
+    length = tl.cdiv(tl.cdiv(slot + 1 - start, SPLITS), BT) * BT
     start += split * length
-    end = tl.minimum(start + length, end)
+    end = tl.minimum(start + length, slot + 1)
     head, d, t = tl.arange(0, H), tl.arange(0, D), tl.arange(0, BT)
     EACH: tl.constexpr = HEADS // GROUPS
     at = row * HEADS + group * EACH + head
     known = (head < EACH)[:, None]
-    query = tl.load(queries + at[:, None] * D + d[None, :], mask=known, other=0.0)
     cached = (tl.load(sequences + row) * GROUPS + group).to(tl.int64) * capacity * D
+    place = cached + (start + t)[:, None] * D + d[None, :]
+    # Keys and values are asked for one turn ahead; the first, but for the row's own, before the
+    # kernel in front has ended, which writes that. Of several rows each may see the others' own.
+    if PDL and ROWS > 1:
+        gdc_wait()
+    last = slot if ROWS == 1 else end
+    there = ((start + t < end) & (start + t < last))[:, None]
+    key = tl.load(keys + place, mask=there, other=0.0)
+    value = tl.load(values + place, mask=there, other=0.0)
+    if PDL and ROWS == 1:
+        gdc_wait()
+    if PDL == 1:
+        gdc_launch_dependents()
+    query = tl.load(queries + at[:, None] * D + d[None, :], mask=known, other=0.0)
+    if ROWS == 1:
+        own = ((start + t < end) & (start + t == slot))[:, None]
+        key = tl.load(keys + place, mask=own, other=key)
+        value = tl.load(values + place, mask=own, other=value)
     maximum, total = tl.full([H], -1e30, tl.float32), tl.zeros([H], tl.float32)
     sums = tl.zeros([H, D], tl.float32)
     for begin in range(start, end, BT):
-        seen = begin + t < end
-        place = cached + (begin + t)[:, None] * D + d[None, :]
-        key = tl.load(keys + place, mask=seen[:, None], other=0.0)
-        value = tl.load(values + place, mask=seen[:, None], other=0.0)
+        place += BT * D
+        there = (begin + BT + t < end)[:, None]
+        next_key = tl.load(keys + place, mask=there, other=0.0)
+        next_value = tl.load(values + place, mask=there, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * SCALE
-        score = tl.where(seen[None, :], score, -1e30)
+        score = tl.where((begin + t < end)[None, :], score, -1e30)
         higher = tl.maximum(maximum, tl.max(score, 1))
         weight, rescale = tl.exp(score - higher[:, None]), tl.exp(maximum - higher)
         total = total * rescale + tl.sum(weight, 1)
         sums = sums * rescale[:, None]
         sums = tl.dot(weight.to(value.dtype), value, sums, input_precision="ieee")
-        maximum = higher
+        maximum, key, value = higher, next_key, next_value
     at = at * SPLITS + split
     tl.store(parts + at[:, None] * D + d[None, :], sums, mask=known)
     tl.store(maxima + at, maximum, mask=head < EACH)
@@ -211,8 +265,11 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
 def combine(parts, maxima, totals, y, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
     """y (ROWS HEADS, D): the splits of one row and head together."""
     at, split, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, D)
+    if PDL == 2:
+        gdc_launch_dependents()
     if PDL:
         gdc_wait()
+    if PDL == 1:
         gdc_launch_dependents()
     maximum = tl.load(maxima + at * SPLITS + split)
     share = tl.exp(maximum - tl.max(maximum, 0))

@@ -4,73 +4,18 @@ A step has rows, one token each: one for every prompt of a batch, or several of 
 verify. Everything it reads and writes stays at its place, so that a graph can be launched again.
 """
 
-from dataclasses import dataclass
-
 import torch
-from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from glm4v_nb.inference import kernels
 from glm4v_nb.inference.graphs import captured
-from glm4v_nb.inference.tiles import Tile, best_tile
+from glm4v_nb.inference.tiles import FIRST_TILE, Tile, best_tile
+from glm4v_nb.inference.weights import LayerWeights, Weight
+from glm4v_nb.parallel.exchange import Exchange
 
 # Keys are read in blocks of so many, and a context is split into at most so many parts.
 BLOCK, MOST_SPLITS = 64, 64
-
-
-@dataclass
-class LayerWeights:
-    """A layer's weights as the kernels take them; all are the model's own, none is a copy."""
-
-    device: torch.device
-    input_gain: torch.Tensor
-    heads: torch.Tensor  # (query, key and value rows, hidden)
-    heads_bias: torch.Tensor
-    out: torch.Tensor
-    gain: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> "LayerWeights":
-        """Those of a ``GlmDecoderLayer``, whose queries, keys and values become one tensor."""
-        attention, mlp = layer.self_attn, layer.mlp
-        return cls(
-            attention.q_proj.weight.device,
-            layer.input_layernorm.weight,
-            _fused(attention, "weight"),
-            _fused(attention, "bias"),
-            attention.o_proj.weight,
-            layer.post_attention_layernorm.weight,
-            mlp.gate_up_proj.weight,
-            mlp.down_proj.weight,
-        )
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    """What is the same of tensors that share memory; simulated cards have no addresses."""
-    return tensor.untyped_storage()._cdata
-
-
-def _fused(attention: nn.Module, name: str) -> torch.Tensor:
-    """Three parameters as one tensor: the loader leaves them as parts of one, else they become it.
-
-    Raises:
-        torch.OutOfMemoryError: no room for one layer's three, where they are not yet one.
-    """
-    parts = [getattr(getattr(attention, f"{one}_proj"), name) for one in "qkv"]
-    rows = [len(part) for part in parts]
-    shape = (sum(rows), *parts[0].shape[1:])
-    starts = [part.storage_offset() for part in parts]
-    ends = [part.storage_offset() + part.numel() for part in parts]
-    alone = {storage_of(part) for part in parts}
-    if starts[1:] == ends[:-1] and len(alone) == 1:
-        return torch.as_strided(parts[0].detach(), shape, parts[0].stride())
-    whole = torch.cat([part.detach() for part in parts])
-    for part, piece in zip(parts, whole.split(rows), strict=True):
-        part.data = piece
-    return whole
 
 
 class _Layer(DynamicLayer):
@@ -104,7 +49,7 @@ class FixedCache:
         shape = (sequences, config.num_key_value_heads, capacity, config.head_dim)
         self.sequences, self.capacity = sequences, capacity
         self.layers = [
-            tuple(torch.zeros(shape, dtype=one.out.dtype, device=one.device) for _ in range(2))
+            tuple(torch.zeros(shape, dtype=one.dtype, device=one.device) for _ in range(2))
             for one in weights
         ]
 
@@ -116,20 +61,22 @@ class FixedCache:
 class _Part:
     """The consecutive layers that one card has, with their buffers for a step of so many rows.
 
-    Where ``ranks`` share the layers, products by columns are added up, and one of them adds what is
-    added once.
+    Where ``ranks`` share the layers, products by columns are added up: by the kernels themselves
+    where there is an ``exchange``; else after them, and one of the ranks adds what is added once.
     """
 
-    def __init__(self, config, layers, caches, rows: int, sequences: int, capacity: int, ranks):
+    def __init__(self, config, layers, caches, rows: int, capacity: int, ranks, exchange):
         self.config, self.layers, self.caches, self.capacity = config, layers, caches, capacity
         self.ranks, self.is_first = ranks, ranks is None or ranks.rank == 0
-        self.device, self.dtype = layers[0].device, layers[0].out.dtype
+        self.exchange = exchange
+        self.device, self.dtype = layers[0].device, layers[0].dtype
         self.rows = rows
         self.splits = min(MOST_SPLITS, 1 << (-(-capacity // BLOCK) - 1).bit_length())
-        # Dependent launch came with Hopper.
-        self.early = {"PDL": False}
+        # Dependent launch came with Hopper. Kernels that wait for other cards gained 3 % where the
+        # next begins with them (two H200); on one card that was not tried.
+        self.early = {"PDL": 0}
         if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0):
-            self.early = {"PDL": True, "launch_pdl": True}
+            self.early = {"PDL": 1 if exchange is None else 2, "launch_pdl": True}
         heads, depth = config.num_attention_heads, config.head_dim
         self.x, self.middle = self._room(config.hidden_size), self._room(config.hidden_size)
         self.queries, self.attended = self._room(heads * depth), self._room(heads * depth)
@@ -151,17 +98,32 @@ class _Part:
         self.cosines, self.sines = angles.cos(), angles.sin()
 
     def choose_tiles(self):
-        """The best tile of each product, tried on this card or known from before."""
+        """The best tile of each product, tried on this card or known from before.
+
+        It is tried alone; a sum over the ranks within all of their layers, since there it shares
+        the card with the kernels beside it. No rank waits for another meanwhile.
+        """
         first, least = self.layers[0], {"heads": 2, "out": 1, "gate_up": 2, "down": 1}
+        self.tiles = dict.fromkeys(least, FIRST_TILE[self.rows == 1])
         for name in least:
-            shape = "x".join(map(str, getattr(first, name).shape))
-            key = f"{name} {shape}, {self.dtype}, {row_count(self.rows)}"
+            weight = getattr(first, name)
 
             def run(tile, name=name):
+                if self.exchange is not None:
+                    self.tiles[name] = tile
+                    return self.run()
                 for layer, cache in zip(self.layers, self.caches, strict=True):
                     self._product(name, layer, cache, tile)
 
-            self.tiles[name] = best_tile(key, self.rows == 1, least[name], self.device, run)
+            self.tiles[name] = self.best_tile(name, weight, least[name], run)
+
+    def best_tile(self, name: str, weight: Weight, least: int, run) -> Tile:
+        """As ``tiles.best_tile``, for a product with this weight."""
+        shape = "x".join(map(str, weight.shape))
+        rows = "one row" if self.rows == 1 else "more rows"  # all of these share a tile
+        shared = "" if self.exchange is None else f", {self.exchange.count} ranks"
+        key = f"{name} {shape}, {weight.kind}, {rows}{shared}"
+        return best_tile(key, self.rows == 1, least, self.device, run, weight.bits)
 
     def run(self):
         """Launch the layers' kernels: from x to x; then every row is a position further."""
@@ -173,37 +135,47 @@ class _Part:
         )
         positions, slots, starts, sequences = self.state
         split = (self.parts, self.maxima, self.totals)
+        if self.exchange is not None:
+            self.exchange.begin()
         for layer, cache in zip(self.layers, self.caches, strict=True):
             self._product("heads", layer, cache)
             kernels.attend[(self.rows, groups, self.splits)](
                 self.queries, *cache, starts, slots, sequences, *split, self.capacity,
                 SCALE=depth**-0.5, HEADS=heads, GROUPS=groups, H=max(16, heads // groups), D=depth,
-                SPLITS=self.splits, BT=BLOCK, num_warps=4, **self.early,
+                SPLITS=self.splits, BT=BLOCK, ROWS=self.rows, num_warps=4, **self.early,
             )  # fmt: skip
             kernels.combine[(self.rows * heads,)](
                 *split, self.attended, D=depth, SPLITS=self.splits, num_warps=4, **self.early
             )
             for name, sums in (("out", self.middle), ("gate_up", None), ("down", self.x)):
                 self._product(name, layer, cache)
-                if sums is not None and self.ranks is not None:
+                if sums is not None and self.ranks is not None and self.exchange is None:
                     self.ranks.add_up(sums)
-        self.state[:2] += 1
+        if self.exchange is None:
+            self.state[:2] += 1
 
     def _product(self, name: str, layer: LayerWeights, cache, tile: Tile | None = None):
         config, tile = self.config, tile or self.tiles[name]
         if name == "heads":
             positions, slots, _, sequences = self.state
-            operands = (self.x, layer.input_gain, layer.heads, layer.heads_bias, self.cosines,
-                        self.sines, positions, slots, sequences, self.queries, *cache)  # fmt: skip
+            operands = (layer.heads_bias, self.cosines, self.sines, positions, slots, sequences,
+                        self.queries, *cache, self.capacity)  # fmt: skip
             self._launch(
-                kernels.project_heads, len(layer.heads), tile, *operands, self.capacity,
+                kernels.project_heads, layer.heads, tile, self.x, layer.input_gain, *operands,
                 HEADS=config.num_attention_heads, GROUPS=config.num_key_value_heads,
                 D=config.head_dim, ROTARY=2 * self.cosines.shape[1], K=config.hidden_size,
             )  # fmt: skip
         elif name == "gate_up":
-            operands = (self.middle, layer.gain, layer.gate_up, self.hidden)
+            operands = (self.middle, layer.gain, self.hidden)
             sizes = {"OUTPUTS": config.intermediate_size, "K": config.hidden_size}
-            self._launch(kernels.project_gated, len(layer.gate_up), tile, *operands, **sizes)
+            self._launch(kernels.project_gated, layer.gate_up, tile, *operands, **sizes)
+        elif self.exchange is not None:
+            ahead = layer.gate_up if self.early["PDL"] else None
+            sum_of = {
+                "out": (self.attended, layer.out, self.x, self.middle, tile, ahead),
+                "down": (self.hidden, layer.down, self.middle, self.x, tile),
+            }
+            self.exchange.add_up(self._launch, *sum_of[name])
         elif name == "out":
             residual = self.x if self.is_first else None
             self.project(self.attended, None, layer.out, residual, self.middle, tile)
@@ -211,25 +183,21 @@ class _Part:
             residual = self.middle if self.is_first else None
             self.project(self.hidden, None, layer.down, residual, self.x, tile)
 
-    def project(self, x, gain, weight, residual, y, tile: Tile):
+    def project(self, x, gain, weight: Weight, residual, y, tile: Tile):
         """y = weight x, of the normalised x if there is a gain, plus a residual if there is one."""
         outputs, columns = weight.shape
-        operands = (x, x if gain is None else gain, weight, y if residual is None else residual, y)
+        operands = (x, x if gain is None else gain, y if residual is None else residual, y)
         flags = {"NORM": gain is not None, "RESIDUAL": residual is not None}
         sizes = {"OUTPUTS": outputs, "K": columns}
-        self._launch(kernels.project, outputs, tile, *operands, **sizes, **flags)
+        self._launch(kernels.project, weight, tile, *operands, **sizes, **flags)
 
-    def _launch(self, kernel, weight_rows: int, tile: Tile, *operands, **constants):
-        kernel[(-(-weight_rows // tile.rows),)](
-            *operands, ROWS=self.rows, R=tile.lanes, EPSILON=self.config.rms_norm_eps,
-            BN=tile.rows, BK=tile.columns, AHEAD=tile.stages == 1, num_warps=tile.warps,
-            num_stages=tile.stages, **self.early, **constants,
+    def _launch(self, kernel, weight: Weight, tile: Tile, x, gain, *operands, **constants):
+        kernel[(-(-weight.shape[0] // tile.rows),)](
+            x, gain, weight.numbers, weight.scales, *operands, ROWS=self.rows, R=tile.lanes,
+            EPSILON=self.config.rms_norm_eps, BITS=weight.bits, BN=tile.rows, BK=tile.columns,
+            AHEAD=tile.stages == 1, num_warps=tile.warps, num_stages=tile.stages,
+            **self.early, **constants,
         )  # fmt: skip
-
-
-def row_count(rows: int) -> str:
-    """In a tile's name: all steps of more than one row share theirs."""
-    return "one row" if rows == 1 else "more rows"
 
 
 class Step:
@@ -247,15 +215,17 @@ class Step:
         decoder, config = model.language_model, model.config.text_config
         self.rows, self.cache = rows, cache
         self.ranks, self.embed = getattr(model, "ranks", None), decoder.embed_tokens
-        self.embedding, self.head = decoder.embed_tokens.weight, model.lm_head.weight
+        self.embedding, self.head = decoder.embed_tokens.weight, Weight.of(model.lm_head.weight)
         self.gain = decoder.norm.weight
+        sizes = len(weights), rows, config.hidden_size, self.head.numbers
+        self.exchange = Exchange.of(self.ranks, *sizes)
         self.parts = []
         begin = 0
         for end in range(1, len(weights) + 1):
             if end == len(weights) or weights[end].device != weights[begin].device:
                 layers, caches = weights[begin:end], cache.layers[begin:end]
                 self.parts.append(
-                    _Part(config, layers, caches, rows, cache.sequences, cache.capacity, self.ranks)
+                    _Part(config, layers, caches, rows, cache.capacity, self.ranks, self.exchange)
                 )
                 begin = end
         for part in self.parts:
@@ -263,21 +233,28 @@ class Step:
             part.state.zero_()
             part.choose_tiles()
         self.tokens = torch.zeros(rows, dtype=torch.long, device=self.embedding.device)
-        self.next = torch.zeros(rows, dtype=torch.long, device=self.head.device)
-        shape = (rows, len(self.head))
-        self.logits = torch.empty(shape, dtype=self.head.dtype, device=self.head.device)
-        self._products = self.logits  # of this rank's part of the vocabulary
-        if self.ranks is not None:
-            self.logits = self.logits.repeat(1, self.ranks.count)
-        self.slot = 0  # the furthest of the next step, counted here
         last = self.parts[-1]
-        key = f"head {'x'.join(map(str, self.head.shape))}, {self.head.dtype}, {row_count(rows)}"
+        self.next = torch.zeros(rows, dtype=torch.long, device=last.device)
+        if self.exchange is not None:
+            self.logits = self.exchange.logits
+        else:
+            shape = (rows, self.head.shape[0])
+            self.logits = torch.empty(shape, dtype=last.dtype, device=last.device)
+            self._products = self.logits  # of this rank's part of the vocabulary
+            if self.ranks is not None:
+                self.logits = self.logits.repeat(1, self.ranks.count)
+        self.slot = 0  # the furthest of the next step, counted here
 
         def head(tile):
-            last.project(last.x, self.gain, self.head, None, self._products, tile)
+            self._head_tile = tile
+            self._project_head()
 
-        self._head_tile = best_tile(key, rows == 1, 1, self.head.device, head)
+        self._head_tile = last.best_tile("head", self.head, 1, head)
         self._work = [self._run_part(index) for index in range(len(self.parts))]
+        if self.exchange is not None:
+            # Compiles what is not yet, while no rank waits for another: it may take seconds.
+            self._work[0]()
+            self.exchange.join()
         if self.parts[0].device.type == "cuda":
             self._work = [
                 captured(work, part.device).replay
@@ -291,21 +268,33 @@ class Step:
         return own + [each for each in parts if isinstance(each, torch.Tensor)]
 
     def _run_part(self, index: int):
-        part = self.parts[index]
+        part, exchange = self.parts[index], self.exchange
 
         def run():
-            if index == 0 and self.ranks is None:
+            if exchange is not None:
+                exchange.embed(self.tokens, self.embedding, part.x, part.early)
+            elif index == 0 and self.ranks is None:
                 torch.index_select(self.embedding, 0, self.tokens, out=part.x)
             elif index == 0:
                 part.x.copy_(self.embed(self.tokens))
             part.run()
             if part is self.parts[-1]:
-                part.project(part.x, self.gain, self.head, None, self._products, self._head_tile)
+                self._project_head()
+                if exchange is not None:
+                    exchange.choose(self.next, part.state, part.early)
+                    return
                 if self.ranks is not None:
                     self.logits.copy_(self.ranks.join_features(self._products))
                 torch.argmax(self.logits, -1, out=self.next)
 
         return run
+
+    def _project_head(self):
+        part, gain, tile = self.parts[-1], self.gain, self._head_tile
+        if self.exchange is not None:
+            self.exchange.spread(part._launch, part.x, gain, self.head, tile)
+        else:
+            part.project(part.x, gain, self.head, None, self._products, tile)
 
     def place(self, positions, slots, starts, sequences):
         """Say where the rows of the next step are; each a list of numbers, one a row."""

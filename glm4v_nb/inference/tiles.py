@@ -43,6 +43,19 @@ MORE_ROWS = [
     *(Tile(32, 128, 1, 4, 8), Tile(32, 128, 2, 4, 8), Tile(32, 256, 2, 4, 8)),
     *(Tile(64, 128, 4, 5, 8), Tile(64, 128, 4, 1, 16), Tile(64, 128, 4, 4, 16)),
 ]
+# Of less bits, for any rows: tensor cores; of 4 bits one turn is ahead in registers besides.
+INT8 = [
+    *(Tile(16, 512, 4, 4, 8), Tile(16, 512, 2, 4, 8), Tile(16, 512, 2, 5, 8)),
+    *(Tile(16, 256, 2, 2, 8), Tile(16, 256, 2, 5, 8), Tile(32, 128, 1, 3, 8)),
+    *(Tile(32, 512, 4, 3, 8), Tile(32, 256, 2, 3, 8), Tile(64, 256, 4, 3, 8)),
+]
+INT4 = [
+    *(Tile(16, 512, 4, 3, 8), Tile(16, 1024, 4, 3, 8), Tile(16, 2048, 4, 3, 8)),
+    *(Tile(16, 2048, 8, 3, 8), Tile(32, 256, 1, 3, 8), Tile(32, 256, 2, 3, 8)),
+    *(Tile(32, 512, 4, 3, 8), Tile(64, 256, 2, 3, 8), Tile(64, 512, 4, 3, 8)),
+]
+# What the others have while one is tried.
+FIRST_TILE = {True: Tile(4, 1024, 4), False: Tile(16, 256, 1, 4, 8)}
 # Interpreted programs cost milliseconds, whatever their size.
 INTERPRETED = {True: Tile(1024, 512, 4), False: Tile(1024, 512, 4, 2, 8)}
 
@@ -54,21 +67,21 @@ def cache_file() -> Path:
 
 
 def best_tile(name: str, one_row: bool, least: int, device: torch.device,
-              run: Callable[[Tile], None]) -> Tile:  # fmt: skip
+              run: Callable[[Tile], None], bits: int = 16) -> Tile:  # fmt: skip
     """The fastest tile of a kernel.
 
     ``name`` has all that decides it besides card and versions: kernel, shape, dtype; ``least`` is
-    how many rows of the weight a program needs. ``run`` launches the kernel for all layers of a
-    card, so that no weight is found in the card's cache.
+    how many rows of the weight a program needs, whose numbers have so many bits. ``run`` launches
+    the kernel for all layers of a card, so that no weight is found in the card's cache.
     """
     if device.type != "cuda":
-        return INTERPRETED[one_row]
+        return INTERPRETED[one_row and bits == 16]
     card = torch.cuda.get_device_name(device)
     key = f"{card}, torch {torch.__version__}, triton {triton.__version__}, {name}"
     known = _read()
     if key in known:
         return Tile(**known[key])
-    candidates = [tile for tile in (ONE_ROW if one_row else MORE_ROWS) if tile.rows >= least]
+    candidates = [tile for tile in _candidates(one_row, bits) if tile.rows >= least]
     try:
         times = {tile: _milliseconds(device, run, tile) for tile in candidates}
     except NoTimeError:  # of a simulated card, which does as well with any
@@ -76,6 +89,12 @@ def best_tile(name: str, one_row: bool, least: int, device: torch.device,
     best = min(times, key=times.get)
     _write({**_read(), key: asdict(best)})
     return best
+
+
+def _candidates(one_row: bool, bits: int) -> list[Tile]:
+    if bits < 16:
+        return INT8 if bits == 8 else INT4
+    return ONE_ROW if one_row else MORE_ROWS
 
 
 def _milliseconds(device: torch.device, run: Callable[[Tile], None], tile: Tile) -> float:

@@ -82,6 +82,29 @@ def quantiser_for(weights: str, config, dtype: torch.dtype | str, keep=KEEP):
     return TorchAoConfig(int4, modules_to_not_convert=keep)
 
 
+def lines_of(quantiser) -> tuple[str, str]:
+    """Lines of Python that import what ``quantiser_for`` made one of, and what makes it again."""
+    if isinstance(quantiser, BitsAndBytesConfig):
+        names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+        given = _arguments(quantiser, *names, "bnb_4bit_compute_dtype", "llm_int8_skip_modules")
+        return "from transformers import BitsAndBytesConfig", f"BitsAndBytesConfig({given})"
+    kind, keep = quantiser.quant_type, _arguments(quantiser, "modules_to_not_convert")
+    name, given = type(kind).__name__, ""
+    if name == "Int4WeightOnlyConfig":
+        given = _arguments(kind, "group_size", "int4_packing_format")
+    imports = f"from torchao.quantization import {name}\nfrom transformers import TorchAoConfig"
+    return imports, f"TorchAoConfig({name}({given}), {keep})"
+
+
+def _arguments(made, *names: str) -> str:
+    values = {name: getattr(made, name) for name in names}
+    values = {name: getattr(value, "value", value) for name, value in values.items()}
+    return ", ".join(
+        f"{name}={value if isinstance(value, torch.dtype) else repr(value)}"
+        for name, value in values.items()
+    )
+
+
 def _dtype(given, own) -> torch.dtype:
     """What ``dtype`` of ``from_pretrained`` stands for; the checkpoint's own where it is "auto"."""
     given = own or torch.float32 if given in (None, "auto") else given

@@ -121,9 +121,12 @@ class Ranks:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:120]
-            raise RankLost(
-                f"Rank {self.rank} of {self.count} does not reach the others ({reason}). Expected"
-                " all of them to run until the end. One has ended: read its own message, or"
-                " torchrun's report of which and how, then start all again."
-            ) from error
+            raise self.lost(" ".join(str(error).split())[:120]) from error
+
+    def lost(self, reason: str) -> RankLost:
+        """The error to raise where another rank is missed."""
+        return RankLost(
+            f"Rank {self.rank} of {self.count} does not reach the others ({reason}). Expected all"
+            " of them to run until the end. One has ended: read its own message, or torchrun's"
+            " report of which and how, then start all again."
+        )

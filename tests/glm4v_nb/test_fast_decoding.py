@@ -185,16 +185,16 @@ def test_an_answer_ends_within_one_token_of_being_told_to(own, golden, decoder):
 
 
 def test_the_loaders_parts_are_taken_as_one_tensor_and_others_become_one(load):
-    from glm4v_nb.inference.step import LayerWeights
+    from glm4v_nb.inference.weights import LayerWeights
 
     for model in (load(), load(attn_implementation="eager")):
         layer = model.language_model.layers[1]
         attention = layer.self_attn
         expected = torch.cat([attention.q_proj.weight, attention.k_proj.weight,
                               attention.v_proj.weight]).detach()  # fmt: skip
-        assert torch.equal(LayerWeights.of(layer).heads, expected)
+        assert torch.equal(LayerWeights.of(layer).heads.numbers, expected)
         attention.k_proj.weight.data = attention.k_proj.weight.data.clone()
-        heads = LayerWeights.of(layer).heads
+        heads = LayerWeights.of(layer).heads.numbers
         assert torch.equal(heads, expected)
         assert attention.v_proj.weight.untyped_storage().data_ptr() == heads.data_ptr()
         assert torch.equal(attention.k_proj.weight, expected[64:96])

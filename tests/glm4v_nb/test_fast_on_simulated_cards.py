@@ -48,6 +48,38 @@ def test_answers_come_and_what_decoding_takes_is_given_back(decoding, steps):
         assert 0 <= given_back - taken["fixed cache"] - taken["buffers"] < MIB // 8  # whole blocks
 
 
+@pytest.mark.parametrize("keep", [["lm_head"], []])
+def test_int8_weights_are_taken_where_they_are(keep):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    with Rig.simulated("L4", 1, ""), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model, processor = load(CHECKPOINT, weights="int8", keep=keep)
+        generate(model, processor, ASKED, Sampling(6))  # after it libraries' workspaces are there
+        before = torch.cuda.memory_allocated()
+        set_decoding(model, "fast")
+        assert generate(model, processor, ASKED, Sampling(6)).new_tokens == 6
+        assert model.fast_decoder.steps == 5
+        set_decoding(model, "eager")
+        # Queries, keys and values, which became one, are in fewer blocks than before.
+        assert torch.cuda.memory_allocated() <= before + MIB // 8
+
+
+def test_groups_that_the_kernels_do_not_take_are_named():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    with Rig.simulated("L4", 1, ""):
+        with pytest.warns(UserWarning, match=r"Int4TilePackedTo4dTensor in blocks of \[1, 64\]"):
+            load(CHECKPOINT, weights="int4", decoding="fast")
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_fit_takes_quantised_weights_and_fast_decoding_together(weights):
+    """At full size, where a card's groups are of 128."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    found = fit("L4", 1, workload=TEXT, weights=weights, decoding="fast")
+    assert found.fits
+    assert found.decoding_bytes["fixed cache"] == 40 * 2 * 1024 * 2 * 128 * 2
+
+
 def test_two_cards_have_a_graph_each_and_an_end_on_another_card_is_said():
     with Rig.simulated("L4", 2, ""):
         model = load_model(device_map=split_in_two())

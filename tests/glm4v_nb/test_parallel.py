@@ -84,6 +84,7 @@ def test_fused_kernels_of_all_ranks_give_the_tokens_of_one_process(started, mode
         found = load_file(started[0] / f"{count}-{rank}.safetensors")
         assert found["steps"].item() == 3
         assert torch.equal(found["fast"], new[:, : found["fast"].shape[1]])
+        assert torch.equal(found["exchanged"], found["fast"])
 
 
 def test_answers_whole_and_streamed_are_those_of_one_process(answers):

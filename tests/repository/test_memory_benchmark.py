@@ -239,3 +239,22 @@ def test_a_load_whose_head_came_first_is_simulated_in_that_order(benchmark):
     assert usual[1] - other[1] > 1000, "the hole that the head does not fit into"
     assert not benchmark.same_reserved(first, last)
     assert benchmark.same_reserved(first, first)
+
+
+def test_a_random_checkpoint_is_one_that_loads(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from glm4v_nb.miniature import CHECKPOINT
+    from glm4v_nb.model.configuration import read_config
+
+    written = load_benchmark("random_checkpoint")
+    monkeypatch.setattr(written, "SHARD_BYTES", 3 * 10**6)
+    written.write(tmp_path, read_config(CHECKPOINT))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    layer = model.language_model.layers[0]
+    assert bool((layer.input_layernorm.weight == 1).all())
+    assert bool((layer.self_attn.q_proj.bias == 0).all())
+    matrices = (model.lm_head, layer.mlp.down_proj, model.vision_tower.layers[0].mlp.fc1)
+    for matrix in matrices:
+        assert float(matrix.weight.detach().float().std()) == pytest.approx(0.02, rel=0.05)

@@ -1,9 +1,12 @@
 """The program that measures quantised weights on a GPU, on simulated cards with the miniature; and
 the page of what was measured on the CPU."""
 
-import copy
+import argparse
 import importlib.util
 import json
+import os
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from benchmark_program import ROOT, load_benchmark
@@ -20,20 +23,128 @@ def benchmark():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-def test_a_difference_of_more_than_is_promised_is_named(benchmark, capsys):
+def test_a_load_of_a_format_is_one_of_memory_py(benchmark):
     runs = (benchmark.Run("text, 4 new", images=0, text_tokens=40, new_tokens=4),)
-    records = json.loads(
-        json.dumps(benchmark.perform("int8", Rig.simulated("L4"), CHECKPOINT, runs))
+    held, after = {}, []
+    for weights in ("bfloat16", "int8"):
+        load = benchmark.named(weights, runs)
+        records = benchmark.perform(
+            load, Rig.simulated("H100"), CHECKPOINT, after=lambda *given: after.append(given[2])
+        )
+        names = [(one["run"], [stage["name"] for stage in one["stages"]]) for one in records]
+        assert names == [("load", ["load"]), ("text, 4 new", ["prefill", "decode"])]
+        held[weights] = records[0]["stages"][0]["memory"][0]["allocated_bytes"]
+    assert [run.name for run in after] == ["text, 4 new"] * 2
+    assert 4e6 < held["bfloat16"] - held["int8"] < 5e6  # 4,454,400 numbers are quantised
+
+
+def cases(loads) -> set[tuple[str, int | None]]:
+    """Format and cap of all that was asked to be loaded, or run."""
+    caps = {}
+    for load in loads:
+        found = caps.setdefault(load["weights"] or "bfloat16", set())
+        found |= {load["cap_bytes"]} | {run["cap_bytes"] for run in load["runs"]}
+    return {(weights, cap) for weights, found in caps.items() for cap in found}
+
+
+def test_the_plan_has_every_format_whole_and_under_every_cap(benchmark):
+    found = cases(map(asdict, benchmark.PLAN))
+    assert {(each, cap) for each in benchmark.FORMATS for cap in benchmark.CAPS} <= found
+    assert len({load.name for load in benchmark.PLAN}) == len(benchmark.PLAN)
+
+
+def test_processes_that_run_at_once_fit_on_the_card_together(benchmark, monkeypatch, tmp_path):
+    running, most = [], []
+
+    class Process:
+        """Ends when asked for the third time, and has then written its part."""
+
+        def __init__(self, command):
+            self.number = int(command[command.index("--number") + 1])
+            self.part, self.asked = command[command.index("--output") + 1], 0
+            running.append(self.number)
+            most.append(sum(benchmark.room(benchmark.PLAN[number]) for number in running))
+
+        def poll(self):
+            self.asked += 1
+            if self.asked < 3:
+                return None
+            running.remove(self.number)
+            content = {"load": self.number, "provenance": {"cards": {"a card": 1}}}
+            Path(self.part).write_text(json.dumps(content), encoding="utf-8")
+            return 0
+
+        def kill(self):
+            pass
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(benchmark.subprocess, "Popen", Process)
+    monkeypatch.setattr(benchmark.time, "sleep", lambda seconds: None)
+    output = tmp_path / "found.json"
+    options = {"only": [], "at_once": 6, "seconds": 60, "traced": [], "card": 82}
+    benchmark.measure(argparse.Namespace(checkpoint="somewhere", output=output, **options))
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert [one["load"] for one in found["loads"]] == [*range(len(benchmark.PLAN))]
+    assert found["provenance"] == {"cards": {"a card": 1}}
+    assert max(most) <= 82
+
+
+def test_a_file_is_merged_into_one_of_the_same_card_and_versions(benchmark, tmp_path):
+    def write(name, card, *loads):
+        content = {"provenance": {"cards": {card: 1}, "date": name}}
+        content["loads"] = [{"load": {"name": load}, "seconds": name} for load in loads]
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+        return tmp_path / name
+
+    into = write("old", "H200", "nf4", "int8")
+    benchmark.merge(write("new", "H200", "int8", "int4"), into)
+    found = json.loads(into.read_text(encoding="utf-8"))
+    seconds = {each["load"]["name"]: each["seconds"] for each in found["loads"]}
+    assert seconds == {"nf4": "old", "int8": "new", "int4": "new"}
+    with pytest.raises(ValueError, match="differ in cards. Give another file"):
+        benchmark.merge(write("other", "H100", "nf4"), into)
+
+
+STORED = sorted((ROOT / "benchmarks" / "results").glob("quantised_memory_*.json"))
+# The rest is simulated again by the weekly workflow.
+EACH_TIME = ("int8, capped to 16 GB", "int4, capped to 12 GB", "nf4", "nf4, QLoRA")
+
+
+@pytest.mark.parametrize(
+    ("path", "number"),
+    [
+        pytest.param(path, number, id=f"{path.stem}-{each['load']['name']}")
+        for path in STORED
+        for number, each in enumerate(json.loads(path.read_text(encoding="utf-8"))["loads"])
+        if each["load"]["name"] in EACH_TIME or os.environ.get("EVERY_MEASUREMENT")
+    ],
+)
+def test_simulated_quantised_weights_take_what_was_measured(path, number):
+    results = json.loads(path.read_text(encoding="utf-8"))
+    results["loads"] = results["loads"][number : number + 1]
+    library = (
+        "torchao" if results["loads"][0]["load"]["weights"].startswith("int") else "bitsandbytes"
     )
-    names = [(record["run"], [stage["name"] for stage in record["stages"]]) for record in records]
-    assert names == [("load", ["load"]), ("text, 4 new", ["prefill", "decode"])]
-    assert benchmark.compare("int8", records, records) == []
-    other = copy.deepcopy(records)
-    other[1]["stages"][1]["memory"][0]["peak_allocated_bytes"] += 5 * 2**20
-    (found,) = benchmark.compare("int8", other, records)
-    assert found.startswith("int8, text, 4 new, decode")
-    del other[1]
-    assert len(benchmark.compare("int8", other, records)) == 2
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    memory = load_benchmark("memory")
+    ((load, measured, simulated),) = memory.simulate(results)
+    figures, differences = memory.compare(load, measured, simulated)
+    assert differences == []
+    assert [figure for figure in figures if not figure.right] == []
+    page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8").splitlines()
+    assert [row for row in memory.rows(load, measured, simulated) if row not in page] == []
+
+
+def test_every_format_was_measured_whole(benchmark):
+    loads = [
+        each["load"]
+        for path in STORED
+        for each in json.loads(path.read_text(encoding="utf-8"))["loads"]
+    ]
+    assert {(weights, None) for weights in benchmark.FORMATS} <= cases(loads)
+    assert {load["name"] for load in loads} >= {"nf4", "nf4, QLoRA"}
 
 
 @pytest.fixture(scope="module")

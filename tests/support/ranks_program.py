@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from glm4v_nb.inference import Sampling, fast, generate, load, stream
 from glm4v_nb.miniature import CHECKPOINT, EXAMPLES
 from glm4v_nb.model.configuration import read_config
 from glm4v_nb.parallel import Ranks, load_rank
+from glm4v_nb.parallel.exchange import Exchange
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 PICTURE = EXAMPLES / "five_shapes.png"
@@ -45,7 +47,26 @@ def tiny():
         lengths = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
         found["fast"] = model.generate(**batch, **lengths, custom_generate=decoder)
         found["steps"] = torch.tensor(decoder.steps)
+        with patch.object(Exchange, "of", exchange_in_files):
+            decoder = fast.FastDecoder()
+            found["exchanged"] = model.generate(**batch, **lengths, custom_generate=decoder)
+            (step,) = decoder._steps.values()
+            assert step.exchange is not None and not step.exchange.lost
+            found["logits of the last step"] = step.logits
     save_file(found, FOLDER / f"{ranks.count}-{RANK}.safetensors")
+
+
+def exchange_in_files(ranks, *sizes) -> Exchange:
+    """As where cards are in reach of each other: the memory of each rank is a file, which all have
+    mapped, and the kernels wait for each other."""
+    own = Exchange(ranks, *sizes)
+    files = [f"{FOLDER}/memory of {rank}, {ranks.count}" for rank in range(ranks.count)]
+    memory = [
+        torch.from_file(file, shared=True, size=own.bytes, dtype=torch.uint8) for file in files
+    ]
+    own.meet(memory[ranks.rank], [each.data_ptr() for each in memory])
+    own.all = memory
+    return own
 
 
 def miniature() -> dict:

@@ -1,0 +1,70 @@
+"""Triton compiles the fused kernels for real cards, which takes none: what its interpreter accepts
+may be no kernel."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Compute capabilities of Ampere and Hopper; lanes and bits of the weights.
+CARDS = [80, 90]
+KINDS = {"one row": (1, 16), "int8": (8, 8), "int4": (8, 4)}
+SIZES = {"K": 4096, "EPSILON": 1e-5, "BN": 16, "BK": 512, "AHEAD": False}
+KERNELS = {
+    "project": {"OUTPUTS": 4096, "NORM": True, "RESIDUAL": True},
+    "project_gated": {"OUTPUTS": 13696},
+    "project_heads": {"HEADS": 32, "GROUPS": 2, "D": 128, "ROTARY": 64},
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_kernels_compile_and_no_number_changes_hands(card, tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed: no kernels to compile")
+    # In a process of its own: here the kernels may be interpreted. What is compiled is not kept.
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, __file__, str(card)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    moves = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    assert len(moves) == len(KERNELS) * len(KINDS)
+    # Sums over threads and x take some. Of numbers a thread has 64 in a turn here, which in another
+    # order would take 32 or more besides.
+    assert max(int(moves[name]) for name in moves if "int" in name) < 45, moves
+
+
+def compiled(name: str, kind: str, card: int):
+    from triton import compile as compile_for
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from glm4v_nb.inference import kernels
+
+    lanes, bits = KINDS[kind]
+    kernel = getattr(kernels, name)
+    pdl = card >= 90
+    constants = {**SIZES, **KERNELS[name], "ROWS": 1, "R": lanes, "BITS": bits, "PDL": pdl}
+    types = {"weight": {16: "*bf16", 8: "*i8", 4: "*i32"}[bits], "capacity": "i32"}
+    types |= {"scales": {16: "*bf16", 8: "*fp32", 4: "*i32"}[bits]}
+    types |= dict.fromkeys(("positions", "slots", "sequences"), "*i32")
+    types |= dict.fromkeys(("cosines", "sines"), "*fp32")
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {argument: types.get(argument, "*bf16") for argument in kernel.arg_names}
+    aligned = [["tt.divisibility", 16]]
+    attributes = {
+        (at,): aligned for at, kind in enumerate(signature.values()) if kind.startswith("*")
+    }
+    return compile_for(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", card, 32),
+        options={"num_warps": 4, "num_stages": 3, "launch_pdl": pdl},
+    )
+
+
+if __name__ == "__main__":
+    for name in KERNELS:
+        for kind in KINDS:
+            made = compiled(name, kind, int(sys.argv[1]))
+            ptx = made.asm["ptx"]  # between threads: directly, or by memory that they share
+            print(f"{name}, {kind}", ptx.count("shfl.sync") + ptx.count("st.shared"))
