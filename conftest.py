@@ -24,6 +24,7 @@ LONGEST = (
     "tests/repository/test_readme.py",
     "tests/glm4v_nb/test_limits.py",
     "notebooks/15_experiments.ipynb",
+    "notebooks/11_quantise_for_one_card.ipynb",
     "tests/nbsweep/test_kills.py",
     "tests/glm4v_nb/test_fit.py",
     "tests/repository/test_memory_benchmark.py",

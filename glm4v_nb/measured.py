@@ -77,5 +77,18 @@ def measured_decoding(file: str) -> dict:
     return results | {"measured_on": measured_on}
 
 
+def measured_miniature(file: str) -> dict:
+    """What a tool of tools/miniature measured on a CPU, as its file has it, and its provenance in
+    words, ``measured_on``."""
+    results = _read(file)
+    versions = ", ".join(f"{name} {each}" for name, each in results["versions"].items())
+    return results | {"measured_on": f"measured on the {results['measured']}, {versions}"}
+
+
+def simulated_choices() -> dict:
+    """What ``tools/quantised_choices.py`` found on simulated cards, as its file has it."""
+    return _read("simulated/quantised_choices")
+
+
 def _read(file: str) -> dict:
     return json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ from simgpu.training import enable_gradient_checkpointing, first_update, trained
 
 __all__ = [
     "ExpandingCollator",
+    "answer_row",
     "enable_gradient_checkpointing",
     "first_update",
     "flop_counter",
@@ -28,6 +29,27 @@ def train_step(model, prompt: dict[str, torch.Tensor], gradient_checkpointing: b
     loss = model(**prompt, labels=prompt["input_ids"], use_cache=False).loss
     loss.backward()
     return loss.detach()
+
+
+def answer_row(processor, picture, question: str, answer: str) -> dict[str, torch.Tensor]:
+    """One example for ``ExpandingCollator``: of a question about a picture only the answer counts.
+
+    As in the model's own conversations, the answer begins with a line break and ends with the next
+    user's turn.
+
+    Returns:
+        ``input_ids`` and ``labels`` (length), -100 in labels at the question; ``pixel_values``
+        (3, side, side).
+    """
+    prompt, tokenizer = processor([picture], [question]), processor.tokenizer
+    answered = tokenizer.encode(f"\n{answer}", add_special_tokens=False)
+    answered = torch.tensor([*answered, tokenizer.convert_tokens_to_ids("<|user|>")])
+    asked = prompt["input_ids"][0]
+    return {
+        "input_ids": torch.cat((asked, answered)),
+        "labels": torch.cat((torch.full_like(asked, IGNORED_LABEL), answered)),
+        "pixel_values": prompt["pixel_values"][0],
+    }
 
 
 @dataclass

@@ -5,6 +5,7 @@ Functions take plain figures, memory in bytes, return a matplotlib figure, and w
 """
 
 from glm4v_nb.plots.device_map import plot_device_map
+from glm4v_nb.plots.quantised import plot_levels
 from glm4v_nb.plots.speed import plot_batches, plot_rungs
 from glm4v_nb.plots.timeline import memory_by_purpose, plot_timeline
 from simgpu.plots import (
@@ -27,6 +28,7 @@ __all__ = [
     "plot_device_map",
     "plot_frontier",
     "plot_layers",
+    "plot_levels",
     "plot_memory_bars",
     "plot_path",
     "plot_peaks",

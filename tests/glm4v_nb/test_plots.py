@@ -46,6 +46,8 @@ def test_every_picture_says_where_its_figures_come_from():
     assert layers.axes[0].get_xlabel() == "layer by layer · measured on H100"
     rounding = plots.plot_rounding({"float32": torch.float32})
     assert rounding.axes[0].get_xlabel() == "size of the number · arithmetic"
+    levels = plots.plot_levels([0.0, 1.0], {"int1": [0.0, 1.0]})
+    assert levels.axes[-1].get_xlabel().endswith("· computed")
     rungs = plots.plot_rungs({"eager": 8.0}, 170.0, provenance="measured on H100")
     assert rungs.axes[0].get_xlabel() == "tokens a second\nmeasured on H100"
     batches = plots.plot_batches({"memory": {1: 170.0}}, {1: 162.0}, provenance="measured on H100")
@@ -73,6 +75,17 @@ def test_rungs_are_as_long_as_their_speeds_beside_the_limit():
     assert axes.lines[0].get_xdata() == [170, 170] and texts(axes) == ["8", "162", "limit 170"]
     words = figure._repr_mimebundle_()[0]["text/plain"]
     assert words == "Bars: tokens a second. One prompt. eager 8.0, fast 162.0; limit 170.0."
+
+
+def test_levels_are_strokes_under_the_weights_that_they_stand_for():
+    figure = plots.plot_levels([-1.0, 0.0, 0.1, 1.0], {"int2": [-1, 0, 1], "int1": [0, 1]}, "One")
+    above, below = figure.axes
+    assert sum(patch.get_height() for patch in above.patches) == 4
+    strokes = [[line[0][0] for line in each.get_segments()] for each in below.collections]
+    assert strokes == [[-1, 0, 1], [0, 1]]
+    assert [label.get_text() for label in below.get_yticklabels()] == ["int2", "int1"]
+    words = figure._repr_mimebundle_()[0]["text/plain"]
+    assert "int2 has 3; int1 has 2" in words
 
 
 def test_measured_batches_are_points_beside_lines_of_limits():
@@ -137,7 +150,7 @@ def test_no_plot_is_without_a_test_of_its_label():
     """A notebook's picture counts as labelled if one of these draws it; test_monitor.py tests the
     timeline's."""
     general = (simgpu.plots, simgpu.plots.memory, simgpu.plots.style)
-    modules = (plots, plots.device_map, plots.speed, plots.timeline, *general)
+    modules = (plots, plots.device_map, plots.quantised, plots.speed, plots.timeline, *general)
     plots_here = {name for each in modules for name in vars(each) if name.startswith("plot_")}
     assert plots_here == {
         *("plot_memory_bars", "plot_device_map", "plot_frontier", "plot_timeline"),

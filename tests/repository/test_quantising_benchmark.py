@@ -147,15 +147,59 @@ def test_every_format_was_measured_whole(benchmark):
     assert {load["name"] for load in loads} >= {"nf4", "nf4, QLoRA"}
 
 
-def test_the_page_says_what_was_measured():
+@pytest.fixture(scope="module")
+def found():
     stored = ROOT / "benchmarks" / "results" / "miniature_quantised.json"
-    found = json.loads(stored.read_text(encoding="utf-8"))
+    return json.loads(stored.read_text(encoding="utf-8"))
+
+
+SORTS = {"formats": 15, "bits": 2, "parts": 10, "layers": 9}
+
+
+def test_the_page_says_what_was_measured(found):
     page = (ROOT / "docs" / "quantising.md").read_text(encoding="utf-8")
-    assert f"{found['questions']} held-out questions" in page
+    assert f"{found['questions']:,} held-out questions" in page
     for name, version in found["versions"].items():
         assert f"{name} {version}" in " ".join(page.split())
-    rows = {**found["formats"], **found["parts"]}
-    assert len(rows) == len(found["formats"]) + len(found["parts"]) == 25
-    for name, row in rows.items():
+    rows = [(name, row) for sort in SORTS for name, row in found[sort].items()]
+    assert {sort: len(found[sort]) for sort in SORTS} == SORTS
+    for name, row in rows:
         figures = (row[key] for key in ("right", "as_bfloat16", "logits_off"))
         assert f"| {name} | {' | '.join(f'{each:.2%}' for each in figures)} |" in page
+
+
+def test_what_was_measured_agrees_with_itself(found):
+    """Answers by kind, and those that changed, make up the shares of all."""
+    count, first = found["questions"], found["formats"]["bfloat16"]
+    assert sum(found["kinds"].values()) == count == 2000
+    for sort in SORTS:
+        for name, row in found[sort].items():
+            by_kind = sum(share * found["kinds"][kind] for kind, share in row["kinds"].items())
+            assert by_kind / count == pytest.approx(row["right"], abs=2e-4), name
+            moved = (row["became_right"] - row["became_wrong"]) / count
+            assert first["right"] + moved == pytest.approx(row["right"], abs=2e-4), name
+            different = round(count * (1 - row["as_bfloat16"]))
+            assert row["became_wrong"] + row["became_right"] <= different, name
+            assert len(row["changed"]) == min(different, 10), name
+            assert all(each["given"] != each["bfloat16"] for each in row["changed"]), name
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+def test_the_stored_choices_are_what_is_simulated_now():
+    """One of the sixteen: what fits, and that its largest batch is one."""
+    from glm4v_nb.fit import fit
+    from glm4v_nb.measured import simulated_choices
+    from tools.quantised_choices import CARDS, WEIGHTS, WORKLOAD
+
+    rows = simulated_choices()["rows"]
+    assert [(row["place"], row["weights"]) for row in rows] == [
+        (place, weights) for place in CARDS for weights in WEIGHTS
+    ]
+    row = next(
+        row for row in rows if (row["card"], row["count"], row["weights"]) == ("L4", 1, "nf4")
+    )
+    (now,) = fit("L4", 1, workload=WORKLOAD, weights="nf4").devices
+    assert row["verdict"] == "fits"
+    assert now.weights_bytes == row["devices"][0]["weights_bytes"]

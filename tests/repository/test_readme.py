@@ -49,7 +49,7 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def skip_without_libraries(text: str):
-    """Of quantised weights, which are no part of the lock."""
+    """Of quantised weights, where this is not an environment of the lock."""
     if re.search(QUANTISES, text):
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

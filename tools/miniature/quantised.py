@@ -1,19 +1,21 @@
 """What quantising costs the miniature: ``python -m tools.miniature.quantised [--count N]``.
 
-Every row asks the same held-out questions. It has the share of right answers, of those that are
-word for word the answer in bfloat16, and how far the first logits are from those in bfloat16: the
-norm of the difference over the norm, of all questions together.
+Every row asks the same held-out questions. It has the share of right answers, of all and of each
+kind of question, of those that are word for word the answer in bfloat16, and how far the first
+logits are from those in bfloat16: the norm of the difference over the norm, of all questions
+together. Then how many answers became wrong and how many right, and the first of those that differ.
 
-Two kinds of rows: "formats" load as ``load(weights=, keep=)`` does; of int4, whose kernels need a
-GPU, the rounding is torchao's own and the products are bfloat16's. "parts" are rounded one at a
-time to 2 bits, below any format here, so that the order in which they break is seen. Writes
-benchmarks/results/miniature_quantised.json.
+Four kinds of rows: "formats" load as ``load(weights=, keep=)`` does; of int4, whose kernels need a
+GPU, the rounding is torchao's own and the products are bfloat16's. "bits" rounds all but the head
+to so many bits. "parts" and "layers" are rounded one at a time to 2 bits, below any format here, so
+that the order in which they break is seen. Writes benchmarks/results/miniature_quantised.json.
 """
 
 import argparse
 import json
 import platform
 import time
+from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from tools.miniature.evaluate import HELD_OUT_SEED, held_out_question
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks/results/miniature_quantised.json"
 HEAD, TOWER, DECODER = "lm_head", "vision_tower", "language_model"
+BATCH = 64
 GROUP = 64  # 128 does not divide the tower's rows of 192
 # Row -> what is left in bfloat16 besides the embedding.
 KEPT = {
@@ -50,6 +53,10 @@ PARTS = {
     "embedding": r"language_model\.embed_tokens",
     "head": r"lm_head",
 }
+# Layers of the miniature's two stacks: every matrix of one, one layer at a time.
+LAYERS = {f"tower, layer {n}": rf"vision_tower\.layers\.{n}\..*" for n in range(5)}
+LAYERS |= {f"decoder, layer {n}": rf"language_model\.layers\.{n}\..*" for n in range(4)}
+SHOWN = 10  # answers that differ, of each row
 
 
 def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -112,8 +119,11 @@ def models():
                 trust_remote_code=False,
             ).eval(),
         )
-    for row, pattern in PARTS.items():
-        yield "parts", row, lambda pattern=pattern: round_parts(2, only=pattern)
+    for bits in (3, 2):
+        yield "bits", f"{bits} bits", lambda bits=bits: round_parts(bits, [HEAD])
+    for kind, patterns in (("parts", PARTS), ("layers", LAYERS)):
+        for row, pattern in patterns.items():
+            yield kind, row, lambda pattern=pattern: round_parts(2, only=pattern)
 
 
 @torch.inference_mode()
@@ -123,31 +133,59 @@ def first_logits(model, processor, questions) -> torch.Tensor:
     return model(**inputs, logits_to_keep=1).logits[:, -1].float()
 
 
+def compare(asked: list[tuple], plain: list[str], answers: list[str]) -> dict:
+    """What became of the answers ``plain``, given to the questions ``asked`` in bfloat16."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    changed = []
+    for one, before, given in zip(asked, plain, answers, strict=True):
+        question, expected, kind = one[1:4]
+        right[kind].append(given == expected)
+        if given != before:
+            said = {"question": question, "expected": expected}
+            changed.append({"kind": kind, **said, "bfloat16": before, "given": given})
+    return {
+        "right": share(sum(right.values(), [])),
+        "as_bfloat16": round(1 - len(changed) / len(asked), 4),
+        "became_wrong": sum(one["bfloat16"] == one["expected"] for one in changed),
+        "became_right": sum(one["given"] == one["expected"] for one in changed),
+        "kinds": {kind: share(hits) for kind, hits in sorted(right.items())},
+        "changed": changed[:SHOWN],
+    }
+
+
+def share(hits: list[bool]) -> float:
+    """Of a list of hits and misses, to four digits."""
+    return round(float(np.mean(hits)), 4)
+
+
 def measure(count: int) -> dict:
     """Ask every model ``count`` questions."""
     rng = np.random.default_rng([HELD_OUT_SEED, HELD_OUT_SEED])
     asked = [held_out_question(rng) for _ in range(count)]
-    processor, rows, exact = load(CHECKPOINT)[1], {"formats": {}, "parts": {}}, None
+    processor, rows, exact = load(CHECKPOINT)[1], defaultdict(dict), None
     for kind, row, made in models():
         model, answers, logits, begin = made(), [], [], time.monotonic()
-        for start in range(0, count, 64):
-            some = [one[:2] for one in asked[start : start + 64]]
+        for start in range(0, count, BATCH):
+            some = [one[:2] for one in asked[start : start + BATCH]]
             answers += answer_all(model, processor, some)
             logits.append(first_logits(model, processor, some))
         logits = torch.cat(logits)
         exact = exact or (answers, logits)
-        right = np.mean([one[2] == given for one, given in zip(asked, answers, strict=True)])
-        same = np.mean([one == given for one, given in zip(exact[0], answers, strict=True)])
+        found = compare(asked, exact[0], answers)
         away = ((logits - exact[1]).norm() / exact[1].norm()).item()
-        figures = {"right": right, "as_bfloat16": same, "logits_off": away}
-        rows[kind][row] = {name: round(float(figure), 4) for name, figure in figures.items()}
-        print(f"{row:32} {right:.2%} {same:.2%} {away:.4f} ({time.monotonic() - begin:.0f} s)")
+        rows[kind][row] = {"logits_off": round(away, 4), **found}
+        print(
+            f"{row:32} {found['right']:.2%} {found['as_bfloat16']:.2%} {away:.4f}"
+            f" ({time.monotonic() - begin:.0f} s)",
+            flush=True,
+        )
     names = ("torch", "transformers", "torchao", "bitsandbytes")
     return {
         "measured": f"CPU, {time.strftime('%Y-%m-%d')}",
         "versions": {name: version(name).partition("+")[0] for name in names},
         "python": platform.python_version(),
         "questions": count,
+        "kinds": dict(sorted(Counter(one[3] for one in asked).items())),
         "seed": HELD_OUT_SEED,
         **rows,
     }
@@ -156,11 +194,13 @@ def measure(count: int) -> dict:
 def main():
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     report = measure(options.count)
-    options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    options.output.write_text(
+        json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
