@@ -125,22 +125,33 @@ def _linear(input, weight, bias):
     return output.view(*input.shape[:-1], len(weight))
 
 
+def _columns_of(large):
+    """Those with a number that is large. Whether one is nobody knows here: it is asked, and so an
+    assumption that the rig counts, or refuses to make."""
+    if torch.ops.aten._local_scalar_dense(large.any()):
+        return torch.argwhere(large.any(dim=0)).view(-1)
+    return large.new_empty(0, dtype=torch.int64)
+
+
 def _int8_vectorwise_quant(A, threshold=0.0):
-    """Whether a number of the input is large nobody knows here: it is asked, and so an assumption
-    that the rig counts, or refuses to make."""
     if not on_card(A):
         return NotImplemented
     scales = A.new_empty(A.numel() // A.shape[-1], dtype=torch.float32)
     numbers, columns = A.new_empty(A.shape, dtype=torch.int8), None
     if threshold > 0:
-        large = A.abs() >= threshold
-        if torch.ops.aten._local_scalar_dense(large.any()):
-            columns = torch.argwhere(large.any(dim=0)).view(-1)
-        else:
-            columns = A.new_empty(0, dtype=torch.int64)
+        large = A.abs() >= threshold  # lasts until the end, as there
+        columns = _columns_of(large)
         if scales.numel() > 1:
             numbers[:, columns] = 0
     return numbers, scales, columns
+
+
+def _int8_vectorwise_dequant(A, stats):
+    if not on_card(A):
+        return NotImplemented
+    return (
+        A * stats.view(-1, 1) * (1 / 127)
+    )  # two results in float32, for a while beside each other
 
 
 def _int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, outlier_cols=None, bias=None):
@@ -186,6 +197,7 @@ def _take_apart(module):
     for rule in (
         _gemm_4bit,
         _int8_vectorwise_quant,
+        _int8_vectorwise_dequant,
         _int8_mixed_scaled_mm,
         _int8_scaled_mm,
         _int8_mm_dequant,

@@ -252,3 +252,18 @@ def test_8_bits_that_look_at_numbers_are_assumed_to_find_none_that_are_large():
         assert (
             0 <= card.allocated_bytes - in_blocks(each for each in held if each is not None) < 4096
         )
+
+
+@needs("bitsandbytes")
+def test_8_bits_are_made_whole_in_two_steps():
+    """They are where an input has large numbers: multiplied by scales, and the product by 1/127."""
+    import bitsandbytes  # noqa: F401  (defines the operator)
+
+    with Rig.simulated("L4"):
+        numbers = torch.empty(4096, 1024, dtype=torch.int8, device="cuda")
+        scales = torch.empty(4096, device="cuda")
+        before = torch.cuda.memory_allocated()
+        result = torch.ops.bitsandbytes.int8_vectorwise_dequant(numbers, scales)
+        assert result.dtype == torch.float32
+        assert torch.cuda.memory_allocated() - before == result.nbytes
+        assert torch.cuda.max_memory_allocated() - before == 2 * result.nbytes
