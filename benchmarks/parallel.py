@@ -169,8 +169,7 @@ def _right_logits(model) -> dict[str, torch.Tensor]:
     found, parts = {}, (model.language_model, model.lm_head)
     ids, tokens = _some_ids(model.device)
     for name in ("bfloat16", "float32"):
-        for part in parts:
-            part.to(getattr(torch, name))
+        _convert(parts, getattr(torch, name))
         cache = DynamicCache()
         model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
         logits = []
@@ -180,9 +179,14 @@ def _right_logits(model) -> dict[str, torch.Tensor]:
             logits.append(model(**at, past_key_values=cache).logits[0, -1].float().cpu())
             cache.crop(-1)
         found[name] = torch.stack(logits)
-    for part in parts:
-        part.to(torch.bfloat16)
+    _convert(parts, torch.bfloat16)
     return found
+
+
+def _convert(parts, dtype: torch.dtype):
+    """Parameters alone: buffers, as the frequencies of positions, would be rounded for good."""
+    for one in (each for part in parts for each in part.parameters()):
+        one.data = one.data.to(dtype)
 
 
 @torch.no_grad()

@@ -140,7 +140,7 @@ def serve(
         Path | None, "A file with the API key, instead of the variable GLM4V_NB_API_KEY."
     ) = None,
     dtype: option(str, "bfloat16, float16 or float32.") = "bfloat16",
-    decoding: option(str, "eager, or fast for fused kernels (at most 8 rows).") = "eager",
+    decoding: option(str, "fast (fused kernels, at most 8 rows), eager, or auto.") = "auto",
     rows: option(int, "Requests that are answered at a time.") = 8,
     queue: option(int, "Requests that may wait besides; more are told to come back (429).") = 64,
     positions: option(

@@ -71,7 +71,8 @@ def measured_decoding(file: str) -> dict:
     results = _read(file)
     origin = results["provenance"]
     cards = ", ".join(f"{count} x {name}" for name, count in origin["cards"].items())
-    versions = (f"{name} {origin[name]}" for name in ("torch", "triton", "transformers"))
+    names = (name for name in ("torch", "triton", "transformers") if name in origin)
+    versions = (f"{name} {origin[name]}" for name in names)
     measured_on = f"measured on {cards}, {origin['date']}, {', '.join(versions)}"
     return results | {"measured_on": measured_on}
 

@@ -68,6 +68,14 @@ def replacements(rig) -> list[tuple[object, str, object]]:
                 f"Pointer argument cannot be accessed from Triton: {kernel.__name__} is launched on"
                 f" tensors on {' and '.join(places)}. Expected all on one card: move them there."
             )
+        (place,), current = places, torch.cuda.current_device()
+        if place != f"cuda:{current}":
+            raise ValueError(
+                f"{kernel.__name__} is launched on cuda:{current}, the current card, and its"
+                f" tensors are on {place}: without access between the cards it would fail, else"
+                " run before they are ready. Expected the card of the tensors. Launch it inside"
+                f' torch.cuda.device("{place}").'
+            )
         if not warmup:
             rig.numbers.lose(tensors)  # any of them may be written
 

@@ -42,6 +42,7 @@ def fused(model, heads: Sequence[Heads | None]) -> Iterator[None]:
     before = []
     try:
         for layer, forward in others:
+            forward = partial(_on_its_card, forward)
             # Hooks of accelerate are around the layer's own, which they keep under this name.
             name = "_old_forward" if hasattr(layer, "_old_forward") else "forward"
             before.append((layer, name, vars(layer).get(name)))
@@ -52,6 +53,12 @@ def fused(model, heads: Sequence[Heads | None]) -> Iterator[None]:
             delattr(layer, name)
             if forward is not None:
                 setattr(layer, name, forward)
+
+
+def _on_its_card(forward, hidden_states: torch.Tensor, *args, **options) -> torch.Tensor:
+    # Triton launches on the current card, which another's tensors need not be ready for.
+    with torch.cuda.device_of(hidden_states):
+        return forward(hidden_states, *args, **options)
 
 
 def decoder_layer(

@@ -170,3 +170,9 @@ class FastSteps:
 
 
 STEPS = {"eager": Steps, "fast": FastSteps}
+
+
+def best_steps(model, cache: RowCache) -> str:
+    """The name of the faster ones that this model can have where it is, with so many rows."""
+    few, on_card = cache.sequences <= MOST_ROWS, model.lm_head.weight.is_cuda
+    return "fast" if few and on_card and why_not(model) is None else "eager"

@@ -22,6 +22,7 @@ except ImportError as error:
     ) from None
 
 from glm4v_nb.inference import load
+from glm4v_nb.serving.cache import best_steps
 from glm4v_nb.serving.capacity import find_room
 from glm4v_nb.serving.engine import Engine
 from glm4v_nb.serving.metrics import Metrics
@@ -40,7 +41,9 @@ def start(options: Options, model, processor, key: str | None = None) -> Service
     """
     metrics = Metrics()
     room = find_room(model, options.rows, options.positions)
-    engine = Engine(model, room.cache, options.decoding, options.queue, metrics)
+    decoding = options.decoding
+    decoding = best_steps(model, room.cache) if decoding == "auto" else decoding
+    engine = Engine(model, room.cache, decoding, options.queue, metrics)
     engine.start()
     name = options.name or Path(options.checkpoint).resolve().name
     body = options.body_mib * 2**20

@@ -13,6 +13,7 @@ from simgpu.fitting import DTYPES
 
 KEY_VARIABLE = "GLM4V_NB_API_KEY"
 LEAST_KEY = 16  # characters
+DECODING = ("auto", *STEPS)
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Options:
     name: that clients ask for; None: the last part of the checkpoint's.
     host, port: to listen at; port 0 takes a free one.
     key_file: a file with the API key; None: the environment's, or no key.
+    decoding: "fast" for fused kernels, "eager", or "auto": fast where that can be had.
     rows: requests that run at a time; others wait, at most ``queue`` of them.
     positions: most of a request, prompt and answer; None: as many as the cards have room for.
     body_mib: of a request at most.
@@ -35,7 +37,7 @@ class Options:
     port: int = 8000
     key_file: Path | None = None
     dtype: str = "bfloat16"
-    decoding: str = "eager"
+    decoding: str = "auto"
     rows: int = 8
     queue: int = 64
     positions: int | None = None
@@ -44,7 +46,7 @@ class Options:
 
     def check(self):
         """ValueError for what can be seen to be wrong before minutes of loading."""
-        for name, choices in (("dtype", DTYPES), ("decoding", STEPS)):
+        for name, choices in (("dtype", DTYPES), ("decoding", DECODING)):
             if getattr(self, name) not in choices:
                 expected = ", ".join(choices)
                 raise ValueError(f"--{name} is {getattr(self, name)!r}; expected one of {expected}")

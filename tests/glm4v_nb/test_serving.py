@@ -32,7 +32,7 @@ from glm4v_nb.inference import Sampling, fast, generate, load
 from glm4v_nb.miniature import CHECKPOINT, sample_pictures
 from glm4v_nb.serving import capacity
 from glm4v_nb.serving.app import read_body
-from glm4v_nb.serving.cache import STEPS, RowCache, prefill
+from glm4v_nb.serving.cache import STEPS, RowCache, best_steps, prefill
 from glm4v_nb.serving.command import Server, running, welcome
 from glm4v_nb.serving.engine import Engine
 from glm4v_nb.serving.job import Failure, Job
@@ -260,6 +260,21 @@ def test_fused_kernels_in_a_batch_give_the_same_answers(loaded, picture, interpr
             state = [[token, at + 1, slot + 1]
                      for token, (_, at, slot) in zip(best, state, strict=True)]  # fmt: skip
     torch.testing.assert_close(found[:2], found[2:], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("card", "rows", "expected"), [("L4", 8, "fast"), ("L4", 9, "eager"), ("T4", 8, "eager")]
+)
+def test_fused_kernels_are_taken_where_they_can_be(card, rows, expected):
+    with Rig.simulated(card, 1, ""):
+        model, _ = load(CHECKPOINT, dtype=torch.float16)
+        assert best_steps(model, RowCache(model, rows, 64)) == expected
+
+
+def test_on_a_cpu_steps_are_the_models_own(loaded, interpreter):
+    model, _ = loaded
+    assert fast.why_not(model) is None  # by the interpreter, which is slow
+    assert best_steps(model, RowCache(model, 1, 64)) == "eager"
 
 
 # --- those who leave, and those who are too many

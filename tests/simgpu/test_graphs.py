@@ -240,6 +240,8 @@ def test_a_launch_takes_nothing_and_what_it_may_write_is_not_known(monkeypatch, 
         for other in (torch.ones(2), torch.ones(2, device="cuda:1")):
             with pytest.raises(ValueError, match="launched on tensors on cuda:0 and c"):
                 kernel[(1,)](x, other)
+        with torch.cuda.device(1), pytest.raises(ValueError, match="cuda:1, the current card"):
+            kernel[(1,)](x, x)
         assert module.launching(x) == "compiled"
 
 
