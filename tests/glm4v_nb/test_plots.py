@@ -155,7 +155,7 @@ def test_no_plot_is_without_a_test_of_its_label():
     assert plots_here == {
         *("plot_memory_bars", "plot_device_map", "plot_frontier", "plot_timeline"),
         *("plot_rounding", "plot_segments", "plot_peaks", "plot_layers"),
-        *("plot_rungs", "plot_batches"),
+        *("plot_rungs", "plot_batches", "plot_levels"),
         "plot_path",  # which draws nothing
     }
 
