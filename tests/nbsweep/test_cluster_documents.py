@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -66,8 +67,9 @@ def listening(processes) -> list[tuple[str, int]]:
     for process in processes:
         root = psutil.Process(process.pid)
         for member in (root, *root.children(recursive=True)):
-            connections = member.net_connections("inet")
-            found += [each.laddr[:2] for each in connections if each.status == "LISTEN"]
+            with suppress(psutil.NoSuchProcess):  # helpers of a start come and go
+                connections = member.net_connections("inet")
+                found += [each.laddr[:2] for each in connections if each.status == "LISTEN"]
     return found
 
 
