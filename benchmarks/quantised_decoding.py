@@ -19,7 +19,7 @@ from pathlib import Path
 
 import decoding
 import torch
-from decoding import SHORT, answers, measure_limit, median_seconds, random_model, row
+from decoding import SHORT, answers, measure_limit, random_model, step_row
 from memory import provenance
 from torch import nn
 
@@ -137,13 +137,7 @@ def steps(model, results, rung: str, rows):
     """The fused step alone."""
     decoder = FastDecoder()
     for batch in rows:
-        begin = time.perf_counter()
-        decoder.prepare(model, batch, SHORT + 100)
-        prepared = time.perf_counter() - begin
-        step = decoder._steps[batch]
-        step.place([SHORT] * batch, [SHORT] * batch, [0] * batch, list(range(batch)))
-        seconds = median_seconds(step, times=40)
-        row(results, rung, batch, SHORT, batch / seconds, prepare_seconds=prepared)
+        step = step_row(decoder, model, results, rung, batch, SHORT)
         tiles = step.parts[0].tiles | {"head": step._head_tile}
         results.setdefault("tiles", {})[f"{rung}, {batch} rows"] = {
             name: str(tile) for name, tile in tiles.items()

@@ -15,14 +15,14 @@ the next may come before this one's end, and waits for it: with 1 as a product h
 with 2 as it begins, so that the next takes what room there is.
 """
 
-from glm4v_nb.inference.quantised_kernels import output_of, weigh_packed
+from glm4v_nb.inference.quantised_kernels import (
+    gdc_launch_dependents,
+    gdc_wait,
+    output_of,
+    weigh_packed,
+)
 from simgpu.kernels import language as tl
 from simgpu.kernels import triton
-
-try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # on simulated cards alone, where nobody calls them
-    gdc_launch_dependents = gdc_wait = None
 
 
 @triton.jit

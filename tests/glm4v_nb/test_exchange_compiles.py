@@ -2,11 +2,10 @@
 neither the instruction that fills the card's cache nor that kernels follow each other early."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
+from own_process import compiled_output
 
 CARDS = [80, 90]  # compute capabilities of Ampere and Hopper
 TYPES = {
@@ -22,14 +21,7 @@ KERNELS = "project_shared", "embed_shared", "project_spread", "choose"
 
 @pytest.mark.parametrize("card", CARDS)
 def test_kernels_compile_and_look_again_at_what_others_write(card, tmp_path):
-    pytest.importorskip("triton", reason="Triton is not installed: no kernels to compile")
-    # In a process of its own: here the kernels may be interpreted. What is compiled is not kept.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(card)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found = json.loads(compiled_output(__file__, card, tmp_path))
     # Of each of three other ranks: once, and again in a loop, which looks for lost ones, too.
     assert found["project_shared"]["ld.volatile"] >= 9
     assert found["embed_shared"]["ld.volatile"] and found["choose"]["ld.volatile"]

@@ -1,11 +1,10 @@
 """Triton compiles the fused kernels for real cards, which takes none: what its interpreter accepts
 may be no kernel."""
 
-import os
-import subprocess
 import sys
 
 import pytest
+from own_process import compiled_output
 
 # Compute capabilities of Ampere and Hopper; lanes and bits of the weights.
 CARDS = [80, 90]
@@ -20,14 +19,8 @@ KERNELS = {
 
 @pytest.mark.parametrize("card", CARDS)
 def test_kernels_compile_and_no_number_changes_hands(card, tmp_path):
-    pytest.importorskip("triton", reason="Triton is not installed: no kernels to compile")
-    # In a process of its own: here the kernels may be interpreted. What is compiled is not kept.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(card)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    moves = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    output = compiled_output(__file__, card, tmp_path)
+    moves = dict(line.rsplit(" ", 1) for line in output.splitlines())
     assert len(moves) == len(KERNELS) * len(KINDS)
     # Sums over threads and x take some. Of numbers a thread has 64 in a turn here, which in another
     # order would take 32 or more besides.
