@@ -8,9 +8,16 @@ from importlib import import_module
 
 from wrapt import when_imported
 
-import simgpu  # noqa: F401  (says so where neither was tried)
+from simgpu.checkpoints import register_recipe  # simgpu says so where neither was tried
 
 __version__ = "0.1.0"
+
+
+def _recipe(config):
+    return import_module("glm4v_nb.workload").GLM4VRecipe(config)  # imports torch
+
+
+register_recipe("chatglm", _recipe)  # the model_type of GLM4VConfig
 
 
 @when_imported("transformers")

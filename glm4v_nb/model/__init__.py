@@ -1,7 +1,5 @@
 """GLM-4V-9B as native transformers classes; importing it registers them."""
 
-from importlib import import_module
-
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from glm4v_nb.model.configuration import (
@@ -15,7 +13,7 @@ from glm4v_nb.model.modeling import GLM4VForConditionalGeneration
 from glm4v_nb.model.official_names import register_official_layout, understand_official_names
 from glm4v_nb.model.processing import register_processing
 from glm4v_nb.model.splicing import expand_batches_of_trainer
-from simgpu.checkpoints import register_config, register_recipe
+from simgpu.checkpoints import register_config
 
 __all__ = ["GLM4VConfig", "GLM4VForConditionalGeneration", "GLM4VVisionConfig", "official_config"]
 
@@ -24,9 +22,6 @@ for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
     _auto_class.register(GLM4VConfig, GLM4VForConditionalGeneration, exist_ok=True)
 for _checkpoint in OFFICIAL_CHECKPOINTS:
     register_config(_checkpoint, official_config)
-register_recipe(
-    GLM4VConfig.model_type, lambda config: import_module("glm4v_nb.workload").GLM4VRecipe(config)
-)
 register_official_layout(GLM4VForConditionalGeneration.__name__)
 register_processing(GLM4VConfig)
 understand_official_names()
