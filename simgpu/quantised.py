@@ -16,6 +16,7 @@ import torch
 from wrapt import when_imported, wrap_function_wrapper
 
 from simgpu.device import on_card
+from simgpu.rig import Rig
 from simgpu.rules import REWRITTEN
 
 _OF_4_BITS = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
@@ -158,14 +159,24 @@ def _int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, outlier_cols=None, bias=None):
     if not on_card(A):
         return NotImplemented
     library, weights = torch.ops.bitsandbytes, None
+    # Which columns have a large number nobody knows: charged is none, and said what all would take.
+    Rig.active.note_unmodelled("bitsandbytes::int8_mixed_scaled_mm", _if_all_are_large(A, CB))
     if outlier_cols is not None and outlier_cols.numel():
         large = A[:, outlier_cols].contiguous()
-        columns = CB[:, outlier_cols].contiguous()
-        weights = library.int8_vectorwise_dequant.default(columns, SCB).to(A.dtype).t()
+        weights = library.int8_vectorwise_dequant.default(CB[:, outlier_cols].contiguous(), SCB)
+        weights = weights.to(A.dtype).t()
     else:
         large = A.new_empty(0)
     output = library.int8_scaled_mm.default(CA, CB, SCA, SCB, bias=bias, dtype=A.dtype)
     return (output if weights is None else output.addmm(large, weights)), large
+
+
+def _if_all_are_large(activations, weights) -> int:
+    """Bytes that a product takes at most besides, with every column of its input apart: indices,
+    the input again, weights as they are and twice in float32, and cuBLAS's workspace, where this
+    is its first product. The allocator leaves up to 1 MiB of a block unused."""
+    workspace = Rig.active.cards[activations.device.index].cublas_workspace_bytes
+    return 8 * weights.shape[1] + activations.nbytes + 9 * weights.numel() + workspace + 2**23
 
 
 def _int8_scaled_mm(A, B, row_stats, col_stats, bias=None, dtype=None):
