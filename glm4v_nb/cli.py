@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from glm4v_nb import __version__
 from nbsweep import cli as sweeping
 from simgpu.cli import add_fit, option, progress
 
@@ -30,6 +31,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(is_wanted: bool):
+    if is_wanted:
+        print(f"glm4v-nb {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: option(
+        bool, "Print the version and exit.", "--version", callback=_say_version, is_eager=True
+    ) = False,
+):
+    """What stands before a command."""
 
 
 add_fit(
@@ -48,8 +64,10 @@ def doctor(
         bool, "Print one block of text to paste into a bug report.", "--report"
     ) = False,
 ):
-    """Is this machine ready? Checks driver, GPUs, libraries, memory, disk; exit code 1 if something
-    must be mended."""
+    """Is this machine ready? Checks driver, GPUs, libraries, memory, disk.
+
+    Exit code 1 if something must be mended.
+    """
     with progress("loading torch"):
         from glm4v_nb import doctor as examination  # this command has the same name
     with progress("examining this machine"):
@@ -82,11 +100,11 @@ def verify(
     directory: Annotated[Path, typer.Argument(help="The folder of a checkpoint.")],
     as_json: option(bool, "Print one JSON object.", "--json") = False,
 ):
-    """Is a checkpoint whole, and do CPU and GPUs agree on its first logits? Prints a block to copy
-    into a report; exit code 1 if something is wrong, or nothing could be run.
+    """Is a checkpoint whole, and do CPU and GPUs agree on its first logits?
 
-    The official one needs 57 GiB of the computer's memory in float32, half of it in bfloat16; what
-    has no room is named and left out.
+    Prints a block to copy into a report; exit code 1 if something is wrong, or nothing could be
+    run. The official one needs 57 GiB of the computer's memory in float32, half of it in bfloat16;
+    what has no room is named and left out.
     """
     with progress("verifying") as show:
         from glm4v_nb import verify as verification
@@ -175,8 +193,10 @@ def serve(
 
 @app.command()
 def diagnose():
-    """Which known failure is the error message on stdin? `glm4v-nb diagnose < log.txt`; exit code 1
-    where it is none."""
+    """Which known failure is the error message on stdin? `glm4v-nb diagnose < log.txt`
+
+    Exit code 1 where it is none.
+    """
     from glm4v_nb import diagnose as clinic
 
     found = clinic.diagnose(sys.stdin.read())

@@ -71,7 +71,7 @@ def page() -> str:
         f" {lookup['differ']}, at {lookup['tokens_per_step']:.2f} tokens a step.",
         f"- A step that verifies 8 tokens takes {one['verify_step_seconds'] * 1e3:.2f} ms.",
         _prefill(one["prefill"]),
-        *(f"- Not in the table: {each}." for each in one.get("left_out", ())),
+        *(f"- Left out of this run: {each}." for each in one.get("left_out", ())),
         "",
         f"The run on H200 ({two['provenance']['processes']}):",
         "",

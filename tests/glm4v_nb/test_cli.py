@@ -315,6 +315,10 @@ def test_without_arguments_the_help_is_shown(command):
     assert "fit" in out and "run" in out
 
 
+def test_the_version_is_said_without_a_command(command):
+    assert command("--version") == (0, f"glm4v-nb {glm4v_nb.__version__}\n", "")
+
+
 # --- the process
 
 
