@@ -22,7 +22,7 @@ def why_not(model) -> str | None:
     norms = [layer.get_submodule(name) for layer in layers for name in _NORMS] + [decoder.norm]
     return (
         _changed(model, products, norms)
-        or _weights_not_read(layers, products)
+        or _weights_not_read(layers, products, norms)
         or _nowhere_to_run(model, products, launched)
     )
 
@@ -51,12 +51,13 @@ def _changed(model, products, norms) -> str | None:
         # transformers' own record, or ask for gradients.
         if any(not (hook.__module__ or "").startswith("transformers.") for hook in hooks):
             return f"{name or 'the model'} has a forward hook, which they would pass over"
-        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-            return f"{name or 'the model'} has another forward, which they would pass over"
+        is_replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+        if is_replaced or module._compiled_call_impl is not None:
+            return f"{name or 'the model'} has another forward, or is compiled"
     return None
 
 
-def _weights_not_read(layers, products) -> str | None:
+def _weights_not_read(layers, products, norms) -> str | None:
     weights = [one.weight for one in products]
     packed = next((one for one in weights if bits_of(one) is None), None)
     if packed is not None:
@@ -65,6 +66,9 @@ def _weights_not_read(layers, products) -> str | None:
             f"a weight is of type {type(packed).__name__}{blocks}, as of quantisation (there are"
             " kernels for torchao's int8 with a scale a row, and int4 with one for 128 columns)"
         )
+    plain = [one for one in weights if bits_of(one) == 16] + [one.weight for one in norms]
+    if not all(one.is_contiguous() for one in plain):
+        return "a weight's numbers do not lie in a row (call contiguous() on it)"
     if bits_of(weights[-1]) != 16:
         return "the embedding is quantised"
     for name in _PRODUCTS:  # those of one kernel, which has one tile for all

@@ -217,6 +217,15 @@ def patched(model):
     model.language_model.layers[1].self_attn.forward = lambda *args, **options: None
 
 
+def compiled(model):
+    model.vision_tower.layers[0].compile()
+
+
+def transposed(model):
+    weight = model.language_model.layers[1].mlp.down_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+
+
 def biased(model):
     model.lm_head.bias = nn.Parameter(torch.ones(320))
 
@@ -238,6 +247,8 @@ def adapted(model):
     [
         (hooked, r"layers\.0\.mlp has a forward hook"),
         (patched, r"layers\.1\.self_attn has another forward"),
+        (compiled, r"vision_tower\.layers\.0 has another forward, or is compiled"),
+        (transposed, "numbers do not lie in a row"),
         (biased, "biases elsewhere than at queries"),
         (without_biases, "or none there"),
         (tuned_norms, "a norm is a LNTuningLayer"),
