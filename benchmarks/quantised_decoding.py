@@ -23,7 +23,8 @@ from decoding import SHORT, answers, measure_limit, random_model, step_row
 from memory import provenance
 from torch import nn
 
-from glm4v_nb.inference.fast import FastDecoder, why_not
+from glm4v_nb.inference.fast import FastDecoder
+from glm4v_nb.inference.supported import why_not
 from glm4v_nb.inference.weights import GROUP, LayerWeights, Weight
 from glm4v_nb.model.quantising import parts_of
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import StaticCache
 
-from glm4v_nb.inference.fast import MOST_ROWS, FastDecoder, why_not
+from glm4v_nb.inference.fast import MOST_ROWS, FastDecoder
+from glm4v_nb.inference.supported import why_not
 from glm4v_nb.model.configuration import GLM4VConfig
 from glm4v_nb.model.official_names import keys_here
 from glm4v_nb.model.quantising import KEEP, lines_of, quantiser_for

@@ -1,11 +1,11 @@
 """The ladder of decoding methods, from transformers' plain loop to fused kernels."""
 
-import functools
 import warnings
 
 import torch
 
 from glm4v_nb.inference import fast
+from glm4v_nb.inference.supported import why_not
 
 # Each step of transformers' own, as arguments of generate; on CUDA a static cache is compiled.
 _ARGUMENTS = {
@@ -47,16 +47,14 @@ def set_decoding(model, decoding: str):
 def arguments(model, streamer) -> dict:
     """How this model's answers are decoded, and streamed, as arguments of its ``generate``."""
     rung = _rung(model)
-    if rung not in _FUSED:
-        return {**_ARGUMENTS[rung], "streamer": streamer}
-    # transformers hands a method of one's own no streamer.
-    return {"custom_generate": functools.partial(model.fast_decoder, streamer=streamer)}
+    how = {"custom_generate": model.fast_decoder} if rung in _FUSED else _ARGUMENTS[rung]
+    return {**how, "streamer": streamer}
 
 
 def _rung(model) -> str:
     """What was asked for, or the rung below where it cannot be had, with a warning."""
     decoding = getattr(model, "decoding", "eager")
-    reason = fast.why_not(model) if decoding in _FUSED else None
+    reason = why_not(model) if decoding in _FUSED else None
     if reason is None:
         return decoding
     on_card = torch.cuda.is_available() and model.lm_head.weight.is_cuda

@@ -6,13 +6,15 @@ prepares prompts, processors of logits and stopping criteria as for its own meth
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from transformers.generation import GenerationMode
 
-from glm4v_nb.inference.weights import LayerWeights, Weight, bits_of, storage_of
-from simgpu.kernels import launching
+from glm4v_nb.inference.supported import why_not
+from glm4v_nb.inference.weights import LayerWeights, Weight, storage_of
 
 if TYPE_CHECKING:  # brings Triton, and so is imported when the first answer is prepared
     from glm4v_nb.inference.step import FixedCache, Step
@@ -22,59 +24,6 @@ MOST_ROWS = 8
 # A cache is made in multiples of this, so that few lengths need one of their own.
 CAPACITY_STEP = 1024
 LONGEST_NGRAM = 3
-
-
-def why_not(model) -> str | None:
-    """Why the kernels cannot run this model where it is, in a few words; None if they can."""
-    launched = launching(model.lm_head.weight)
-    if not launched:
-        return "Triton is not installed, which comes with PyTorch for CUDA on Linux"
-    layers = model.language_model.layers
-    products = [layer.get_submodule(name) for layer in layers for name in _PRODUCTS]
-    products += [model.lm_head, model.language_model.embed_tokens]
-    # Those that several processes share have ranks, over which a step adds up.
-    plain = nn.Linear, nn.Embedding
-    foreign = next(
-        (one for one in products if type(one) not in plain and not hasattr(one, "ranks")), None
-    )
-    if foreign is not None:
-        return f"a weight is in a {type(foreign).__name__}, as of quantisation or an adapter"
-    weights = [one.weight for one in products]
-    packed = next((one for one in weights if bits_of(one) is None), None)
-    if packed is not None:
-        blocks = f" in blocks of {packed.block_size}" if hasattr(packed, "block_size") else ""
-        return (
-            f"a weight is of type {type(packed).__name__}{blocks}, as of quantisation (there are"
-            " kernels for torchao's int8 with a scale a row, and int4 with one for 128 columns)"
-        )
-    if bits_of(model.language_model.embed_tokens.weight) != 16:
-        return "the embedding is quantised"
-    for name in _PRODUCTS:  # those of one kernel, which has one tile for all
-        bits = sorted({bits_of(layer.get_submodule(name).weight) for layer in layers})
-        if len(bits) > 1:
-            return f"layers have {name} of {' and '.join(map(str, bits))} bits"
-    devices, dtypes = {one.device for one in weights}, {one.dtype for one in weights}
-    if len(dtypes) > 1:
-        return f"the weights are of several types ({', '.join(sorted(map(str, dtypes)))})"
-    if any(one.type == "meta" for one in devices):
-        return "weights are offloaded"
-    config, interpreted = model.config.text_config, launched == "interpreted"
-    if interpreted and torch.bfloat16 in dtypes:
-        return "Triton's interpreter multiplies no bfloat16 (load in float32 or float16)"
-    if not interpreted and any(one.type != "cuda" for one in devices):
-        return "weights are on the CPU"
-    if not interpreted and any(torch.cuda.get_device_capability(one) < (8, 0) for one in devices):
-        return "a card is older than Ampere"
-    if config.head_dim < 16 or config.head_dim & (config.head_dim - 1):
-        return f"head_dim is {config.head_dim}, no power of two from 16"
-    decoder, first, last = model.language_model, layers[0].mlp.down_proj, layers[-1].mlp.down_proj
-    beside = (first, decoder.embed_tokens), (last, decoder.norm), (last, model.lm_head)
-    if any(one.weight.device != other.weight.device for one, other in beside):
-        return "embedding, norm or head is on another card than the layer beside it"
-    return None
-
-
-_PRODUCTS = [f"self_attn.{name}_proj" for name in "qkvo"] + ["mlp.gate_up_proj", "mlp.down_proj"]
 
 
 class FastDecoder:
@@ -94,6 +43,11 @@ class FastDecoder:
         self._steps: dict[int, Step] = {}
         self._built_of: list[int] | None = None
         self._heads: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+        self._lock, self._is_answering = threading.RLock(), False
+
+    def __reduce__(self):
+        # Of a copied or saved model: buffers and graphs are of the weights they were made for.
+        return FastDecoder, (self.lookup,)
 
     def prepare(self, model, sequences: int, length: int, rows: tuple[int, ...] = ()) -> FixedCache:
         """Cache, buffers and graphs for prompts with answers of so many positions together.
@@ -121,9 +75,11 @@ class FastDecoder:
         # A step is launched before the token of the last is looked at, and verified rows may be
         # wrong: both can reach beyond the answer's end.
         capacity = -(-(length + MOST_ROWS) // CAPACITY_STEP) * CAPACITY_STEP
-        weights = [LayerWeights.of(layer) for layer in model.language_model.layers]
-        built_of = [storage_of(each.numbers) for one in weights for each in (one.heads, one.out)]
-        built_of.append(storage_of(Weight.of(model.lm_head.weight).numbers))
+        decoder, head = model.language_model, Weight.of(model.lm_head.weight)
+        weights = [LayerWeights.of(layer) for layer in decoder.layers]
+        read = [each for one in weights for each in one.tensors()]
+        read += [head.numbers, decoder.norm.weight, decoder.embed_tokens.weight]
+        built_of = [storage_of(each) for each in read]
         cache = next((step.cache for step in self._steps.values()), None)
         if (
             cache is None
@@ -206,39 +162,61 @@ class FastDecoder:
     ) -> torch.Tensor:
         """As transformers calls a decoding method; returns (batch, prompt and answer).
 
-        ``inputs`` are those of the model's prompt. Raises as ``prepare``, and ValueError for
-        padding on the right, or beams and other modes.
+        ``inputs`` are those of the model's prompt. Answers asked for in several threads are given
+        one after the other.
+
+        Raises:
+            ValueError: as ``prepare``, or the kernels cannot run the model; padding on the right;
+                beams and other modes; a cache or embeddings; an answer asked for within another.
         """
-        if generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
-            raise ValueError(
-                "Fast decoding takes the likeliest token or draws one, and returns tokens alone."
-                " Expected num_beams 1 and return_dict_in_generate False. Load with"
-                " decoding='eager' for the rest."
+        _check_asked(generation_config, input_ids, inputs)
+        # peft puts this in place for the while, and tokens of some adapters in front of prompts.
+        asked = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
+        if reason := why_not(asked):
+            raise ValueError(f"No fast decoding: {reason}. Load with decoding='eager'.")
+        with self._alone():
+            batch, prompt = input_ids.shape
+            sampled = generation_config.do_sample
+            guesses = self.lookup and batch == 1 and not sampled and not len(logits_processor)
+            end = generation_config.max_length
+            cache = self.prepare(model, batch, end, () if guesses else (batch,))
+            starts = _left_padding(inputs.get("attention_mask"), batch)
+            names = ("attention_mask", "position_ids", "image_mask", "pixel_values")
+            given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+            if not any(starts):  # else the model looks at the mask, and waits for the card
+                given.pop("attention_mask", None)
+            position = given["position_ids"][:, -1].tolist() if "position_ids" in given else None
+            logits = self.prefill(model, cache, input_ids=input_ids, **given).logits[:, -1]
+            answer = _Answer(input_ids, end, stopping_criteria, generation_config, streamer)
+            answer.position = (
+                [prompt - 1 - start for start in starts] if position is None else position
             )
-        batch, prompt = input_ids.shape
-        sampled = generation_config.do_sample
-        guesses = self.lookup and batch == 1 and not sampled and not len(logits_processor)
-        end = generation_config.max_length
-        cache = self.prepare(model, batch, end, () if guesses else (batch,))
-        starts = _left_padding(inputs.get("attention_mask"), batch)
-        names = ("attention_mask", "position_ids", "image_mask", "pixel_values")
-        given = {name: inputs[name] for name in names if inputs.get(name) is not None}
-        if not any(starts):  # else the model looks at the mask, and waits for the card
-            given.pop("attention_mask", None)
-        position = given["position_ids"][:, -1].tolist() if "position_ids" in given else None
-        logits = self.prefill(model, cache, input_ids=input_ids, **given).logits[:, -1]
-        answer = _Answer(input_ids, end, stopping_criteria, generation_config, streamer)
-        answer.position = [prompt - 1 - start for start in starts] if position is None else position
-        answer.starts = starts
-        self.steps, self.tokens = 0, 0
-        if guesses:
-            self._verify(answer, logits)
-        else:
-            self._decode(answer, logits, logits_processor, sampled)
-        self.tokens = answer.length - prompt
-        if streamer is not None:
-            streamer.end()
-        return answer.ids[:, : answer.length].to(input_ids.device)
+            answer.starts = starts
+            self.steps, self.tokens = 0, 0
+            if guesses:
+                self._verify(answer, logits)
+            else:
+                self._decode(answer, logits, logits_processor, sampled)
+            self.tokens = answer.length - prompt
+            if streamer is not None:
+                streamer.end()
+            return answer.ids[:, : answer.length].to(input_ids.device)
+
+    @contextmanager
+    def _alone(self):
+        # Cache and buffers are those of one answer.
+        with self._lock:
+            if self._is_answering:
+                raise ValueError(
+                    "Within an answer of fast decoding the same model is asked for another, by a"
+                    " streamer, criterion or processor. Expected one at a time. Load the model for"
+                    " the second once more, or with decoding='eager'."
+                )
+            self._is_answering = True
+            try:
+                yield
+            finally:
+                self._is_answering = False
 
     def _decode(self, answer: _Answer, logits, processors, sampled: bool):
         """One token of every prompt a step; the next step is launched before a token is read."""
@@ -268,13 +246,13 @@ class FastDecoder:
             if ahead:
                 step()
                 self.steps += 1
-                chosen = choose(step.logits, step.next, length)
-                # To the embedding first, which may be on another card; the CPU has time.
-                step.tokens.copy_(chosen, non_blocking=True)
-                following = _Reading(chosen)
             if answer.add(_present(step, reading.tokens())) or not ahead:
                 return
-            reading = following
+            # No processor is asked what follows the end: one that knows which ids may is at a loss.
+            chosen = choose(step.logits, step.next, length)
+            # To the embedding first, which may be on another card; the CPU has time.
+            step.tokens.copy_(chosen, non_blocking=True)
+            reading = _Reading(chosen)
 
     def _verify(self, answer: _Answer, logits):
         """Up to eight tokens of one prompt a step, those that the guesses had right."""
@@ -333,6 +311,8 @@ class _Answer:
         self.unfinished = torch.ones(self.batch, dtype=torch.bool)
         pad = getattr(config, "_pad_token_tensor", None)
         self.pad = 0 if pad is None else int(pad)
+        # As transformers does: what else ends an answer leaves its tokens.
+        self.pads = any(hasattr(each, "eos_token_id") for each in criteria)
         self.position: list[int] = []
         self.starts: list[int] = []
         if streamer is not None:
@@ -340,7 +320,9 @@ class _Answer:
 
     def add(self, tokens: list[int]) -> bool:
         """Take one token a prompt; whether all answers have ended."""
-        new = torch.where(self.unfinished, torch.tensor(tokens), self.pad)
+        new = torch.tensor(tokens)
+        if self.pads:
+            new = torch.where(self.unfinished, new, self.pad)
         self.ids[:, self.length] = new
         self.length += 1
         if self.streamer is not None:
@@ -368,6 +350,29 @@ class _Reading:
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.copy.tolist()
+
+
+def _check_asked(config, input_ids: torch.Tensor, inputs: dict):
+    mode = config.get_generation_mode()
+    plain = GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE
+    if mode not in plain or config.return_dict_in_generate:
+        raise ValueError(
+            "Fast decoding takes the likeliest token or draws one, and returns tokens alone; asked"
+            f" for is {mode.value.replace('_', ' ')}. Expected num_beams 1 and"
+            " return_dict_in_generate False. Load with decoding='eager' for the rest."
+        )
+    if not input_ids.shape[1] or inputs.get("inputs_embeds") is not None:
+        raise ValueError(
+            "Fast decoding has no ids of the prompt, or embeddings instead. Expected input_ids of"
+            " one position at least. Give those alone, or load with decoding='eager'."
+        )
+    cache = inputs.get("past_key_values")
+    if cache is not None and (getattr(cache, "_is_user_defined", 0) or cache.get_seq_length()):
+        raise ValueError(
+            "past_key_values is given, but fast decoding has a cache of its own, and would leave"
+            " this one as it is. Give the whole conversation without it, or load with"
+            " decoding='eager'."
+        )
 
 
 def _left_padding(mask: torch.Tensor | None, batch: int) -> list[int]:

@@ -155,11 +155,8 @@ class _Generation(StoppingCriteria):
                 f" more, but the model's context is {config.seq_length:,} (seq_length). Lower"
                 " max_new_tokens, shorten the question, or start a new conversation."
             )
-        seed = self.sampling.seed
-        if self.ranks is not None:
-            seed = self.ranks.agree(seed, (self.sampling, *inputs.values()))
-        if seed is not None:
-            torch.manual_seed(seed)
+        if self.sampling.seed is not None:
+            torch.manual_seed(self.sampling.seed)
         output = self.model.generate(
             **inputs.to(input_device(self.model)),
             **self.sampling.arguments(),

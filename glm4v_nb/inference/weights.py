@@ -89,6 +89,12 @@ class LayerWeights:
             Weight.of(mlp.down_proj.weight),
         )
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that the kernels read, scales of quantised numbers among them."""
+        own = [each for each in vars(self).values() if isinstance(each, torch.Tensor)]
+        weights = [each for each in vars(self).values() if isinstance(each, Weight)]
+        return own + [each for one in weights for each in (one.numbers, one.scales)]
+
 
 def bits_of(weight: torch.Tensor) -> int | None:
     """Bits of a number, of a weight that the kernels can read; None of another."""

@@ -6,6 +6,7 @@ last.
 """
 
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 from torch import nn
@@ -242,6 +243,11 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs.setdefault("max_length", None)
         if kwargs.get("image_mask") is None:
             _check_embeddings(input_ids, kwargs.get("pixel_values"))
+        if streamer is not None and input_ids is not None and kwargs.get("image_mask") is None:
+            streamer = _UnexpandedPrompt(streamer, input_ids)
+        if streamer is not None and callable(how := kwargs.get("custom_generate")):
+            # transformers would hand it no streamer, and a reader of one waits for ever.
+            kwargs["custom_generate"], streamer = partial(how, streamer=streamer), None
         if input_ids is None or kwargs.get("image_mask") is not None:
             return super().generate(input_ids, generation_config, streamer=streamer, **kwargs)
         given = (kwargs.pop(name, None) for name in ("attention_mask", "position_ids"))
@@ -260,7 +266,7 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         outputs = super().generate(
             prompt.input_ids,
             generation_config,
-            streamer=None if streamer is None else _UnexpandedPrompt(streamer, input_ids),
+            streamer=streamer,
             attention_mask=prompt.attention_mask,
             position_ids=prompt.position_ids,
             image_mask=prompt.image_mask,

@@ -50,9 +50,14 @@ def expand_image_positions(
     Rows without an image in a batch that has some are padded on the left to the common length.
 
     Raises:
-        ValueError: images and placeholders do not match, mask or labels are of another shape than
-            the ids, or a prompt exceeds ``config.seq_length``.
+        ValueError: there are no ids, images and placeholders do not match, mask or labels are of
+            another shape than the ids, or a prompt exceeds ``config.seq_length``.
     """
+    if not input_ids.shape[-1]:
+        raise ValueError(
+            "input_ids has no ids. Expected a prompt of one at least. Build it with the processor's"
+            " apply_chat_template."
+        )
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     elif attention_mask.shape != input_ids.shape:

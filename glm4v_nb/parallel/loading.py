@@ -15,15 +15,20 @@ from glm4v_nb.parallel.modeling import GLM4VRank, rank_class
 from glm4v_nb.parallel.plan import cut
 from glm4v_nb.parallel.ranks import Ranks
 
+# So many bytes of columns are brought together at a time: memory that is asked for in small amounts
+# is used again, where a large amount is new each time, and the system clears it page by page.
+AT_A_TIME = 2**21
+
 
 class Part:
     """A tensor in a file as transformers' loader takes it: read when it is indexed, a part only.
 
-    Rows that lie together are a view of the mapped file, others are copied out of it.
+    Rows that lie together are a view of the mapped file, which the loader sends to the device;
+    others are put together there, and are nowhere else.
     """
 
-    def __init__(self, tensor, where: tuple[int, list[tuple[int, int]]] | None):
-        self.tensor, self.where = tensor, where
+    def __init__(self, tensor, where: tuple[int, list[tuple[int, int]]] | None, device):
+        self.tensor, self.where, self.device = tensor, where, device
 
     def __getitem__(self, _) -> torch.Tensor:
         if self.where is None:
@@ -31,7 +36,17 @@ class Part:
         dimension, ranges = self.where
         before = (slice(None),) * dimension
         pieces = [self.tensor[(*before, slice(*one))] for one in ranges]
-        return torch.cat(pieces, dimension) if len(pieces) > 1 else pieces[0].contiguous()
+        if len(pieces) == 1 and not dimension:
+            return pieces[0]
+        sizes = [piece.shape[dimension] for piece in pieces]
+        shape = list(pieces[0].shape)
+        shape[dimension] = sum(sizes)
+        whole = torch.empty(shape, dtype=pieces[0].dtype, device=self.device)
+        for place, piece in zip(whole.split(sizes, dimension), pieces, strict=True):
+            rows = max(1, AT_A_TIME // piece[0].nbytes) if dimension else len(piece)
+            for there, here in zip(place.split(rows), piece.split(rows), strict=True):
+                there.copy_(here)
+        return whole
 
 
 def load_rank(
@@ -65,7 +80,7 @@ def load_rank(
             for name in file.keys():
                 tensor = file.get_slice(name)
                 where = cut(name, tensor.get_shape(), config, ranks.rank, ranks.count)
-                parts[name] = Part(tensor, where)
+                parts[name] = Part(tensor, where, ranks.device)
         model = rank_class(ranks).from_pretrained(
             None, config=config, state_dict=parts, dtype=dtype, device_map={"": ranks.device}
         )

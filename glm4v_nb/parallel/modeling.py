@@ -1,5 +1,7 @@
 """One rank's model: the model of a smaller configuration, and sums over the ranks between."""
 
+from itertools import chain
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -77,6 +79,35 @@ class GLM4VRank(GLM4VForConditionalGeneration):
         sizes = config.padded_vocab_size, config.hidden_size
         self.language_model.embed_tokens = VocabularyEmbedding(ranks, *sizes)
         self.lm_head = VocabularyHead(ranks, *sizes[::-1])
+
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """As of the whole model, and all ranks choose the same tokens, drawn ones too.
+
+        Raises:
+            ValueError: the ranks are asked different things, or to end at a time, which comes for
+                each at another token.
+        """
+        config = generation_config or self.generation_config
+        if kwargs.get("max_time", config.max_time) is not None:
+            raise ValueError(
+                "max_time is given, but the ranks of a model would end at different tokens."
+                " Expected a length. Give max_new_tokens."
+            )
+        # Streamers, criteria and the like are objects of each rank's own.
+        plain = (torch.Tensor, bool, int, float, str, list, dict, type(None))
+        given = sorted(item for item in kwargs.items() if type(item[1]) in plain)
+        self.ranks.agree([config.to_json_string(), inputs, *chain(*given)])
+        if kwargs.get("do_sample", config.do_sample):
+            self.ranks.draw_alike()
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def load_adapter(self, *args, **kwargs):
+        raise ValueError(
+            "This is one rank's part of a model, and an adapter is of the whole one. Load that"
+            " without parallel, merge the adapter into it, save it, and load what was saved."
+        )
+
+    add_adapter = load_adapter
 
     def save_pretrained(self, *args, **kwargs):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import random
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,7 +42,8 @@ class Ranks:
         """This process as torchrun has started it: on the GPU of its number, or on the CPU.
 
         Raises:
-            ValueError: not started by torchrun, or there are fewer GPUs than processes here.
+            ValueError: not started by torchrun, or with other variables than it sets, or there are
+                fewer GPUs than processes here.
         """
         if missing := [name for name in _STARTED_WITH if name not in os.environ]:
             raise ValueError(
@@ -50,7 +51,14 @@ class Ranks:
                 " for each card, started by torchrun. Start the program with: torchrun"
                 " --nproc-per-node 2 PROGRAM"
             )
-        rank, local, count = (int(os.environ[name]) for name in _STARTED_WITH[:3])
+        found = [os.environ[name] for name in _STARTED_WITH[:3]]
+        if not all(each.isdecimal() for each in found) or int(found[0]) >= int(found[2]):
+            named = ", ".join(map("{} {!r}".format, _STARTED_WITH, found))
+            raise ValueError(
+                f"The environment has {named}. Expected numbers from 0, RANK below WORLD_SIZE. Let"
+                " torchrun set them, and set none of them yourself."
+            )
+        rank, local, count = map(int, found)
         if not torch.cuda.is_available():
             return cls(rank, count)
         if local >= torch.cuda.device_count():
@@ -65,6 +73,7 @@ class Ranks:
 
         Raises:
             RankLost: they do not come.
+            ValueError: the program has joined others than those of torchrun.
         """
         on_card = self.device.type == "cuda"
         if on_card:
@@ -76,6 +85,13 @@ class Ranks:
                     timeout=PATIENCE,
                     device_id=self.device if on_card else None,
                 )
+        joined = dist.get_rank(), dist.get_world_size()
+        if joined != (self.rank, self.count):
+            raise ValueError(
+                f"torchrun started this process as rank {self.rank} of {self.count}, but the"
+                f" program has joined a process group as {joined[0]} of {joined[1]}. Expected the"
+                " same. Leave init_process_group to this library, or give it torchrun's numbers."
+            )
 
     def add_up(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of the tensors of all ranks, in the place of this one's."""
@@ -97,22 +113,34 @@ class Ranks:
         own = torch.tensor([number], device=self.device)
         return self.join_features(own).tolist() if self.exchanges else [number]
 
-    def agree(self, seed: int | None, asked: tuple) -> int:
-        """A seed for all ranks: theirs, or one that the first draws where it is None.
+    def agree(self, asked: Iterable):
+        """Compare what the ranks are asked: tensors, and what has the same ``repr`` everywhere.
 
         Raises:
-            ValueError: they were asked different things, tensors among them, and would wait for
-                each other in different places.
+            ValueError: they were asked different things, and would wait for each other in different
+                places.
         """
-        digest = hashlib.sha256()
-        for one in asked:
-            digest.update(one.numpy().tobytes() if torch.is_tensor(one) else repr(one).encode())
-        if len(set(self.numbers(int.from_bytes(digest.digest()[:7])))) > 1:
+        if not self._alike(asked):
             raise ValueError(
                 "The ranks were asked different things. Expected the same conversation, pictures"
                 " and sampling on every rank. Read them from the same place, and draw nothing."
             )
-        return self.numbers(random.getrandbits(62) if seed is None else seed)[0]
+
+    def draw_alike(self):
+        """From now on all ranks draw the same: what they were seeded for, if all were, and else
+        what the first draws a seed for."""
+        on_card = self.device.type == "cuda"
+        state = torch.cuda.get_rng_state(self.device) if on_card else torch.get_rng_state()
+        if not self._alike([state]):
+            torch.manual_seed(self.numbers(int(torch.randint(2**62, ())))[0])
+
+    def _alike(self, asked: Iterable) -> bool:
+        digest = hashlib.sha256()
+        for one in asked:
+            if torch.is_tensor(one):
+                one = one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            digest.update(one if isinstance(one, bytes) else repr(one).encode())
+        return len(set(self.numbers(int.from_bytes(digest.digest()[:7])))) == 1
 
     @contextmanager
     def _together(self):

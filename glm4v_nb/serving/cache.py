@@ -9,7 +9,8 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from glm4v_nb.inference.fast import MOST_ROWS, why_not
+from glm4v_nb.inference.fast import MOST_ROWS
+from glm4v_nb.inference.supported import why_not
 from glm4v_nb.placement import input_device
 
 

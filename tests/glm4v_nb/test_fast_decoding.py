@@ -4,16 +4,23 @@ The interpreter multiplies no bfloat16, so float32 and float16 stand for it here
 cards are measured by benchmarks/decoding.py. A step costs a second or two, so results are shared.
 """
 
-import dataclasses
+import copy
+import pickle
+import threading
+import time
 import warnings
+from functools import partial
 
+import peft
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from glm4v_nb.inference import Sampling, fast, generate, load, set_decoding, stream
-from glm4v_nb.inference.fast import FastDecoder, guess_next, why_not
+from glm4v_nb.inference.fast import FastDecoder, guess_next
+from glm4v_nb.inference.supported import why_not
 from glm4v_nb.miniature import CHECKPOINT, sample_pictures
 from glm4v_nb.model import GLM4VForConditionalGeneration
 
@@ -65,29 +72,17 @@ def test_padding_on_the_right_is_refused(own, golden, decoder):
     mask[0, -2:] = 0
     with pytest.raises(ValueError, match="padding on the right.*on the left"):
         decoder(
-            own,
-            ids,
-            [],
-            [],
-            dataclasses.replace(Modes(), max_length=ids.shape[1] + 1),
-            attention_mask=mask,
+            own, ids, [], [], GenerationConfig(max_length=ids.shape[1] + 1), attention_mask=mask
         )
 
 
-@dataclasses.dataclass
-class Modes:
-    """What the decoder reads of a generation config."""
-
-    max_length: int = 20
-    num_beams: int = 1
-    return_dict_in_generate: bool = False
-    do_sample: bool = False
-
-
-@pytest.mark.parametrize("other", [{"num_beams": 2}, {"return_dict_in_generate": True}])
+@pytest.mark.parametrize(
+    "other",
+    [{"num_beams": 2}, {"return_dict_in_generate": True}, {"penalty_alpha": 0.6, "top_k": 4}],
+)
 def test_other_modes_are_refused(own, golden, decoder, other):
     with pytest.raises(ValueError, match="num_beams 1 and return_dict_in_generate False"):
-        decoder(own, golden["text.input_ids"], [], [], dataclasses.replace(Modes(), **other))
+        decoder(own, golden["text.input_ids"], [], [], GenerationConfig(max_length=20, **other))
 
 
 def test_prompt_lookup_gives_greedys_answer_in_fewer_steps(own):
@@ -200,13 +195,184 @@ def test_the_loaders_parts_are_taken_as_one_tensor_and_others_become_one(load):
         assert torch.equal(attention.k_proj.weight, expected[64:96])
 
 
-def test_other_weights_are_noticed(own, golden):
-    decoder = FastDecoder()
-    before = decoder.prepare(own, 1, 20)
-    assert decoder.prepare(own, 1, 20) is before
-    attention = own.language_model.layers[0].self_attn
-    attention.q_proj.weight.data = attention.q_proj.weight.data.clone()
-    assert decoder.prepare(own, 1, 20) is not before
+@pytest.mark.parametrize(
+    "name",
+    ["layers.0.self_attn.q_proj", "layers.1.mlp.gate_up_proj", "layers.1.mlp.down_proj"]
+    + ["layers.0.input_layernorm", "norm", "embed_tokens"],
+)
+def test_other_weights_are_noticed(load, name):
+    model, decoder = load().requires_grad_(False), FastDecoder()
+    before = decoder.prepare(model, 1, 20)
+    assert decoder.prepare(model, 1, 20) is before
+    module = model.language_model.get_submodule(name)
+    module.weight.data = module.weight.data.clone()
+    assert decoder.prepare(model, 1, 20) is not before
+
+
+def hooked(model):
+    model.language_model.layers[0].mlp.register_forward_hook(lambda module, args, output: -output)
+
+
+def patched(model):
+    model.language_model.layers[1].self_attn.forward = lambda *args, **options: None
+
+
+def compiled(model):
+    model.vision_tower.layers[0].compile()
+
+
+def transposed(model):
+    weight = model.language_model.layers[1].mlp.down_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+def biased(model):
+    model.lm_head.bias = nn.Parameter(torch.ones(320))
+
+
+def without_biases(model):
+    model.language_model.layers[0].self_attn.q_proj.bias = None
+
+
+def tuned_norms(model):
+    peft.get_peft_model(model, peft.LNTuningConfig(target_modules=["input_layernorm"]))
+
+
+def adapted(model):
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (hooked, r"layers\.0\.mlp has a forward hook"),
+        (patched, r"layers\.1\.self_attn has another forward"),
+        (compiled, r"vision_tower\.layers\.0 has another forward, or is compiled"),
+        (transposed, "numbers do not lie in a row"),
+        (biased, "biases elsewhere than at queries"),
+        (without_biases, "or none there"),
+        (tuned_norms, "a norm is a LNTuningLayer"),
+        (adapted, "a weight is in a Linear of peft"),
+        (nn.Module.double, "torch.float64"),
+    ],
+)
+def test_what_the_kernels_would_pass_over_is_refused(load, change, said):
+    model = load().requires_grad_(False)
+    assert why_not(model) is None
+    change(model)
+    with pytest.raises(ValueError, match=f"^No fast decoding: .*{said}.* Load with decoding='ea"):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, custom_generate=FastDecoder())
+
+
+def test_prompts_of_an_adapter_are_refused(load):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(load(), config)
+    with pytest.raises(ValueError, match="No fast decoding: an adapter puts tokens of its own"):
+        model.generate(
+            input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=2, custom_generate=FastDecoder()
+        )
+
+
+def test_hidden_states_asked_for_before_leave_no_hook_that_matters(load):
+    model = load()
+    model(torch.tensor([[5, 6, 7]]), output_hidden_states=True)
+    assert why_not(model) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"inputs_embeds": torch.zeros(1, 3, 64)}, "has no ids of the prompt, or embeddings"),
+        ({"past_key_values": DynamicCache()}, "past_key_values is given, but fast decoding"),
+    ],
+)
+def test_prompts_that_are_no_ids_alone_are_refused(own, decoder, asked, said):
+    ids = None if "inputs_embeds" in asked else torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError, match=said):
+        own.generate(ids, max_new_tokens=2, custom_generate=decoder, **asked)
+
+
+def test_copies_and_files_have_buffers_of_their_own(own, decoder):
+    decoder.prepare(own, 1, 20)
+    for other in (copy.deepcopy(decoder), pickle.loads(pickle.dumps(FastDecoder(lookup=True)))):
+        assert not other._steps
+    assert other.lookup
+
+
+class Ids(BaseStreamer):
+    """What a streamer is given; told to, it asks for another answer meanwhile."""
+
+    def __init__(self, ask=lambda: None):
+        self.ids, self.ended, self.ask = [], False, ask
+
+    def put(self, value):
+        self.ask()
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_of_generate_has_the_prompt_as_given_and_every_token(own, golden, decoder):
+    inputs = {
+        "input_ids": golden["image.input_ids"][:1],
+        "pixel_values": golden["vision.pixel_values"][:1],
+    }
+    streamer = Ids()
+    ids = answer(own, inputs, decoder, new_tokens=2, streamer=streamer)
+    assert streamer.ids == ids[0].tolist()
+    assert streamer.ended
+
+
+def test_an_answer_within_another_is_refused_and_the_next_one_given(own, decoder):
+    ask = partial(answer, own, {"input_ids": torch.tensor([[5, 6, 7]])}, decoder, 1)
+    with pytest.raises(ValueError, match="Within an answer of fast decoding"):
+        ask(streamer=Ids(ask))
+    assert ask().shape == (1, 4)
+
+
+def test_threads_wait_for_each_other(own, decoder):
+    ask = partial(answer, own, {"input_ids": torch.tensor([[5, 6, 7]])}, decoder, 1)
+    asked, inside = threading.Event(), []
+    other = threading.Thread(target=lambda: (asked.set(), ask(), inside.append("other")))
+
+    def wait():
+        if not asked.is_set():
+            other.start()
+            asked.wait(10)
+        time.sleep(0.05)
+        inside.append("first")
+
+    ask(streamer=Ids(wait))
+    other.join(20)
+    assert inside == ["first", "first", "other"]
+
+
+def test_no_processor_is_asked_what_follows_the_end(own, decoder):
+    allowed = {3: [9], 4: [8]}  # by the length so far; there is no entry beyond the end
+    ids = own.generate(
+        torch.tensor([[5, 6, 7]]),
+        max_new_tokens=6,
+        eos_token_id=8,
+        prefix_allowed_tokens_fn=lambda _, known: allowed[len(known)],
+        custom_generate=decoder,
+    )
+    assert ids[0].tolist() == [5, 6, 7, 9, 8]
+
+
+class EndsFirst(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([True] + [input_ids.shape[1] > 4] * (len(input_ids) - 1))
+
+
+def test_rows_that_a_criterion_ends_go_on_as_in_transformers_own_loop(own):
+    inputs = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+    ends = {"stopping_criteria": StoppingCriteriaList([EndsFirst()]), "eos_token_id": None}
+    options = {"max_new_tokens": 4, "do_sample": False} | ends
+    assert torch.equal(
+        own.generate(**inputs, **options, custom_generate=FastDecoder()),
+        own.generate(**inputs, **options),
+    )
 
 
 def test_the_rung_below_is_taken_with_a_sentence(monkeypatch):

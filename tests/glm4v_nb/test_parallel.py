@@ -105,9 +105,21 @@ def test_one_rank_that_cancels_stops_all_at_the_same_token(answers):
     assert answers[0]["cancelled"][0] == "cancelled"
 
 
+def test_ranks_draw_the_same_with_generators_in_other_states_and_ones_own_with_equal(answers):
+    assert answers[0]["unseeded"] == answers[1]["unseeded"]
+    model, processor = load_checkpoint(CHECKPOINT, dtype=torch.float32)
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True
+    )
+    torch.manual_seed(7)
+    drawn = model.generate(**prompt, max_new_tokens=6, do_sample=True, temperature=2.0, top_k=0)
+    assert answers[0]["seeded"] == answers[1]["seeded"] == drawn[0].tolist()
+
+
 def test_ranks_that_are_asked_different_things_say_so(answers):
     for found in answers:
         assert "asked different things. Expected the same conversation" in found["differ"]
+        assert "asked different things" in found["other lengths"]
 
 
 def test_a_rank_that_is_killed_ends_all_with_one_line(started):
@@ -174,6 +186,14 @@ def test_a_process_that_torchrun_has_not_started_is_told_how(monkeypatch):
         load_checkpoint(CHECKPOINT, parallel="tensor")
 
 
+@pytest.mark.parametrize(("name", "value"), [("RANK", "first"), ("RANK", "2"), ("WORLD_SIZE", "")])
+def test_variables_that_torchrun_would_not_set_are_refused(torchrun, monkeypatch, name, value):
+    torchrun(2)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"^The environment has .*{name} '{value}'.*Let torchrun"):
+        Ranks.started()
+
+
 class RecordedFile:
     """A safetensors file that keeps how many numbers were read of each tensor."""
 
@@ -222,6 +242,16 @@ def test_a_rank_reads_its_part_of_the_files_and_no_more(checkpoint, monkeypatch,
         if "k_proj" in module or "v_proj" in module:
             parts = min(parts, model.config.multi_query_group_num)
         assert tensor.numel() == whole[name] // parts, name
+
+
+@pytest.mark.parametrize("where", [(1, [(5, 10)]), (0, [(0, 2), (4, 5)])])
+def test_what_does_not_lie_together_is_put_together_on_the_device(monkeypatch, where):
+    monkeypatch.setattr(loading, "AT_A_TIME", 40)  # two rows at a time
+    tensor = torch.arange(60.0).view(6, 10)
+    dimension, ranges = where
+    pieces = [tensor.narrow(dimension, start, stop - start) for start, stop in ranges]
+    assert torch.equal(loading.Part(tensor, where, "cpu")[...], torch.cat(pieces, dimension))
+    assert loading.Part(tensor, where, "meta")[...].is_meta
 
 
 def test_transformers_own_splitting_is_refused_with_what_to_use(load):
@@ -325,6 +355,10 @@ def test_a_part_is_neither_trained_nor_saved(checkpoint, tmp_path):
         model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="one rank's part"):
         model.resize_token_embeddings(400)
+    with pytest.raises(ValueError, match="one rank's part.*merge the adapter"):
+        model.load_adapter(tmp_path)
+    with pytest.raises(ValueError, match="max_time is given.*Give max_new_tokens"):
+        model.generate(torch.tensor([[1, 2, 3]]), max_time=1.0)
     model.requires_grad_(True)
     with pytest.raises(RuntimeError, match="exchange no gradients"):
         model(input_ids=torch.tensor([[1, 2, 3]]))

@@ -79,6 +79,17 @@ def miniature() -> dict:
     found["drawn"] = [
         generate(*asked, Sampling(temperature=2.0, seed=seed)).text for seed in (None, 5)
     ]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True
+    )
+    draw = {"max_new_tokens": 6, "do_sample": True, "temperature": 2.0, "top_k": 0}
+    for name, seed in {"unseeded": RANK, "seeded": 7}.items():
+        torch.manual_seed(seed)
+        found[name] = model.generate(**prompt, **draw)[0].tolist()
+    try:
+        model.generate(**prompt, max_new_tokens=1 + RANK)
+    except ValueError as error:
+        found["other lengths"] = str(error)
     model.generation_config.eos_token_id = None
     with stream(*asked, Sampling(max_new_tokens=400)) as pieces:
         next(pieces)
