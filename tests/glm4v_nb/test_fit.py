@@ -74,7 +74,7 @@ def test_two_l4_fit_with_the_standard_workload_and_the_json_has_exactly_its_keys
 
 
 def test_the_json_of_a_failure_has_exactly_its_keys():
-    answer = json.loads(json.dumps(fit("T4", 1).to_dict()))
+    answer = json.loads(json.dumps(fit("T4", 1, workload=SHORT).to_dict()))
     assert list(answer) == [*KEYS, "needs_bytes"]
     assert list(answer["oom"]) == ["device", "phase", "message"]
     assert answer["verdict"] == "oom"
@@ -214,9 +214,9 @@ def test_a_large_batch_runs_out_of_memory_in_prefill():
 
 
 def test_a_growing_cache_runs_out_of_memory_in_decode():
-    # 40 KiB a token: 200 samples of 2500 tokens take 19 GiB, and 17.6 GiB are free.
+    # 40 KiB a token: 800 samples of 632 tokens take 19 GiB, and 17.6 GiB are free.
     result = fit(
-        "L4", 2, workload=Workload(batch_size=200, images=0, text_tokens=100, new_tokens=2400)
+        "L4", 2, workload=Workload(batch_size=800, images=0, text_tokens=32, new_tokens=600)
     )
     assert_consistent(result)
     assert result.oom.phase == "decode"

@@ -163,9 +163,10 @@ def test_the_dask_commands_of_the_documents_have_options_and_settings_that_dask_
     ]
     parts = [line.partition("/dask ")[2].split()[0] for line in lines]
     assert parts == ["scheduler", "worker", "worker", "scheduler", "worker"]
+    known = {part: run(["dask", part, "--help"]).stdout for part in set(parts)}
     for part, line in zip(parts, lines, strict=True):
-        known = set(re.findall(r"--[a-z-]+", run(["dask", part, "--help"]).stdout))
-        assert set(re.findall(r" (--[a-z-]+)", line)) <= known, line
+        options = set(re.findall(r"--[a-z-]+", known[part]))
+        assert set(re.findall(r" (--[a-z-]+)", line)) <= options, line
     for name in re.findall(r"DASK_(?!CONFIG\b)(\w+)", TEXTS["docs/cluster.md"]):
         assert dask.config.get(name.lower().replace("__", "."), "unknown") != "unknown", name
 
