@@ -18,6 +18,8 @@ from glm4v_nb.inference import decoding
 from glm4v_nb.model.chat import is_batch
 from glm4v_nb.placement import input_device
 
+# Below it the likeliest token has all of the probability, and logits are divided to infinity.
+LEAST_TEMPERATURE = 1e-5
 # Processes that share a model ask each other so often whether one of them has cancelled.
 TOKENS_BETWEEN_RANKS = 8
 
@@ -49,14 +51,18 @@ class Sampling:
             if not right:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn, and not the likeliest taken each time."""
+        return self.temperature >= LEAST_TEMPERATURE
+
     def arguments(self) -> dict:
         """As arguments of transformers' ``generate``."""
         # Overwrites the sampling defaults that a checkpoint's generation_config.json may carry.
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        if self.temperature == 0:
+        if not self.draws:
             drawn = dict.fromkeys(drawn)
-        sampled = self.temperature > 0
-        drawn |= {"do_sample": sampled, "return_dict_in_generate": False}
+        drawn |= {"do_sample": self.draws, "return_dict_in_generate": False}
         return {"max_new_tokens": self.max_new_tokens, **drawn}
 
 

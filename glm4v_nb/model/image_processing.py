@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel
 from transformers import BatchFeature, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
@@ -25,8 +25,8 @@ IMAGE_TYPES = (Image.Image, str, Path, np.ndarray, bytes, memoryview)
 MOST_ENCODED_BYTES = 32 * 2**20  # of an image given as base64
 _MOST_PIXELS = 16384  # of one side; more takes gigabytes a picture
 _LONGEST_PATH = 4096  # bytes on Linux (PATH_MAX); longer text is no path
-# A picture of so many takes half a gigabyte to decode, whatever the size of its file; and so many
-# in all passes over a JPEG, of which a file can have thousands, some seconds.
+# A picture of so many takes half a gigabyte to decode, as WebP a whole one, whatever the size of
+# its file; and so many in all passes over a JPEG, of which a file can have thousands, some seconds.
 MOST_PIXELS, MOST_SCANNED_PIXELS = 64_000_000, 1_000_000_000
 # What Pillow reads by itself; for others, such as EPS, it starts programs of the machine.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -196,6 +196,11 @@ def _decode(name, source) -> Image.Image:
             ) from error
         except MemoryError:
             raise
+        except UnidentifiedImageError:  # whose message names an object in memory
+            raise ValueError(
+                f"{name} cannot be read as an image (no format that is read here). Expected a"
+                f" complete {', '.join(FORMATS)}. Save or download it again."
+            ) from None
         except Exception as error:  # decoders meet damaged files with errors of many types
             raise ValueError(
                 f"{name} cannot be read as an image ({error}). Expected a complete PNG, JPEG, GIF,"

@@ -14,25 +14,31 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from glm4v_nb.serving.engine import where
+from glm4v_nb.serving.engine import ENDING, where
 from glm4v_nb.serving.job import Done, Failure, Job
 from glm4v_nb.serving.options import is_loopback
-from glm4v_nb.serving.protocol import Completion, Refusal
+from glm4v_nb.serving.protocol import Completion, Refusal, check_model
 from glm4v_nb.serving.service import Service
 
 log = logging.getLogger(__name__)
 
 _BODY_SECONDS = 60
-_AT_A_TIME = 2  # requests that are prepared: a picture may take half a gigabyte meanwhile
+_LOOK_SECONDS = 1  # between looks at whether a client is there that has sent more than its request
+_READ = ["GET", "HEAD"]
+_AT_A_TIME = 2  # requests that are prepared: a picture may take a gigabyte meanwhile
 # A body that is too large is read to its end and dropped, as a client that still sends hears
 # nothing; but not for ever.
 _DROPPED_BYTES = 256 * 2**20
 
 
 def build_app(service: Service) -> FastAPI:
-    """The routes: /v1/chat/completions, /v1/models, /health and /metrics."""
+    """The routes: /v1/chat/completions, /v1/models, /health and /metrics.
+
+    ``state.reading`` has the deadlines of bodies that are being read, for a service that ends.
+    """
     # No pages of documentation, which load scripts from elsewhere.
     app = FastAPI(title="glm4v-nb", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.reading = reading = set()
     engine, metrics = service.engine, service.metrics
     preparing = anyio.CapacityLimiter(_AT_A_TIME)
 
@@ -44,34 +50,44 @@ def build_app(service: Service) -> FastAPI:
     @app.exception_handler(Refusal)
     async def refuse(request: Request, error: Refusal):
         metrics.refused.labels(error.code).inc()
-        headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
-        return JSONResponse(error.body, error.status, headers)
+        log.info("refused: %d %s", error.status, error.code)  # no path, which a client may choose
+        return _told(error)
 
     @app.exception_handler(HTTPException)
     async def not_here(request: Request, error: HTTPException):
         advice = "POST /v1/chat/completions, GET /v1/models, /health and /metrics are here."
         refusal = Refusal(error.status_code, "not_found", f"{error.detail}. {advice}")
-        return await refuse(request, refusal)
+        answer = await refuse(request, refusal)
+        answer.headers.update(error.headers or {})
+        return answer
 
-    @app.get("/health")
+    @app.api_route("/health", methods=_READ)
     async def health():
         ready = engine.alive and not engine.draining
         words = "ready" if ready else "shutting down" if engine.alive else "failed"
         return JSONResponse({"status": words}, 200 if ready else 503)
 
-    @app.get("/metrics", dependencies=checked)
-    def told():
+    @app.api_route("/metrics", methods=_READ, dependencies=checked)
+    def measured():
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
-    started = int(time.time())
+    model = {"id": service.name, "object": "model", "created": int(time.time())}
+    model["owned_by"] = "glm4v-nb"
 
-    @app.get("/v1/models", dependencies=checked)
+    @app.api_route("/v1/models", methods=_READ, dependencies=checked)
     async def models():
-        one = {"id": service.name, "object": "model", "created": started, "owned_by": "glm4v-nb"}
-        return {"object": "list", "data": [one]}
+        return {"object": "list", "data": [model]}
+
+    @app.api_route("/v1/models/{name:path}", methods=_READ, dependencies=checked)
+    async def one_model(name: str):
+        if not name:  # asked for with a slash at the end
+            return await models()
+        check_model(name, service.name)
+        return model
 
     @app.post("/v1/chat/completions", dependencies=checked)
     async def chat(request: Request):
+        begin = time.monotonic()
         engine.reserve()
         events: asyncio.Queue = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -81,7 +97,7 @@ def build_app(service: Service) -> FastAPI:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            body = await read_body(request, service.most_body_bytes)
+            body = await read_body(request, service.most_body_bytes, reading)
             asked, job = await anyio.to_thread.run_sync(
                 service.prepare, body, tell, limiter=preparing
             )
@@ -94,13 +110,14 @@ def build_app(service: Service) -> FastAPI:
             message = "The request could not be prepared; the log of the service says where."
             raise Refusal(500, "internal_error", message) from None
         del body
+        job.asked = begin
         engine.submit(job)
         watcher = asyncio.create_task(_cancel_when_gone(request, engine, job))
         try:
             # Nothing is sent before the first token, so that an error still has its own status.
             first = await events.get()
             if isinstance(first, Failure):
-                raise Refusal(first.status, first.code, first.message)
+                return _told(first.refusal)
             answer = _Answer(events, first, Completion(service.name, job.prompt_positions))
             if not asked.stream:
                 return await answer.whole()
@@ -144,7 +161,7 @@ class _Answer:
         texts = []
         async for event in self._each():
             if isinstance(event, Failure):
-                raise Refusal(event.status, event.code, event.message)
+                return _told(event.refusal)
             if isinstance(event, Done):
                 text = "".join(texts)
                 return JSONResponse(self.completion.whole(text, event.finish, event.new_tokens))
@@ -155,7 +172,7 @@ class _Answer:
         yield completion.chunk({"role": "assistant", "content": ""})
         async for event in self._each():
             if isinstance(event, Failure):
-                yield Refusal(event.status, event.code, event.message).body
+                yield event.refusal.body
             elif isinstance(event, Done):
                 yield completion.chunk({}, event.finish)
                 if with_usage:
@@ -164,10 +181,22 @@ class _Answer:
                 yield completion.chunk({"content": event.text})
 
 
+def _told(error: Refusal) -> JSONResponse:
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    return JSONResponse(error.body, error.status, headers)
+
+
 async def _cancel_when_gone(request: Request, engine, job: Job):
-    """After the body the one message that may come is that the client has hung up."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    """After the body the one message that may come is that the client has hung up.
+
+    Asked for again and again, as uvicorn reads no further where a client has sent more than its
+    request, and would not see that it has hung up behind that.
+    """
+    gone = False
+    while not gone:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK_SECONDS):
+                gone = (await request.receive())["type"] == "http.disconnect"
     engine.cancel(job)
 
 
@@ -183,25 +212,36 @@ def _check_caller(request: Request, key: str | None):
             message = "Without a key only this machine may ask, at http://127.0.0.1 or localhost."
             raise Refusal(403, "foreign_host", message)
         return
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if not hmac.compare_digest(given.encode(), key.encode()):
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    right = hmac.compare_digest(given.strip().encode(), key.encode())
+    if not right or scheme.lower() != "bearer":
         message = "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'."
         raise Refusal(401, "invalid_api_key", message)
 
 
-async def read_body(request: Request, most: int) -> bytes:
+async def read_body(request: Request, most: int, reading: set[asyncio.Timeout]) -> bytes:
     """The body.
 
+    Args:
+        most: bytes.
+        reading: where its deadline is, while it is read.
+
     Raises:
-        Refusal: it is too large, too slow, or is not said to be JSON.
+        Refusal: it is too large, too slow, packed, or is not said to be JSON; its deadline was set
+            to 0, as the service ends.
     """
     # Which a page of another site cannot say without asking first, and it is not answered.
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
         message = "The body is not said to be JSON. Send it with 'Content-Type: application/json'."
         raise Refusal(415, "not_json", message)
-    body, size = bytearray(), 0
+    if (packed := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        message = f"The body is packed ({packed[:80]}), and is not unpacked here. Send it as it is."
+        raise Refusal(415, "not_json", message)
+    body, size, deadline = bytearray(), 0, asyncio.timeout(_BODY_SECONDS)
+    reading.add(deadline)
     try:
-        async with asyncio.timeout(_BODY_SECONDS):
+        async with deadline:
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > most:
@@ -213,8 +253,12 @@ async def read_body(request: Request, most: int) -> bytes:
     except ClientDisconnect:
         raise Refusal(499, "client_gone", "The client hung up.") from None
     except TimeoutError:
+        if deadline.when() <= 0:
+            raise Refusal(503, *ENDING) from None
         message = f"The body was not here after {_BODY_SECONDS} s. Send it faster, or less."
         raise Refusal(408, "too_slow", message) from None
+    finally:
+        reading.remove(deadline)
     if size > most:
         message = (
             f"The body is larger than {most:,} bytes. Scale the picture down: the model sees it at"

@@ -1,6 +1,7 @@
 """What ``glm4v-nb serve`` does, from start to end: options, port, model, room, answers."""
 
 import json
+import logging
 import shlex
 import signal
 import socket
@@ -26,10 +27,11 @@ from glm4v_nb.serving.cache import best_steps
 from glm4v_nb.serving.capacity import find_room
 from glm4v_nb.serving.engine import Engine
 from glm4v_nb.serving.metrics import Metrics
-from glm4v_nb.serving.options import KEY_VARIABLE, Options, bind, read_key
+from glm4v_nb.serving.options import BACKLOG, KEY_VARIABLE, Options, bind, listen, read_key
 from glm4v_nb.serving.service import Service
 from simgpu.fitting import DTYPES
 
+_IDLE_SECONDS = 20  # for a connection to say what it wants
 BACKSTOP_SECONDS = 10  # for the engine to end what runs, in words, before connections are cut
 
 
@@ -58,9 +60,10 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, service: Service, grace_seconds: int):
+        app = build_app(service)
         super().__init__(
             uvicorn.Config(
-                build_app(service),
+                app,
                 http="h11",
                 ws="none",
                 lifespan="off",
@@ -68,16 +71,36 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 server_header=False,
                 timeout_graceful_shutdown=grace_seconds + BACKSTOP_SECONDS,
+                backlog=BACKLOG,
             )
         )
-        self.engine, self.grace_seconds = service.engine, grace_seconds
+        self.app_state, self.engine = app.state, service.engine
+        self.grace_seconds = grace_seconds
+        self._idle = {}  # since when, by connection and the request it had last
 
     def handle_exit(self, sig, frame):
         self.engine.drain(self.grace_seconds)
         super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # ten a second
+            self._cut_idle()
         return await super().on_tick(counter) or not self.engine.alive
+
+    def _cut_idle(self):
+        """uvicorn waits for ever for a request that does not come, or comes in drops."""
+        since, now = self._idle, time.monotonic()
+        idle = [(each, each.cycle) for each in self.server_state.connections
+                if each.cycle is None or each.cycle.response_complete]  # fmt: skip
+        self._idle = {each: since.get(each, now) for each in idle}
+        for (connection, _), begin in self._idle.items():
+            if now - begin > _IDLE_SECONDS:
+                connection.transport.abort()
+
+    async def shutdown(self, sockets=None):
+        for deadline in list(self.app_state.reading):
+            deadline.reschedule(0)
+        await super().shutdown(sockets)
 
 
 @contextmanager
@@ -123,6 +146,9 @@ def serve(options: Options, say: Callable[[str], None]):
     """
     # Told to end while it loads, it ends so too; and uvicorn raises the signal again at its end.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    # One line a request, and what failed; uvicorn's own log has neither.
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("glm4v_nb.serving").setLevel(logging.INFO)
     options.check()
     key = read_key(options)
     listening = bind(options.host, options.port)
@@ -131,6 +157,7 @@ def serve(options: Options, say: Callable[[str], None]):
     )
     service = start(options, model, processor, key)
     server = Server(service, options.grace_seconds)
+    listen(listening)
     say(welcome(service, options, address_of(options, listening)))
     try:
         server.run(sockets=[listening])
@@ -143,18 +170,19 @@ def serve(options: Options, say: Callable[[str], None]):
 def welcome(service: Service, options: Options, address: str) -> str:
     """Where it listens, what it takes, and a line to copy."""
     cache = service.engine.cache
-    # Read by the shell, so that no list of processes and no terminal shows it.
+    # By the shell and a pipe, so that no list of processes and no terminal shows it.
     key = f"${KEY_VARIABLE}"
     if options.key_file is not None:
         key = f"$(cat {shlex.quote(str(options.key_file))})"
-    key = "" if service.key is None else f' -H "Authorization: Bearer {key}"'
+    pipe = "" if service.key is None else f'printf "Authorization: Bearer %s" "{key}" | '
+    key = "" if service.key is None else " -H @-"
     messages = [{"role": "user", "content": "Hello"}]
     question = shlex.quote(json.dumps({"model": service.name, "messages": messages}))
     return (
         f"{service.name} at {address}: {cache.sequences} requests at a time,"
         f" {options.queue} may wait.\nA request has at most {cache.capacity:,} positions, prompt"
         f" and answer: {service.why}.\nTry:\n"
-        f"curl {address}/chat/completions -H 'Content-Type: application/json'{key}"
+        f"{pipe}curl {address}/chat/completions -H 'Content-Type: application/json'{key}"
         f" -d {question}\n"
         "Next: docs/serving.md asks with a picture and the openai client. Ctrl-C ends it."
     )

@@ -28,7 +28,7 @@ _OUT_OF_MEMORY = Failure(
 )
 _BROKEN = Failure(500, "internal_error", "The model failed at this request; the log says how.")
 _GONE = Failure(499, "client_gone", "The client hung up.")
-_ENDING = ("shutting_down", "The service is shutting down. Ask again when it is back.")
+ENDING = ("shutting_down", "The service is shutting down. Ask again when it is back.")
 
 
 class Engine:
@@ -74,7 +74,7 @@ class Engine:
         """
         with self._changed:
             if self.draining or not self.alive:
-                raise Refusal(503, *_ENDING)
+                raise Refusal(503, *ENDING)
             if self._inside >= self.most:
                 raise Refusal(
                     429,
@@ -98,7 +98,7 @@ class Engine:
         with self._changed:
             if self._ended:
                 self._inside -= 1
-                raise Refusal(503, *_ENDING)
+                raise Refusal(503, *ENDING)
             self._waiting.append(job)
             self._changed.notify()
 
@@ -129,7 +129,7 @@ class Engine:
         with self._changed:
             self._ended = True
         for job in self._all():
-            self._leave(job, Failure(503, *_ENDING))
+            self._leave(job, Failure(503, *ENDING))
 
     def _run(self):
         while not self._stopped and self.alive:
@@ -153,7 +153,7 @@ class Engine:
             if job.cancelled:
                 self._leave(job, _GONE)
             elif self.draining and (job.row is None or time.monotonic() > self._deadline):
-                self._leave(job, Failure(503, *_ENDING))
+                self._leave(job, Failure(503, *ENDING))
 
     def _join(self):
         """Run a prompt into a free row; the request's first token comes of it."""
@@ -165,13 +165,13 @@ class Engine:
         try:
             logits = prefill(self.model, job.inputs, self.cache, job.row)
             del job.inputs
-            token = job.choose(logits, int(logits.argmax()))
+            likeliest = int(logits.argmax())
         except Exception as error:
             self._fail([job], error)
             return
         self.metrics.first_token.observe(time.monotonic() - job.asked)
         self.metrics.prompt_tokens.inc(job.prompt_positions)
-        self._add(job, token)
+        self._add(job, logits, likeliest)
 
     def _step(self):
         """One token for every request that runs."""
@@ -180,29 +180,29 @@ class Engine:
         try:
             logits = self._steps(*map(list, zip(*state, strict=True)))
             likeliest = logits.argmax(-1).tolist()
-            tokens = [job.choose(*each) for job, *each in zip(jobs, logits, likeliest, strict=True)]
         except torch.OutOfMemoryError as error:
             # The youngest gives way. The others are tried again: a step writes the same once more.
             self._fail(jobs[-1:], error)
         except Exception as error:
             self._fail(jobs, error)
         else:
-            for job, token in zip(jobs, tokens, strict=True):
-                self._add(job, token)
+            for each in zip(jobs, logits, likeliest, strict=True):
+                self._add(*each)
 
-    def _add(self, job: Job, token: int):
-        self.metrics.new_tokens.inc()
+    def _add(self, job: Job, logits: torch.Tensor, likeliest: int):
+        """A token for one request, whose faults are no other's."""
         try:
-            done = job.add(token, self._end_ids)
+            done = job.add(job.choose(logits, likeliest), self._end_ids)
         except Exception as error:
             self._fail([job], error)
             return
+        self.metrics.new_tokens.inc()
         if done:
             self._leave(job, done)
 
     def _fail(self, jobs: list[Job], error: Exception):
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        self.alive = not isinstance(error, torch.AcceleratorError)
+        self.alive = self.alive and not isinstance(error, torch.AcceleratorError)
         # The message may hold what was asked; that of an out-of-memory error has figures only.
         said = str(error) if out_of_memory else type(error).__name__
         log.error("%d request(s) failed at %s: %s", len(jobs), where(error), said)
@@ -220,7 +220,13 @@ class Engine:
                 self._running.remove(job)
                 heapq.heappush(self._free, job.row)
             self._inside -= 1
-        self.metrics.finished.labels(end.finish if isinstance(end, Done) else end.code).inc()
+        reason = end.finish if isinstance(end, Done) else end.code
+        self.metrics.finished.labels(reason).inc()
+        took = time.monotonic() - job.asked
+        log.info(
+            "%s after %.2f s: %d positions asked, %d tokens answered",
+            reason, took, job.prompt_positions, job.new_tokens,
+        )  # fmt: skip
         job.tell(end)
 
 

@@ -9,6 +9,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from glm4v_nb.inference import Sampling
+from glm4v_nb.serving.protocol import Refusal
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Failure:
     status: int
     code: str
     message: str
+
+    @property
+    def refusal(self) -> Refusal:
+        """As clients are told."""
+        return Refusal(self.status, self.code, self.message)
 
 
 class Job:
@@ -68,7 +74,7 @@ class Job:
         self.position = inputs["input_ids"].shape[1] - 1
         self.slot = prompt_positions - 1
         self._generator: torch.Generator | None = None
-        warpers = [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature else []
+        warpers = [TemperatureLogitsWarper(sampling.temperature)] if sampling.draws else []
         if warpers and sampling.top_p < 1:
             warpers.append(TopPLogitsWarper(sampling.top_p))
         self._warpers = LogitsProcessorList(warpers)

@@ -21,9 +21,12 @@ class Metrics:
         self.first_token = Histogram(
             "first_token_seconds", "From a request to its first token.", buckets=_SECONDS, **prefix
         )
-        self.finished = Counter("requests_finished", "Requests that ran.", ["reason"], **prefix)
-        self.refused = Counter("requests_refused", "Requests that got an error.", ["reason"],
-                               **prefix)  # fmt: skip
+        self.finished = Counter(
+            "requests_finished", "Requests that were let in, by their end.", ["reason"], **prefix
+        )
+        self.refused = Counter(
+            "requests_refused", "Requests that were not let in.", ["reason"], **prefix
+        )
         cards = range(torch.cuda.device_count())
         allocated = Gauge("allocated_bytes", "By PyTorch, of a card.", ["card"], **prefix)
         for card in cards:

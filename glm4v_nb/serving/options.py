@@ -13,6 +13,10 @@ from simgpu.fitting import DTYPES
 
 KEY_VARIABLE = "GLM4V_NB_API_KEY"
 LEAST_KEY = 16  # characters
+STUCK_SECONDS = 30
+# Clients that wait to be let in. Each is a line in the log, every second, when no more files can be
+# opened.
+BACKLOG = 128
 DECODING = ("auto", *STEPS)
 
 
@@ -50,13 +54,12 @@ class Options:
             if getattr(self, name) not in choices:
                 expected = ", ".join(choices)
                 raise ValueError(f"--{name} is {getattr(self, name)!r}; expected one of {expected}")
-        least = {"rows": 1, "queue": 0, "body_mib": 1, "grace_seconds": 0, "port": 0}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} is {getattr(self, name)}; expected {smallest} or more")
-        if self.port > 65535:
-            raise ValueError(f"--port is {self.port}; expected 0 (a free one) to 65535")
+        ranges = {"rows": (1, 1024), "queue": (0, 100_000), "body_mib": (1, 1024)}
+        ranges |= {"grace_seconds": (0, 86_400), "port": (0, 65_535)}  # port 0: a free one
+        for name, (least, most) in ranges.items():
+            if not least <= getattr(self, name) <= most:
+                option = f"--{name.replace('_', '-')} is {getattr(self, name)}"
+                raise ValueError(f"{option}; expected {least} to {most:,}")
         if self.decoding == "fast" and self.rows > MOST_ROWS:
             expected = f"fast decoding takes 1 to {MOST_ROWS}; or use --decoding eager"
             raise ValueError(f"--rows is {self.rows}; {expected}")
@@ -72,7 +75,8 @@ def read_key(options: Options) -> str | None:
     file, where = options.key_file, KEY_VARIABLE
     key = os.environ.get(KEY_VARIABLE)
     if file is not None:
-        key, where = file.read_text(encoding="utf-8").strip(), str(file)
+        key, where = file.read_text(encoding="utf-8", errors="replace"), str(file)
+    key = None if key is None else key.strip()  # as that of a header is
     advice = 'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
     if key is not None and (len(key) < LEAST_KEY or not key.isascii() or not key.isprintable()):
         raise ValueError(
@@ -91,7 +95,7 @@ def is_loopback(host: str) -> bool:
     """Whether a name or an address, as in a URL, is this machine's for itself."""
     with suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
-    return host == "localhost"
+    return host.lower() == "localhost"
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -105,13 +109,31 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections have it from here: who takes nothing of an answer for so long is cut off.
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STUCK_SECONDS * 1000)
         found.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a name that is none
         if found is not None:
             found.close()
-        raise OSError(
-            f"cannot listen at --host {host} --port {port}: {error.strerror}."
-            " Choose another port, or end what has this one; the host is an address of this"
-            " machine."
-        ) from None
+        raise _no_address(host, port, error) from None
     return found
+
+
+def listen(bound: socket.socket):
+    """Let clients in, who wait until they are answered.
+
+    Raises:
+        OSError: another that was bound to the same address has been faster.
+    """
+    try:
+        bound.listen(BACKLOG)
+    except OSError as error:
+        raise _no_address(*bound.getsockname()[:2], error) from None
+
+
+def _no_address(host: str, port: int, error: Exception) -> OSError:
+    return OSError(
+        f"cannot listen at --host {host} --port {port}: {getattr(error, 'strerror', error)}. Choose"
+        " another port, or end what has this one; the host is an address of this machine."
+    )

@@ -19,6 +19,10 @@ from pydantic import (
 
 MOST_STOPS = 4  # as OpenAI's
 MOST_PARTS = 10_000  # more than any context takes, and soon counted
+# Commas and brackets of a body, in texts too: a few megabytes of "[]," take minutes to read, and
+# gigabytes, while nobody gets a token.
+MOST_VALUES = 100_000
+_SHOWN = 80  # characters of what a client sent, in a message
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 
@@ -46,7 +50,7 @@ class Refusal(Exception):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")  # looked at by ``_refuse_others``
 
 
 class _Text(_Part):
@@ -64,15 +68,17 @@ class _Image(_Part):
     image_url: _Address
 
 
+def _parts(content):
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 class _Message(_Part):
-    role: Literal["system", "user", "assistant"]
-    content: (
-        str
-        | Annotated[
-            list[Annotated[_Text | _Image, Field(discriminator="type")]],
-            Field(max_length=MOST_PARTS),
-        ]
-    )
+    role: Literal["system", "developer", "user", "assistant"]  # developer is the new system
+    content: Annotated[
+        list[Annotated[_Text | _Image, Field(discriminator="type")]],
+        Field(max_length=MOST_PARTS, fail_fast=True),
+        BeforeValidator(_parts),
+    ]
 
 
 class _StreamOptions(_Part):
@@ -84,13 +90,11 @@ def _listed(stop):
     return [stop] if isinstance(stop, str) else [] if stop is None else stop
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(_Part):
     """The body of a request; ``max_tokens`` None: what is left of the room for one request."""
 
-    model_config = ConfigDict(extra="allow")
-
     model: str
-    messages: list[_Message] = Field(min_length=1, max_length=MOST_PARTS)
+    messages: list[_Message] = Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     temperature: float | None = Field(None, ge=0, le=2)
@@ -105,7 +109,7 @@ class ChatRequest(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-# Values of other fields that ask for nothing; None asks for nothing in any. The first are notes.
+# Values of other fields that ask for nothing; None, [] and {} do in any. The first are notes.
 _ANY = ("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -129,28 +133,28 @@ def parse(body: bytes, model: str) -> ChatRequest:
     Raises:
         Refusal: no JSON, a wrong value, a field that is not served, another model.
     """
+    if (values := sum(map(body.count, (b",", b"[", b"{")))) > MOST_VALUES:
+        raise Refusal(
+            413,
+            "body_too_large",
+            f"The body has {values:,} commas and brackets; at most {MOST_VALUES:,} are read. Send a"
+            " part of the text or of the fields.",
+        )
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"])) or "The body"
+        where = ".".join(map(str, first["loc"]))
         advice = "Send what https://platform.openai.com/docs/api-reference/chat describes."
-        message = f"{where}: {first['msg']}. {advice}"
-        raise Refusal(400, "invalid_value", message, where) from None
-    for name, value in (request.model_extra or {}).items():
-        if value is None or name in _ANY or value in _NEUTRAL.get(name, ()):
-            continue
-        expected = f" Expected {_NEUTRAL[name][0]!r} or nothing." if name in _NEUTRAL else ""
-        message = f"{name} is not served here.{expected} Leave {name} out."
-        raise Refusal(400, "unsupported_parameter", message, name)
-    if request.model != model:
-        message = f"The model {request.model[:80]!r} is not served here. Ask for {model!r}."
-        raise Refusal(404, "model_not_found", message, "model")
+        message = f"{where or 'The body'}: {first['msg'][:1000]}. {advice}"
+        raise Refusal(400, "invalid_value", message, where or None) from None
+    _refuse_others(request)
+    check_model(request.model, model)
     if request.stream_options and not request.stream:
         message = "stream_options are for streams alone. Set stream, or leave them out."
         raise Refusal(400, "invalid_value", message, "stream_options")
     for message in request.messages:
-        for part in message.content if isinstance(message.content, list) else ():
+        for part in message.content:
             if part.type == "image_url" and not part.image_url.url.startswith("data:"):
                 raise Refusal(
                     400,
@@ -163,11 +167,48 @@ def parse(body: bytes, model: str) -> ChatRequest:
     return request
 
 
+def check_model(asked: str, served: str):
+    """Refusal (404) for a model of another name."""
+    if asked != served:
+        message = f"The model {asked[:_SHOWN]!r} is not served here. Ask for {served!r}."
+        raise Refusal(404, "model_not_found", message, "model")
+
+
+def _refuse_others(given: _Part, where: str = ""):
+    """Refuse a field that asks for what is not served, here or further in.
+
+    An answer that is sent back as it came has some that are null or empty.
+    """
+    for name, value in given.model_extra.items():
+        known = () if where else _NEUTRAL.get(name, ())
+        if value in (None, [], {}, *known) or (name in _ANY and not where):
+            continue
+        name = where + name[:_SHOWN]
+        expected = f" Expected {known[0]!r} or nothing." if known else ""
+        message = f"{name} is not served here.{expected} Leave {name} out."
+        raise Refusal(400, "unsupported_parameter", message, name)
+    for name, value in given:
+        for number, one in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(one, _Part):
+                place = f"{name}.{number}" if isinstance(value, list) else name
+                _refuse_others(one, f"{where}{place}.")
+
+
 def conversation(request: ChatRequest) -> list[dict]:
     """Its messages as the processor takes them."""
-    return [message.model_dump(exclude={"content": {"__all__": {"image_url": {"detail"}}}})
-            if isinstance(message.content, list) else message.model_dump()
-            for message in request.messages]  # fmt: skip
+    return [
+        {
+            "role": "system" if message.role == "developer" else message.role,
+            "content": [_plain(part) for part in message.content],
+        }
+        for message in request.messages
+    ]
+
+
+def _plain(part: _Text | _Image) -> dict:
+    if part.type == "text":
+        return {"type": "text", "text": part.text}
+    return {"type": "image_url", "image_url": {"url": part.image_url.url}}
 
 
 class Completion:

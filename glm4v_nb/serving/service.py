@@ -39,6 +39,8 @@ class Service:
     def prepare(self, body: bytes, tell) -> tuple[ChatRequest, Job]:
         """Parse, tokenise, decode the picture; takes seconds at worst and no memory of cards.
 
+        The request comes back without its messages, which hold the picture once more.
+
         Raises:
             Refusal: the request is wrong, or there is never room for it.
         """
@@ -59,6 +61,7 @@ class Service:
         most = self._answer_room(positions, request.max_completion_tokens or request.max_tokens)
         sampling = Sampling(most, **given)
         tokenizer = self.processor.tokenizer
+        request.messages.clear()
         return request, Job(dict(inputs), positions, sampling, tuple(request.stop), tokenizer, tell)
 
     def _refuse_endless(self, request: ChatRequest, context: int):

@@ -6,7 +6,6 @@ or many is made so by the engine's own limits, so that no test takes long.
 
 import asyncio
 import base64
-import dataclasses
 import io
 import logging
 import os
@@ -33,7 +32,7 @@ from glm4v_nb.miniature import CHECKPOINT, sample_pictures
 from glm4v_nb.serving import capacity
 from glm4v_nb.serving.app import read_body
 from glm4v_nb.serving.cache import STEPS, RowCache, best_steps, prefill
-from glm4v_nb.serving.command import Server, running, welcome
+from glm4v_nb.serving.command import Server, running
 from glm4v_nb.serving.engine import Engine
 from glm4v_nb.serving.job import Failure, Job
 from glm4v_nb.serving.metrics import Metrics
@@ -488,7 +487,7 @@ def test_a_body_that_is_too_large_is_not_kept():
 
     tracemalloc.start()
     with pytest.raises(Refusal, match="larger than 8,388,608 bytes"):
-        asyncio.run(read_body(Sent(), 8 * 2**20))
+        asyncio.run(read_body(Sent(), 8 * 2**20, set()))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 25 * 2**20, "8 MiB, while a larger buffer takes its place, and a chunk"
@@ -556,7 +555,7 @@ def test_two_pictures_are_refused_in_words(ask, url):
         ({"stream_options": {"include_usage": True}}, 400, "Set stream"),
         ({"messages": []}, 400, "at least 1"),
         ({"messages": [message("a")] * 10_001}, 400, "at most 10000"),
-        ({"messages": [{"role": "wizard", "content": "Hello"}]}, 400, "'system', 'user'"),
+        ({"messages": [{"role": "wizard", "content": "Hello"}]}, 400, "'system', 'developer',"),
         ({"messages": [{"role": "user", "content": ""}]}, 400, "The conversation is empty"),
         ({"messages": [{"role": "user", "image": "/etc/passwd", "content": "a"}]}, 400, "image"),
         ({"model": "gpt-9"}, 404, "Ask for 'miniature'"),
@@ -746,14 +745,6 @@ def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capfd):
     assert "pip install '.[serve]'" in capfd.readouterr().err
 
 
-def test_the_line_to_copy_names_the_key_and_never_has_it(service, options, monkeypatch):
-    monkeypatch.setattr(service, "key", "k" * 20)
-    for file, shown in ((None, "Bearer $GLM4V_NB_API_KEY"), ("a key", "Bearer $(cat 'a key')")):
-        given = dataclasses.replace(options, key_file=file)
-        text = welcome(service, given, "http://127.0.0.1:80/v1")
-        assert shown in text and "kkk" not in text
-
-
 def test_a_service_that_is_killed_starts_again_and_one_that_is_ended_finishes_what_runs(tmp_path):
     """What a supervisor does: start, kill -9, start at the same port; then SIGTERM."""
     listening = bind("127.0.0.1", 0)
@@ -770,6 +761,7 @@ def test_a_service_that_is_killed_starts_again_and_one_that_is_ended_finishes_wh
         )  # fmt: skip
         first = process.stdout.readline()
         assert first.startswith(f"checkpoint at {address}/v1"), first
+        socket.create_connection(("127.0.0.1", port)).close()  # it listens when it says so
         return process
 
     process = begin()
