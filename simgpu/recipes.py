@@ -6,7 +6,6 @@ package with a model that asks otherwise registers its own with ``checkpoints.re
 """
 
 import inspect
-import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -14,11 +13,10 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from simgpu import media
 from simgpu.checkpoints import known_recipe
 from simgpu.placement import input_device
-from simgpu.rig import Rig
 from simgpu.training import enable_gradient_checkpointing, trained_parameters
 from simgpu.workload import Workload
 
@@ -29,8 +27,6 @@ _OTHERS = ("ImageTextToText", "MaskedLM", "CausalLM", "ImageClassification", "CT
 _CACHES = ("past_key_values", "cache_params", "state")
 # Ends no search for the longest prompt of a model without positions of its own.
 MOST_TOKENS = 2**17
-# Pixels on a side where the configuration gives none, as of models that take any size.
-_SIDE = 672
 
 
 def read_recipe(config: PreTrainedConfig) -> "Recipe":
@@ -160,7 +156,9 @@ class Recipe:
     @cached_property
     def image_positions(self) -> int:
         """Positions of the prompt that one image takes."""
-        return _count_features(self) if self.takes_images else 0
+        if not self.takes_images:
+            return 0
+        return media.image_positions(self.config, self._takes, self.model_class)
 
     def workload(self, **sizes) -> Workload:
         """A workload of these sizes; those that are None or left out are what suits the model."""
@@ -223,9 +221,11 @@ class Recipe:
             if workload.images:
                 inputs |= self._with_images(ids, workload.images, generator)
         elif self._main == "pixel_values":
-            inputs["pixel_values"] = torch.rand(1, *_picture(self.config), generator=generator)
+            inputs["pixel_values"] = torch.rand(
+                1, *media.picture_size(self.config), generator=generator
+            )
         else:
-            inputs[self._main] = _sound(self.config, self._main, generator)
+            inputs[self._main] = media.sound(self.config, self._main, generator)
         if self.is_pair and "decoder_input_ids" in self._takes and not workload.train:
             start = getattr(self.config, "decoder_start_token_id", None) or 0
             inputs["decoder_input_ids"] = torch.tensor([[start]])
@@ -311,8 +311,8 @@ class Recipe:
 
     def _with_images(self, ids: torch.Tensor, count: int, generator) -> dict[str, torch.Tensor]:
         """The prompt with ``count`` images in front of its text."""
-        token = image_token(self.config)
-        inputs = _image_inputs(self, count, generator)
+        token = media.image_token(self.config)
+        inputs = media.image_inputs(self.config, self._takes, count, generator)
         ids = torch.cat((torch.full((1, count * self.image_positions), token), ids), dim=1)
         for name in ("token_type_ids", "mm_token_type_ids"):
             if name in self._takes:
@@ -326,102 +326,3 @@ def _of_batch(tensor: torch.Tensor, batch: int, device, dtype: torch.dtype) -> t
     if tensor.is_floating_point():  # whose numbers do not matter, and which may be large
         return torch.empty(size, dtype=dtype, device=device)
     return tensor.repeat(batch, *[1] * (tensor.ndim - 1)).to(device)
-
-
-def image_token(config: PreTrainedConfig) -> int:
-    """The id that stands in a prompt for each position of an image.
-
-    Raises:
-        ValueError: the configuration has none.
-    """
-    for name in ("image_token_id", "image_token_index"):
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
-    raise ValueError(
-        f"It is not known how a {config.model_type!r} takes images. Use --images 0 for its text, or"
-        " run your own program, which calls its processor: simgpu run."
-    )
-
-
-def _vision(config: PreTrainedConfig):
-    return getattr(config, "vision_config", None) or config
-
-
-def _picture(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Channels, height and width of a picture that a model takes."""
-    vision = _vision(config)
-    side = getattr(vision, "image_size", None) or _SIDE
-    height, width = side if isinstance(side, list | tuple) else (side, side)
-    return getattr(vision, "num_channels", None) or 3, height, width
-
-
-def _sound(config: PreTrainedConfig, name: str, generator) -> torch.Tensor:
-    """Thirty seconds of sound: features as Whisper takes them, or 16,000 samples a second."""
-    if name == "input_features":
-        bins, positions = config.num_mel_bins, getattr(config, "max_source_positions", 1500)
-        return torch.rand(1, bins, 2 * positions, generator=generator)
-    if name == "input_values":
-        return torch.rand(1, 30 * 16_000, generator=generator)
-    raise ValueError(
-        f"It is not known how a {config.model_type!r} is asked: it takes {name}. Run your own"
-        " program: simgpu run, or simgpu.estimate in Python."
-    )
-
-
-def _image_inputs(recipe: Recipe, count: int, generator) -> dict[str, torch.Tensor]:
-    """What the processor makes of ``count`` pictures of the model's size, for one sample."""
-    config, takes = recipe.config, recipe._takes
-    channels, height, width = _picture(config)
-    if "image_grid_thw" in takes:  # patches of any number of pictures behind each other
-        rows, columns, features = _grid(config)
-        pixels = torch.rand(count * rows * columns, features, generator=generator)
-        return {
-            "pixel_values": pixels,
-            "image_grid_thw": torch.tensor([[1, rows, columns]] * count),
-        }
-    pixels = torch.rand(count, channels, height, width, generator=generator)
-    if "pixel_attention_mask" in takes:  # pictures of a sample in a dimension of their own
-        return {"pixel_values": pixels[None]}
-    inputs = {"pixel_values": pixels}
-    if "image_sizes" in takes:
-        inputs["image_sizes"] = torch.tensor([[height, width]] * count)
-        if hasattr(config, "image_grid_pinpoints"):  # an overview, and tiles
-            places = (config.image_grid_pinpoints, _vision(config).image_size)
-            tiles = image_size_to_num_patches((height, width), *places)
-            inputs["pixel_values"] = pixels[:, None].expand(count, tiles, -1, -1, -1)
-    return inputs
-
-
-def _grid(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Rows and columns of patches of a picture, and numbers in a patch."""
-    vision = _vision(config)
-    channels, height, width = _picture(config)
-    patch, merged = vision.patch_size, getattr(vision, "spatial_merge_size", 2)
-    frames = getattr(vision, "temporal_patch_size", 1)
-    rows, columns = (max(1, side // (patch * merged)) * merged for side in (height, width))
-    return rows, columns, channels * frames * patch * patch
-
-
-def _count_features(recipe: Recipe) -> int:
-    """Positions of an image, as the model's own tower makes them."""
-    config = recipe.config
-    if "image_grid_thw" in recipe._takes:
-        rows, columns, _ = _grid(config)
-        return rows * columns // getattr(_vision(config), "spatial_merge_size", 2) ** 2
-    image_token(config)
-    try:
-        with Rig.simulated("H200", capped=False, assume="count"), torch.no_grad():
-            options = {"config": config, "device_map": {"": 0}, "dtype": torch.bfloat16}
-            model = recipe.model_class.from_pretrained(None, **options)
-            inputs = _image_inputs(recipe, 1, torch.Generator())
-            pixels = inputs.pop("pixel_values").to("cuda", torch.bfloat16)
-            features = model.get_image_features(pixel_values=pixels, **inputs)
-    except (AttributeError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"It is not known how a {config.model_type!r} takes images"
-            f" ({' '.join(str(error).split())[:100]}). Use --images 0 for its text, or run your own"
-            " program, which calls its processor: simgpu run."
-        ) from error
-    features = getattr(features, "pooler_output", features)
-    parts = features if isinstance(features, list | tuple) else [features]
-    return sum(math.prod(part.shape[:-1]) for part in parts)
