@@ -274,7 +274,7 @@ def test_8_bits_are_made_whole_in_two_steps():
 @needs("bitsandbytes")
 @pytest.mark.parametrize(
     ("rows", "shape"),
-    # The decoder's gate and up in decoding, its down in a short prompt; queries to values in the tower.
+    # The decoder's gate and up in decoding, its down in a prompt; the tower's queries to values.
     [(1, [27392, 4096]), (600, [4096, 13696]), (6401, [5376, 1792])],
 )
 def test_the_bound_of_8_bits_holds_where_every_column_has_a_large_number(monkeypatch, rows, shape):
