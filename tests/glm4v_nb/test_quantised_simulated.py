@@ -107,6 +107,11 @@ def test_what_quantised_weights_cannot_be_asked_is_refused():
         Deployment("L4", checkpoint=CHECKPOINT, weights="int4").check(step)
     with pytest.raises(ValueError, match="keep is .'vision'., but no weights"):
         Deployment("L4", checkpoint=CHECKPOINT, keep=["vision"]).fit(SHORT)
+    fast = Deployment("L4", checkpoint=CHECKPOINT, weights="nf4", decoding="fast")
+    with pytest.raises(ValueError, match="weights 'nf4', which its kernels do not read"):
+        fast.check(SHORT)  # before anything is loaded
+    with pytest.raises(ValueError, match="puts all of the model on the CPU"):
+        Deployment("L4", device_map={"": "cpu"}, checkpoint=CHECKPOINT, weights="nf4").check(SHORT)
     from transformers import LlamaConfig
 
     other = fitting.Deployment("L4", checkpoint=LlamaConfig(num_hidden_layers=1), weights="nf4")
