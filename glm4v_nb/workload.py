@@ -97,6 +97,12 @@ class GLM4VRecipe(Recipe):
         return keys_here(device_map, parts=False)
 
     def quantiser(self, weights: str, dtype: torch.dtype, keep=None):
+        if self.is_fast and weights == "nf4":
+            raise ValueError(
+                f"decoding is {self.decoding!r} and weights 'nf4', which its kernels do not read:"
+                " generate would take the rung below, whose memory is not simulated. Take eager or"
+                " static decoding, or weights of int8 or int4."
+            )
         return quantiser_for(weights, self.config, dtype, KEEP if keep is None else keep)
 
     def quantiser_lines(self, quantiser) -> tuple[str, str]:

@@ -52,9 +52,9 @@ def check_device_map(device_map: dict[str, Place], count: int, model: PreTrained
     """Check a map written by hand for ``count`` cards and a model, of which names are enough.
 
     Raises:
-        ValueError: a place that is neither one of the cards nor "cpu", a name the model does not
-            have, a parameter without a place, "" beside other names, or a module inside another
-            one that has another place.
+        ValueError: a place that is neither one of the cards nor "cpu", no card at all for weights
+            that are to be quantised, a name the model does not have, a parameter without a place,
+            "" beside other names, or a module inside another one that has another place.
     """
     for name, place in device_map.items():
         is_card = isinstance(place, int) and not isinstance(place, bool) and 0 <= place < count
@@ -63,6 +63,11 @@ def check_device_map(device_map: dict[str, Place], count: int, model: PreTrained
                 f"device_map puts {name!r} on {place!r}; expected a card's number, 0 to"
                 f' {count - 1}, or "cpu". Correct the place, or take more cards.'
             )
+    if getattr(model, "hf_quantizer", None) is not None and {*device_map.values()} == {"cpu"}:
+        raise ValueError(
+            "device_map puts all of the model on the CPU, where no weights are quantised in a"
+            " simulation. Give some of it a card."
+        )
     if "" in device_map and len(device_map) > 1:
         raise ValueError(
             'device_map has "" beside other names. "" is the whole model, and accelerate would put'

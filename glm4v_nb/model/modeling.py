@@ -21,7 +21,7 @@ from glm4v_nb.model.chat import refuse_pictures
 from glm4v_nb.model.checkpoint import load_checked
 from glm4v_nb.model.configuration import GLM4VConfig
 from glm4v_nb.model.official_names import state_dict_here, unshare_storage
-from glm4v_nb.model.quantising import parts_of, prepare_saving
+from glm4v_nb.model.quantising import parts_of, prepare_saving, unpack
 from glm4v_nb.model.splicing import ExpandedPrompt, expand_image_positions, merge_image_features
 from glm4v_nb.model.vision import GLM4VVisionTower
 
@@ -81,6 +81,23 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for those that would not load again."""
         prepare_saving(self, kwargs)
         return super().save_pretrained(*args, **kwargs)
+
+    def train(self, mode: bool = True):
+        """As torch's own; 4 bits that an answer has turned are turned back (``unpack``)."""
+        if mode:
+            unpack(self)
+        return super().train(mode)
+
+    def state_dict(self, *args, **kwargs):
+        """As torch's own, of weights as they were loaded (``unpack``)."""
+        unpack(self)
+        return super().state_dict(*args, **kwargs)
+
+    def dequantize(self, dtype: torch.dtype | None = None):
+        """As transformers' own, of weights as they were loaded (``unpack``)."""
+        unpack(self)
+        # Its default is the configuration's, which is a word once the model was saved.
+        return super().dequantize(dtype or self.dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Read official names too, as when ``Trainer`` resumes; torch comes here from wrappers such

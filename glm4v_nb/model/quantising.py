@@ -242,6 +242,22 @@ def prepare_saving(model, options: dict):
         ) from error
 
 
+def unpack(model: nn.Module):
+    """Give bitsandbytes' 4 bits the layout back that everything but answering reads.
+
+    On processors with AVX-512 for bfloat16 the library turns weights and scales once a model in
+    evaluation mode has answered on the CPU, and rounds scales to bfloat16. What then merges,
+    dequantises or trains takes them for what they were, without a word.
+    """
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            scales = state.absmax
+            module.state_dict()  # the library's own way back, which leaves plain scales turned
+            if not state.nested:
+                state.absmax = scales.T.reshape(-1).float()
+
+
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors that a weight is kept in: itself, or packed numbers and their scales."""
     names = getattr(tensor, "tensor_data_names", None)  # of torchao

@@ -107,6 +107,11 @@ def test_what_quantised_weights_cannot_be_asked_is_refused():
         Deployment("L4", checkpoint=CHECKPOINT, weights="int4").check(step)
     with pytest.raises(ValueError, match="keep is .'vision'., but no weights"):
         Deployment("L4", checkpoint=CHECKPOINT, keep=["vision"]).fit(SHORT)
+    fast = Deployment("L4", checkpoint=CHECKPOINT, weights="nf4", decoding="fast")
+    with pytest.raises(ValueError, match="weights 'nf4', which its kernels do not read"):
+        fast.check(SHORT)  # before anything is loaded
+    with pytest.raises(ValueError, match="puts all of the model on the CPU"):
+        Deployment("L4", device_map={"": "cpu"}, checkpoint=CHECKPOINT, weights="nf4").check(SHORT)
     from transformers import LlamaConfig
 
     other = fitting.Deployment("L4", checkpoint=LlamaConfig(num_hidden_layers=1), weights="nf4")
@@ -274,7 +279,7 @@ def test_8_bits_are_made_whole_in_two_steps():
 @needs("bitsandbytes")
 @pytest.mark.parametrize(
     ("rows", "shape"),
-    # The decoder's gate and up in decoding, its down in a short prompt; queries to values in the tower.
+    # The decoder's gate and up in decoding, its down in a prompt; the tower's queries to values.
     [(1, [27392, 4096]), (600, [4096, 13696]), (6401, [5376, 1792])],
 )
 def test_the_bound_of_8_bits_holds_where_every_column_has_a_large_number(monkeypatch, rows, shape):

@@ -1,5 +1,6 @@
 """Quantised while loading, by bitsandbytes and torchao, on the CPU with the shipped miniature."""
 
+import copy
 import functools
 import importlib.util
 import json
@@ -280,3 +281,36 @@ def test_a_strangers_quantiser_is_looked_at(quantised, tmp_path):
     save_file(tensors, file, metadata)
     with pytest.raises(ValueError, match="layers.1.mlp.down_proj.weight.*is not what torchao"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@needs("bitsandbytes")
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("use", ["state_dict", "train", "dequantize"])
+def test_4_bits_that_an_answer_has_turned_are_turned_back_before_others_read_them(double, use):
+    """As bitsandbytes turns them on processors with AVX-512 for bfloat16; else nothing would say
+    that what is merged, saved or trained is no longer the model."""
+    from bitsandbytes import functional
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=double)
+    model = AutoModelForCausalLM.from_pretrained(
+        CHECKPOINT, dtype=torch.bfloat16, quantization_config=config
+    )
+    layer, name = model.language_model.layers[0].mlp, "down_proj"
+    weight = layer.get_submodule(name).weight
+    before = functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(
+        weight.data, weight.quant_state
+    )
+    getattr(model, use)()
+    after = layer.get_submodule(name).weight
+    if use != "dequantize":
+        after = functional.dequantize_4bit(after.data, after.quant_state)
+    # Scales are rounded to 8 bits of bfloat16; turned they are beyond 1.
+    assert (after.float() - before).norm() < 0.01 * before.norm()
+
+
+@needs("bitsandbytes")
+def test_a_model_that_was_saved_can_be_dequantised(quantised, tmp_path):
+    model = copy.deepcopy(quantised("nf4"))
+    model.save_pretrained(tmp_path)
+    assert model.dequantize().language_model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
