@@ -51,7 +51,7 @@ def page() -> str:
         "",
         "Written by `python tools/speed.py` from what `benchmarks/decoding.py` measured at full",
         "size, with random weights. Every token needs all weights of decoder and head once, and",
-        "the cache: the *limit* is these bytes by the bandwidth of a copy in the same run.",
+        "the cache. The *limit* is a copy's bandwidth in the same run, divided by these bytes.",
         "",
         *(f"- {each['measured_on']}: a copy moves {_terabytes(each)} TB/s." for each in (one, two)),
         "",
