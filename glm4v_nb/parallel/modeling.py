@@ -1,6 +1,7 @@
 """One rank's model: the model of a smaller configuration, and sums over the ranks between."""
 
 from itertools import chain
+from operator import itemgetter
 
 import torch
 from torch import nn
@@ -95,8 +96,10 @@ class GLM4VRank(GLM4VForConditionalGeneration):
             )
         # Streamers, criteria and the like are objects of each rank's own.
         plain = (torch.Tensor, bool, int, float, str, list, dict, type(None))
-        given = sorted(item for item in kwargs.items() if type(item[1]) in plain)
-        self.ranks.agree([config.to_json_string(), inputs, *chain(*given)])
+        public = [item for item in vars(config).items() if not item[0].startswith("_")]
+        given = [("inputs", inputs), *public, *kwargs.items()]
+        given = [item for item in given if type(item[1]) in plain]
+        self.ranks.agree(chain(*sorted(given, key=itemgetter(0))))
         if kwargs.get("do_sample", config.do_sample):
             self.ranks.draw_alike()
         return super().generate(inputs, generation_config, **kwargs)

@@ -1,5 +1,6 @@
 """Several processes that share every layer, on the CPU: the same answers as from one."""
 
+import copy
 import json
 import os
 import re
@@ -357,6 +358,9 @@ def test_a_part_is_neither_trained_nor_saved(checkpoint, tmp_path):
         model.resize_token_embeddings(400)
     with pytest.raises(ValueError, match="one rank's part.*merge the adapter"):
         model.load_adapter(tmp_path)
+    prepared = copy.deepcopy(model.generation_config)
+    prepared._pad_token_tensor = torch.tensor(0)  # as an assistant's is
+    model.generate(torch.tensor([[1, 2, 3]]), prepared, max_new_tokens=1)
     with pytest.raises(ValueError, match="max_time is given.*Give max_new_tokens"):
         model.generate(torch.tensor([[1, 2, 3]]), max_time=1.0)
     model.requires_grad_(True)
