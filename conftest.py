@@ -20,15 +20,15 @@ with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
 ROOT = Path(__file__).parent
 # Files of more than a minute, the longest first: one that starts last leaves other cores idle.
 LONGEST = (
-    "tests/glm4v_nb/test_cli.py",
     "tests/repository/test_readme.py",
-    "tests/glm4v_nb/test_limits.py",
     "notebooks/15_experiments.ipynb",
     "notebooks/11_quantise_for_one_card.ipynb",
-    "tests/nbsweep/test_kills.py",
-    "tests/glm4v_nb/test_fit.py",
+    "tests/glm4v_nb/test_cli.py",
+    "tests/glm4v_nb/test_limits.py",
     "tests/repository/test_memory_benchmark.py",
     "notebooks/06_training.ipynb",
+    "tests/glm4v_nb/test_fit.py",
+    "tests/nbsweep/test_kills.py",
     "tests/glm4v_nb/test_advice.py",
     "tests/notebooks/test_on_gpus.py",
     "tests/nbsweep/test_dask_hosts.py",

@@ -256,10 +256,10 @@ def test_a_jpeg_of_thousands_of_passes_is_refused_before_it_is_decoded():
     last_pass = content[content.rindex(b"\xff\xda") : -2]
     many = content[:-2] + 1000 * last_pass + content[-2:]
     assert len(many) < 600_000
-    begin = time.perf_counter()
+    begin = time.process_time()  # decoding it takes a minute of it
     with pytest.raises(ValueError, match="2400 × 2400 in 10.. passes.* save it anew"):
         load_image(many)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
 
 
 def test_a_picture_that_is_in_memory_already_may_be_as_large_as_it_is():

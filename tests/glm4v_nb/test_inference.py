@@ -208,14 +208,14 @@ def test_tokens_that_finish_no_word_are_no_silence(endless, processor, monkeypat
 
     @functools.wraps(original)
     def forward(*args, **kwargs):
-        time.sleep(0.05)
+        time.sleep(0.15)
         outputs = original(*args, **kwargs)
         outputs.logits[..., letter] = 1e4
         return outputs
 
     monkeypatch.setattr(endless, "forward", forward)
     sampling = Sampling(max_new_tokens=20)
-    with stream(endless, processor, question(), sampling, timeout_seconds=0.6) as pieces:
+    with stream(endless, processor, question(), sampling, timeout_seconds=2) as pieces:
         assert "".join(pieces) == 20 * "x"
 
 

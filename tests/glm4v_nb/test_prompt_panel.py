@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM
+from waiting import until
 
 from glm4v_nb.inference import load
 from glm4v_nb.miniature import CHECKPOINT
@@ -48,13 +49,6 @@ def ask(panel, text="How many crosses are there?", seconds=60):
     panel.question.value = text
     panel.ask()
     assert panel.wait(seconds)
-
-
-def wait_until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert condition()
 
 
 def enabled(panel) -> set[str]:
@@ -119,7 +113,7 @@ def test_only_stop_can_be_pressed_while_it_runs_and_nothing_while_it_stops(panel
     panel.max_tokens.value = 5000
     panel.question.value = "Describe the picture."
     panel.ask()
-    wait_until(lambda: "tokens/s" in panel.status.value)
+    until(lambda: "tokens/s" in panel.status.value)
     assert panel.state == "running" and enabled(panel) == {"stop_button"}
     panel.stop()
     assert panel.stop_button.disabled
@@ -160,7 +154,7 @@ def test_a_second_question_asked_while_one_runs_is_ignored(panel, endless):
     worker = panel._worker
     panel.ask()
     assert panel._worker is worker
-    wait_until(lambda: panel._stream is not None)
+    until(lambda: panel._stream is not None)
     panel.stop()
     assert panel.wait(10)
 
@@ -344,7 +338,7 @@ def test_a_picture_that_arrives_while_an_answer_runs_waits_for_its_end(panel, en
     panel.max_tokens.value = 5000
     panel.question.value = "Describe the picture."
     panel.ask()
-    wait_until(lambda: panel._stream is not None)
+    until(lambda: panel._stream is not None)
     before = panel.image
     uploaded(panel, "late.png", encode(Image.new("RGB", (31, 17), "red"), "PNG"))
     assert panel.image is before and panel.state == "running"
@@ -358,7 +352,7 @@ def test_a_stop_that_comes_as_the_answer_ends_leaves_the_panel_usable(loaded, mo
     panel.max_tokens.value = 5000
     panel.question.value = "Describe the picture."
     panel.ask()
-    wait_until(lambda: panel._stream is not None)
+    until(lambda: panel._stream is not None)
     original = panel._stream.cancel
 
     def cancel_and_let_the_worker_run():
@@ -390,7 +384,7 @@ def test_no_question_is_taken_while_a_given_up_answer_still_runs(loaded, monkeyp
         ask(panel, seconds=10)
         assert "still runs" in panel.status.value
         released.set()
-        wait_until(lambda: not panel._hung.running)
+        until(lambda: not panel._hung.running)
     panel.timeout_seconds = 60
     ask(panel)
     assert panel.state == "idle"

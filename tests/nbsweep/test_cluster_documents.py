@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from dask_cluster import ROOT, end, environment, free_port, until, write_notebooks
+from dask_cluster import ROOT, end, environment, free_port, write_notebooks
+from waiting import until
 
 from nbsweep.store import read_sweep
 

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from dask_cluster import ROOT, dask, end, environment, gone, until, write_notebooks
+from dask_cluster import ROOT, dask, end, environment, gone, write_notebooks
 from rich.console import Console
+from waiting import until
 
 from nbsweep import cli, runner
 from nbsweep import dask as cluster

@@ -13,7 +13,8 @@ import sys
 import uuid
 
 import pytest
-from dask_cluster import dask, end, environment, gone, until, write_notebooks
+from dask_cluster import dask, end, environment, gone, write_notebooks
+from waiting import until
 
 from nbsweep.store import read_sweep
 

@@ -2,6 +2,7 @@
 its bars."""
 
 import gc
+import itertools
 import json
 import os
 import threading
@@ -14,6 +15,7 @@ import pytest
 import torch
 from rig_fixtures import MIB, load
 from transformers import DynamicCache
+from waiting import until
 
 from glm4v_nb.plots import memory_by_purpose, plot_timeline
 from glm4v_nb.widgets.memory_bars import MemoryBars
@@ -165,24 +167,38 @@ def test_an_out_of_memory_error_passes_through_and_the_full_card_has_been_sample
 
 
 def test_a_thread_samples_this_machine_at_the_set_rate(path):
-    rig = Rig.here()
+    rig, begin = Rig.here(), time.monotonic()
     with Monitor(rig, path, 0.02) as watch, rig.stage("wait"):
-        time.sleep(0.5)
-    # 25 and two at the ends; a busy machine may be late, but a sampler must not run ahead of its
-    # rate.
-    assert 8 <= watch.samples == len(read_samples(path)) <= 28
+        until(lambda: watch.samples >= 8)
+    # And one at each end of the block and of the stage. A busy machine may be late, but a sampler
+    # must not run ahead of its rate.
+    assert 8 < watch.samples == len(read_samples(path)) <= 4 + (time.monotonic() - begin) / 0.02
     assert ["wait"] in [sample["stages"] for sample in read_samples(path)]
     assert not [thread for thread in threading.enumerate() if thread.name == "simgpu monitor"]
 
 
-def test_an_error_of_the_sampling_thread_reaches_the_caller(path, monkeypatch):
+@pytest.fixture
+def failed(monkeypatch):
+    """This machine can be read once; set when it was tried again."""
+    read, reads, failed = cards.MachineReadings.read, itertools.count(), threading.Event()
+
+    def read_once(self):
+        if next(reads):
+            failed.set()
+            failing(self)
+        return read(self)
+
+    monkeypatch.setattr(cards.MachineReadings, "read", read_once)
+    return failed
+
+
+def test_an_error_of_the_sampling_thread_reaches_the_caller(path, failed):
     rig = Rig.here()
     with pytest.raises(
         RuntimeError, match="stopped after 1 samples, by OSError: the driver is gone"
     ) as raised:
         with Monitor(rig, path, 0.01):
-            monkeypatch.setattr(cards.MachineReadings, "read", failing)
-            time.sleep(0.2)
+            assert failed.wait(60)
     assert isinstance(raised.value.__cause__, OSError)
     assert len(read_samples(path)) == 1
 
@@ -198,10 +214,9 @@ def test_an_error_while_sampling_simulated_cards_does_not_end_the_program_but_is
     assert len(made) == 1
 
 
-def test_an_error_of_the_program_is_not_replaced_by_one_of_the_monitor(path, monkeypatch):
+def test_an_error_of_the_program_is_not_replaced_by_one_of_the_monitor(path, failed):
     with pytest.raises(KeyError) as raised, Monitor(Rig.here(), path, 0.01):
-        monkeypatch.setattr(cards.MachineReadings, "read", failing)
-        time.sleep(0.2)
+        assert failed.wait(60)
         raise KeyError("the program's own")
     assert "the driver is gone" in raised.value.__notes__[0]
 
@@ -255,12 +270,12 @@ def test_the_monitor_keeps_no_tensor_and_no_cache_alive(path):
     cache.update(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16), 0)
     seen = []
     with Monitor(rig, path, 0.01, cache=cache, on_sample=seen.append):
-        time.sleep(0.1)
+        until(lambda: seen)
         references = [weakref.ref(each) for each in (cache, cache.layers[0].keys)]
         del cache
         gc.collect()
-        time.sleep(0.1)  # a sample in progress may hold a layer for microseconds
-        assert [reference() for reference in references] == [None, None]
+        # A sample in progress may hold a layer for microseconds.
+        until(lambda: not any(reference() is not None for reference in references))
     sizes = [sample["cards"][0]["kv_cache_bytes"] for sample in seen]
     assert (sizes[0], sizes[-1]) == (2 * 2 * 8 * 16 * 4, 0)
 
@@ -318,9 +333,8 @@ def test_two_monitors_of_real_devices_at_once(tmp_path):
     rig = Rig.here()
     with Monitor(rig, tmp_path / "a", 0.02) as outer:
         with Monitor(rig, tmp_path / "b", 0.02) as inner, rig.stage("wait"):
-            time.sleep(0.2)
-        time.sleep(0.1)
-    assert inner.samples > 2 and outer.samples > inner.samples
+            until(lambda: inner.samples > 2)
+        until(lambda: outer.samples > inner.samples)
 
 
 @pytest.fixture
@@ -397,8 +411,7 @@ def test_where_nvml_does_not_tell_this_process_from_others_the_sample_says_null(
 def test_nvml_is_begun_once_for_all_samples_and_ended(faked_gpu, path):
     rig = Rig.here()
     with Monitor(rig, path, 0.01) as watch:
-        time.sleep(0.1)
-    assert watch.samples > 2
+        until(lambda: watch.samples > 2)
     assert (faked_gpu.begun, faked_gpu.ended) == (1, 1)
 
 

@@ -35,7 +35,9 @@ def full_size():
 
 def test_the_full_size_model_is_all_weights_after_its_load(full_size):
     rig, _ = full_size
-    assert sizes(rig) == {"weights": rig.memory()[0].allocated_bytes}
+    # Workspaces of matrix products stay of the runs of other tests.
+    now = {name: size for name, size in sizes(rig).items() if name != "workspace"}
+    assert now == {"weights": rig.stages[0].memory[0].allocated_bytes}
 
 
 def test_a_training_step_without_a_cache_has_no_kv_cache(full_size, tmp_path):

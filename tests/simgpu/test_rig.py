@@ -32,9 +32,10 @@ def rig():
 
 @pytest.fixture(scope="module")
 def two_l4():
-    """The full-size model on two L4, placed by accelerate. Tests leave it as it is."""
+    """The full-size model on two L4, placed by accelerate. Tests leave it as it is, and workspaces
+    of its matrix products beside it."""
     rig = Rig("L4", 2)
-    with rig:
+    with rig, rig.stage("load"):
         model = load(OFFICIAL)
     return rig, model
 
@@ -533,7 +534,7 @@ def test_the_full_size_model_takes_27_8_gb_plus_rounding_over_the_two_cards(two_
     expected = [0, 0]
     for tensor in (*parameters, *model.buffers()):
         expected[tensor.device.index] += block_bytes(tensor.nbytes)
-    assert [card.allocated_bytes for card in rig.memory()] == expected
+    assert [card.allocated_bytes for card in rig.stages[0].memory] == expected
     # Every parameter of this size is a multiple of 512 bytes but the rotary frequencies' 128 or so.
     assert WEIGHT_BYTES < sum(expected) < WEIGHT_BYTES + 64 * 1024
 

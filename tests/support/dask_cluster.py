@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -92,15 +91,6 @@ def end(process: subprocess.Popen):
         except psutil.NoSuchProcess:
             continue
     process.wait()
-
-
-def until(condition, seconds: float = 180.0):
-    """Wait for a condition and return its value; fails after so long."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.05)
-    return value
 
 
 def free_port() -> int:
