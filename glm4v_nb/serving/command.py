@@ -98,8 +98,9 @@ class Server(uvicorn.Server):
                 connection.transport.abort()
 
     async def shutdown(self, sockets=None):
-        for deadline in list(self.app_state.reading):
-            deadline.reschedule(0)
+        for deadline in self.app_state.reading:
+            if not deadline.expired():
+                deadline.reschedule(0)
         await super().shutdown(sockets)
 
 

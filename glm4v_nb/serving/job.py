@@ -102,7 +102,7 @@ class Job:
         if not ended and self.new_tokens < self.sampling.max_new_tokens:
             return None
         self.text.end()
-        return Done("stop" if ended else "length", self.new_tokens)
+        return Done("stop" if ended or self.text.stopped else "length", self.new_tokens)
 
 
 class _AnswerText:
@@ -116,20 +116,29 @@ class _AnswerText:
             tokenizer.backend_tokenizer,
         )
         self._held, self._longest = "", max(map(len, stop), default=1)
+        self._pending: list[int] = []  # tokens that end within a character
 
     def add(self, token: int):
-        # None while a character's bytes are not all there.
-        text = self._held + (self._decoding.step(self._tokenizer, token) or "")
+        self._pending.append(token)
+        text = self._decoding.step(self._tokenizer, token)
+        if text is not None:  # a character's bytes are all there
+            self._pending.clear()
+            self._take(text)
+
+    def end(self):
+        """Tell what was held back, and a character that was cut, as ``generate`` does."""
+        if not self.stopped:
+            self._take(self._tokenizer.decode(self._pending))
+        self._tell(self._held, 0 if self.stopped else len(self._held))
+
+    def _take(self, more: str):
+        text = self._held + more
         if not self.began:
             text = text.lstrip()  # answers begin with a line break
         found = [at for each in self.stop if (at := text.find(each)) >= 0]
         self.stopped = bool(found)
         # What may be the begin of a stop text is held back.
         self._tell(text, min(found) if found else max(0, len(text) - self._longest + 1))
-
-    def end(self):
-        """Tell what was held back."""
-        self._tell(self._held, 0 if self.stopped else len(self._held))
 
     def _tell(self, text: str, until: int):
         self._held = text[until:]
