@@ -234,7 +234,10 @@ def test_a_model_that_was_quantised_after_loading_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("weights", FORMATS)
 def test_fast_decoding_falls_back_with_its_reason(quantised, weights):
-    said = {"int8": "weights are on the CPU", "nf4": "in a Linear4bit, as of quantisation"}
+    said = {
+        "int8": "weights are on the CPU",
+        "nf4": "in a Linear4bit of bitsandbytes, as of quantisation",
+    }
     assert said[weights] in fast.why_not(quantised(weights))
 
 
