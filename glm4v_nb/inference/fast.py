@@ -150,7 +150,15 @@ class FastDecoder:
         self._built_of = None
         self._heads = []
 
-    def __call__(
+    def __call__(self, model, *args, **kwargs) -> torch.Tensor:
+        """As ``decode``; also ValueError where the kernels cannot run the model."""
+        # peft puts this in place for the while, and tokens of some adapters in front of prompts.
+        asked = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
+        if reason := why_not(asked):
+            raise ValueError(f"No fast decoding: {reason}. Load with decoding='eager'.")
+        return self.decode(model, *args, **kwargs)
+
+    def decode(
         self,
         model,
         input_ids,
@@ -162,18 +170,14 @@ class FastDecoder:
     ) -> torch.Tensor:
         """As transformers calls a decoding method; returns (batch, prompt and answer).
 
-        ``inputs`` are those of the model's prompt. Answers asked for in several threads are given
-        one after the other.
+        ``inputs`` are those of the prompt of a model that the kernels can run. Answers asked for in
+        several threads are given one after the other.
 
         Raises:
-            ValueError: as ``prepare``, or the kernels cannot run the model; padding on the right;
-                beams and other modes; a cache or embeddings; an answer asked for within another.
+            ValueError: as ``prepare``; padding on the right; beams and other modes; a cache or
+                embeddings; an answer asked for within another.
         """
         _check_asked(generation_config, input_ids, inputs)
-        # peft puts this in place for the while, and tokens of some adapters in front of prompts.
-        asked = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
-        if reason := why_not(asked):
-            raise ValueError(f"No fast decoding: {reason}. Load with decoding='eager'.")
         with self._alone():
             batch, prompt = input_ids.shape
             sampled = generation_config.do_sample

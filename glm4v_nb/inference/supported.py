@@ -1,5 +1,7 @@
 """Which models the fused kernels run: they read weights, and call none of the modules around."""
 
+from operator import attrgetter
+
 import torch
 from torch import nn
 from transformers.models.glm.modeling_glm import GlmRMSNorm
@@ -17,9 +19,9 @@ def why_not(model) -> str | None:
     if not launched:
         return "Triton is not installed, which comes with PyTorch for CUDA on Linux"
     decoder, layers = model.language_model, model.language_model.layers
-    products = [layer.get_submodule(name) for layer in layers for name in _PRODUCTS]
+    products = [one for layer in layers for one in attrgetter(*_PRODUCTS)(layer)]
     products += [model.lm_head, decoder.embed_tokens]
-    norms = [layer.get_submodule(name) for layer in layers for name in _NORMS] + [decoder.norm]
+    norms = [one for layer in layers for one in attrgetter(*_NORMS)(layer)] + [decoder.norm]
     return (
         _changed(model, products, norms)
         or _weights_not_read(layers, products, norms)
@@ -72,7 +74,7 @@ def _weights_not_read(layers, products, norms) -> str | None:
     if bits_of(weights[-1]) != 16:
         return "the embedding is quantised"
     for name in _PRODUCTS:  # those of one kernel, which has one tile for all
-        bits = sorted({bits_of(layer.get_submodule(name).weight) for layer in layers})
+        bits = sorted({bits_of(attrgetter(name)(layer).weight) for layer in layers})
         if len(bits) > 1:
             return f"layers have {name} of {' and '.join(map(str, bits))} bits"
     dtypes = {one.dtype for one in weights}
