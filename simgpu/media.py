@@ -21,9 +21,13 @@ def image_token(config: PreTrainedConfig) -> int:
     for name in ("image_token_id", "image_token_index"):
         if isinstance(getattr(config, name, None), int):
             return getattr(config, name)
-    raise ValueError(
-        f"It is not known how a {config.model_type!r} takes images. Use --images 0 for its text, or"
-        " run your own program, which calls its processor: simgpu run."
+    raise _unknown(config)
+
+
+def _unknown(config: PreTrainedConfig, why: str = "") -> ValueError:
+    return ValueError(
+        f"It is not known how a {config.model_type!r} takes images{why}. Use --images 0 for its"
+        " text, or run your own program, which calls its processor: simgpu run."
     )
 
 
@@ -108,11 +112,7 @@ def image_positions(config: PreTrainedConfig, takes: set[str], model_class: type
             pixels = inputs.pop("pixel_values").to("cuda", torch.bfloat16)
             features = model.get_image_features(pixel_values=pixels, **inputs)
     except (AttributeError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"It is not known how a {config.model_type!r} takes images"
-            f" ({' '.join(str(error).split())[:100]}). Use --images 0 for its text, or run your own"
-            " program, which calls its processor: simgpu run."
-        ) from error
+        raise _unknown(config, f" ({' '.join(str(error).split())[:100]})") from error
     features = getattr(features, "pooler_output", features)
     parts = features if isinstance(features, list | tuple) else [features]
     return sum(math.prod(part.shape[:-1]) for part in parts)

@@ -150,9 +150,8 @@ def _int8_vectorwise_quant(A, threshold=0.0):
 def _int8_vectorwise_dequant(A, stats):
     if not on_card(A):
         return NotImplemented
-    return (
-        A * stats.view(-1, 1) * (1 / 127)
-    )  # two results in float32, for a while beside each other
+    # Two results in float32, for a while beside each other.
+    return A * stats.view(-1, 1) * (1 / 127)
 
 
 def _int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, outlier_cols=None, bias=None):

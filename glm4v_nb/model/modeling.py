@@ -258,14 +258,16 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if kwargs.get("max_new_tokens") is not None:
             # The official generation_config.json has a max_length, which transformers warns of.
             kwargs.setdefault("max_length", None)
-        if kwargs.get("image_mask") is None:
+        is_expanded = kwargs.get("image_mask") is not None
+        if not is_expanded:
             _check_embeddings(input_ids, kwargs.get("pixel_values"))
-        if streamer is not None and input_ids is not None and kwargs.get("image_mask") is None:
+        as_is = input_ids is None or is_expanded
+        if streamer is not None and not as_is:
             streamer = _UnexpandedPrompt(streamer, input_ids)
         if streamer is not None and callable(how := kwargs.get("custom_generate")):
             # transformers would hand it no streamer, and a reader of one waits for ever.
             kwargs["custom_generate"], streamer = partial(how, streamer=streamer), None
-        if input_ids is None or kwargs.get("image_mask") is not None:
+        if as_is:
             return super().generate(input_ids, generation_config, streamer=streamer, **kwargs)
         given = (kwargs.pop(name, None) for name in ("attention_mask", "position_ids"))
         images = self._count_images(kwargs.get("pixel_values"))

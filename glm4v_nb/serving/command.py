@@ -60,10 +60,9 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, service: Service, grace_seconds: int):
-        app = build_app(service)
         super().__init__(
             uvicorn.Config(
-                app,
+                build_app(service),
                 http="h11",
                 ws="none",
                 lifespan="off",
@@ -74,8 +73,7 @@ class Server(uvicorn.Server):
                 backlog=BACKLOG,
             )
         )
-        self.app_state, self.engine = app.state, service.engine
-        self.grace_seconds = grace_seconds
+        self.engine, self.grace_seconds = service.engine, grace_seconds
         self._idle = {}  # since when, by connection and the request it had last
 
     def handle_exit(self, sig, frame):
@@ -98,7 +96,7 @@ class Server(uvicorn.Server):
                 connection.transport.abort()
 
     async def shutdown(self, sockets=None):
-        for deadline in self.app_state.reading:
+        for deadline in self.config.app.state.reading:
             if not deadline.expired():
                 deadline.reschedule(0)
         await super().shutdown(sockets)

@@ -94,23 +94,6 @@ def served(loaded, options):
         yield service, address.removesuffix("/v1")
 
 
-@pytest.fixture(scope="module")
-def service(served):
-    return served[0]
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    with openai.OpenAI(base_url=served[1] + "/v1", api_key="none", max_retries=0) as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
-def http(served, client):
-    """The client's own HTTP client, for what the openai client would not send."""
-    return client._client
-
-
 @pytest.fixture
 def ask(client):
     def call(*messages, **more):
