@@ -43,7 +43,7 @@ from glm4v_nb.serving.service import Service
 from simgpu import Rig
 
 ROWS, QUEUE, POSITIONS = 4, 40, 2000
-AT_ONCE = 20  # seconds, on a busy machine; the answers of ``endless`` take longer
+AT_ONCE = 2  # seconds; the answers of ``endless`` take longer
 QUESTIONS = (
     "How many crosses are there?",
     "What is in the picture?",
@@ -263,7 +263,7 @@ def test_on_a_cpu_steps_are_the_models_own(loaded, interpreter):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_hangs_up_frees_the_memory_before_the_answer_ends(
+def test_who_hangs_up_frees_the_memory_in_two_seconds(
     stream, ask, client, endless, service, http, served
 ):
     asked = {"max_tokens": 1900, "stream": stream}
