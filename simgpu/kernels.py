@@ -52,7 +52,12 @@ def launching(tensor: torch.Tensor) -> str:
         return "compiled"
     if InterpretedFunction is None:
         return ""
-    return "interpreted" if triton.knobs.runtime.interpret else "compiled"
+    return "interpreted" if interpreting() else "compiled"
+
+
+def interpreting() -> bool:
+    """Whether kernels that are defined now are for Triton's interpreter."""
+    return InterpretedFunction is not None and bool(triton.knobs.runtime.interpret)
 
 
 def replacements(rig) -> list[tuple[object, str, object]]:

@@ -53,10 +53,10 @@ def interpreter():
     pytest.importorskip("triton", reason="Triton is not installed: no kernels to test")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        from glm4v_nb.inference import kernels, prefill_kernels, quantised_kernels
+        from glm4v_nb.inference import kernels, prefill_kernels, products
         from glm4v_nb.parallel import kernels as shared_kernels
 
-        for each in (quantised_kernels, kernels, prefill_kernels, shared_kernels):
+        for each in (products, kernels, prefill_kernels, shared_kernels):
             importlib.reload(each)  # another test may have had them to be compiled
         yield
 

@@ -32,19 +32,13 @@ TOGETHER = {
     "tensor step": "a fused step of it alone",
 }
 
-DIFFERED = (
-    "- Over two cards the answer was not that of one: the prefill's kernels were launched on the"
-    " first card for both. That was mended after the run, and not measured again; decoding, whose"
-    " rows are here, was not touched by it."
-)
-
 
 def page() -> str:
     """The page, from stored results alone."""
-    one, two, again = (
-        measured_decoding(f"decoding_{name}") for name in ("h100", "h200_x2", "h100_again")
+    one, two, before = (
+        measured_decoding(f"decoding_{name}") for name in ("h100", "h200_x2", "h100_before")
     )
-    accuracy, small = one["accuracy"], one["miniature"]
+    accuracy, small = one["accuracy"], before["miniature"]
     lookup = small["lookup"]
     lines = [
         "# How fast answers come",
@@ -68,29 +62,17 @@ def page() -> str:
         f" ({accuracy['tokens']} tokens, random weights).",
         f"- Of {small['questions']:,} answers of the miniature, in batches of 8,"
         f" {small['differ']} differ from eager's; of {lookup['questions']} with prompt lookup"
-        f" {lookup['differ']}, at {lookup['tokens_per_step']:.2f} tokens a step.",
+        f" {lookup['differ']}, at {lookup['tokens_per_step']:.2f} tokens a step"
+        f" ({before['provenance']['date']}, with the kernels of that day).",
         f"- A step that verifies 8 tokens takes {one['verify_step_seconds'] * 1e3:.2f} ms.",
         _prefill(one["prefill"]),
-        *(f"- Left out of this run: {each}." for each in one.get("left_out", ())),
         "",
         f"The run on H200 ({two['provenance']['processes']}):",
         "",
         _prefill(two["prefill"]),
         _loading(two["load"]),
-        *([] if two["two_cards_answer_as_one"] else [DIFFERED]),
-        "",
-        f"On another machine, {again['measured_on']}, whose processor is faster:",
-        "",
-        "| decoding | batch | context | tokens/s | of the limit | seconds to the first token |",
-        "|---|---|---|---|---|---|",
-        *(
-            _line(row, after=f"{row['first_token_seconds']:.2f}")
-            for row in _ordered(again)
-            if row["rung"] != "step"
-        ),
-        "",
-        _prefill(again["prefill"]),
-        _loading(again["load"]),
+        f"- Over two cards an answer is {'' if two['two_cards_answer_as_one'] else 'not '}that of"
+        " one, token by token.",
         *(line for file in sorted(RESULTS.glob("decoding_tensor_*.json"))
           for line in _together(measured_decoding(file.stem))),
     ]  # fmt: skip
@@ -268,8 +250,9 @@ def _terabytes(results: dict) -> str:
 
 def draw(path: Path):
     """A bar a rung, for one prompt on one card, and the limit."""
-    one = measured_decoding("decoding_h100")
-    rows = [row for row in _ordered(one) if row["batch"] == 1 and row["context"] < 2000]
+    one = measured_decoding("decoding_h200_x2")
+    rows = [row for row in _ordered(one) if row["batch"] == row["cards"] == 1]
+    rows = [row for row in rows if row["context"] < 2000]
     rows = [row for row in rows if row["rung"] != "step"]
     speeds = {ABOUT[row["rung"]].replace("`", ""): row["tokens_per_second"] for row in rows}
     limit = rows[0]["tokens_per_second"] / rows[0]["share_of_limit"]

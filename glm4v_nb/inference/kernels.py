@@ -8,103 +8,16 @@ card has it). The norm can be inside since it commutes with the product: with r 
 W (r x g) = r (W (x g)).
 
 Shapes: a step has ``ROWS`` rows, one token each: of a batch, or of one sequence to verify. Numbers
-in capitals are known when a kernel is compiled. Sums are in float32. ``R`` is 1 for
-one row, whose products are plain sums, or else ROWS rounded up to the 8 or 16 of tensor cores.
+in capitals are known when a kernel is compiled. Sums are in float32. ``R`` is 1 where products are
+plain sums, of one row, or else the 8 rows of tensor cores; see ``products``.
 ``BN`` weight rows and ``BK`` columns are a tile. ``PDL`` is 0 where kernels follow each other; else
 the next may come before this one's end, and waits for it: with 1 as a product has read its weights,
 with 2 as it begins, so that the next takes what room there is.
 """
 
-from glm4v_nb.inference.quantised_kernels import (
-    gdc_launch_dependents,
-    gdc_wait,
-    output_of,
-    weigh_packed,
-)
+from glm4v_nb.inference.products import gdc_launch_dependents, gdc_wait, weigh
 from simgpu.kernels import language as tl
 from simgpu.kernels import triton
-
-
-@triton.jit
-def _weigh(x, gain, weight, scales, begin, part, count, APART: tl.constexpr, OUTPUTS: tl.constexpr,
-           K: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr,
-           EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-           AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """The sums over k of weight[output, k] x[row, k]: (BN, R); with NORM of x times gain, over
-    the root of x's mean square. x is (ROWS, K), weight and scales a ``Weight`` of BITS with OUTPUTS
-    rows. ``begin`` and APART say which outputs, see ``output_of``, with a RUN of 8 for less
-    than 16 bits; ``part`` and ``count`` are as in ``weigh_packed``."""
-    RUN: tl.constexpr = 8 if BITS < 16 else 1
-    outputs = output_of(begin, tl.arange(0, BN), RUN, APART)
-    if BITS < 16:
-        sums = weigh_packed(x, gain, weight, scales, begin, outputs, part, count, APART, OUTPUTS, K,
-                            ROWS, R, NORM, EPSILON, BITS, BN, BK, PDL)  # fmt: skip
-    else:
-        sums = _weigh_whole(x, gain, weight, outputs, OUTPUTS, K, ROWS, R, NORM, EPSILON, BN, BK,
-                            AHEAD, PDL)  # fmt: skip
-    if BITS == 8:
-        sums *= tl.load(scales + outputs, mask=outputs < OUTPUTS, other=0.0)[:, None]
-    return sums
-
-
-@triton.jit
-def _weigh_whole(x, gain, weight, outputs, OUTPUTS: tl.constexpr, K: tl.constexpr,
-                 ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, EPSILON: tl.constexpr,
-                 BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
-    """The same of the weight's numbers alone, (OUTPUTS, K)."""
-    if PDL == 2:
-        gdc_launch_dependents()
-    k, row = tl.arange(0, BK), tl.arange(0, R)
-    within = (outputs < OUTPUTS)[:, None]
-    at = weight + outputs.to(tl.int64)[:, None] * K + k[None, :]
-    if AHEAD:
-        # A tile is asked for one turn ahead, into registers; the first, which does not depend on
-        # the kernel in front, before that has ended. Else the compiler plans several turns ahead.
-        tile = tl.load(at, mask=within & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
-    if PDL:
-        gdc_wait()
-    if R == 1:
-        sums, squares = tl.zeros([BN, BK], tl.float32), tl.zeros([BK], tl.float32)
-    else:
-        sums, squares = tl.zeros([BN, R], tl.float32), tl.zeros([R, BK], tl.float32)
-    for start in range(0, K, BK):
-        column = start + k
-        if AHEAD:
-            following = tl.load(at + start + BK, mask=within & (column + BK < K)[None, :],
-                                other=0.0, eviction_policy="evict_first")  # fmt: skip
-        else:
-            tile = tl.load(at + start, mask=within & (column < K)[None, :], other=0.0,
-                           eviction_policy="evict_first")  # fmt: skip
-        if R == 1:
-            some = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
-        else:
-            known = (row < ROWS)[:, None] & (column < K)[None, :]
-            some = tl.load(x + row[:, None] * K + column[None, :], mask=known, other=0.0)
-        if NORM:
-            some = some.to(tl.float32)
-            squares += some * some
-            scale = tl.load(gain + column, mask=column < K, other=0.0).to(tl.float32)
-            if R == 1:
-                some *= scale
-            else:
-                some *= scale[None, :]
-        if R == 1:
-            sums += tile.to(tl.float32) * some[None, :]
-        else:
-            sums = tl.dot(tile, tl.trans(some.to(tile.dtype)), sums, input_precision="ieee")
-        if AHEAD:
-            tile = following
-    if PDL == 1:
-        gdc_launch_dependents()
-    if R == 1:
-        sums = tl.sum(sums, 1)[:, None]
-    if NORM:
-        if R == 1:
-            sums *= tl.rsqrt(tl.sum(squares, 0) / K + EPSILON)
-        else:
-            sums *= tl.rsqrt(tl.sum(squares, 1) / K + EPSILON)[None, :]
-    return sums
 
 
 @triton.jit
@@ -118,12 +31,12 @@ def _pairs(sums, RUN: tl.constexpr, BN: tl.constexpr, R: tl.constexpr):
 def project(x, gain, weight, scales, residual, y, OUTPUTS: tl.constexpr, K: tl.constexpr,
             ROWS: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
             EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-            AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+            PDL: tl.constexpr):  # fmt: skip
     """y (ROWS, OUTPUTS) = W x, of the normalised x with NORM, plus residual with RESIDUAL."""
     begin, row = tl.program_id(0) * BN, tl.arange(0, R)
     outputs = begin + tl.arange(0, BN)
-    sums = _weigh(x, gain, weight, scales, begin, 0, OUTPUTS, 0, OUTPUTS, K, ROWS, R, NORM, EPSILON,
-                  BITS, BN, BK, AHEAD, PDL)  # fmt: skip
+    sums = weigh(x, gain, weight, scales, begin, 0, OUTPUTS, 0, OUTPUTS, K, ROWS, R, NORM, EPSILON,
+                  BITS, BN, BK, PDL)  # fmt: skip
     at = row[None, :] * OUTPUTS + outputs[:, None]
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     if RESIDUAL:
@@ -134,16 +47,15 @@ def project(x, gain, weight, scales, residual, y, OUTPUTS: tl.constexpr, K: tl.c
 @triton.jit
 def project_gated(x, gain, weight, scales, y, OUTPUTS: tl.constexpr, K: tl.constexpr,
                   ROWS: tl.constexpr, R: tl.constexpr, EPSILON: tl.constexpr, BITS: tl.constexpr,
-                  BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+                  BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y (ROWS, OUTPUTS) = silu(gate) up of the normalised x; weight holds the rows of all gates,
     then of all ups. A tile takes both rows of an output, so that they meet in one program."""
     half = tl.program_id(0) * (BN // 2)
     outputs, row = half + tl.arange(0, BN // 2), tl.arange(0, R)
     # Those past the last output read another output's weights, and are not stored.
-    sums = _weigh(x, gain, weight, scales, half, 0, 2 * OUTPUTS, OUTPUTS, 2 * OUTPUTS, K, ROWS, R,
-                  True, EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
-    RUN: tl.constexpr = 8 if BITS < 16 else 1
+    sums = weigh(x, gain, weight, scales, half, 0, 2 * OUTPUTS, OUTPUTS, 2 * OUTPUTS, K, ROWS, R,
+                  True, EPSILON, BITS, BN, BK, PDL)  # fmt: skip
+    RUN: tl.constexpr = 1 if R == 1 else 8
     gate, up = _pairs(sums, RUN, BN, R)
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     tl.store(y + row[None, :] * OUTPUTS + outputs[:, None], gate * tl.sigmoid(gate) * up, mask=mask)
@@ -154,7 +66,7 @@ def project_heads(x, gain, weight, scales, bias, cosines, sines, positions, slot
                   queries, keys, values, capacity, HEADS: tl.constexpr, GROUPS: tl.constexpr,
                   D: tl.constexpr, ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
                   R: tl.constexpr, EPSILON: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr,
-                  BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Queries, keys and values of the normalised x, with bias, the first two turned; keys and
     values go straight into the cache.
 
@@ -170,8 +82,8 @@ def project_heads(x, gain, weight, scales, bias, cosines, sines, positions, slot
     VALUES: tl.constexpr = (HEADS + GROUPS) * D
     part = tl.where(outputs < KEYS, 0, tl.where(outputs < VALUES, KEYS, VALUES))
     count = tl.where(outputs < KEYS, KEYS, GROUPS * D)
-    sums = _weigh(x, gain, weight, scales, first, part, count, 0, OUTPUTS, K, ROWS, R, True,
-                  EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
+    sums = weigh(x, gain, weight, scales, first, part, count, 0, OUTPUTS, K, ROWS, R, True,
+                  EPSILON, BITS, BN, BK, PDL)  # fmt: skip
     sums += tl.load(bias + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)[:, None]
     even, odd = _pairs(sums, 1, BN, R)
     output = first + 2 * tl.arange(0, BN // 2)[:, None]
@@ -202,7 +114,7 @@ def project_heads(x, gain, weight, scales, bias, cosines, sines, positions, slot
 @triton.jit
 def attend(queries, keys, values, starts, slots, sequences, parts, maxima, totals, capacity,
            SCALE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, H: tl.constexpr,
-           D: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, ROWS: tl.constexpr,
+           D: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, ALONE: tl.constexpr,
            PDL: tl.constexpr):  # fmt: skip
     """A row's attention over one split of its context, for all query heads of one group of keys.
 
@@ -224,19 +136,20 @@ def attend(queries, keys, values, starts, slots, sequences, parts, maxima, total
     cached = (tl.load(sequences + row) * GROUPS + group).to(tl.int64) * capacity * D
     place = cached + (start + t)[:, None] * D + d[None, :]
     # Keys and values are asked for one turn ahead; the first, but for the row's own, before the
-    # kernel in front has ended, which writes that. Of several rows each may see the others' own.
-    if PDL and ROWS > 1:
+    # kernel in front has ended, which writes that. Rows of one sequence see each other's own, too:
+    # none is ALONE.
+    if PDL and not ALONE:
         gdc_wait()
-    last = slot if ROWS == 1 else end
+    last = slot if ALONE else end
     there = ((start + t < end) & (start + t < last))[:, None]
     key = tl.load(keys + place, mask=there, other=0.0)
     value = tl.load(values + place, mask=there, other=0.0)
-    if PDL and ROWS == 1:
+    if PDL and ALONE:
         gdc_wait()
     if PDL == 1:
         gdc_launch_dependents()
     query = tl.load(queries + at[:, None] * D + d[None, :], mask=known, other=0.0)
-    if ROWS == 1:
+    if ALONE:
         own = ((start + t < end) & (start + t == slot))[:, None]
         key = tl.load(keys + place, mask=own, other=key)
         value = tl.load(values + place, mask=own, other=value)

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ class Tile:
     Attributes:
         rows, columns: of the weight.
         warps: its threads, in 32s.
-        stages: turns that loads are ahead, in shared memory; 1: one turn, in registers.
-        lanes: 1 for a step of one row; else for how many rows there is room, 8 or 16.
+        stages: turns that what goes by way of shared memory is asked for ahead.
+        lanes: 1 for plain sums of one row; 8 for tensor cores, of up to 8 rows.
     """
 
     rows: int
@@ -32,32 +33,34 @@ class Tile:
     lanes: int = 1
 
 
-# For one row plain sums; for more tensor cores, which take 16 rows of a weight or more.
 ONE_ROW = [
     *(Tile(2, 1024, 4), Tile(2, 2048, 4), Tile(2, 4096, 4), Tile(4, 512, 4), Tile(4, 1024, 4)),
-    *(Tile(2, 2048, 8), Tile(2, 4096, 8), Tile(4, 1024, 8), Tile(8, 512, 8), Tile(8, 512, 4, 3)),
+    *(Tile(2, 2048, 8), Tile(2, 4096, 8), Tile(4, 1024, 8), Tile(8, 512, 8)),
 ]
+# For tensor cores, which take 16 rows of a weight or more.
+_rows = partial(Tile, stages=3, lanes=8)
 MORE_ROWS = [
-    *(Tile(16, 256, 1, 4, 8), Tile(16, 256, 1, 6, 8), Tile(16, 128, 1, 6, 8)),
-    *(Tile(16, 256, 2, 4, 8), Tile(16, 512, 4, 3, 8), Tile(32, 256, 1, 3, 8)),
-    *(Tile(32, 128, 1, 4, 8), Tile(32, 128, 2, 4, 8), Tile(32, 256, 2, 4, 8)),
-    *(Tile(64, 128, 4, 5, 8), Tile(64, 128, 4, 1, 16), Tile(64, 128, 4, 4, 16)),
+    *(_rows(16, 512, 4), _rows(16, 1024, 8), _rows(16, 1024, 4), _rows(16, 512, 8)),
+    *(_rows(16, 256, 2), _rows(16, 256, 4), _rows(32, 256, 4), _rows(64, 128, 4)),
 ]
-# Of less bits, for any rows: tensor cores; of 4 bits one turn is ahead in registers besides.
 INT8 = [
-    *(Tile(16, 512, 4, 4, 8), Tile(16, 512, 2, 4, 8), Tile(16, 512, 2, 5, 8)),
-    *(Tile(16, 256, 2, 2, 8), Tile(16, 256, 2, 5, 8), Tile(32, 128, 1, 3, 8)),
-    *(Tile(32, 512, 4, 3, 8), Tile(32, 256, 2, 3, 8), Tile(64, 256, 4, 3, 8)),
+    *(_rows(16, 512, 4, stages=4), _rows(16, 512, 2, stages=4), _rows(16, 512, 2, stages=5)),
+    *(_rows(16, 256, 2, stages=2), _rows(16, 256, 2, stages=5), _rows(32, 128, 1)),
+    *(_rows(32, 512, 4), _rows(32, 256, 2)),
 ]
-INT4 = [
-    *(Tile(16, 512, 4, 3, 8), Tile(16, 1024, 4, 3, 8), Tile(16, 2048, 4, 3, 8)),
-    *(Tile(16, 2048, 8, 3, 8), Tile(32, 256, 1, 3, 8), Tile(32, 256, 2, 3, 8)),
-    *(Tile(32, 512, 4, 3, 8), Tile(64, 256, 2, 3, 8), Tile(64, 512, 4, 3, 8)),
+INT8_ONE_ROW = [
+    *(Tile(4, 1024, 4), Tile(8, 1024, 4), Tile(4, 2048, 4), Tile(2, 2048, 4), Tile(2, 4096, 8)),
+    *(Tile(8, 512, 4), Tile(16, 512, 4), Tile(8, 512, 2), INT8[0], INT8[3]),
+]
+INT4 = [  # for one row, too
+    *(_rows(16, 512, 4), _rows(16, 1024, 4), _rows(16, 2048, 4), _rows(16, 2048, 8)),
+    *(_rows(32, 256, 1), _rows(32, 256, 2), _rows(32, 512, 4), _rows(64, 256, 2)),
+    _rows(32, 2048, 8),
 ]
 # What the others have while one is tried.
-FIRST_TILE = {True: Tile(4, 1024, 4), False: Tile(16, 256, 1, 4, 8)}
+FIRST_TILE = {True: Tile(4, 1024, 4), False: _rows(16, 256, 2)}
 # Interpreted programs cost milliseconds, whatever their size.
-INTERPRETED = {True: Tile(1024, 512, 4), False: Tile(1024, 512, 4, 2, 8)}
+INTERPRETED = {True: Tile(1024, 512, 4), False: _rows(1024, 512, 4)}
 
 
 def cache_file() -> Path:
@@ -75,7 +78,7 @@ def best_tile(name: str, one_row: bool, least: int, device: torch.device,
     the kernel for all layers of a card, so that no weight is found in the card's cache.
     """
     if device.type != "cuda":
-        return INTERPRETED[one_row and bits == 16]
+        return INTERPRETED[one_row and bits > 4]
     card = torch.cuda.get_device_name(device)
     key = f"{card}, torch {torch.__version__}, triton {triton.__version__}, {name}"
     known = _read()
@@ -92,8 +95,10 @@ def best_tile(name: str, one_row: bool, least: int, device: torch.device,
 
 
 def _candidates(one_row: bool, bits: int) -> list[Tile]:
-    if bits < 16:
-        return INT8 if bits == 8 else INT4
+    if bits == 4:
+        return INT4
+    if bits == 8:
+        return INT8_ONE_ROW if one_row else INT8
     return ONE_ROW if one_row else MORE_ROWS
 
 

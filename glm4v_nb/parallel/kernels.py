@@ -15,7 +15,7 @@ A wait ends after so many looks. Then ``lost`` is set, no program waits any more
 token is -1. ``epoch`` is the first tag of a step, one for each row.
 """
 
-from glm4v_nb.inference.kernels import _weigh, gdc_launch_dependents, gdc_wait
+from glm4v_nb.inference.products import gdc_launch_dependents, gdc_wait, weigh
 from simgpu.kernels import language as tl
 from simgpu.kernels import triton
 
@@ -69,16 +69,15 @@ def project_shared(x, gain, weight, scales, residual, y, peers, epoch, lost, loo
                    EPSILON: tl.constexpr, BITS: tl.constexpr, RANK: tl.constexpr,
                    COUNT: tl.constexpr, HALF: tl.constexpr, BYTES: tl.constexpr,
                    PIECE: tl.constexpr, PIECES: tl.constexpr, THREADS: tl.constexpr,
-                   BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
-                   PDL: tl.constexpr):  # fmt: skip
+                   BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y (ROWS, OUTPUTS) = the sum over the ranks of W x, plus residual, the same on every rank.
 
     Meanwhile the card's memory brings the first of the weights ``ahead``.
     """
     begin, row = tl.program_id(0) * BN, tl.arange(0, R)
     outputs = begin + tl.arange(0, BN)
-    sums = _weigh(x, gain, weight, scales, begin, 0, OUTPUTS, 0, OUTPUTS, K, ROWS, R, False,
-                  EPSILON, BITS, BN, BK, AHEAD, PDL)  # fmt: skip
+    sums = weigh(x, gain, weight, scales, begin, 0, OUTPUTS, 0, OUTPUTS, K, ROWS, R, False,
+                  EPSILON, BITS, BN, BK, PDL)  # fmt: skip
     at = row[None, :] * OUTPUTS + outputs[:, None]
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     tag = tl.load(epoch) + exchange
@@ -129,12 +128,12 @@ def embed_shared(tokens, embedding, y, peers, epoch, lost, looks, exchange,
 def project_spread(x, gain, weight, scales, peers, logits, OUTPUTS: tl.constexpr, K: tl.constexpr,
                    ROWS: tl.constexpr, R: tl.constexpr, EPSILON: tl.constexpr, BITS: tl.constexpr,
                    RANK: tl.constexpr, COUNT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                   AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   PDL: tl.constexpr):  # fmt: skip
     """This rank's OUTPUTS of the logits (ROWS, COUNT OUTPUTS), in the memory of every rank."""
     begin, row = tl.program_id(0) * BN, tl.arange(0, R)
     outputs = begin + tl.arange(0, BN)
-    sums = _weigh(x, gain, weight, scales, begin, 0, OUTPUTS, 0, OUTPUTS, K, ROWS, R, True, EPSILON,
-                  BITS, BN, BK, AHEAD, PDL)  # fmt: skip
+    sums = weigh(x, gain, weight, scales, begin, 0, OUTPUTS, 0, OUTPUTS, K, ROWS, R, True, EPSILON,
+                  BITS, BN, BK, PDL)  # fmt: skip
     at = row[None, :] * (COUNT * OUTPUTS) + RANK * OUTPUTS + outputs[:, None]
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     for rank in tl.static_range(COUNT):

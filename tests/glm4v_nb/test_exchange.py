@@ -32,7 +32,7 @@ def world(interpreter):
 def launch(kernel, weight, tile, x, gain, *operands, **constants):
     kernel[(-(-weight.shape[0] // tile.rows),)](
         x, gain, weight.numbers, weight.scales, *operands, ROWS=ROWS, R=tile.lanes, EPSILON=1e-6,
-        BITS=weight.bits, BN=tile.rows, BK=tile.columns, AHEAD=False, num_warps=tile.warps,
+        BITS=weight.bits, BN=tile.rows, BK=tile.columns, num_warps=tile.warps,
         **ALONE, **constants,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ TYPES = {
     **dict.fromkeys(("looks", "exchange"), "i32"),
 }
 SIZES = {"ROWS": 1, "R": 1, "RANK": 1, "COUNT": 4, "EPSILON": 1e-5, "BN": 4, "BK": 1024}
-SIZES |= {"K": 2048, "AHEAD": True, "OUTPUTS": 4096, "TOKENS": 4096, "B": 512, "EXCHANGES": 82}
+SIZES |= {"K": 2048, "OUTPUTS": 4096, "TOKENS": 4096, "B": 512, "EXCHANGES": 82}
 SIZES |= {"BITS": 16, "HALF": 2**26, "PIECE": 1024, "PIECES": 16, "THREADS": 128}
 KERNELS = "project_shared", "embed_shared", "project_spread", "choose"
 

@@ -8,8 +8,9 @@ from own_process import compiled_output
 
 # Compute capabilities of Ampere and Hopper; lanes and bits of the weights.
 CARDS = [80, 90]
-KINDS = {"one row": (1, 16), "int8": (8, 8), "int4": (8, 4)}
-SIZES = {"K": 4096, "EPSILON": 1e-5, "BN": 16, "BK": 512, "AHEAD": False}
+KINDS = {"one row": (1, 16), "rows": (8, 16), "one row, int8": (1, 8), "int8": (8, 8)}
+KINDS["int4"] = (8, 4)
+SIZES = {"K": 4096, "EPSILON": 1e-5, "BN": 16, "BK": 512}
 KERNELS = {
     "project": {"OUTPUTS": 4096, "NORM": True, "RESIDUAL": True},
     "project_gated": {"OUTPUTS": 13696},

@@ -76,7 +76,7 @@ def launch(kernel, weight: Weight, x, gain, *operands, rows, shape, **constants)
     _, tile, columns = shape
     kernel[(-(-weight.shape[0] // tile),)](
         x, gain, weight.numbers, weight.scales, *operands, K=weight.shape[1], ROWS=rows, R=8,
-        EPSILON=EPSILON, BITS=weight.bits, BN=tile, BK=columns, AHEAD=False, PDL=False,
+        EPSILON=EPSILON, BITS=weight.bits, BN=tile, BK=columns, PDL=False,
         **constants,
     )  # fmt: skip
 

@@ -258,13 +258,13 @@ def test_the_models_kernels_can_be_defined_without_triton(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     defined = {}
     # Those that others import come first: another test may have imported them with Triton.
-    for name in ("inference.quantised_kernels", "inference.kernels", "inference.prefill_kernels",
+    for name in ("inference.products", "inference.kernels", "inference.prefill_kernels",
                  "parallel.kernels"):  # fmt: skip
         file = Path(kernels.__file__).parents[1] / "glm4v_nb" / f"{name.replace('.', '/')}.py"
         spec = importlib.util.spec_from_file_location(f"glm4v_nb.{name}", file)
         defined[name] = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, defined[name])
         spec.loader.exec_module(defined[name])
-    assert defined["inference.quantised_kernels"].gdc_wait is None
+    assert defined["inference.products"].gdc_wait is None
     assert defined["inference.kernels"].gdc_wait is None
     assert defined["inference.kernels"].attend.__name__ == "attend"
