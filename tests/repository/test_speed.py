@@ -38,10 +38,5 @@ def test_the_front_page_says_the_speed_that_was_measured(rows, name):
     fast = rows["fast", 1, 1700]
     assert re.search(rf"\b{fast['tokens_per_second']:.0f} (tokens a second|个词元)", text)
     assert re.search(rf"\b{fast['share_of_limit']:.0%}".replace("%", " %"), text)
-    file = ROOT / "benchmarks" / "results" / "decoding_h100_again.json"
-    again = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    eager = [
-        row for row in again if (row["rung"], row["context"], row["batch"]) == ("eager", 1700, 1)
-    ]
-    slow, quick = rows["eager", 1, 1700]["tokens_per_second"], eager[0]["tokens_per_second"]
-    assert re.search(rf"\b{slow:.0f} (to|到) {quick:.0f}\b", text)
+    eager = rows["eager", 1, 1700]["tokens_per_second"]
+    assert re.search(rf"\b{eager:.0f} (there|个)", text)
