@@ -41,6 +41,8 @@ LONGEST = (
 
 
 def pytest_configure(config):
+    # Imports and assertions that are rewritten leave no garbage: see pytest_collection_finish.
+    gc.disable()
     # Tests and kernels that run beside each other share the cores. Before anything imports torch,
     # which reads it then.
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -70,6 +72,7 @@ def _with_solutions(items):
 def pytest_collection_finish():
     # What all imports have left stays to the end. The collector, which code that watches memory
     # calls again and again, need not look at it: tests of limits take a third less processor time.
+    gc.enable()
     gc.collect()
     gc.freeze()
 
