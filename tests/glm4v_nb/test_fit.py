@@ -214,9 +214,9 @@ def test_a_large_batch_runs_out_of_memory_in_prefill():
 
 
 def test_a_growing_cache_runs_out_of_memory_in_decode():
-    # 40 KiB a token: 800 samples of 632 tokens take 19 GiB, and 17.6 GiB are free.
+    # 40 KiB a token: 4000 samples of 128 tokens take 19.5 GiB, and 17.6 GiB are free.
     result = fit(
-        "L4", 2, workload=Workload(batch_size=800, images=0, text_tokens=32, new_tokens=600)
+        "L4", 2, workload=Workload(batch_size=4000, images=0, text_tokens=8, new_tokens=120)
     )
     assert_consistent(result)
     assert result.oom.phase == "decode"

@@ -41,6 +41,7 @@ def shell(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     config = Config()
     config.HistoryManager.enabled = False
+    config.InteractiveShell.colors = "nocolor"  # a coloured traceback takes half a second
     shell = InteractiveShell.instance(config=config)
     shell.run_cell("import torch\nfrom glm4v_nb.cleanup import free_memory")
     yield shell

@@ -2,6 +2,7 @@
 frontier."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from rig_fixtures import GIB
@@ -43,6 +44,22 @@ class Report:
 @pytest.fixture(scope="module")
 def two_l4():
     return Trials(Deployment("L4", 2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_load_for_each_map():
+    """A device map that several recommendations try is loaded once: its runs all start from the
+    same bytes."""
+    loaded = {}
+
+    def trials(deployment, report):
+        key = repr(deployment)
+        if key not in loaded:
+            loaded[key] = Trials(deployment, report)
+        return loaded[key]
+
+    with mock.patch("simgpu.limits.Trials", trials):
+        yield
 
 
 @pytest.mark.parametrize("edge", [0, 1, 2, 7, 100, 4095, 4096])

@@ -16,7 +16,7 @@ from glm4v_nb.miniature import CHECKPOINT
 from glm4v_nb.model.quantising import check_described, packed_shapes, parts_of
 from glm4v_nb.workload import Workload
 from simgpu import Rig, fitting
-from simgpu.limits import Trials, limits
+from simgpu.limits import Edge, Trials, largest_batch, longest_context, recommend
 from simgpu.units import MIB
 
 
@@ -122,13 +122,15 @@ def test_what_quantised_weights_cannot_be_asked_is_refused():
 @pytest.mark.parametrize("weights", FORMATS)
 def test_the_lines_that_the_search_for_limits_ends_in_load_the_same(weights):
     deployment = Deployment("L4", checkpoint=CHECKPOINT, weights=weights, keep=["vision"])
-    found = limits(Trials(deployment, lambda *_: None), replace(SHORT, batch_size=2))
-    assert found.longest_context.limited_by == "model"
-    names = {}
+    trials, workload = Trials(deployment), replace(SHORT, batch_size=2)
+    # To its end, at thousands of samples, the search takes longer than all else here.
+    assert largest_batch(trials, workload, most=3) == Edge(3, "search")
+    assert longest_context(trials, workload).limited_by == "model"
+    code, names = recommend(trials, workload).code, {}
     with Rig.simulated("L4") as rig:
-        exec(found.recommendation.code, names)
+        exec(code, names)
         (card,) = rig.memory()
-    assert card.allocated_bytes == found.result.devices[0].weights_bytes
+    assert card.allocated_bytes == trials.deployment.fit(workload).devices[0].weights_bytes
     assert len(parts_of(names["model"].vision_tower.layers[0].mlp.fc1.weight)) == 1
 
 
