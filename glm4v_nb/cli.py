@@ -26,7 +26,7 @@ from simgpu.cli import add_fit, option, progress
 # Where a clone has what is not part of the package.
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
-app = typer.Typer(
+app = sweeping.App(
     help="GLM-4V-9B on several GPUs, simulated or real.",
     add_completion=False,
     pretty_exceptions_enable=False,
