@@ -111,12 +111,41 @@ def _dtype(given, own) -> torch.dtype:
     return getattr(torch, str(given).removeprefix("torch."))
 
 
-def _check_int8(dtype: torch.dtype):
+def _check_int8(dtype: torch.dtype, what: str = "dtype is float16"):
     if dtype == torch.float16:
         raise ValueError(
-            "dtype is float16, but torchao's int8 sums whole numbers up to 127 before it scales"
+            f"{what}, but torchao's int8 sums whole numbers up to 127 before it scales"
             " them, and the sums pass float16's largest number, 65,504: answers would be wrong"
             " without a word. Give dtype=torch.bfloat16, or use nf4."
+        )
+
+
+def check_autocast(model: nn.Module):
+    """ValueError for products of int8 weights under ``torch.autocast`` in float16."""
+    device = model.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        if any(type(weight).__name__ == "Int8Tensor" for weight in model.parameters()):
+            _check_int8(torch.float16, "autocast computes in float16")
+
+
+def check_conversion(model: nn.Module, convert):
+    """Refuse to give a model with quantised weights another data type.
+
+    ``convert`` is what ``nn.Module._apply`` calls on every tensor. Packed numbers and scales stay
+    as they are, so that half of the model would change, and int8 would leave float16's range.
+    """
+    marks = ("tensor_data_names", "quant_state", "SCB")  # of torchao, of 4 bits, of LLM.int8
+    quantised = [
+        name
+        for name, weight in model.named_parameters()
+        if any(hasattr(weight, mark) for mark in marks)
+    ]
+    own, made = model.dtype, convert(torch.empty(0, dtype=model.dtype)).dtype
+    if quantised and made != own:
+        raise ValueError(
+            f"The model cannot be converted from {own} to {made}: {len(quantised)} of its weights"
+            f" are quantised, first {quantised[0]!r}, and stay as they are. Load the original in"
+            f" that type, by load(..., weights=..., dtype={made}) or from_pretrained."
         )
 
 
