@@ -10,6 +10,7 @@ Source: backends/cuda/ops.py, backends/default/ops.py and functional.py of bitsa
 
 import importlib
 import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -91,6 +92,15 @@ def _moved(wrapped, layer, args, kwargs):
             kept |= {"CB": weight.data, "SCB": kept["SCB"].to(weight.device)}
         vars(weight).update(kept)
     return layer
+
+
+def _named(wrapped, state, args, kwargs):
+    """What a state dict has of a weight's scales: accelerate asks for the names, and the library
+    reads a number, which goes to a file with tensors that have none, and so never does."""
+    if not isinstance(state.offset, FakeTensor):
+        return wrapped(*args, **kwargs)
+    with mock.patch.object(state, "offset", SimpleNamespace(item=lambda: 0.0)):
+        return wrapped(*args, **kwargs)
 
 
 def reads_4_bits(activations: torch.Tensor, shape: list[int], blocksize: int, properties) -> bool:
@@ -223,6 +233,7 @@ def _prepare(module):
 def _take_apart(module):
     for layer in (module.nn.Linear4bit, module.nn.Linear8bitLt):
         wrap_function_wrapper(layer, "_apply", _moved)
+    wrap_function_wrapper(module.functional.QuantState, "as_dict", _named)
     for rule in (
         _gemm_4bit,
         _int8_vectorwise_quant,

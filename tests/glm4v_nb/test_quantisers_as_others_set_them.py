@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
+from glm4v_nb.inference import load as load_checkpoint
 from glm4v_nb.miniature import CHECKPOINT
 from glm4v_nb.workload import Workload, make_prompt, prefill
+from simgpu import Rig
 
 quantization = pytest.importorskip("torchao.quantization")
 pytest.importorskip("bitsandbytes")
@@ -104,3 +106,13 @@ def test_weights_that_stay_whole_are_not_saved_as_quantised(tmp_path):
 def test_a_device_map_that_forgets_a_module_is_refused(device_map, message, quantiser):
     with pytest.raises(ValueError, match=message):
         load(quantiser, device_map=device_map)
+
+
+def test_double_quantised_weights_lie_on_two_simulated_cards_without_a_guess():
+    device_map = {"vision_tower": 0, "language_model": 1, "lm_head": 1}
+    with Rig.simulated("L4", count=2, assume="refuse") as rig:
+        model, _ = load_checkpoint(CHECKPOINT, weights="nf4", device_map=device_map)
+        assert logits(model).device == torch.device("cuda", 1)
+        assert rig.exact
+        with pytest.raises(RuntimeError, match="torch.save needs the numbers"):
+            torch.save(model.state_dict(), "/dev/null")
