@@ -121,13 +121,6 @@ def _check_options(options: dict):
                 " of the official layout in the wrong places. Expected one process. Under torchrun"
                 ' use glm4v_nb.inference.load(checkpoint, parallel="tensor").'
             )
-    for name in ("load_in_4bit", "load_in_8bit"):
-        if options.get(name):
-            raise ValueError(
-                f"{name} is given, which transformers 5 takes within a configuration only. Give"
-                f" quantization_config=BitsAndBytesConfig({name}=True), or load(..., weights=...)."
-            )
-        options.pop(name, None)
     for name in ("variant", "gguf_file", "transformers_weights"):
         if options.get(name) is not None:
             raise ValueError(

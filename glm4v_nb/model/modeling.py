@@ -100,16 +100,8 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        # Behind to(), half(), cuda() and the like. The angles of a position stay in float32: those
-        # of position 8,000 are off by more than a radian with frequencies in bfloat16.
-        check_conversion(self, fn)
-        rotary = self.language_model.rotary_emb
-        exact = dict(rotary.named_buffers())
-        super()._apply(fn, recurse)
-        for name, made in list(rotary.named_buffers()):
-            if made.dtype != exact[name].dtype:
-                setattr(rotary, name, exact[name].to(made.device))
-        return self
+        check_conversion(self, fn)  # behind to(), half(), cuda() and the like
+        return super()._apply(fn, recurse)
 
     def state_dict(self, *args, **kwargs):
         """As torch's own, of weights as they were loaded (``unpack``)."""

@@ -52,14 +52,6 @@ def test_what_would_be_passed_over_or_fail_at_an_answer_is_refused(quantiser, me
         load(quantiser)
 
 
-@pytest.mark.parametrize("name", ["load_in_4bit", "load_in_8bit"])
-def test_the_options_of_older_versions_are_told_their_new_place_which_works(name):
-    with pytest.raises(ValueError, match=rf"quantization_config=BitsAndBytesConfig\({name}=True\)"):
-        load(**{name: True})
-    load(**{name: False})
-    load(BitsAndBytesConfig(**{name: True}))
-
-
 @pytest.mark.parametrize(
     "name", [DOWN, "transformer.encoder.layers.0.mlp.dense_4h_to_h", rf"re:{DOWN}"]
 )
