@@ -26,7 +26,7 @@ from simgpu.cli import add_fit, option, progress
 # Where a clone has what is not part of the package.
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
-app = typer.Typer(
+app = sweeping.App(
     help="GLM-4V-9B on several GPUs, simulated or real.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -137,9 +137,11 @@ def ask(
         parallel = "tensor" if is_shared else None
         loaded = load(directory, dtype=dtype, decoding=decoding, parallel=parallel)
         answer = generate(*loaded, [message], Sampling(max_new_tokens))
-    except Exception:
+    except Exception as error:
         if rank:  # the first says what all run into, and torchrun ends the others meanwhile
-            time.sleep(5)
+            time.sleep(10)
+        for note in getattr(error, "__notes__", ()):  # which rank it is that failed alone
+            raise RuntimeError(f"{note} {error}") from error
         raise
     if not rank:
         print(answer.text)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,33 @@ from typer import Argument, Option
 # The base of typer's errors of wrong use; typer itself gives it no public name.
 UsageError = typer.BadParameter.__base__
 
-app = typer.Typer(
+
+class OneOfEach(typer.core.TyperCommand):
+    """A command that refuses an option given twice; typer takes the last and says nothing."""
+
+    def make_parser(self, context):
+        parser = super().make_parser(context)
+        for option in {*parser._long_opt.values(), *parser._short_opt.values()}:
+            if option.takes_value and not option.obj.multiple:
+                option.process = partial(_process_once, option, option.process)
+        return parser
+
+
+def _process_once(option, process, value: str, state):
+    if option.dest in state.opts:
+        names, other = " / ".join(option.obj.opts), state.opts[option.dest]
+        raise UsageError(f"{names} is given twice, {other!r} and {value!r}; give it once.")
+    process(value, state)
+
+
+class App(typer.Typer):
+    """A command line all of whose commands are ``OneOfEach``, or a subclass of it."""
+
+    def command(self, *names, cls=OneOfEach, **more):
+        return super().command(*names, cls=cls, **more)
+
+
+app = App(
     help="Rerun notebooks: with other parameters, many times, on several machines.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,7 +72,7 @@ def _commands():
     """Makes typer keep the commands' names."""
 
 
-class _WithPairs(typer.core.TyperCommand):
+class _WithPairs(OneOfEach):
     """Takes `-p NAME VALUE`, as papermill has it, for `-p NAME -p VALUE`: typer has no repeated
     option of two words."""
 

@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,36 @@ _CARD = 'Kind of GPU card, such as L4, "RTX 4090", A100-80; others as "My GPU 20
 # typer has its own kind of click and names only this subclass.
 UsageError = typer.BadParameter.__base__
 
-app = typer.Typer(
+
+class OneOfEach(typer.core.TyperCommand):
+    """A command that refuses an option given twice; typer takes the last and says nothing.
+
+    nbsweep has the same: neither may import the other.
+    """
+
+    def make_parser(self, context):
+        parser = super().make_parser(context)
+        for option in {*parser._long_opt.values(), *parser._short_opt.values()}:
+            if option.takes_value and not option.obj.multiple:
+                option.process = partial(_process_once, option, option.process)
+        return parser
+
+
+def _process_once(option, process, value: str, state):
+    if option.dest in state.opts:
+        names, other = " / ".join(option.obj.opts), state.opts[option.dest]
+        raise UsageError(f"{names} is given twice, {other!r} and {value!r}; give it once.")
+    process(value, state)
+
+
+class App(typer.Typer):
+    """A command line all of whose commands are ``OneOfEach``, or a subclass of it."""
+
+    def command(self, *names, cls=OneOfEach, **more):
+        return super().command(*names, cls=cls, **more)
+
+
+app = App(
     help="GPUs without a GPU: what PyTorch programs take of cards that are not there.",
     add_completion=False,
     pretty_exceptions_enable=False,

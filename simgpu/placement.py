@@ -53,8 +53,7 @@ def check_device_map(device_map: dict[str, Place], count: int, model: PreTrained
 
     Raises:
         ValueError: a place that is neither one of the cards nor "cpu", no card at all for weights
-            that are to be quantised, a name the model does not have, a parameter without a place,
-            "" beside other names, or a module inside another one that has another place.
+            that are to be quantised; as ``check_names``.
     """
     for name, place in device_map.items():
         is_card = isinstance(place, int) and not isinstance(place, bool) and 0 <= place < count
@@ -68,6 +67,16 @@ def check_device_map(device_map: dict[str, Place], count: int, model: PreTrained
             "device_map puts all of the model on the CPU, where no weights are quantised in a"
             " simulation. Give some of it a card."
         )
+    check_names(device_map, model)
+
+
+def check_names(device_map: dict[str, Place], model: PreTrainedModel):
+    """Check that a map names modules of the model, and gives each parameter one place.
+
+    Raises:
+        ValueError: a name the model does not have, a parameter without a place, "" beside other
+            names, or a module inside another one that has another place.
+    """
     if "" in device_map and len(device_map) > 1:
         raise ValueError(
             'device_map has "" beside other names. "" is the whole model, and accelerate would put'

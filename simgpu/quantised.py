@@ -10,9 +10,11 @@ Source: backends/cuda/ops.py, backends/default/ops.py and functional.py of bitsa
 
 import importlib
 import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from wrapt import when_imported, wrap_function_wrapper
 
 from simgpu.device import on_card
@@ -20,6 +22,7 @@ from simgpu.rig import Rig
 from simgpu.rules import REWRITTEN
 
 _OF_4_BITS = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
+_KEPT = {*_OF_4_BITS, "quant_state", "bnb_quantized", "CB", "SCB", "has_fp16_weights"}
 _MOST_ROWS = 1536  # from which on the library unpacks weights whatever their shape
 _CUDA_OPERATORS = "bitsandbytes.backends.cuda.ops"
 # It has functions compiled as it is imported, for devices other than CUDA.
@@ -35,11 +38,11 @@ def _made(model, name: str, numbers: torch.Tensor, attributes: dict) -> torch.nn
 
 
 def _on_cards(convert):
-    """Replaces the conversion of weights while they are loaded, where they are on a card."""
+    """Replaces the conversion of weights while they are loaded, where they have no numbers."""
 
     def converted(wrapped, _, args, kwargs):
         first = next(iter(args[0].values()))
-        if not on_card(first[0] if isinstance(first, list) else first):
+        if not isinstance(first[0] if isinstance(first, list) else first, FakeTensor):
             return wrapped(*args, **kwargs)
         model, made = kwargs["model"], {}
         for name, weight in args[0].items():
@@ -74,6 +77,30 @@ def _quantise_8bit(model, layer, name: str, weight: torch.Tensor):
     numbers, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(half)
     kept = {"CB": numbers, "SCB": scales, "has_fp16_weights": layer.weight.has_fp16_weights}
     return _made(model, name, numbers, kept)
+
+
+def _moved(wrapped, layer, args, kwargs):
+    """``Module._apply`` of a layer: what makes its weight a quantised one goes along, as the
+    library's class has it."""
+    kept = {name: value for name, value in vars(layer.weight).items() if name in _KEPT}
+    wrapped(*args, **kwargs)
+    weight = layer.weight
+    if isinstance(weight, FakeTensor):
+        if state := kept.get("quant_state"):
+            state.to(weight.device)
+        if kept.get("CB") is not None:
+            kept |= {"CB": weight.data, "SCB": kept["SCB"].to(weight.device)}
+        vars(weight).update(kept)
+    return layer
+
+
+def _named(wrapped, state, args, kwargs):
+    """What a state dict has of a weight's scales: accelerate asks for the names, and the library
+    reads a number, which goes to a file with tensors that have none, and so never does."""
+    if not isinstance(state.offset, FakeTensor):
+        return wrapped(*args, **kwargs)
+    with mock.patch.object(state, "offset", SimpleNamespace(item=lambda: 0.0)):
+        return wrapped(*args, **kwargs)
 
 
 def reads_4_bits(activations: torch.Tensor, shape: list[int], blocksize: int, properties) -> bool:
@@ -204,6 +231,9 @@ def _prepare(module):
 
 @when_imported("bitsandbytes")
 def _take_apart(module):
+    for layer in (module.nn.Linear4bit, module.nn.Linear8bitLt):
+        wrap_function_wrapper(layer, "_apply", _moved)
+    wrap_function_wrapper(module.functional.QuantState, "as_dict", _named)
     for rule in (
         _gemm_4bit,
         _int8_vectorwise_quant,

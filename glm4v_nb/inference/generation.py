@@ -16,6 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from glm4v_nb.cleanup import clear_frames
 from glm4v_nb.inference import decoding
 from glm4v_nb.model.chat import is_batch
+from glm4v_nb.parallel import told
 from glm4v_nb.placement import input_device
 
 # Below it the likeliest token has all of the probability, and logits are divided to infinity.
@@ -143,6 +144,10 @@ class _Generation(StoppingCriteria):
         return torch.full((len(input_ids),), stop, device=input_ids.device)
 
     def run(self, streamer) -> Answer:
+        with told(self.ranks):
+            return self._run(streamer)
+
+    def _run(self, streamer) -> Answer:
         self.is_streamed = streamer is not None  # nothing else is cancelled
         if is_batch(self.messages):
             raise ValueError(

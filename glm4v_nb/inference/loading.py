@@ -13,7 +13,7 @@ from glm4v_nb.model.checkpoint_files import SMALL_FILES, check_files, local_dire
 from glm4v_nb.model.configuration import read_config
 from glm4v_nb.model.processing import GLM4VProcessor
 from glm4v_nb.model.quantising import KEEP, quantiser_for
-from glm4v_nb.parallel import Ranks, check_count, load_rank
+from glm4v_nb.parallel import Ranks, check_count, load_rank, told
 
 
 def load(
@@ -55,11 +55,23 @@ def load(
         ValueError: a hub id without a pinned revision; a damaged or foreign checkpoint; weights
             that cannot be had here; processes that cannot share the model, or that torchrun has not
             started.
-        RankLost: another of the processes does not answer.
+        RankLost: another of the processes has failed, or does not answer.
     """
     if parallel is not None:
         _check_parallel(parallel, device_map, max_memory, decoding, weights)
         ranks = Ranks.started()
+        with told(ranks):
+            found = _load(checkpoint, revision, dtype, decoding, ranks=ranks)
+            ranks.numbers(0)  # a rank that has failed is missed now
+        return found
+    if device_map is None:
+        device_map = "auto" if torch.cuda.is_available() else "cpu"
+    options = {"device_map": device_map, "max_memory": max_memory}
+    return _load(checkpoint, revision, dtype, decoding, weights, keep, **options)
+
+
+def _load(checkpoint, revision, dtype, decoding, weights=None, keep=KEEP, ranks=None, **options):
+    """As ``load``; ``options`` of ``from_pretrained``, where no ``ranks`` share the model."""
     if not Path(checkpoint).is_dir():
         # A hub id is "owner/name"; anything else was meant as a path.
         if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(checkpoint)):
@@ -74,14 +86,12 @@ def load(
                 " that the weights cannot change unnoticed. Take it from"
                 f" https://huggingface.co/{checkpoint}/commits/main."
             )
-    if device_map is None:
-        device_map = "auto" if torch.cuda.is_available() else "cpu"
     # What is small first: it fails in a second where the weights would take minutes. The classes
     # by name, not transformers' Auto ones, which let the files choose a class, and code.
     directory = Path(local_directory(checkpoint, SMALL_FILES, revision=revision))
     check_files(directory)
     config = read_config(directory)
-    if parallel is not None:
+    if ranks is not None:
         check_count(config, ranks.count)
     processor = GLM4VProcessor.from_pretrained(directory)
     ids = [config.boi_token_id, config.eoi_token_id]
@@ -92,15 +102,14 @@ def load(
             f" tokenizer_config.json gives the image's tokens the ids {named}. Take all files from"
             " the same checkpoint."
         )
-    if parallel is not None:
+    if ranks is not None:
         ranks.join()
         model = load_rank(checkpoint, config, ranks, dtype, revision)
     else:
-        options = {"dtype": dtype, "device_map": device_map, "max_memory": max_memory}
         if weights is not None:
             options["quantization_config"] = quantiser_for(weights, config, dtype, keep)
         model = GLM4VForConditionalGeneration.from_pretrained(
-            checkpoint, revision=revision, **options
+            checkpoint, revision=revision, dtype=dtype, **options
         )
     set_decoding(model, decoding)
     return model.eval(), processor

@@ -18,14 +18,15 @@ from glm4v_nb.model.checkpoint_files import (
 )
 from glm4v_nb.model.configuration import check_dtype, read_config, refuse_attention
 from glm4v_nb.model.official_names import keys_here, names_here
-from glm4v_nb.model.quantising import (
+from glm4v_nb.model.quantised_files import (
     check_described,
-    check_quantiser,
-    check_stored,
+    is_stored_in_4_bits,
     packed_shapes,
     weight_of,
 )
+from glm4v_nb.model.quantising import check_quantised, check_quantiser, check_stored
 from simgpu.checkpoints import INDEX, read_json, weight_map
+from simgpu.placement import check_names
 
 _FLOATING = {"F64", "F32", "F16", "BF16"}
 
@@ -61,9 +62,14 @@ def load_checked(model_class, from_pretrained, name_or_path, *args, **kwargs):
         check_weights(directory, model_class, config, kwargs.get("ignore_mismatched_sizes"))
     kwargs["device_map"] = keys_here(kwargs.get("device_map"))
     quantizer = kwargs.get("quantization_config")
-    if quantizer is not None:
+    by_hand = kwargs["device_map"] if isinstance(kwargs["device_map"], dict) else {}
+    if quantizer is not None or by_hand.keys() - {""}:
         with torch.device("meta"):
-            check_quantiser(quantizer, kwargs.get("dtype"), model_class(deepcopy(config)))
+            meta_model = model_class(deepcopy(config))
+    if by_hand.keys() - {""}:  # what a map forgets, transformers leaves on the CPU
+        check_names(by_hand, meta_model)
+    if quantizer is not None:
+        check_quantiser(quantizer, kwargs.get("dtype"), meta_model)
     elif source and getattr(config, "quantization_config", None) is not None:
         written = read_json(directory / "config.json")  # what config has may have been overridden
         own = written.get("dtype") or written.get("torch_dtype")
@@ -90,6 +96,8 @@ def load_checked(model_class, from_pretrained, name_or_path, *args, **kwargs):
             f" weights, first {missing[0]!r}; the checkpoint itself is not at fault. Load without"
             " this quantiser, or with one of bitsandbytes or torchao (load(..., weights=...))."
         )
+    if quantizer is not None:
+        check_quantised(model)
     if source != name_or_path:
         model.name_or_path = model.config.name_or_path = str(name_or_path)
     return (model, info) if wants_info else model
@@ -145,7 +153,8 @@ def check_weights(
     with torch.device("meta"), reading(directory / "config.json"):
         model = model_class(config)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    is_quantized = getattr(config, "quantization_config", None) is not None
+    quantiser = getattr(config, "quantization_config", None)
+    is_quantized = quantiser is not None
     other_sizes, taken, left = [], set(), []
     for name, (shape, dtype) in stored.items():
         weight = weight_of(name) if is_quantized else name
@@ -169,7 +178,7 @@ def check_weights(
                 f"{directory}: {name!r} is of type {dtype}. Expected weights of a floating type."
                 " Download the weights again."
             )
-        if shape != expected:
+        if shape != expected and not is_stored_in_4_bits(quantiser, shape, dtype, expected):
             other_sizes.append(f"{name!r}: {tuple(shape)}, expected {tuple(expected)}")
     if wanted:
         raise ValueError(

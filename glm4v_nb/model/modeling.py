@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import GenerationMixin, GlmModel, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.glm.modeling_glm import GlmAttention, GlmDecoderLayer
 from transformers.utils import can_return_tuple
@@ -21,8 +20,20 @@ from glm4v_nb.model.chat import refuse_pictures
 from glm4v_nb.model.checkpoint import load_checked
 from glm4v_nb.model.configuration import GLM4VConfig
 from glm4v_nb.model.official_names import state_dict_here, unshare_storage
-from glm4v_nb.model.quantising import parts_of, prepare_saving, unpack
-from glm4v_nb.model.splicing import ExpandedPrompt, expand_image_positions, merge_image_features
+from glm4v_nb.model.quantising import (
+    check_autocast,
+    check_conversion,
+    parts_of,
+    prepare_saving,
+    unpack,
+)
+from glm4v_nb.model.splicing import (
+    ExpandedPrompt,
+    UnexpandedPrompt,
+    check_embeddings,
+    expand_image_positions,
+    merge_image_features,
+)
 from glm4v_nb.model.vision import GLM4VVisionTower
 
 _LOADING = ContextVar("loading", default=False)
@@ -87,6 +98,10 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if mode:
             unpack(self)
         return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        check_conversion(self, fn)  # behind to(), half(), cuda() and the like
+        return super()._apply(fn, recurse)
 
     def state_dict(self, *args, **kwargs):
         """As torch's own, of weights as they were loaded (``unpack``)."""
@@ -203,9 +218,10 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 " placeholder where pixel_values are given. Build it with the processor's"
                 " apply_chat_template."
             )
+        check_autocast(self)
         prompt = None
         if image_mask is None:
-            _check_embeddings(input_ids, pixel_values)
+            check_embeddings(input_ids, pixel_values)
             others = attention_mask, position_ids, labels
             prompt = self._expanded(input_ids, pixel_values, past_key_values, *others)
         if prompt is not None:
@@ -260,10 +276,10 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs.setdefault("max_length", None)
         is_expanded = kwargs.get("image_mask") is not None
         if not is_expanded:
-            _check_embeddings(input_ids, kwargs.get("pixel_values"))
+            check_embeddings(input_ids, kwargs.get("pixel_values"))
         as_is = input_ids is None or is_expanded
         if streamer is not None and not as_is:
-            streamer = _UnexpandedPrompt(streamer, input_ids)
+            streamer = UnexpandedPrompt(streamer, input_ids)
         if streamer is not None and callable(how := kwargs.get("custom_generate")):
             # transformers would hand it no streamer, and a reader of one waits for ever.
             kwargs["custom_generate"], streamer = partial(how, streamer=streamer), None
@@ -371,25 +387,3 @@ class GLM4VForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 " the checkpoint's own processor (AutoProcessor)."
             )
         return len(pixel_values)
-
-
-def _check_embeddings(input_ids, pixel_values):
-    if input_ids is None and pixel_values is not None:
-        raise ValueError(
-            "There are pixel_values but no input_ids, whose placeholder says where the image goes."
-            " Expected both, as the processor's apply_chat_template makes them. Leave inputs_embeds"
-            " out where there is an image."
-        )
-
-
-class _UnexpandedPrompt(BaseStreamer):
-    """Hands a streamer the prompt as the caller gave it, instead of 1602 placeholder ids."""
-
-    def __init__(self, streamer: BaseStreamer, input_ids: torch.Tensor):
-        self.streamer, self.prompt = streamer, iter([input_ids])
-
-    def put(self, value):
-        self.streamer.put(next(self.prompt, value))
-
-    def end(self):
-        self.streamer.end()

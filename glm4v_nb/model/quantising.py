@@ -6,12 +6,10 @@ that its groups do not divide, it passes over in silence; here both are said.
 
 import importlib
 import importlib.util
+import re
 from copy import deepcopy
-from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, Field
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -24,8 +22,9 @@ WEIGHTS = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes"}
 # Modules that are left as they are unless the caller says otherwise: docs/quantising.md has the
 # measurements. The embedding is no matrix product, and no quantiser takes it unasked.
 KEEP = ("lm_head",)
-_GROUPS = (128, 64, 32)  # of int4, the largest that divides all rows
+GROUPS = (128, 64, 32)  # of int4, the largest that divides all rows
 _SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert")
+_HALF = torch.float16
 _INT4_CAPABILITY = (8, 0)  # torch's _weight_int4pack_mm is compiled for Ampere and newer
 
 
@@ -76,7 +75,7 @@ def quantiser_for(weights: str, config, dtype: torch.dtype | str, keep=KEEP):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(deepcopy(config))
     rows = [module.in_features for _, module in _taken(model, keep)]
-    group = next((size for size in _GROUPS if not any(row % size for row in rows)), _GROUPS[0])
+    group = next((size for size in GROUPS if not any(row % size for row in rows)), GROUPS[0])
     # The other formats need a library of Meta's besides.
     int4 = Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d")
     return TorchAoConfig(int4, modules_to_not_convert=keep)
@@ -111,12 +110,55 @@ def _dtype(given, own) -> torch.dtype:
     return getattr(torch, str(given).removeprefix("torch."))
 
 
-def _check_int8(dtype: torch.dtype):
+def _check_int8(dtype: torch.dtype, what: str = "dtype is float16"):
     if dtype == torch.float16:
         raise ValueError(
-            "dtype is float16, but torchao's int8 sums whole numbers up to 127 before it scales"
+            f"{what}, but torchao's int8 sums whole numbers up to 127 before it scales"
             " them, and the sums pass float16's largest number, 65,504: answers would be wrong"
             " without a word. Give dtype=torch.bfloat16, or use nf4."
+        )
+
+
+def check_autocast(model: nn.Module):
+    """ValueError for products of int8 weights under ``torch.autocast`` in float16."""
+    for device in ("cuda", "cpu"):  # offloaded weights are on neither
+        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != _HALF:
+            continue
+        if any(type(weight).__name__ == "Int8Tensor" for weight in model.parameters()):
+            _check_int8(_HALF, "autocast computes in float16")
+
+
+def check_conversion(model: nn.Module, convert):
+    """Refuse to give a model with quantised weights another data type.
+
+    ``convert`` is what ``nn.Module._apply`` calls on every tensor. Packed numbers and scales stay
+    as they are, so that half of the model would change, and int8 would leave float16's range.
+    """
+    quantised = _quantised(model)
+    own, made = model.dtype, convert(torch.empty(0, dtype=model.dtype)).dtype
+    if quantised and made != own:
+        raise ValueError(
+            f"The model cannot be converted from {own} to {made}: {len(quantised)} of its weights"
+            f" are quantised, first {quantised[0]!r}, and stay as they are. Load the original in"
+            f" that type, by load(..., weights=..., dtype={made}) or from_pretrained."
+        )
+
+
+def _quantised(model: nn.Module) -> list[str]:
+    """The names of weights that are quantised."""
+    marks = ("tensor_data_names", "quant_state", "SCB")  # of torchao, of 4 bits, of LLM.int8
+    weights = model.named_parameters()
+    return [name for name, weight in weights if any(hasattr(weight, mark) for mark in marks)]
+
+
+def check_quantised(model: nn.Module):
+    """ValueError for a model that bitsandbytes or torchao was to quantise, and left as it was."""
+    config = model.hf_quantizer.quantization_config
+    if config.quant_method in ("bitsandbytes", "torchao") and not _quantised(model):
+        raise ValueError(
+            f"{type(config).__name__} has quantised none of the weights: all are among those to be"
+            " left, or on the CPU with llm_int8_enable_fp32_cpu_offload. Leave fewer, or load"
+            " without it."
         )
 
 
@@ -153,6 +195,7 @@ def check_quantiser(config, dtype, meta_model: nn.Module):
     skipped = None
     for field in _SKIP_FIELDS:
         if given := fields.get(field):
+            given = [given] if isinstance(given, str) else given
             fields[field] = skipped = modules_here(given)
             names = [name for name, _ in meta_model.named_modules()]
             for name in given:
@@ -162,7 +205,11 @@ def check_quantiser(config, dtype, meta_model: nn.Module):
                         " would be quantised all the same. Name it as here (lm_head, vision_tower,"
                         " language_model.layers.0) or officially (output_layer, vision)."
                     )
+    if isinstance(config, BitsAndBytesConfig) or fields.get("quant_method") == "bitsandbytes":
+        _check_bitsandbytes(BitsAndBytesConfig.from_dict(fields) if config is fields else config)
     int4, dtype = fields.get("quant_type"), _dtype(dtype, meta_model.config.dtype)
+    if type(int4).__name__ == "FqnToConfig":
+        _check_by_name(int4.fqn_to_config, meta_model)
     if type(int4).__name__ == "Int8WeightOnlyConfig":
         _check_int8(dtype)
     if type(int4).__name__ != "Int4WeightOnlyConfig":
@@ -185,9 +232,42 @@ def check_quantiser(config, dtype, meta_model: nn.Module):
         raise ValueError(
             f"group_size is {int4.group_size}, which does not divide the rows of {len(left)}"
             f" matrices, first {left[0]!r}; torchao would leave them as they are without a word."
-            f" Give a smaller one of {', '.join(map(str, _GROUPS))}, or name them in"
+            f" Give a smaller one of {', '.join(map(str, GROUPS))}, or name them in"
             " modules_to_not_convert."
         )
+
+
+def _check_bitsandbytes(config: BitsAndBytesConfig):
+    if not config.load_in_4bit and not config.load_in_8bit:
+        raise ValueError(
+            "The configuration of bitsandbytes has neither load_in_4bit nor load_in_8bit, and 4"
+            " bits would be taken without a word. Set one of them to True."
+        )
+    if config.load_in_4bit and config.bnb_4bit_quant_type not in ("fp4", "nf4"):
+        raise ValueError(
+            f"bnb_4bit_quant_type is {config.bnb_4bit_quant_type!r}; expected 'nf4' or 'fp4'."
+        )
+
+
+def _check_by_name(kinds: dict, meta_model: nn.Module):
+    """Put names that the model's modules have in torchao's table of what becomes of which."""
+    if "_default" in kinds:
+        raise ValueError(
+            'FqnToConfig has a "_default", by which biases are quantised too, and no answer comes.'
+            " Give TorchAoConfig that configuration itself, with modules_to_not_convert."
+        )
+    names = {name for name, _ in (*meta_model.named_modules(), *meta_model.named_parameters())}
+    for name in list(kinds):
+        found = [name] if name.startswith("re:") else modules_here([name])
+        for one in found:
+            pattern = one.removeprefix("re:") if one.startswith("re:") else re.escape(one)
+            if not any(re.fullmatch(pattern, each) for each in names):
+                raise ValueError(
+                    f"FqnToConfig names {name!r}, which no module of the model is called, so it"
+                    " would be left as it is. Name it as here or officially, from its first part."
+                )
+        kind = kinds.pop(name)
+        kinds.update(dict.fromkeys(found, kind))
 
 
 def check_int4_card():
@@ -231,6 +311,11 @@ def prepare_saving(model, options: dict):
             "save_original_format=True, but quantised queries, keys and values cannot be fused as"
             " the official layout has them. Leave it out; the names here are saved and load again."
         )
+    if any(hasattr(one, "SCB") and one.is_floating_point() for one in model.parameters()):
+        raise ValueError(
+            "The weights are kept in full by llm_int8_has_fp16_weight=True, and would not load"
+            " again. Save the original, or load it without that."
+        )
     options["save_original_format"] = False
     try:
         quantiser.get_state_dict_and_metadata(model)
@@ -269,53 +354,3 @@ def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
         others += [state.absmax, state.code, state.offset]
         others += [state.state2.absmax, state.state2.code] if state.nested else []
     return [tensor, *(part for part in others if isinstance(part, torch.Tensor))]
-
-
-def weight_of(stored: str) -> str:
-    """The weight whose numbers a stored tensor of torchao has; other names are kept."""
-    module, _, name = stored.rpartition(".")
-    return f"{module}.weight" if name == "_weight_qdata" else stored
-
-
-class _Described(BaseModel):
-    """What torchao wrote of one weight into the file's metadata, and makes of it again."""
-
-    kind: Literal["Int8Tensor", "Int4TilePackedTo4dTensor"] = Field(alias="_type")
-    data: dict = Field(alias="_data")
-
-
-def check_described(path: Path, metadata: dict[str, str] | None, shapes: dict[str, list[int]]):
-    """Compare what a file says of torchao's weights with their numbers, and scales in the file.
-
-    Raises:
-        ValueError: another class than these two, or groups that are not those of the scales.
-    """
-    for name in (name for name in shapes if weight_of(name) != name):
-        try:
-            found = _Described.model_validate_json((metadata or {}).get(weight_of(name), ""))
-            _, group = found.data["block_size"]
-            if found.kind == "Int8Tensor":
-                scale, expected = name.replace("_qdata", "_scale"), [shapes[name][0], 1]
-                right = group == shapes[name][1]
-            else:
-                rows, columns = 8 * shapes[name][0], 128 * shapes[name][1]
-                scale, expected = name.replace("_qdata", "_scale_and_zero"), [columns // group]
-                expected, right = [*expected, rows, 2], group in (*_GROUPS, 256)
-            others = [found.data.get("act_quant_kwargs"), found.data.get("reduce_range") or None]
-            # Another shard may have the scales.
-            if not right or shapes.get(scale, expected) != expected or others != [None, None]:
-                raise ValueError("groups or scales are others")
-        except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-            raise ValueError(
-                f"{path}: what it says of {weight_of(name)!r} is not what torchao writes of int8"
-                " and int4 weights. Quantise the original again, by load(..., weights=...)."
-            ) from error
-
-
-def packed_shapes(shape: list[int]) -> list[list[int]]:
-    """What torchao's numbers of a matrix may measure: as they are, or in tiles of four bits, eight
-    in an int32, with columns filled up to 1024 (Int4TilePackedTo4dTensor)."""
-    if len(shape) != 2:
-        return []
-    rows, columns = shape
-    return [[rows, columns], [-(-rows // 8), -(-columns // 1024) * 8, 32, 4]]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 from wrapt import when_imported, wrap_function_wrapper
 
 from glm4v_nb.model.configuration import GLM4VConfig
@@ -193,3 +194,26 @@ def _check_length(config: GLM4VConfig, attention_mask: torch.Tensor, starts: lis
                 f"Prompt {row} takes {positions} positions{image}, but the model's context is"
                 f" {config.seq_length} (seq_length). Shorten the text."
             )
+
+
+def check_embeddings(input_ids, pixel_values):
+    """ValueError for an image without the prompt that says where it goes."""
+    if input_ids is None and pixel_values is not None:
+        raise ValueError(
+            "There are pixel_values but no input_ids, whose placeholder says where the image goes."
+            " Expected both, as the processor's apply_chat_template makes them. Leave inputs_embeds"
+            " out where there is an image."
+        )
+
+
+class UnexpandedPrompt(BaseStreamer):
+    """Hands a streamer the prompt as the caller gave it, instead of 1602 placeholder ids."""
+
+    def __init__(self, streamer: BaseStreamer, input_ids: torch.Tensor):
+        self.streamer, self.prompt = streamer, iter([input_ids])
+
+    def put(self, value):
+        self.streamer.put(next(self.prompt, value))
+
+    def end(self):
+        self.streamer.end()

@@ -11,6 +11,7 @@ from glm4v_nb.model import GLM4VConfig, GLM4VForConditionalGeneration
 from glm4v_nb.model.official_names import register_official_layout
 from glm4v_nb.parallel.plan import share_of, style_of
 from glm4v_nb.parallel.ranks import Ranks
+from glm4v_nb.parallel.telling import told
 
 
 class RowSum(nn.Linear):
@@ -88,8 +89,13 @@ class GLM4VRank(GLM4VForConditionalGeneration):
             ValueError: the ranks are asked different things, or to end at a time, which comes for
                 each at another token.
         """
-        config = generation_config or self.generation_config
-        if kwargs.get("max_time", config.max_time) is not None:
+        with told(self.ranks):
+            self._agree(inputs, generation_config or self.generation_config, kwargs)
+            return super().generate(inputs, generation_config, **kwargs)
+
+    def _agree(self, inputs, config, given: dict):
+        """Compare what the ranks are asked, and let them draw alike; raises as ``generate``."""
+        if given.get("max_time", config.max_time) is not None:
             raise ValueError(
                 "max_time is given, but the ranks of a model would end at different tokens."
                 " Expected a length. Give max_new_tokens."
@@ -97,12 +103,11 @@ class GLM4VRank(GLM4VForConditionalGeneration):
         # Streamers, criteria and the like are objects of each rank's own.
         plain = (torch.Tensor, bool, int, float, str, list, dict, type(None))
         public = [item for item in vars(config).items() if not item[0].startswith("_")]
-        given = [("inputs", inputs), *public, *kwargs.items()]
-        given = [item for item in given if type(item[1]) in plain]
-        self.ranks.agree(chain(*sorted(given, key=itemgetter(0))))
-        if kwargs.get("do_sample", config.do_sample):
+        asked = [("inputs", inputs), *public, *given.items()]
+        asked = [item for item in asked if type(item[1]) in plain]
+        self.ranks.agree(chain(*sorted(asked, key=itemgetter(0))))
+        if given.get("do_sample", config.do_sample):
             self.ranks.draw_alike()
-        return super().generate(inputs, generation_config, **kwargs)
 
     def load_adapter(self, *args, **kwargs):
         raise ValueError(

@@ -10,15 +10,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from glm4v_nb.parallel.telling import RankLost, failure, meet
+
 _STARTED_WITH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # The longest that one waits for another, which may still be reading its weights.
 PATIENCE = timedelta(minutes=10)
 # As PyTorch calls it since 2.13; before that it is the other.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-class RankLost(RuntimeError):
-    """Another of the processes has ended, or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,7 @@ class Ranks:
         if on_card:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
+            meet(PATIENCE)
             with self._together():
                 dist.init_process_group(
                     "nccl" if on_card else "gloo",
@@ -148,13 +147,14 @@ class Ranks:
             yield
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # ValueError: this rank has left
             raise self.lost(" ".join(str(error).split())[:120]) from error
 
     def lost(self, reason: str) -> RankLost:
         """The error to raise where another rank is missed."""
         return RankLost(
-            f"Rank {self.rank} of {self.count} does not reach the others ({reason}). Expected all"
-            " of them to run until the end. One has ended: read its own message, or torchrun's"
+            failure()
+            or f"Rank {self.rank} of {self.count} does not reach the others ({reason}). Expected"
+            " all of them to run until the end. One has ended: read its own message, or torchrun's"
             " report of which and how, then start all again."
         )

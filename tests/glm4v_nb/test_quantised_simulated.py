@@ -13,7 +13,8 @@ from glm4v_nb.cli import main
 from glm4v_nb.fit import Deployment
 from glm4v_nb.inference import load
 from glm4v_nb.miniature import CHECKPOINT
-from glm4v_nb.model.quantising import check_described, packed_shapes, parts_of
+from glm4v_nb.model.quantised_files import check_described, packed_shapes
+from glm4v_nb.model.quantising import parts_of
 from glm4v_nb.workload import Workload
 from simgpu import Rig, fitting
 from simgpu.limits import Edge, Trials, largest_batch, longest_context, recommend
