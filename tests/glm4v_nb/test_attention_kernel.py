@@ -27,7 +27,7 @@ def test_each_row_sees_its_sequence_from_start_to_slot(
     kernels.attend[(rows, GROUPS, splits)](
         queries, keys, values, *state, torch.tensor(sequences, dtype=torch.int32), parts, maxima,
         totals, CAPACITY, SCALE=DEPTH**-0.5, HEADS=HEADS, GROUPS=GROUPS, H=16, D=DEPTH,
-        SPLITS=splits, BT=BLOCK, ROWS=rows, PDL=0,
+        SPLITS=splits, BT=BLOCK, ALONE=len({*sequences}) == rows, PDL=0,
     )  # fmt: skip
     kernels.combine[(rows * HEADS,)](parts, maxima, totals, y, D=DEPTH, SPLITS=splits, PDL=0)
     for row, (start, slot, sequence) in enumerate(zip(starts, slots, sequences, strict=True)):

@@ -30,7 +30,7 @@ def test_kernels_compile_and_no_number_changes_hands(card, found):
     assert len(moves) == len(KERNELS) * len(KINDS)
     # Sums over threads and x take some. Of numbers a thread has 64 in a turn here, which in another
     # order would take 32 or more besides.
-    assert max(moves[name] for name in moves if "int" in name) < 45, moves
+    assert max(moves[name] for name in moves if not name.endswith("one row")) < 45, moves
 
 
 def compiled(name: str, kind: str, card: int):

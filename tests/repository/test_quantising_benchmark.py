@@ -109,7 +109,7 @@ def test_a_file_is_merged_into_one_of_the_same_card_and_versions(benchmark, tmp_
 
 STORED = sorted((ROOT / "benchmarks" / "results").glob("quantised_memory_*.json"))
 # The rest is simulated again by the weekly workflow, as are runs under wider caps than the load's.
-EACH_TIME = ("int8, capped to 16 GB", "nf4, capped to 12 GB", "nf4, QLoRA")
+EACH_TIME = ("int8, capped to 16 GB", "nf4, half precision", "nf4, QLoRA")
 EVERY = bool(os.environ.get("EVERY_MEASUREMENT"))
 
 

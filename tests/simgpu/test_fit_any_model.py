@@ -164,8 +164,9 @@ def test_what_a_model_does_not_take_is_refused(checkpoint, llama):
 
 def test_the_command_line_answers_for_any_directory(llama, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    common = ["fit", str(llama), "--tokens", "64", "--batch", "2", "--new-tokens", "4"]
-    assert main([*common, "--cards", "RTX 4090,RTX 3090", "--plot", "peak.png", "--json"]) == 0
+    common = ["fit", str(llama), "--tokens", "64", "--new-tokens", "4"]
+    two = ["--cards", "RTX 4090,RTX 3090", "--batch", "2"]
+    assert main([*common, *two, "--plot", "peak.png", "--json"]) == 0
     answer = json.loads(capfd.readouterr().out)
     assert [device["card"] for device in answer["devices"]] == ["RTX 4090", "RTX 3090"]
     assert answer["versions"]["torch"] == torch.__version__ and answer["exact"] is True
