@@ -124,9 +124,10 @@ def _wait_for(address: str, process: subprocess.Popen, log: Path):
     raise RuntimeError(f"JupyterLab did not start; its log ends:\n{log.read_text()[-2000:]}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium."""
+    """A headless Chromium. Playwright runs an event loop until it ends, and other tests of the
+    process begin one."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -138,7 +139,7 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page(browser, server):
     """Notebook 09 open in JupyterLab with every cell executed."""
     address, _ = server
@@ -156,7 +157,7 @@ def page(browser, server):
     page.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kernel(page, server):
     """Runs code in the notebook's own kernel: ``kernel("x = 1")``."""
     _, runtime = server

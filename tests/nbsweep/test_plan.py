@@ -220,6 +220,7 @@ def test_a_prediction_is_made_where_there_is_a_card_and_once_for_equal_settings(
     from glm4v_nb import fit as fitting
 
     asked, fit = [], fitting.fit
+    fitting._fit_once.cache_clear()  # another test may have asked for the same
     monkeypatch.setattr(
         fitting, "fit", lambda *given, **more: asked.append(1) or fit(*given, **more)
     )
