@@ -36,7 +36,7 @@ def project(x, gain, weight, scales, residual, y, OUTPUTS: tl.constexpr, K: tl.c
     begin, row = tl.program_id(0) * BN, tl.arange(0, R)
     outputs = begin + tl.arange(0, BN)
     sums = weigh(x, gain, weight, scales, begin, 0, OUTPUTS, 0, OUTPUTS, K, ROWS, R, NORM, EPSILON,
-                  BITS, BN, BK, PDL)  # fmt: skip
+                 BITS, BN, BK, PDL)  # fmt: skip
     at = row[None, :] * OUTPUTS + outputs[:, None]
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     if RESIDUAL:
@@ -54,7 +54,7 @@ def project_gated(x, gain, weight, scales, y, OUTPUTS: tl.constexpr, K: tl.const
     outputs, row = half + tl.arange(0, BN // 2), tl.arange(0, R)
     # Those past the last output read another output's weights, and are not stored.
     sums = weigh(x, gain, weight, scales, half, 0, 2 * OUTPUTS, OUTPUTS, 2 * OUTPUTS, K, ROWS, R,
-                  True, EPSILON, BITS, BN, BK, PDL)  # fmt: skip
+                 True, EPSILON, BITS, BN, BK, PDL)  # fmt: skip
     RUN: tl.constexpr = 1 if R == 1 else 8
     gate, up = _pairs(sums, RUN, BN, R)
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
@@ -83,7 +83,7 @@ def project_heads(x, gain, weight, scales, bias, cosines, sines, positions, slot
     part = tl.where(outputs < KEYS, 0, tl.where(outputs < VALUES, KEYS, VALUES))
     count = tl.where(outputs < KEYS, KEYS, GROUPS * D)
     sums = weigh(x, gain, weight, scales, first, part, count, 0, OUTPUTS, K, ROWS, R, True,
-                  EPSILON, BITS, BN, BK, PDL)  # fmt: skip
+                 EPSILON, BITS, BN, BK, PDL)  # fmt: skip
     sums += tl.load(bias + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)[:, None]
     even, odd = _pairs(sums, 1, BN, R)
     output = first + 2 * tl.arange(0, BN // 2)[:, None]

@@ -211,7 +211,8 @@ def _weigh_rows(x, gain, weight, scales, begin, outputs, part, count, APART: tl.
             scale = (pair << 16).to(tl.float32, bitcast=True)
             zero = (pair & -65536).to(tl.float32, bitcast=True) - 136.0 * scale
             two = _ones(tile, DTYPE)
-            ones = _matrix(tl.join(two, two), tl.join(two, two), PIECES, BN)
+            four = tl.join(two, two)
+            ones = _matrix(four, four, PIECES, BN)
             alone = tl.dot(ones, turned, input_precision="ieee")
             products = tl.dot(numbers, turned, input_precision="ieee")
             sums += products * scale[:, :, None] + alone * zero[:, :, None]
@@ -256,6 +257,14 @@ def _matrix(near, far, PIECES: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _halves(words):
+    """The low and the high 16 bits of every word, as bfloat16."""
+    low = (words & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return low, high
+
+
+@triton.jit
 def _neighbours(words, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
     """128 + n for two neighbours of every word: (..., 2)."""
     if DTYPE == tl.bfloat16:
@@ -264,8 +273,7 @@ def _neighbours(words, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
             "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [words >> SHIFT, 0x000F000F, 0x43004300],
             dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
-        low = (both & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        high = (both >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        low, high = _halves(both)
     else:
         low = (((words >> SHIFT) & 15) + 128).to(DTYPE)
         high = (((words >> (SHIFT + 16)) & 15) + 128).to(DTYPE)
@@ -278,8 +286,7 @@ def _ones(words, DTYPE: tl.constexpr):
     if DTYPE == tl.bfloat16:
         both = tl.inline_asm_elementwise("mov.b32 $0, 0x3F803F80;", "=r,r", [words],
                                          dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
-        low = (both & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        high = (both >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        low, high = _halves(both)
     else:
         low = (words * 0 + 1).to(DTYPE)
         high = low

@@ -77,7 +77,7 @@ def project_shared(x, gain, weight, scales, residual, y, peers, epoch, lost, loo
     begin, row = tl.program_id(0) * BN, tl.arange(0, R)
     outputs = begin + tl.arange(0, BN)
     sums = weigh(x, gain, weight, scales, begin, 0, OUTPUTS, 0, OUTPUTS, K, ROWS, R, False,
-                  EPSILON, BITS, BN, BK, PDL)  # fmt: skip
+                 EPSILON, BITS, BN, BK, PDL)  # fmt: skip
     at = row[None, :] * OUTPUTS + outputs[:, None]
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     tag = tl.load(epoch) + exchange
@@ -133,7 +133,7 @@ def project_spread(x, gain, weight, scales, peers, logits, OUTPUTS: tl.constexpr
     begin, row = tl.program_id(0) * BN, tl.arange(0, R)
     outputs = begin + tl.arange(0, BN)
     sums = weigh(x, gain, weight, scales, begin, 0, OUTPUTS, 0, OUTPUTS, K, ROWS, R, True, EPSILON,
-                  BITS, BN, BK, PDL)  # fmt: skip
+                 BITS, BN, BK, PDL)  # fmt: skip
     at = row[None, :] * (COUNT * OUTPUTS) + RANK * OUTPUTS + outputs[:, None]
     mask = (row < ROWS)[None, :] & (outputs < OUTPUTS)[:, None]
     for rank in tl.static_range(COUNT):
